@@ -1,0 +1,86 @@
+# make demo   shows it at work on this machine, without QEMU
+# make test   fetches what the tests need and runs them
+# On Debian, what is missing is installed (as root, or by sudo). PYTHON=... chooses the interpreter.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+FUZZ_EXAMPLES ?= 5000
+
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(wildcard vhostpc/_native/*.c vhostpc/_native/*.h) vhostpc/_native/build.py
+STRICT := -std=gnu11 -O2 -Wall -Wextra -Wconversion -Wno-sign-conversion -Wshadow -Werror -pthread
+OWN_C := $(sort $(filter-out %/_vpc.c %/_vpc.abi3.c,$(wildcard vhostpc/_native/*.c tests/guest/*.c bench/native/*.c)))
+
+export PYTHON
+.PHONY: build peers demo demo-qemu test test-long lint lint-c lint-package bench fuzz clean help
+.DEFAULT_GOAL := build
+
+help:
+	@sed -n 's/^# //p' Makefile
+	@echo "targets: build demo demo-qemu test test-long lint bench fuzz clean"
+
+build: $(VENV)/.built
+
+$(BIN)/python:
+	@tools/need build
+	@$(PYTHON) -m venv $(VENV)
+
+# Editable: a changed Python file needs no new build, a changed C file does.
+$(VENV)/.built: $(BIN)/python pyproject.toml setup.py $(NATIVE)
+	@tools/need build
+	@echo "building vhostpc in $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.built
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	@touch $@
+
+demo: build
+	@$(BIN)/vhostpc demo
+
+peers: $(VENV)/.test
+	@tools/need test
+	@$(BIN)/python -m tests.qemu.peers
+
+demo-qemu: peers
+	@$(BIN)/python -m tests.qemu.demo
+
+test: peers
+	@$(BIN)/python -m pytest -m 'not long' $(PYTEST_ARGS)
+
+test-long: peers
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint lint-c lint-package
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+lint-c:
+	@tools/need build lint
+	@for file in $(OWN_C); do \
+		gcc $(STRICT) -c -o /dev/null $$file && aarch64-linux-gnu-gcc $(STRICT) -c -o /dev/null $$file \
+			|| exit 1; \
+	done; echo "C: $(words $(OWN_C)) files without a warning for x86-64 and arm64"
+
+lint-package: $(VENV)/.lint
+	@$(BIN)/python tools/check_package.py
+	@$(BIN)/python tools/check_manifest.py
+
+bench: $(VENV)/.test
+	@tools/need test bench
+	@$(BIN)/python -m bench
+
+fuzz: $(VENV)/.test
+	@FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -m fuzz $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f vhostpc/_native/_vpc.c vhostpc/_native/_vpc.abi3.c vhostpc/_native/_vpc*.so vhostpc/_native/*.o
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,97 @@
+"""``python -m bench [ROW ...] [--repetitions N] [--no-write]``: run rows, print the table, keep it."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+import trio
+from rich.table import Table
+
+from . import ROOT
+from .peers import PeerError, bridge_version
+from .rows import HEAD, REPETITIONS, Row, console
+
+ROWS = ["n1", "n2", "n3", "f1", "d1"]
+RESULT = ROOT / "docs" / "benchmarks.md"
+TEXT = """# Benchmarks
+
+Every figure is a ratio of two things run in turn on one machine; the absolute ones are for scale. A cell
+is the median of {repetitions} runs, with the smallest and the largest. Frames are counted where they arrive,
+by the same native program for both sides; what was lost on the way is stated. Less is better where the
+unit is a time.
+
+- date: {date}
+- machine: {machine}
+- other work on the machine when it began: load average {load:.1f} (above 0.5 the spreads are wide)
+- command: `{command}`
+- peers: vhost-user-bridge of Debian's QEMU source package {bridge}, its output thrown away
+  ("no dump": built without its dump of every frame)
+- guest: DPDK's testpmd on virtio-user, which polls on core 1; all else runs on core 0
+
+{table}
+
+What the rows are and how they are counted: the docstrings of `bench/n1.py` and its neighbours.
+"""
+
+
+def machine() -> str:
+    model = "unknown processor"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    return f"{os.cpu_count()} cores ({model}), Linux {platform.release()}, Python {platform.python_version()}"
+
+
+def markdown(table: list[Row]) -> str:
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
+    lines += ["| " + " | ".join(row.cells()) + " |" for row in table]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; default: all")
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS)
+    parser.add_argument("--no-write", action="store_true", help=f"leave {RESULT.relative_to(ROOT)} as it is")
+    args = parser.parse_args()
+    wanted = [name.lower() for name in args.rows] or ROWS
+    if unknown := set(wanted) - set(ROWS):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    table: list[Row] = []
+    load = os.getloadavg()[0]
+    try:
+        for name in wanted:
+            table += trio.run(importlib.import_module(f"bench.{name}").rows, args.repetitions)
+    except PeerError as err:
+        print(err, file=sys.stderr)
+        return 3
+    shown = Table(*HEAD)
+    for row in table:
+        shown.add_row(*row.cells())
+    console.__class__(width=max(console.width, 160)).print(shown)
+    if not args.no_write and wanted == ROWS:
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(
+            TEXT.format(
+                repetitions=args.repetitions,
+                date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+                machine=machine(),
+                load=load,
+                command=shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+                bridge=bridge_version(),
+                table=markdown(table),
+            )
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

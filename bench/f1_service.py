@@ -1,0 +1,58 @@
+"""Our side of F1: ``python -m bench.f1_service SOCKET`` serves one ``fault_touch`` by the fault service."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+
+import trio
+
+from vhostpc.memory.ramblock import RamSet, make_memfd
+from vhostpc.ufd.client import ClientRange
+from vhostpc.ufd.service import FaultService
+
+PAGE = 4096
+HELLO = struct.Struct("=QQ")  # base, length: struct ufd_hello in native/ufd_pass.h
+
+
+def ready_pages(length: int) -> int:
+    """A memfd with the pages that the toucher expects: each begins with ``page_word`` of its number."""
+    fd = make_memfd("pages", length)
+    with os.fdopen(os.dup(fd), "wb") as file:
+        for page in range(length // PAGE):
+            word = (page + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+            file.write(word.to_bytes(8, sys.byteorder) + bytes([page & 0xFF]) * (PAGE - 8))
+    return fd
+
+
+async def serve(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(1)
+        print("ready", flush=True)
+        conn, _ = listener.accept()
+    with conn, RamSet() as ram:
+        data, fds, _, _ = socket.recv_fds(conn, HELLO.size, 2)
+        base, length = HELLO.unpack(data)
+        ufd, memfd = fds
+        block = ram.add("ram", memfd, length)
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(conn.dup()))
+        with FaultService(ram) as service:
+            service.arm()
+            pages = ready_pages(length)
+            service.supply(block, pages)
+            os.close(pages)
+            client = service.add_client(ufd, "toucher")
+            client.set_ranges([ClientRange(base, length, block, 0)])
+            async with stream, trio.open_nursery() as nursery:
+                nursery.start_soon(service.run)
+                await stream.send_all(b"g")
+                await stream.receive_some(1)
+                nursery.cancel_scope.cancel()
+            print(client.numbers(), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    trio.run(serve, sys.argv[1])

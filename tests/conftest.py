@@ -1,0 +1,65 @@
+"""Settings for the whole suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+try:
+    from hypothesis import settings
+except ImportError:  # in a small guest only a few files of the suite run, and none needs it
+    pass
+else:
+    # Times are not asserted, and a first example may have to load a library.
+    settings.register_profile("default", deadline=None)
+    settings.register_profile(
+        "fuzz", deadline=None, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "5000"))
+    )
+    settings.load_profile("fuzz" if "FUZZ_EXAMPLES" in os.environ else "default")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test with QEMU needs its peers; what is promised is not skipped where CI is set."""
+    if item.get_closest_marker("qemu"):
+        from tests.qemu import guest, peers
+
+        try:
+            if os.geteuid() != 0:
+                raise peers.PeerMissing("needs root: a network namespace, huge pages")
+            guest.initrd(peers.kernel())
+            for version in peers.VERSIONS:
+                peers.qemu(version)
+        except peers.PeerMissing as exc:
+            pytest.fail(str(exc)) if os.environ.get("CI") else pytest.skip(str(exc))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Property tests are what ``make fuzz`` runs with many more examples."""
+    for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker("fuzz")
+
+
+HUGE = 2 << 20
+NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[int]:
+    """64 more huge pages of 2 MiB, given back at the end."""
+
+    def change(by: int) -> None:
+        NR_HUGEPAGES.write_text(str(max(0, int(NR_HUGEPAGES.read_text()) + by)))
+
+    before = int(NR_HUGEPAGES.read_text())
+    change(64)
+    got = int(NR_HUGEPAGES.read_text()) - before
+    try:
+        if got < 40:
+            pytest.fail(f"only {got} huge pages could be had")
+        yield HUGE
+    finally:
+        change(-got)

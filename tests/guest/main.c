@@ -1,0 +1,68 @@
+/* One static program for the guest and for the far end of its network:
+ *   guest mem                     memory checker (mem.c)
+ *   guest flow LOCAL PEER far|MAC UDP flow both ways (flow.c)
+ */
+#define _GNU_SOURCE
+#include "common.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <time.h>
+#include <unistd.h>
+
+uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+uint64_t nonce64(void)
+{
+    uint64_t value = 0;
+    /* GRND_INSECURE: a guest this small may wait long for entropy, and this is no secret. */
+    if (getrandom(&value, sizeof value, GRND_INSECURE) != (ssize_t)sizeof value || value == 0)
+        value = mix64(now_ns());
+    return value;
+}
+
+void say(const char *format, ...)
+{
+    char line[4096];
+    va_list args;
+    va_start(args, format);
+    int length = vsnprintf(line, sizeof line - 1, format, args);
+    va_end(args);
+    if (length < 0)
+        return;
+    if (length > (int)sizeof line - 2)
+        length = (int)sizeof line - 2;
+    line[length++] = '\n';
+    for (int done = 0; done < length;) {
+        ssize_t n = write(1, line + done, (size_t)(length - done));
+        if (n < 0 && errno != EINTR)
+            return;
+        if (n > 0)
+            done += (int)n;
+    }
+}
+
+void fail(const char *what)
+{
+    say("FAILED %s: %s", what, strerror(errno));
+    _exit(1);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc >= 2 && strcmp(argv[1], "mem") == 0)
+        return mem_main();
+    if (argc >= 2 && strcmp(argv[1], "flow") == 0)
+        return flow_main(argc - 1, argv + 1);
+    fprintf(stderr, "usage: guest mem | guest flow LOCAL PEER far|MAC\n");
+    return 2;
+}

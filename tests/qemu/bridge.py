@@ -1,0 +1,54 @@
+"""Our bridge as a child process inside a test's network, one for each end of a migration."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from tests.qemu.net import Network
+from tests.qemu.peers import REPO
+from tests.qemu.proc import Child, child
+
+
+class Bridge:
+    """A running bridge: where it listens, what it logs."""
+
+    def __init__(self, path: Path, process: Child) -> None:
+        self.path = path
+        self.process = process
+
+    def logged(self, pattern: str) -> list[str]:
+        return [line for line in self.process.err.lines if re.search(pattern, line)]
+
+    def complaints(self) -> list[str]:
+        """Warnings and errors, but for a message that took long: on a busy machine it may."""
+        return [line for line in self.logged("^(WARNING|ERROR|CRITICAL|Traceback)") if " took " not in line]
+
+    async def ended(self, times: int) -> str:
+        """Wait until so many postcopies have ended; the last one's line."""
+        at = 0
+        for _ in range(times):
+            found = await self.process.err.find("postcopy ended", at)
+            at = self.process.err.lines.index(found.string, at) + 1
+        return self.process.err.lines[at - 1]
+
+
+@contextlib.asynccontextmanager
+async def bridge(
+    network: Network, name: str, tap: str, tmp_path: Path, options: Sequence[str] = ()
+) -> AsyncIterator[Bridge]:
+    """Start ``examples/bridge`` on a tap for the length of a block."""
+    path = tmp_path / f"{name}.sock"
+    # The bridge is given the listening socket, so that a front-end may connect before it is ready.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        argv = [*network.inside(), sys.executable, str(REPO / "examples/bridge"), "--tap", tap, *options]
+        argv += ["--fd", str(listener.fileno())]
+        async with child(name, argv, pass_fds=[listener.fileno()]) as process:
+            listener.close()
+            yield Bridge(path, process)

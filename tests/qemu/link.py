@@ -1,0 +1,106 @@
+"""The network between two QEMUs: a relay for the migration stream that keeps pages back until they are wanted.
+
+How many pages are absent when a device looks for them must not depend on how fast the machine is.  So the
+relay lets bytes through by what the destination asks for: each page request on the return path lets pass what
+is on the way before that page, and the page.  Beside that there is a trickle, or nothing would ever end.
+
+QEMU's own limit (max-postcopy-bandwidth) would not do: once it has spent a tenth of a second's worth it sends
+no requested page either until that tenth is over, so every fault takes 100 ms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import trio
+
+from tests.qemu.proc import unwrapped
+
+CHUNK = 32 << 10
+# What may lie between a request and its page: a unix socket's buffer and what QEMU gathers for one write.
+ON_THE_WAY = 384 << 10
+TRICKLE = 2 << 20  # bytes a second
+# Return path messages: be16 type, be16 length of what follows (QEMU, docs/devel/migration).
+REQUESTS = (3, 4)  # REQ_PAGES_ID, REQ_PAGES
+
+
+class Link:
+    """``page``: bytes of a host page.  ``open`` ends all holding back."""
+
+    def __init__(self, source_path: Path, page: int) -> None:
+        self.source_path = source_path
+        self.requests = 0
+        # A page of the background may have been begun when the request comes: it is sent to its end.
+        self._grant = ON_THE_WAY + (2 * page if page > 4096 else page)
+        self._budget = 0
+        self._open = False
+        self._granted = trio.Event()
+
+    @property
+    def uri(self) -> str:
+        """Where the source of the migration connects."""
+        return f"unix:{self.source_path}"
+
+    def open(self) -> None:
+        self._open = True
+        self._granted.set()
+
+    async def _may_send(self, size: int, free_at: float) -> float:
+        """Wait until so many bytes may pass; when the trickle may go on."""
+        while not self._open and self._budget < size and self.requests:
+            self._granted = trio.Event()
+            with trio.move_on_at(free_at):
+                await self._granted.wait()
+                continue
+            return max(free_at, trio.current_time()) + size / TRICKLE
+        self._budget = max(0, self._budget - size)
+        return free_at
+
+    async def _forward(self, source: trio.SocketStream, target: trio.SocketStream) -> None:
+        free_at = trio.current_time()
+        with contextlib.suppress(trio.BrokenResourceError):
+            while data := await source.receive_some(CHUNK):
+                free_at = await self._may_send(len(data), free_at)
+                await target.send_all(data)
+            await target.send_eof()
+
+    async def _back(self, source: trio.SocketStream, target: trio.SocketStream) -> None:
+        seen = b""
+        with contextlib.suppress(trio.BrokenResourceError):
+            while data := await target.receive_some(CHUNK):
+                await source.send_all(data)
+                seen += data
+                while len(seen) >= 4:
+                    kind, length = struct.unpack_from(">HH", seen)
+                    if len(seen) < 4 + length:
+                        break
+                    seen = seen[4 + length :]
+                    if kind in REQUESTS:
+                        self.requests += 1
+                        self._budget += self._grant
+                        self._granted.set()
+
+    async def run(self, listener: trio.SocketListener, target_path: Path) -> None:
+        async with listener:
+            source = await listener.accept()
+        async with source, await trio.open_unix_socket(target_path) as target:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._forward, source, target)
+                nursery.start_soon(self._back, source, target)
+
+
+@contextlib.asynccontextmanager
+async def link(source_path: Path, target_path: Path, page: int) -> AsyncIterator[Link]:
+    """A relay that listens at ``source_path`` and connects to ``target_path``, for one migration."""
+    sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+    await sock.bind(str(source_path))
+    sock.listen(1)
+    it = Link(source_path, page)
+    with unwrapped():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(it.run, trio.SocketListener(sock), target_path)
+            yield it
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,112 @@
+"""``vhostpc doctor`` on this machine and with rights taken away."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vhostpc.cli import checks
+from vhostpc.cli.checks import Level
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def doctor(*arguments: str, profile: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vhostpc", "doctor", *arguments]
+    if profile:
+        command = [sys.executable, "-m", "tests.confine", profile, *command]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def as_root() -> None:
+    if os.geteuid() != 0:
+        pytest.fail("needs root") if os.environ.get("CI") else pytest.skip("needs root")
+
+
+@pytest.mark.ufd
+def test_here_it_works() -> None:
+    done = doctor()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Postcopy can work here." in done.stdout
+
+
+@pytest.mark.ufd
+def test_json_has_a_row_for_each_look() -> None:
+    done = doctor("--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["postcopy"] is True
+    rows = {c["name"]: c for c in found["checks"]}
+    wanted = {
+        "kernel",
+        "userfaultfd",
+        "features",
+        "memfd",
+        "huge pages",
+        "transparent huge pages",
+        "mlockall",
+    }
+    assert wanted | {"/dev/shm", "/dev/net/tun", "QEMU"} <= set(rows)
+    assert rows["kernel"]["facts"]["minimum"] == "5.11"
+    assert set(rows["userfaultfd"]["facts"]["ways"]) == {"device", "syscall", "user_mode_only"}
+    assert "MISSING_SHMEM" in rows["userfaultfd"]["facts"]["features"]
+
+
+@pytest.mark.ufd
+@pytest.mark.usefixtures("as_root")
+def test_denied_userfaultfd_is_3_and_says_why_and_what_to_do() -> None:
+    done = doctor(profile="denied")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "seccomp filter" in done.stdout
+    assert "-> give this process read and write access to /dev/userfaultfd" in done.stdout
+    assert "Postcopy can not work here" in done.stdout
+    assert not done.stderr
+    found = json.loads(doctor("--json", profile="denied").stdout)
+    assert found["postcopy"] is False
+    (row,) = [c for c in found["checks"] if c["name"] == "userfaultfd"]
+    assert row["level"] == "fail"
+    assert row["facts"]["best"] is None
+
+
+@pytest.mark.ufd
+@pytest.mark.usefixtures("as_root")
+def test_an_ordinary_user_is_told_that_user_mode_is_enough() -> None:
+    found = json.loads(doctor("--json", profile="nobody").stdout)
+    assert found["postcopy"] is True
+    (row,) = [c for c in found["checks"] if c["name"] == "userfaultfd"]
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "0":
+        assert row["facts"]["best"] == "user_mode_only"
+        assert "enough for vhostpc" in row["text"]
+
+
+def fake_qemu(folder: Path, version: str) -> Path:
+    program = folder / "qemu-system-x86_64"
+    program.write_text(f"#!/bin/sh\necho 'QEMU emulator version {version}'\n")
+    program.chmod(0o755)
+    return program
+
+
+@pytest.mark.parametrize(
+    ("version", "bug"),
+    [("7.2.22 (Debian 1:7.2)", "MSI-X"), ("10.0.2", "queue pairs"), ("10.0.2", "postcopy-preempt")],
+)
+def test_known_bugs_of_qemu_are_named(tmp_path: Path, version: str, bug: str) -> None:
+    found = checks.check_qemu(fake_qemu(tmp_path, version))
+    assert found.level is Level.NOTE
+    assert bug in found.text
+    assert found.mend
+    assert found.facts["version"] == version.split()[0]
+
+
+def test_a_program_that_is_no_qemu(tmp_path: Path) -> None:
+    program = tmp_path / "qemu-system-x86_64"
+    program.write_text("#!/bin/sh\necho hello\n")
+    program.chmod(0o755)
+    assert "does not say its version" in checks.check_qemu(program).text
+    assert "does not say its version" in checks.check_qemu(tmp_path / "absent").text

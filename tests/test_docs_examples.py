@@ -1,0 +1,194 @@
+"""The examples of the documentation and of ``examples/``: each is what it says it is."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.peers.child import Child, open_child
+from tests.raw_front_end import NEXT, WRITE, Guest, RawFrontEnd
+from vhostpc.wire import vhost_user as vu
+from vhostpc.wire.vhost_user import Request
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LIMIT = 60
+
+
+def blocks(path: Path) -> Iterator[str]:
+    yield from re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def files() -> dict[str, str]:
+    """The examples that name themselves in their first line (``# name.py``), by name."""
+    found = {}
+    for page in PAGES:
+        for text in blocks(page):
+            if name := re.match(r"# (\w+\.py)\n", text):
+                assert name[1] not in found, f"two examples are named {name[1]}"
+                found[name[1]] = text
+    return found
+
+
+FILES = files()
+DEVICES = {
+    name: kind[1] for name, text in FILES.items() if (kind := re.search(r"class (\w+)\(Device\)", text))
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_in_the_pages_compiles(page: Path) -> None:
+    for text in blocks(page):
+        compile(text, str(page), "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_there_are_devices() -> None:
+    assert {"rng.py", "echo.py", "slow.py", "sized.py", "wire.py"} <= set(DEVICES)
+
+
+@pytest.mark.parametrize("name", sorted(DEVICES))
+def test_devices_of_the_pages_are_devices(name: str, folder: Path) -> None:
+    command = [sys.executable, "-m", "vhostpc", "backend", f"{folder / name}:{DEVICES[name]}"]
+    done = subprocess.run(
+        [*command, "--print-capabilities"], capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["type"]
+
+
+@asynccontextmanager
+async def served(*target: str) -> AsyncIterator[tuple[RawFrontEnd, Child]]:
+    """``vhostpc backend`` with a front-end at the other end of a socket pair."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    command = [sys.executable, "-m", "vhostpc", "backend", *target, "--fd", str(theirs.fileno())]
+    with trio.fail_after(LIMIT):
+        async with open_child(command, name="back-end", cwd=ROOT, pass_fds=(theirs.fileno(),)) as child:
+            theirs.close()
+            front = RawFrontEnd(ours)
+            try:
+                yield front, child
+                front.close()
+                assert await child.wait() == 0, child.said
+            except BaseException as e:
+                e.add_note(f"the back-end said:\n{child.last_words()}")
+                raise
+            finally:
+                front.close()
+
+
+async def ask(front: RawFrontEnd, requests: list[bytes], room: int) -> list[bytes]:
+    """Each request through ring 0 with ``room`` writable bytes; the answers in the order of the requests."""
+    guest = Guest()
+    ring = guest.ring(0, 16)
+    await front.negotiate()
+    await guest.send_memory(front)
+    await ring.send_setup(front)
+    heads = []
+    for i, text in enumerate(requests):
+        first = 2 * i
+        answer = guest.put(0x90000 + 0x1000 * i, bytes(room))
+        if text:
+            ring.set_desc(first, guest.put(0x80000 + 0x1000 * i, text), len(text), NEXT, first + 1)
+            ring.set_desc(first + 1, answer, room, WRITE)
+        else:
+            ring.set_desc(first, answer, room, WRITE)
+        heads.append(first)
+    ring.offer(*heads)
+    await ring.until_used(len(requests))
+    lengths = dict(ring.used_element(i) for i in range(len(requests)))
+    found = [guest.mem[0x90000 + 0x1000 * i :][: lengths[head]] for i, head in enumerate(heads)]
+    await front.ask(Request.GET_VRING_BASE, vu.VringState(0, 0).pack())
+    guest.close()
+    return found
+
+
+@pytest.mark.parametrize("where", ["examples/rng/rng.py:Rng", "rng.py:Rng"])
+async def test_entropy(where: str, folder: Path) -> None:
+    target = where if "/" in where else f"{folder}/{where}"
+    async with served(target) as (front, _):
+        first, second = await ask(front, [b"", b""], 512)
+        assert len(first) == len(second) == 512
+        assert first != second
+        assert first.count(0) < 64
+
+
+async def test_echo(folder: Path) -> None:
+    async with served(f"{folder}/echo.py:Echo") as (front, _):
+        assert await ask(front, [b"hello", b"world"], 64) == [b"olleh", b"dlrow"]
+
+
+async def test_answers_out_of_order(folder: Path) -> None:
+    async with served(f"{folder}/slow.py:Slow") as (front, _):
+        requests = [b"request %d" % i for i in range(8)]
+        assert await ask(front, requests, 64) == requests
+
+
+async def test_config_space(folder: Path) -> None:
+    async with served(f"{folder}/sized.py:Sized", "-o", "sectors=4096") as (front, _):
+        await front.negotiate()
+        asked = vu.ConfigSpace(0, 0, bytes(8)).pack()
+        frame = await front.ask(Request.GET_CONFIG, asked)
+        assert vu.ConfigSpace.unpack(frame.payload).data == (4096).to_bytes(8, "little")
+
+
+@asynccontextmanager
+async def bridge(path: Path) -> AsyncIterator[socket.socket]:
+    """The bridge example at ``path``, and the socket that its frames go to."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as far:
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        far.bind(("127.0.0.1", 0))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(str(path))
+            listener.listen()
+            command = [sys.executable, "examples/bridge", "--fd", str(listener.fileno()), "-l", "127.0.0.1:0"]
+            command += ["-r", f"127.0.0.1:{far.getsockname()[1]}"]
+            async with open_child(command, name="bridge", cwd=ROOT, pass_fds=(listener.fileno(),)) as child:
+                try:
+                    yield far
+                except BaseException as e:
+                    e.add_note(f"the bridge said:\n{child.last_words()}")
+                    raise
+
+
+@pytest.mark.ufd
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("drive.py", r"1000 frames sent, stopped at \d+\n$"),
+        (
+            "move.py",
+            r"\d+ frames, 4096 pages placed, 0 twice\n\d+ pages asked for by the back-end, p99 [\d.]+ ms\n$",
+        ),
+    ],
+)
+async def test_front_end(name: str, pattern: str, folder: Path) -> None:
+    path = folder / "b.sock"
+    with trio.fail_after(LIMIT):
+        async with bridge(path) as far:
+            async with open_child([sys.executable, folder / name, path], name=name, cwd=folder) as child:
+                assert await child.wait() == 0, child.said
+                assert re.search(pattern, child.said), child.said
+            assert len(far.recv(4096)) == 1400

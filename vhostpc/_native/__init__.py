@@ -1,0 +1,32 @@
+"""The native core, typed. Only ``memory``, ``ufd``, ``virtio`` and ``frontend.driver`` import this."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, cast
+
+from vhostpc._native import _vpc
+from vhostpc._native.api_driver import DriverLib
+from vhostpc._native.api_gm import GmLib
+from vhostpc._native.api_ram import RamLib
+from vhostpc._native.api_ring import RingLib
+from vhostpc._native.api_uffd import UffdLib
+
+if TYPE_CHECKING:
+
+    class Lib(UffdLib, GmLib, RingLib, RamLib, DriverLib): ...
+
+
+ffi: Any = _vpc.ffi
+lib: Lib = cast("Lib", _vpc.lib)
+
+# cffi completes its types at first use; look at every name once, here, where only one thread runs.
+for _name in dir(lib):
+    getattr(lib, _name)
+
+
+def check(rc: int, what: str) -> int:
+    """Return ``rc`` if it is not negative, else raise the :class:`OSError` that ``-rc`` names."""
+    if rc < 0:
+        raise OSError(-rc, f"{what}: {os.strerror(-rc)}")
+    return rc

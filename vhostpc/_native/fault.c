@@ -1,0 +1,238 @@
+/* The fault service's life and its loop: reads the faults of any number of clients. See fault_internal.h. */
+#define _GNU_SOURCE
+#include "fault_internal.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define EVENTS_A_READ 64
+#define READY_A_WAIT 64
+#define CONTROL UINT32_MAX /* in place of a client's number */
+
+/* ---- life */
+
+/* Also used for a descriptor that is shared with its client's process, so it has to be taken out by hand. */
+int vpc_fault_watch(struct vpc_fault *s, int fd, uint32_t who)
+{
+    struct epoll_event ev = {.events = EPOLLIN, .data.u32 = who};
+
+    return epoll_ctl(s->ready, EPOLL_CTL_ADD, fd, &ev) < 0 ? -errno : 0;
+}
+
+void vpc_fault_unwatch(struct vpc_fault *s, int fd)
+{
+    (void)epoll_ctl(s->ready, EPOLL_CTL_DEL, fd, NULL);
+}
+
+struct vpc_fault *vpc_fault_new(struct vpc_ram *ram)
+{
+    struct vpc_fault *s = calloc(1, sizeof *s);
+
+    if (!s)
+        return NULL;
+    s->control = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    s->ready = epoll_create1(EPOLL_CLOEXEC);
+    if (s->control < 0 || s->ready < 0 || vpc_fault_watch(s, s->control, CONTROL) < 0) {
+        if (s->control >= 0)
+            close(s->control);
+        if (s->ready >= 0)
+            close(s->ready);
+        free(s);
+        return NULL;
+    }
+    s->ram = ram;
+    s->out_fd = -1;
+    pthread_mutex_init(&s->lock, NULL);
+    pthread_mutex_init(&s->out_lock, NULL);
+    return s;
+}
+
+void vpc_fault_free(struct vpc_fault *s)
+{
+    if (!s)
+        return;
+    for (int i = 0; i < s->client_count; i++)
+        vpc_client_free(s->clients[i]);
+    vpc_outbox_free(s);
+    close(s->control);
+    close(s->ready);
+    pthread_mutex_destroy(&s->lock);
+    pthread_mutex_destroy(&s->out_lock);
+    free(s->waiters);
+    free(s);
+}
+
+void vpc_fault_kick(struct vpc_fault *s)
+{
+    uint64_t one = 1;
+    ssize_t n = write(s->control, &one, sizeof one);
+    (void)n; /* a full counter is as good */
+}
+
+void vpc_fault_stop(struct vpc_fault *s)
+{
+    atomic_store(&s->stop, 1);
+    vpc_fault_kick(s);
+}
+
+/* ---- the loop */
+
+/* Read and handle one batch of one client. Caller holds the lock. Returns events read. */
+static int client_read(struct vpc_fault *s, int id)
+{
+    struct client *c = s->clients[id];
+    struct vpc_uffd_event events[EVENTS_A_READ];
+    int n;
+
+    if (c->fd < 0 || c->stats.error)
+        return 0;
+    n = vpc_uffd_read(c->fd, events, EVENTS_A_READ);
+    if (n == -EAGAIN || n == -EINTR)
+        return 0;
+    if (n <= 0) {
+        c->stats.error = n ? -n : EPIPE;
+        vpc_fault_unwatch(s, c->fd);
+        return 0;
+    }
+    uint64_t when = now_ns();
+    for (int i = 0; i < n; i++) {
+        if (events[i].kind != UFFD_EVENT_PAGEFAULT) {
+            c->stats.other_events++;
+            if (events[i].kind == UFFD_EVENT_FORK)
+                close((int)events[i].address); /* reading it gave us a descriptor nobody asked for */
+            continue;
+        }
+        c->stats.faults++;
+        s->stats.events++;
+        int at = vpc_waiter_add(s, id, &events[i], when);
+        if (at < 0)
+            continue;
+        if (!vpc_waiter_resolve(s, (uint32_t)at) && s->waiters[at].block < 0) {
+            c->stats.found_nothing++;
+            c->stats.last_unknown = events[i].address;
+        }
+    }
+    return n;
+}
+
+/* Send what can be sent, then wait for a client, the control eventfd or room on the return path. */
+static int wait_ready(struct vpc_fault *s, struct epoll_event *events, int timeout)
+{
+    pthread_mutex_lock(&s->out_lock);
+    vpc_outbox_flush(s);
+    struct pollfd fds[2] = {{.fd = s->ready, .events = POLLIN},
+                            {.fd = s->out_begin < s->out_end ? s->out_fd : -1, .events = POLLOUT}};
+    pthread_mutex_unlock(&s->out_lock);
+    if (fds[1].fd >= 0) {
+        if (poll(fds, 2, timeout) < 0)
+            return -errno;
+        timeout = 0;
+    }
+    int n = epoll_wait(s->ready, events, READY_A_WAIT, timeout);
+    return n < 0 ? -errno : n;
+}
+
+static void handle(struct vpc_fault *s, const struct epoll_event *ev, int *got)
+{
+    uint64_t count;
+
+    if (ev->data.u32 == CONTROL) {
+        (void)!read(s->control, &count, sizeof count);
+        return;
+    }
+    struct client *c = s->clients[ev->data.u32];
+    if (c->fd >= 0 && ev->events & (EPOLLERR | EPOLLHUP)) {
+        /* A blocking ufd polls as an error: reading it could stop everybody. */
+        c->stats.error = EINVAL;
+        vpc_fault_unwatch(s, c->fd);
+        return;
+    }
+    *got += client_read(s, (int)ev->data.u32);
+}
+
+int vpc_fault_run(struct vpc_fault *s, uint64_t spin_ns)
+{
+    struct epoll_event events[READY_A_WAIT];
+    uint64_t last_event = 0;
+    int rc = 0;
+
+    atomic_store(&s->running, 1);
+    while (!atomic_load(&s->stop)) {
+        int spin = spin_ns && now_ns() - last_event < spin_ns, got = 0;
+        int n = wait_ready(s, events, spin ? 0 : -1);
+
+        if (n < 0 && n != -EINTR) {
+            rc = n;
+            break;
+        }
+        pthread_mutex_lock(&s->lock);
+        for (int i = 0; i < n; i++)
+            handle(s, &events[i], &got);
+        pthread_mutex_unlock(&s->lock);
+        if (got && spin_ns)
+            last_event = now_ns();
+    }
+    atomic_store(&s->running, 0);
+    atomic_store(&s->stop, 0);
+    return rc;
+}
+
+/* ---- numbers */
+
+static uint64_t count_waiters(struct vpc_fault *s, int client)
+{
+    uint64_t n = 0;
+    for (uint32_t i = 0; i < s->waiter_count; i++)
+        n += client < 0 || s->waiters[i].client == client;
+    return n;
+}
+
+int vpc_fault_client_stats(struct vpc_fault *s, int id, struct vpc_client_stats *out)
+{
+    int rc = -ENOENT;
+
+    pthread_mutex_lock(&s->lock);
+    struct client *c = vpc_client_of(s, id);
+    if (c) {
+        *out = c->stats;
+        out->waiting_now = count_waiters(s, id);
+        rc = 0;
+    }
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+int vpc_fault_stats(struct vpc_fault *s, struct vpc_fault_stats *out)
+{
+    pthread_mutex_lock(&s->lock);
+    *out = s->stats;
+    out->waiting_now = count_waiters(s, -1);
+    pthread_mutex_unlock(&s->lock);
+    pthread_mutex_lock(&s->out_lock);
+    out->batches = s->out_batches;
+    out->bytes_sent = s->out_bytes;
+    out->outbox_bytes = s->out_end - s->out_begin;
+    out->send_errno = s->out_errno;
+    pthread_mutex_unlock(&s->out_lock);
+    out->running = atomic_load(&s->running);
+    return 0;
+}
+
+int vpc_fault_waiting(struct vpc_fault *s, struct vpc_waiter *out, uint32_t max)
+{
+    pthread_mutex_lock(&s->lock);
+    uint32_t n = s->waiter_count < max ? s->waiter_count : max;
+    if (n)
+        memcpy(out, s->waiters, n * sizeof *out);
+    pthread_mutex_unlock(&s->lock);
+    return (int)n;
+}

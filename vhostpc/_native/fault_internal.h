@@ -1,0 +1,73 @@
+#ifndef FAULT_INTERNAL_H
+#define FAULT_INTERNAL_H
+/*
+ * The fault service inside: outbox.c asks for pages, waiters.c knows who waits where, fault.c is the loop.
+ *
+ * No lost wake. The loop: remember the waiter, then test "received". The loader: mark "received", then look for
+ * waiters (both in sequentially consistent order, the waiters under the lock). Whichever comes second sees the
+ * other, so every waiter is woken, and one that nobody asked for yet is asked for.
+ *
+ * The lock is held over non-blocking reads and ioctls, never over a touch of a block, a send or a poll.
+ */
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "ram_internal.h"
+#include "vpc_uffd.h"
+
+#define MAX_CLIENTS 1024
+
+struct client {
+    int fd; /* -1: removed */
+    uint32_t range_count;
+    struct vpc_client_range *ranges; /* sorted by base */
+    uint64_t **seen;                 /* a bitmap a range: host pages that faulted */
+    struct vpc_client_stats stats;
+};
+
+struct vpc_fault {
+    struct vpc_ram *ram;
+    int control; /* eventfd: look at stop and the outbox again */
+    int ready;   /* epoll: control and the clients that are read; poll would cost two more of them a fault */
+    _Atomic int stop;
+    _Atomic int running;
+
+    pthread_mutex_t lock; /* clients and waiters */
+    int client_count;
+    struct client *clients[MAX_CLIENTS];
+    struct vpc_waiter *waiters;
+    uint32_t waiter_count, waiter_room;
+    struct vpc_fault_stats stats;
+
+    pthread_mutex_t out_lock; /* outbox; taken after lock, never the other way round */
+    int out_fd;
+    unsigned char *out;
+    size_t out_begin, out_end, out_room;
+    uint64_t out_batches, out_bytes;
+    int out_errno;
+    int out_used; /* there was a return path before */
+};
+
+/* fault.c */
+void vpc_fault_kick(struct vpc_fault *s);
+/* Tell the loop what is to be read from a client, or no longer. 0 or -errno. */
+int vpc_fault_watch(struct vpc_fault *s, int fd, uint32_t who);
+void vpc_fault_unwatch(struct vpc_fault *s, int fd);
+
+/* outbox.c; the first with the lock held, the second with the outbox's. */
+void vpc_outbox_request(struct vpc_fault *s, int block, uint64_t page);
+void vpc_outbox_flush(struct vpc_fault *s);
+void vpc_outbox_free(struct vpc_fault *s);
+
+/* waiters.c; all with the lock held. A waiter that was resolved with 1 was woken and is gone. */
+int vpc_waiter_add(struct vpc_fault *s, int client, const struct vpc_uffd_event *ev, uint64_t when);
+int vpc_waiter_resolve(struct vpc_fault *s, uint32_t i);
+void vpc_client_free(struct client *c);
+
+/* With the lock held; NULL for a number that was never given. */
+static inline struct client *vpc_client_of(struct vpc_fault *s, int id)
+{
+    return id >= 0 && id < s->client_count ? s->clients[id] : NULL;
+}
+
+#endif

@@ -1,0 +1,385 @@
+/*
+ * RAM records in: parse, gather runs, place them once, wake who waits.
+ *
+ * Records are parsed from a private buffer and pages are gathered in another, so what the kernel copies
+ * from is never guest memory, and this loop never waits for a page (in calm mode nothing is missing).
+ */
+#define _GNU_SOURCE
+#include "ram_internal.h"
+#include "vpc_uffd.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define INPUT_ROOM (256u << 10)
+#define RUN_PAGES 64u
+#define DONTWAKE 1u
+
+struct vpc_load {
+    struct vpc_ram *ram;
+    struct vpc_fault *service;
+    int fd, place, control;
+    _Atomic int stop;
+
+    unsigned char *input;
+    size_t begin, end;
+    int block; /* of the last record, for CONTINUE; -1 before the first */
+
+    /* The run: target pages that follow one another in one block, all data or all zero. */
+    unsigned char *run; /* room for RUN_PAGES target pages or one host page, whichever is more */
+    size_t run_room;
+    unsigned char *zeros; /* as much again, never written; made when first needed */
+    int run_block;
+    int run_zero;
+    uint64_t run_first, run_count; /* target pages */
+
+    struct vpc_load_stats stats;
+};
+
+static void *private_pages(size_t length)
+{
+    void *p = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+void vpc_load_free(struct vpc_load *l)
+{
+    if (!l)
+        return;
+    if (l->run)
+        munmap(l->run, l->run_room);
+    if (l->zeros)
+        munmap(l->zeros, l->run_room);
+    if (l->fd >= 0)
+        close(l->fd);
+    if (l->place >= 0)
+        close(l->place);
+    if (l->control >= 0)
+        close(l->control);
+    free(l->input);
+    free(l);
+}
+
+struct vpc_load *vpc_load_new(struct vpc_ram *ram, struct vpc_fault *service, int fd, int place_ufd)
+{
+    struct vpc_load *l = calloc(1, sizeof *l);
+
+    if (!l)
+        return NULL;
+    l->ram = ram;
+    l->service = service;
+    l->block = -1;
+    l->stats.bad_offset = UINT64_MAX;
+    l->run_room = RUN_PAGES * TARGET_PAGE;
+    for (int i = 0; i < ram->count; i++)
+        if (ram->blocks[i]->page_size > l->run_room)
+            l->run_room = ram->blocks[i]->page_size;
+    l->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    l->place = place_ufd < 0 ? -1 : fcntl(place_ufd, F_DUPFD_CLOEXEC, 0);
+    l->control = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    l->input = malloc(INPUT_ROOM);
+    l->run = private_pages(l->run_room);
+    if (l->fd < 0 || (place_ufd >= 0 && l->place < 0) || l->control < 0 || !l->input || !l->run) {
+        vpc_load_free(l);
+        return NULL;
+    }
+    return l;
+}
+
+void vpc_load_stop(struct vpc_load *l)
+{
+    uint64_t one = 1;
+
+    atomic_store(&l->stop, 1);
+    ssize_t n = write(l->control, &one, sizeof one);
+    (void)n;
+}
+
+/* ---- placing */
+
+static void mark_and_wake(struct vpc_load *l, int block, uint64_t first, uint64_t count)
+{
+    if (l->service) {
+        vpc_fault_placed(l->service, block, first, count);
+        return;
+    }
+    for (uint64_t page = first; page < first + count; page++)
+        bit_set(l->ram->blocks[block], VPC_BITS_RECEIVED, page);
+}
+
+static int place_calm(struct vpc_load *l, struct vpc_block *b)
+{
+    unsigned char *to = b->map + (l->run_first << TARGET_SHIFT);
+    size_t length = (size_t)l->run_count << TARGET_SHIFT;
+
+    if (l->run_zero)
+        memset(to, 0, length);
+    else
+        memcpy(to, l->run, length);
+    l->stats.placed += length >> b->shift;
+    mark_and_wake(l, l->run_block, (l->run_first << TARGET_SHIFT) >> b->shift, length >> b->shift);
+    return 0;
+}
+
+/* Place the host pages [first, first + count) of the run, whose private bytes begin at from. */
+static int place_pages(struct vpc_load *l, struct vpc_block *b, uint64_t first, uint64_t count, uint64_t from)
+{
+    int huge = b->page_size > TARGET_PAGE;
+
+    while (count) {
+        uint64_t to = (uint64_t)(uintptr_t)b->map + (first << b->shift);
+        int64_t done = 0;
+        int rc;
+
+        if (l->run_zero && !huge)
+            rc = vpc_uffd_zero(l->place, to, count << b->shift, DONTWAKE, &done);
+        else
+            rc = vpc_uffd_copy(l->place, to, from, count << b->shift, DONTWAKE, &done);
+        l->stats.runs++;
+        uint64_t pages = (uint64_t)done >> b->shift;
+        if (pages) {
+            l->stats.placed += pages;
+            mark_and_wake(l, l->run_block, first, pages);
+            first += pages;
+            count -= pages;
+            from += pages << b->shift;
+        }
+        if (rc == 0)
+            continue;
+        if (rc == -EEXIST) {
+            /* There already: newer than ours or the same. Never overwritten. */
+            l->stats.already++;
+            mark_and_wake(l, l->run_block, first, 1);
+            first++;
+            count--;
+            from += b->page_size;
+        } else if (rc == -EAGAIN) {
+            if (atomic_load(&l->stop))
+                return -ECANCELED;
+            sched_yield();
+        } else {
+            return rc;
+        }
+    }
+    return 0;
+}
+
+static int flush_run(struct vpc_load *l)
+{
+    if (l->run_count == 0)
+        return 0;
+    struct vpc_block *b = l->ram->blocks[l->run_block];
+    if (((l->run_first | l->run_count) << TARGET_SHIFT) & (b->page_size - 1))
+        return 0; /* a host page that is not whole yet */
+    uint64_t first = (l->run_first << TARGET_SHIFT) >> b->shift;
+    uint64_t count = (l->run_count << TARGET_SHIFT) >> b->shift;
+    int rc = 0;
+
+    if (l->place < 0) {
+        rc = place_calm(l, b);
+        l->run_count = 0;
+        return rc;
+    }
+    if (l->run_zero && b->page_size > TARGET_PAGE && !l->zeros) {
+        l->zeros = private_pages(l->run_room);
+        if (!l->zeros)
+            return -ENOMEM;
+    }
+    unsigned char *bytes = l->run_zero && b->page_size > TARGET_PAGE ? l->zeros : l->run;
+    for (uint64_t i = 0; i < count && rc == 0;) {
+        uint64_t n = 0;
+        if (bit_test(b, VPC_BITS_RECEIVED, first + i)) {
+            l->stats.already++;
+            i++;
+            continue;
+        }
+        while (i + n < count && !bit_test(b, VPC_BITS_RECEIVED, first + i + n))
+            n++;
+        rc = place_pages(l, b, first + i, n, (uint64_t)(uintptr_t)bytes + (i << b->shift));
+        i += n;
+    }
+    l->run_count = 0;
+    return rc;
+}
+
+static int bad(struct vpc_load *l, int why)
+{
+    l->stats.why = why;
+    l->stats.bad_offset = l->stats.bytes;
+    return -EBADMSG;
+}
+
+/* One target page has come. */
+static int take_page(struct vpc_load *l, int block, uint64_t page, const unsigned char *data, int fill)
+{
+    struct vpc_block *b = l->ram->blocks[block];
+    uint64_t per_host = b->page_size >> TARGET_SHIFT;
+    int zero = !data && fill == 0;
+    int partial = 0, rc;
+
+    if (l->run_count) {
+        struct vpc_block *rb = l->ram->blocks[l->run_block];
+        uint64_t host = rb->page_size >> TARGET_SHIFT;
+        partial = (l->run_count & (host - 1)) != 0;
+        int follows = l->run_block == block && page == l->run_first + l->run_count;
+        if (partial && !follows)
+            return bad(l, VPC_BAD_HOST_PAGE);
+        /* A huge page goes out as soon as it is whole; small ones gather. */
+        uint64_t most = host > 1 ? host : RUN_PAGES;
+        if (!partial && (!follows || l->run_zero != zero || l->run_count >= most)) {
+            rc = flush_run(l);
+            if (rc < 0)
+                return rc;
+        }
+    }
+    if (l->run_count == 0) {
+        if (page & (per_host - 1))
+            return bad(l, VPC_BAD_HOST_PAGE);
+        l->run_block = block;
+        l->run_first = page;
+        l->run_zero = zero;
+    }
+    if (l->run_zero && !zero) {
+        /* A host page that began with zeros and goes on with data. */
+        memset(l->run, 0, (size_t)l->run_count << TARGET_SHIFT);
+        l->run_zero = 0;
+    }
+    unsigned char *to = l->run + (l->run_count << TARGET_SHIFT);
+    if (data)
+        memcpy(to, data, TARGET_PAGE);
+    else if (!l->run_zero)
+        memset(to, fill, TARGET_PAGE);
+    l->run_count++;
+    if (data)
+        l->stats.data_pages++;
+    else
+        l->stats.zero_pages++;
+    return 0;
+}
+
+/* Parse one record. 0: more input needed; 1: one taken; VPC_LOAD_EOS + 1: end of section; or -errno. */
+static int take_record(struct vpc_load *l)
+{
+    const unsigned char *p = l->input + l->begin;
+    size_t have = l->end - l->begin, need = 8;
+
+    if (have < need)
+        return 0;
+    uint64_t word = get_be(p, 8);
+    unsigned flags = (unsigned)(word & (TARGET_PAGE - 1));
+    uint64_t offset = word & ~(uint64_t)(TARGET_PAGE - 1);
+    unsigned kind = flags & ~REC_CONTINUE;
+
+    if (word == REC_EOS) {
+        l->begin += 8;
+        l->stats.bytes += 8;
+        return VPC_LOAD_EOS + 1;
+    }
+    if (kind != REC_ZERO && kind != REC_PAGE)
+        return bad(l, VPC_BAD_FLAGS);
+    int block = l->block;
+    if (flags & REC_CONTINUE) {
+        if (block < 0)
+            return bad(l, VPC_BAD_NO_BLOCK);
+    } else {
+        if (have < need + 1)
+            return 0;
+        unsigned length = p[need];
+        if (length == 0)
+            return bad(l, VPC_BAD_NAME);
+        if (have < need + 1 + length)
+            return 0;
+        block = vpc_ram_find(l->ram, p + need + 1, length);
+        if (block < 0)
+            return bad(l, VPC_BAD_NAME);
+        need += 1 + length;
+    }
+    if (offset >= l->ram->blocks[block]->length)
+        return bad(l, VPC_BAD_OFFSET);
+    size_t payload = kind == REC_PAGE ? TARGET_PAGE : 1;
+    if (have < need + payload)
+        return 0;
+    int rc = kind == REC_PAGE ? take_page(l, block, offset >> TARGET_SHIFT, p + need, 0)
+                              : take_page(l, block, offset >> TARGET_SHIFT, NULL, p[need]);
+    if (rc < 0)
+        return rc;
+    l->block = block;
+    l->begin += need + payload;
+    l->stats.bytes += need + payload;
+    return 1;
+}
+
+/* Wait for input (or stop) and read what there is. 0, VPC_LOAD_EOF, VPC_LOAD_STOPPED or -errno. */
+static int fill(struct vpc_load *l, uint64_t spin_ns)
+{
+    uint64_t until = spin_ns ? now_ns() + spin_ns : 0;
+
+    if (l->begin) {
+        memmove(l->input, l->input + l->begin, l->end - l->begin);
+        l->end -= l->begin;
+        l->begin = 0;
+    }
+    for (;;) {
+        struct pollfd fds[2] = {{.fd = l->fd, .events = POLLIN}, {.fd = l->control, .events = POLLIN}};
+        if (atomic_load(&l->stop))
+            return VPC_LOAD_STOPPED;
+        int ready = poll(fds, 2, until && now_ns() < until ? 0 : -1);
+        if (ready < 0 && errno != EINTR)
+            return -errno;
+        if (ready <= 0 || !fds[0].revents)
+            continue;
+        ssize_t n = read(l->fd, l->input + l->end, INPUT_ROOM - l->end);
+        if (n < 0 && (errno == EINTR || errno == EAGAIN))
+            continue;
+        if (n < 0)
+            return -errno;
+        if (n == 0)
+            return VPC_LOAD_EOF;
+        l->end += (size_t)n;
+        l->stats.reads++;
+        return 0;
+    }
+}
+
+int vpc_load_run(struct vpc_load *l, uint64_t spin_ns)
+{
+    int rc = 0, flushed;
+
+    while (rc == 0) {
+        int taken;
+        while ((taken = take_record(l)) == 1)
+            ;
+        if (taken < 0)
+            rc = taken;
+        else if (taken == VPC_LOAD_EOS + 1)
+            rc = VPC_LOAD_EOS;
+        /* Nothing whole is left in the buffer: no page that came waits for one that has not. */
+        flushed = flush_run(l);
+        if (flushed < 0 && rc >= 0)
+            rc = flushed;
+        if (rc == 0)
+            rc = fill(l, spin_ns);
+        if (rc == VPC_LOAD_EOF && (l->begin < l->end || l->run_count))
+            rc = bad(l, VPC_BAD_TRUNCATED);
+    }
+    if (rc == VPC_LOAD_STOPPED) {
+        uint64_t count;
+        ssize_t n = read(l->control, &count, sizeof count);
+        (void)n;
+        atomic_store(&l->stop, 0);
+    }
+    return rc;
+}
+
+int vpc_load_stats(struct vpc_load *l, struct vpc_load_stats *out)
+{
+    *out = l->stats; /* of another thread: each number is whole, their sum may be of two moments */
+    return 0;
+}

@@ -1,0 +1,79 @@
+/* What vq.c, chain.c and the pumps share; never part of the cdef. */
+#ifndef VPC_RING_INTERNAL_H
+#define VPC_RING_INTERNAL_H
+#include <linux/virtio_config.h>
+#include <linux/virtio_ring.h>
+#include "gm_internal.h"
+#include "vpc_ring.h"
+
+#define VPC_MAX_SEGS 1024 /* of one chain, as QEMU and libvhost-user have it */
+#define VPC_MAX_RING 32768
+
+struct vpc_seg {
+    uint64_t gpa;
+    uint32_t len;
+    uint32_t write;
+};
+
+struct vpc_vq {
+    struct vpc_gm *gm;
+    struct vpc_log *log;
+    bool log_used;
+    uint64_t used_gpa;
+    uint32_t num;
+    const struct vpc_region *desc_r, *avail_r, *used_r;
+    const uint8_t *desc; /* ours */
+    const uint8_t *avail;
+    uint8_t *used;
+    bool event_idx, indirect;
+    uint16_t last_avail, used_idx, avail_idx; /* avail_idx: as last read from the driver */
+    bool used_known;
+    uint16_t signalled;
+    bool signalled_known;
+    bool notify_off;
+    int call_fd;
+    atomic_int stop;
+    const char *error;
+};
+
+/* One chain as walked: segments are private copies, all of them mapped. */
+struct vpc_walk {
+    uint16_t head;
+    uint32_t n, readable_segs;
+    uint64_t readable, writable;
+    struct vpc_seg segs[VPC_MAX_SEGS];
+};
+
+struct vpc_chain {
+    struct vpc_gm *gm;
+    uint16_t head;
+    uint32_t n, readable_segs;
+    uint64_t readable, writable;
+    struct vpc_seg *segs;
+    unsigned char *data;
+};
+
+int vpc_vq_break(struct vpc_vq *vq, const char *why);
+/* Make the ring ready for popping: touches its index words, reads the used index the first time. */
+int vpc_vq_ready(struct vpc_vq *vq, int flags);
+/* Chains that the driver has made available and that are not popped, by a fresh look at its index. */
+int vpc_vq_refresh(struct vpc_vq *vq);
+/* The same, looking only when all that was seen before is taken. */
+int vpc_vq_available(struct vpc_vq *vq);
+/* Walk the chain at last_avail + ahead without taking it. */
+int vpc_vq_walk(struct vpc_vq *vq, uint16_t ahead, struct vpc_walk *w, int flags);
+/* Make the used slots of the next n pushes and the event words resident. */
+int vpc_vq_touch_used(struct vpc_vq *vq, uint32_t n, int flags, const atomic_int *stop);
+void vpc_vq_put_used(struct vpc_vq *vq, uint16_t at, uint16_t head, uint32_t len);
+/* Publish n used entries and call the driver if it wants that. Returns 1 if it was called. */
+int vpc_vq_publish(struct vpc_vq *vq, uint16_t n);
+/* Touch all segments [from, to) of a walked chain. */
+int vpc_segs_touch(const struct vpc_gm *gm, const struct vpc_seg *segs, uint32_t from, uint32_t to, int flags,
+                   const atomic_int *stop);
+/* Copy out of the segments' bytes [skip, skip + len), or into them. Counts are checked by the caller. */
+int vpc_segs_read(const struct vpc_gm *gm, const struct vpc_seg *segs, uint32_t n, uint64_t skip, void *to,
+                  uint64_t len);
+int vpc_segs_write(const struct vpc_gm *gm, const struct vpc_seg *segs, uint32_t n, uint64_t skip,
+                   const void *from, uint64_t len, struct vpc_log *log);
+
+#endif

@@ -1,0 +1,196 @@
+#ifndef VPC_RAM_H
+#define VPC_RAM_H
+#include <stdint.h>
+#include <stddef.h>
+
+/* RAM blocks on memfd, and the three long loops that move their pages: the fault service (fault.c), the
+ * loader of RAM records (ramload.c) and the page source (ramsave.c). Record and message layouts are those
+ * of QEMU's migration stream. Addresses are integers; "page" is a host page of the block (page_size) and
+ * "target page" is 4096 bytes, the unit of the stream. */
+
+/* cdef begin */
+struct vpc_ram;
+struct vpc_fault;
+struct vpc_load;
+struct vpc_save;
+
+/* Bitmaps of a block, one bit a host page. */
+#define VPC_BITS_RECEIVED 0
+#define VPC_BITS_REQUESTED 1
+#define VPC_BITS_DIRTY 2
+#define VPC_BITS_HELD 3
+#define VPC_BITS_ASKED 4
+
+/* ---- ram.c: the set of blocks. Nothing here waits for a page unless it says so. */
+struct vpc_ram *vpc_ram_new(void);
+void vpc_ram_free(struct vpc_ram *ram);
+/* Map length bytes of fd (our own copy is kept) from fd_offset; returns the block's index. */
+int vpc_ram_add(struct vpc_ram *ram, const char *name, int fd, uint64_t fd_offset, uint64_t length,
+                uint64_t page_size);
+uint64_t vpc_ram_base(struct vpc_ram *ram, int block);
+int vpc_ram_set_bits(struct vpc_ram *ram, int block, int which, uint64_t first, uint64_t count, int value);
+int vpc_ram_test_bit(struct vpc_ram *ram, int block, int which, uint64_t page);
+int64_t vpc_ram_count_bits(struct vpc_ram *ram, int block, int which);
+/* Punch a hole (bytes, whole host pages) and clear RECEIVED and REQUESTED. */
+int vpc_ram_discard(struct vpc_ram *ram, int block, uint64_t offset, uint64_t length);
+/* The pages of the block lie ready in fd from fd_offset (mapped private and read in, so this may take as long
+ * as reading it): the fault loop places them through place_ufd (of our own mapping; we keep a copy) without
+ * asking anybody. Before the loop runs. -ERANGE: the file is shorter than the block. */
+int vpc_ram_set_local(struct vpc_ram *ram, int block, int fd, uint64_t fd_offset, int place_ufd);
+/* The pages that miss will never come: put private memory in the place of all mappings, then wake who waits in
+ * them by our own ufd. No page is made in the files. The touching calls give -EOWNERDEAD from now on. */
+int vpc_ram_give_up(struct vpc_ram *ram, int ufd);
+int vpc_ram_is_lost(struct vpc_ram *ram);
+/* These four touch the block and MAY WAIT FOR A PAGE. Copies go to and from private memory. */
+int vpc_ram_read(struct vpc_ram *ram, int block, uint64_t offset, void *to, uint64_t length);
+int vpc_ram_write(struct vpc_ram *ram, int block, uint64_t offset, const void *from, uint64_t length);
+/* Target pages that name themselves: every word is a function of block, page, seed and position. */
+int vpc_ram_fill(struct vpc_ram *ram, int block, uint64_t first, uint64_t count, uint64_t seed);
+/* Number of target pages that are not what vpc_ram_fill wrote; first_bad gets the first or UINT64_MAX. */
+int64_t vpc_ram_verify(struct vpc_ram *ram, int block, uint64_t first, uint64_t count, uint64_t seed,
+                       uint64_t *first_bad);
+
+/* ---- fault.c: clients' faults in, page requests out, wakes. Never touches a block. */
+struct vpc_client_range {
+    uint64_t base;   /* address in the client's process, whole host pages */
+    uint64_t length; /* bytes */
+    uint64_t offset; /* bytes in the block */
+    uint32_t block;
+    uint32_t pad;
+};
+
+struct vpc_client_stats {
+    uint64_t faults;            /* fault events read */
+    uint64_t distinct;          /* host pages that faulted at least once */
+    uint64_t wakes;             /* UFFDIO_WAKE calls */
+    uint64_t found_nothing;     /* events whose address is in no range */
+    uint64_t received_already;  /* woken at once: the page had come in the meantime */
+    uint64_t requested_already; /* somebody had asked before */
+    uint64_t other_events;      /* events that are no faults */
+    uint64_t waiting_now;
+    uint64_t longest_ns;        /* longest time from reading a fault to waking it */
+    uint64_t last_unknown;      /* address of the last event that found nothing */
+    int32_t error;              /* errno that ended reading this client, 0 if none */
+    int32_t alive;
+    uint64_t histogram[256];    /* waits, see vpc_histogram_floor */
+};
+
+struct vpc_fault_stats {
+    uint64_t events;        /* fault events read, all clients */
+    uint64_t requests;      /* page requests appended to the outbox: distinct pages */
+    uint64_t batches;       /* sends of the outbox */
+    uint64_t bytes_sent;
+    uint64_t wakes;
+    uint64_t outbox_bytes;  /* not yet sent */
+    uint64_t waiting_now;
+    int32_t send_errno;     /* the return path broke: 0 if it did not */
+    int32_t running;
+};
+
+struct vpc_waiter {
+    uint64_t address; /* of the host page in the client's process */
+    uint64_t page;    /* host page in the block */
+    uint64_t since_ns;/* CLOCK_MONOTONIC when the fault was read */
+    int32_t client;
+    int32_t block;    /* -1: the address is in no range */
+    uint32_t thread;  /* kernel thread id, 0 when the ufd does not tell */
+    uint32_t pad;
+};
+
+struct vpc_fault *vpc_fault_new(struct vpc_ram *ram);
+void vpc_fault_free(struct vpc_fault *service);
+/* Poll ufd (we keep our own copy of it; it must be non-blocking); returns the client's number. */
+int vpc_fault_add_client(struct vpc_fault *service, int ufd);
+/* Replace the client's ranges; faults that found nothing until now are looked at again. */
+int vpc_fault_set_ranges(struct vpc_fault *service, int client, const struct vpc_client_range *ranges,
+                         uint32_t count);
+/* Close our copy of its ufd and forget who waited; its numbers stay readable. */
+int vpc_fault_remove_client(struct vpc_fault *service, int client);
+/* Where requests go (we keep our own copy); -1: they wait in the outbox. A second one is another source: what
+ * was requested and has not come is asked for again. */
+int vpc_fault_set_return_path(struct vpc_fault *service, int fd);
+/* Append one whole return-path message. */
+int vpc_fault_send(struct vpc_fault *service, const void *message, uint32_t length);
+/* The loop; returns 0 after vpc_fault_stop. spin_ns: keep polling so long after an event, 0 sleeps at once. */
+int vpc_fault_run(struct vpc_fault *service, uint64_t spin_ns);
+void vpc_fault_stop(struct vpc_fault *service);
+int vpc_fault_client_stats(struct vpc_fault *service, int client, struct vpc_client_stats *out);
+int vpc_fault_stats(struct vpc_fault *service, struct vpc_fault_stats *out);
+/* Who waits now, oldest first as read; returns how many were written. */
+int vpc_fault_waiting(struct vpc_fault *service, struct vpc_waiter *out, uint32_t max);
+/* Smallest number of nanoseconds that is counted in bucket i of a histogram. */
+uint64_t vpc_histogram_floor(uint32_t i);
+
+/* ---- ramload.c: RAM records in. */
+#define VPC_LOAD_EOS 1
+#define VPC_LOAD_EOF 2
+#define VPC_LOAD_STOPPED 3
+
+/* Why a stream is malformed (stats.why). */
+#define VPC_BAD_FLAGS 1
+#define VPC_BAD_NO_BLOCK 2
+#define VPC_BAD_NAME 3
+#define VPC_BAD_OFFSET 4
+#define VPC_BAD_HOST_PAGE 5
+#define VPC_BAD_TRUNCATED 6
+
+struct vpc_load_stats {
+    uint64_t bytes;       /* consumed */
+    uint64_t data_pages;  /* target pages that came as PAGE */
+    uint64_t zero_pages;  /* target pages that came as ZERO */
+    uint64_t placed;      /* host pages that this loader created */
+    uint64_t already;     /* host pages that were there: skipped */
+    uint64_t runs;        /* placing calls */
+    uint64_t reads;
+    uint64_t bad_offset;  /* byte of the stream where the broken record begins */
+    int32_t why;
+    int32_t pad;
+};
+
+/* Read records from fd until told otherwise; pages are placed through place_ufd into the set's own
+ * mapping; place_ufd -1 is calm mode: plain writes, the last copy wins. service may be null. */
+struct vpc_load *vpc_load_new(struct vpc_ram *ram, struct vpc_fault *service, int fd, int place_ufd);
+void vpc_load_free(struct vpc_load *load);
+/* Returns VPC_LOAD_*, -EBADMSG (see why and bad_offset), or -errno of reading or placing. */
+int vpc_load_run(struct vpc_load *load, uint64_t spin_ns);
+void vpc_load_stop(struct vpc_load *load);
+int vpc_load_stats(struct vpc_load *load, struct vpc_load_stats *out);
+
+/* ---- ramsave.c: RAM records out, each dirty page once; requests first. */
+#define VPC_SAVE_PEER_CLOSED 1
+#define VPC_SAVE_SHUT 2
+#define VPC_SAVE_STOPPED 3
+#define VPC_RATE_UNLIMITED 0xffffffffffffffffULL
+
+struct vpc_save_stats {
+    uint64_t bytes;          /* sent */
+    uint64_t data_pages;     /* target pages sent as PAGE */
+    uint64_t zero_pages;     /* target pages sent as ZERO */
+    uint64_t requests;       /* request messages read */
+    uint64_t requested_pages;/* host pages sent because they were asked for */
+    uint64_t background_pages;
+    uint64_t useless;        /* requested host pages that were not dirty */
+    uint64_t held;           /* requested host pages that are being withheld now */
+    uint64_t held_ever;
+    int32_t eos_sent;
+    int32_t why;             /* VPC_BAD_* of a message that was refused */
+    uint64_t dirty_left;     /* host pages */
+};
+
+/* Serve the blocks' DIRTY pages on the socket fd, at background_rate bytes a second besides what is asked for. */
+struct vpc_save *vpc_save_new(struct vpc_ram *ram, int fd, uint64_t background_rate);
+void vpc_save_free(struct vpc_save *save);
+/* Returns VPC_SAVE_* or -errno; -EBADMSG: the peer sent a message that is none. */
+int vpc_save_run(struct vpc_save *save);
+void vpc_save_stop(struct vpc_save *save);
+/* After changing HELD bits, the rate or hold_all: look again. */
+void vpc_save_kick(struct vpc_save *save);
+int vpc_save_set_rate(struct vpc_save *save, uint64_t background_rate);
+/* Withhold everything that is asked for, until called with 0. */
+int vpc_save_hold_all(struct vpc_save *save, int on);
+int vpc_save_stats(struct vpc_save *save, struct vpc_save_stats *out);
+/* An eventfd that counts withheld requests and the end of stream: somebody may look at the numbers. */
+int vpc_save_notify_fd(struct vpc_save *save);
+/* cdef end */
+
+#endif

@@ -1,0 +1,483 @@
+/* Split virtqueues: indices, descriptors, used entries, notification. Virtio 1.2, section 2.7.
+ *
+ * The driver is hostile: every word is read once into private memory, checked, and the copy is used.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+#include "ring_internal.h"
+
+static uint16_t load16(const uint8_t *p)
+{
+    return atomic_load_explicit((const _Atomic uint16_t *)p, memory_order_relaxed);
+}
+
+static void store16(uint8_t *p, uint16_t v)
+{
+    atomic_store_explicit((_Atomic uint16_t *)p, v, memory_order_relaxed);
+}
+
+int vpc_vq_new(struct vpc_vq **out)
+{
+    struct vpc_vq *vq = calloc(1, sizeof(*vq));
+
+    if (!vq)
+        return -ENOMEM;
+    vq->call_fd = open("/dev/null", O_WRONLY | O_CLOEXEC);
+    if (vq->call_fd < 0) {
+        int rc = -errno;
+        free(vq);
+        return rc;
+    }
+    *out = vq;
+    return 0;
+}
+
+void vpc_vq_free(struct vpc_vq *vq)
+{
+    if (!vq)
+        return;
+    vpc_gm_unref(vq->gm);
+    vpc_log_unref(vq->log);
+    close(vq->call_fd);
+    free(vq);
+}
+
+void vpc_vq_set_features(struct vpc_vq *vq, uint64_t features)
+{
+    vq->event_idx = features & (1ull << VIRTIO_RING_F_EVENT_IDX);
+    vq->indirect = features & (1ull << VIRTIO_RING_F_INDIRECT_DESC);
+}
+
+void vpc_vq_set_memory(struct vpc_vq *vq, struct vpc_gm *gm)
+{
+    if (gm)
+        vpc_gm_ref(gm);
+    vpc_gm_unref(vq->gm);
+    vq->gm = gm;
+    vq->desc = NULL;
+    vq->avail = NULL;
+    vq->used = NULL;
+}
+
+int vpc_vq_set_ring(struct vpc_vq *vq, uint32_t num, uint64_t desc, uint64_t avail, uint64_t used)
+{
+    if (num == 0 || num > VPC_MAX_RING || (num & (num - 1)) || desc % 16 || avail % 2 || used % 4)
+        return -EINVAL;
+    if (!vq->gm)
+        return -EFAULT;
+    /* With the event words after each ring, whether negotiated or not: the specification's layout has them. */
+    vq->desc_r = vpc_gm_find_user(vq->gm, desc, 16ull * num);
+    vq->avail_r = vpc_gm_find_user(vq->gm, avail, 6 + 2ull * num);
+    vq->used_r = vpc_gm_find_user(vq->gm, used, 6 + 8ull * num);
+    if (!vq->desc_r || !vq->avail_r || !vq->used_r)
+        return -EFAULT;
+    vq->num = num;
+    vq->desc = vq->desc_r->own + (desc - vq->desc_r->uaddr);
+    vq->avail = vq->avail_r->own + (avail - vq->avail_r->uaddr);
+    vq->used = vq->used_r->own + (used - vq->used_r->uaddr);
+    return 0;
+}
+
+void vpc_vq_set_log(struct vpc_vq *vq, struct vpc_log *log, int log_used, uint64_t used_gpa)
+{
+    if (log)
+        vpc_log_ref(log);
+    vpc_log_unref(vq->log);
+    vq->log = log;
+    vq->log_used = log_used && log;
+    vq->used_gpa = used_gpa;
+}
+
+void vpc_vq_set_base(struct vpc_vq *vq, uint32_t avail_index)
+{
+    vq->last_avail = vq->avail_idx = (uint16_t)avail_index;
+    vq->used_known = false;
+    vq->signalled_known = false;
+    vq->notify_off = false;
+    vq->error = NULL;
+}
+
+uint32_t vpc_vq_base(const struct vpc_vq *vq)
+{
+    return vq->last_avail;
+}
+
+int64_t vpc_vq_used(const struct vpc_vq *vq)
+{
+    return vq->used_known ? vq->used_idx : -1;
+}
+
+int vpc_vq_set_call(struct vpc_vq *vq, int fd)
+{
+    int null = -1, rc;
+
+    if (fd < 0) {
+        fd = null = open("/dev/null", O_WRONLY | O_CLOEXEC);
+        if (fd < 0)
+            return -errno;
+    }
+    /* One number for life: another thread may be about to write to it. */
+    rc = dup3(fd, vq->call_fd, O_CLOEXEC) < 0 ? -errno : 0;
+    if (null >= 0)
+        close(null);
+    return rc;
+}
+
+void vpc_vq_signal(struct vpc_vq *vq)
+{
+    uint64_t one = 1;
+    struct pollfd p = {.fd = vq->call_fd, .events = POLLOUT};
+
+    /* A full counter means that the driver has been called; a blocking descriptor must not hold us. */
+    if (poll(&p, 1, 0) == 1 && (p.revents & POLLOUT))
+        (void)!write(vq->call_fd, &one, sizeof(one));
+}
+
+void vpc_vq_stop(struct vpc_vq *vq, int stopped)
+{
+    atomic_store(&vq->stop, stopped);
+}
+
+const char *vpc_vq_error(const struct vpc_vq *vq)
+{
+    return vq->error;
+}
+
+int vpc_clear_event(int fd)
+{
+    uint64_t count;
+    struct iovec iov = {.iov_base = &count, .iov_len = sizeof(count)};
+    ssize_t n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT);
+
+    if (n < 0 && (errno == EOPNOTSUPP || errno == ESPIPE)) {
+        /* Received descriptors share their flags with the peer and may block: only read what is there. */
+        struct pollfd p = {.fd = fd, .events = POLLIN};
+        if (poll(&p, 1, 0) != 1 || !(p.revents & POLLIN))
+            return 0;
+        n = read(fd, &count, sizeof(count));
+    }
+    return n > 0;
+}
+
+int vpc_vq_break(struct vpc_vq *vq, const char *why)
+{
+    vq->error = why;
+    return -EBADMSG;
+}
+
+int vpc_vq_ready(struct vpc_vq *vq, int flags)
+{
+    int rc;
+
+    if (vq->error)
+        return -EBADMSG;
+    if (!vq->gm || !vq->used)
+        return vpc_vq_break(vq, "the ring has no addresses");
+    if (vpc_gm_lost(vq->gm))
+        return -EOWNERDEAD;
+    rc = vpc_touch(vq->avail_r, vq->avail, 4, flags, &vq->stop);
+    if (!rc)
+        rc = vpc_touch(vq->used_r, vq->used, 4, flags, &vq->stop);
+    if (rc < 0)
+        return rc;
+    if (!vq->used_known) {
+        uint16_t used = load16(vq->used + 2);
+        if (vpc_gm_lost(vq->gm))
+            return -EOWNERDEAD;
+        vq->used_idx = used;
+        vq->used_known = true;
+        /* Here every chain taken has been given back, so the two agree. They do not when the back-end before us
+         * died, or when the front-end does not know: DPDK's virtio-user says 0 to one that comes again. The ring
+         * is right: what is not used has to be done, what is used must not be done twice. */
+        if (used != vq->last_avail)
+            vq->last_avail = vq->avail_idx = used;
+    }
+    return 0;
+}
+
+int vpc_vq_refresh(struct vpc_vq *vq)
+{
+    uint16_t idx = load16(vq->avail + 2), n = (uint16_t)(idx - vq->last_avail);
+
+    atomic_thread_fence(memory_order_acquire); /* index before entries and descriptors */
+    if (vpc_gm_lost(vq->gm))
+        return -EOWNERDEAD;
+    if (n > vq->num)
+        return vpc_vq_break(vq, "the avail index jumped by more than the ring holds");
+    vq->avail_idx = idx;
+    return n;
+}
+
+int vpc_vq_available(struct vpc_vq *vq)
+{
+    uint16_t n = (uint16_t)(vq->avail_idx - vq->last_avail);
+
+    return n ? n : vpc_vq_refresh(vq);
+}
+
+static int add_seg(struct vpc_vq *vq, struct vpc_walk *w, const struct vring_desc *d)
+{
+    bool write = d->flags & VRING_DESC_F_WRITE;
+
+    if (d->len == 0)
+        return 0; /* carries nothing, harms nothing */
+    if (w->n == VPC_MAX_SEGS)
+        return vpc_vq_break(vq, "a chain has more than 1024 descriptors");
+    if (!write && w->writable)
+        return vpc_vq_break(vq, "a readable descriptor follows a writable one");
+    if (!vpc_gm_mapped(vq->gm, d->addr, d->len))
+        return vpc_vq_break(vq, "a descriptor points outside guest memory");
+    w->segs[w->n++] = (struct vpc_seg){.gpa = d->addr, .len = d->len, .write = write};
+    if (write) {
+        w->writable += d->len;
+    } else {
+        w->readable += d->len;
+        w->readable_segs = w->n;
+    }
+    /* Virtio 1.2, 2.7.4: a chain is at most 2^32 bytes long; it also keeps our sums in range. */
+    if (w->readable + w->writable > UINT32_MAX)
+        return vpc_vq_break(vq, "a chain is longer than 4 GiB");
+    return 0;
+}
+
+static int walk_indirect(struct vpc_vq *vq, struct vpc_walk *w, const struct vring_desc *table, int flags)
+{
+    uint32_t n = table->len / 16, limit = n, i = 0;
+    uint64_t addr = table->addr;
+    int rc;
+
+    if (!vq->indirect)
+        return vpc_vq_break(vq, "an indirect descriptor without the feature");
+    if (table->flags & VRING_DESC_F_NEXT)
+        return vpc_vq_break(vq, "an indirect descriptor with a next one");
+    if (n == 0 || table->len % 16)
+        return vpc_vq_break(vq, "an indirect table whose length is no multiple of 16");
+    if (n > VPC_MAX_RING)
+        return vpc_vq_break(vq, "an indirect table with more than 32768 entries");
+    for (;;) {
+        struct vring_desc d;
+        uint64_t at;
+
+        if (__builtin_add_overflow(addr, 16ull * i, &at) || !vpc_gm_mapped(vq->gm, at, 16))
+            return vpc_vq_break(vq, "an indirect table outside guest memory");
+        rc = vpc_gm_touch(vq->gm, at, 16, flags, &vq->stop);
+        if (rc < 0)
+            return rc;
+        (void)vpc_gm_read(vq->gm, at, &d, 16);
+        if (vpc_gm_lost(vq->gm))
+            return -EOWNERDEAD;
+        if (d.flags & VRING_DESC_F_INDIRECT)
+            return vpc_vq_break(vq, "an indirect descriptor inside an indirect table");
+        rc = add_seg(vq, w, &d);
+        if (rc < 0)
+            return rc;
+        if (!(d.flags & VRING_DESC_F_NEXT))
+            return 0;
+        if (d.next >= n)
+            return vpc_vq_break(vq, "a next field points outside its indirect table");
+        if (--limit == 0)
+            return vpc_vq_break(vq, "a loop in an indirect table");
+        i = d.next;
+    }
+}
+
+int vpc_vq_walk(struct vpc_vq *vq, uint16_t ahead, struct vpc_walk *w, int flags)
+{
+    uint32_t limit = vq->num;
+    const uint8_t *slot = vq->avail + 4 + 2 * ((uint32_t)(uint16_t)(vq->last_avail + ahead) & (vq->num - 1));
+    uint16_t i;
+    int rc = vpc_touch(vq->avail_r, slot, 2, flags, &vq->stop);
+
+    if (rc < 0)
+        return rc;
+    i = load16(slot);
+    w->head = i;
+    w->n = w->readable_segs = 0;
+    w->readable = w->writable = 0;
+    for (;;) {
+        struct vring_desc d;
+
+        if (i >= vq->num)
+            return vpc_vq_break(vq, "a descriptor index is outside the ring");
+        rc = vpc_touch(vq->desc_r, vq->desc + 16u * i, 16, flags, &vq->stop);
+        if (rc < 0)
+            return rc;
+        memcpy(&d, vq->desc + 16u * i, 16);
+        atomic_signal_fence(memory_order_seq_cst); /* one copy, never read again */
+        if (vpc_gm_lost(vq->gm))
+            return -EOWNERDEAD;
+        if (d.flags & VRING_DESC_F_INDIRECT)
+            return walk_indirect(vq, w, &d, flags);
+        rc = add_seg(vq, w, &d);
+        if (rc < 0)
+            return rc;
+        if (!(d.flags & VRING_DESC_F_NEXT))
+            return 0;
+        if (--limit == 0)
+            return vpc_vq_break(vq, "a loop in the descriptor table");
+        i = d.next;
+    }
+}
+
+int vpc_vq_touch_used(struct vpc_vq *vq, uint32_t n, int flags, const atomic_int *stop)
+{
+    uint32_t at = vq->used_idx & (vq->num - 1), run;
+    int rc = 0;
+
+    if (!atomic_load_explicit(&vq->used_r->map->armed, memory_order_acquire) &&
+        !atomic_load_explicit(&vq->avail_r->map->armed, memory_order_acquire))
+        return 0;
+    while (n && !rc) {
+        run = vq->num - at < n ? vq->num - at : n;
+        rc = vpc_touch(vq->used_r, vq->used + 4 + 8 * at, 8ull * run, flags, stop);
+        n -= run;
+        at = 0;
+    }
+    if (!rc) /* the index, and the driver's flags: an answer may meet a ring that was moved since its chain was popped */
+        rc = vpc_touch(vq->used_r, vq->used, 4, flags, stop);
+    if (!rc)
+        rc = vpc_touch(vq->avail_r, vq->avail, 4, flags, stop);
+    if (!rc) /* avail_event, which follows the used ring, and used_event, which follows the avail ring */
+        rc = vpc_touch(vq->used_r, vq->used + 4 + 8 * vq->num, 2, flags, stop);
+    if (!rc)
+        rc = vpc_touch(vq->avail_r, vq->avail + 4 + 2 * vq->num, 2, flags, stop);
+    return rc;
+}
+
+static void log_used(struct vpc_vq *vq, uint32_t offset, uint32_t len)
+{
+    if (vq->log_used)
+        vpc_log_mark(vq->log, vq->used_gpa + offset, len);
+}
+
+void vpc_vq_put_used(struct vpc_vq *vq, uint16_t at, uint16_t head, uint32_t len)
+{
+    uint32_t slot = (uint32_t)(uint16_t)(vq->used_idx + at) & (vq->num - 1);
+    struct vring_used_elem elem = {.id = head, .len = len};
+
+    memcpy(vq->used + 4 + 8 * slot, &elem, 8);
+    log_used(vq, 4 + 8 * slot, 8);
+}
+
+int vpc_vq_publish(struct vpc_vq *vq, uint16_t n)
+{
+    uint16_t old = vq->used_idx, new = (uint16_t)(old + n);
+    bool call;
+
+    atomic_thread_fence(memory_order_release); /* entries before the index */
+    store16(vq->used + 2, new);
+    log_used(vq, 0, 4);
+    vq->used_idx = new;
+    atomic_thread_fence(memory_order_seq_cst); /* the index before the driver's wish is read */
+    if (vq->event_idx) {
+        uint16_t event = load16(vq->avail + 4 + 2 * vq->num);
+        if (vq->signalled_known)
+            old = vq->signalled;
+        call = !vq->signalled_known || (uint16_t)(new - event - 1) < (uint16_t)(new - old);
+        vq->signalled = new;
+        vq->signalled_known = true;
+    } else {
+        call = !(load16(vq->avail) & VRING_AVAIL_F_NO_INTERRUPT);
+    }
+    if (vpc_gm_lost(vq->gm))
+        return 0;
+    if (call)
+        vpc_vq_signal(vq);
+    return call;
+}
+
+void vpc_vq_unpop(struct vpc_vq *vq, uint32_t n)
+{
+    vq->last_avail = (uint16_t)(vq->last_avail - n);
+}
+
+void vpc_vq_disable_notify(struct vpc_vq *vq)
+{
+    /* With the event index the last avail_event simply stays behind. Before the first touching call the ring
+     * is as its driver left it. */
+    if (vq->notify_off || !vq->used_known || vq->event_idx)
+        return;
+    if (vpc_touch(vq->used_r, vq->used, 2, VPC_TRY, NULL) < 0)
+        return;
+    store16(vq->used, VRING_USED_F_NO_NOTIFY);
+    log_used(vq, 0, 2);
+    vq->notify_off = true;
+}
+
+int vpc_vq_enable_notify(struct vpc_vq *vq, int flags)
+{
+    int rc = vpc_vq_ready(vq, flags);
+    uint16_t seen = vq->avail_idx;
+
+    if (rc < 0)
+        return rc;
+    if (vq->event_idx) {
+        uint32_t at = 4 + 8 * vq->num;
+        rc = vpc_touch(vq->used_r, vq->used + at, 2, flags, &vq->stop);
+        if (rc < 0)
+            return rc;
+        store16(vq->used + at, vq->avail_idx);
+        log_used(vq, at, 2);
+    } else if (vq->notify_off) {
+        store16(vq->used, 0);
+        log_used(vq, 0, 2);
+        vq->notify_off = false;
+    }
+    atomic_thread_fence(memory_order_seq_cst); /* the wish before the index is read again */
+    rc = vpc_vq_refresh(vq);
+    return rc < 0 ? rc : vq->avail_idx != seen;
+}
+
+/* --- segments --- */
+
+int vpc_segs_touch(const struct vpc_gm *gm, const struct vpc_seg *segs, uint32_t from, uint32_t to, int flags,
+                   const atomic_int *stop)
+{
+    for (uint32_t i = from; i < to; i++) {
+        int rc = vpc_gm_touch(gm, segs[i].gpa, segs[i].len, flags, stop);
+        if (rc < 0)
+            return rc;
+    }
+    return 0;
+}
+
+/* The pieces of the segments' bytes [skip, skip + len): sets gpa and take for the body, and lowers len. */
+#define EACH_SEG(segs, n, skip, len, body)                                                                   \
+    for (uint32_t i = 0; i < (n) && (len); i++) {                                                            \
+        uint64_t take = (segs)[i].len;                                                                       \
+        if ((skip) >= take) {                                                                                \
+            (skip) -= take;                                                                                  \
+            continue;                                                                                        \
+        }                                                                                                    \
+        uint64_t gpa = (segs)[i].gpa + (skip);                                                               \
+        take = take - (skip) < (len) ? take - (skip) : (len);                                                \
+        int rc = body;                                                                                       \
+        if (rc < 0)                                                                                          \
+            return rc;                                                                                       \
+        at += take;                                                                                          \
+        (len) -= take;                                                                                       \
+        (skip) = 0;                                                                                          \
+    }
+
+int vpc_segs_read(const struct vpc_gm *gm, const struct vpc_seg *segs, uint32_t n, uint64_t skip, void *to,
+                  uint64_t len)
+{
+    uint8_t *at = to;
+
+    EACH_SEG(segs, n, skip, len, vpc_gm_read(gm, gpa, at, take))
+    return len ? -EFAULT : 0;
+}
+
+int vpc_segs_write(const struct vpc_gm *gm, const struct vpc_seg *segs, uint32_t n, uint64_t skip,
+                   const void *from, uint64_t len, struct vpc_log *log)
+{
+    const uint8_t *at = from;
+
+    EACH_SEG(segs, n, skip, len, vpc_gm_write(gm, gpa, at, take, log))
+    return len ? -EFAULT : 0;
+}

@@ -1,0 +1,275 @@
+/* The clients of the fault service, and who of them waits for which page. See fault_internal.h. */
+#define _GNU_SOURCE
+#include "fault_internal.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* Histogram: four buckets an octave, so a percentile is known to 25 %. */
+
+static uint32_t histogram_bucket(uint64_t ns)
+{
+    if (ns < 4)
+        return (uint32_t)ns;
+    unsigned top = 63u - (unsigned)__builtin_clzll(ns);
+    return (top - 1) * 4 + (uint32_t)(ns >> (top - 2) & 3);
+}
+
+uint64_t vpc_histogram_floor(uint32_t i)
+{
+    if (i < 4)
+        return i;
+    unsigned top = i / 4 + 1;
+    return top > 63 ? UINT64_MAX : (uint64_t)(4 + i % 4) << (top - 2);
+}
+
+static void ranges_free(struct client *c)
+{
+    for (uint32_t i = 0; i < c->range_count; i++)
+        free(c->seen[i]);
+    free(c->seen);
+    free(c->ranges);
+    c->seen = NULL;
+    c->ranges = NULL;
+    c->range_count = 0;
+}
+
+void vpc_client_free(struct client *c)
+{
+    if (c->fd >= 0)
+        close(c->fd);
+    ranges_free(c);
+    free(c);
+}
+
+int vpc_fault_add_client(struct vpc_fault *s, int ufd)
+{
+    int rc = -ENOMEM;
+    struct client *c = calloc(1, sizeof *c);
+
+    if (!c)
+        return rc;
+    c->fd = fcntl(ufd, F_DUPFD_CLOEXEC, 0);
+    if (c->fd < 0) {
+        rc = -errno;
+        free(c);
+        return rc;
+    }
+    c->stats.alive = 1;
+    pthread_mutex_lock(&s->lock);
+    rc = s->client_count < MAX_CLIENTS ? vpc_fault_watch(s, c->fd, (uint32_t)s->client_count) : -ENOSPC;
+    if (rc == 0) {
+        rc = s->client_count++;
+        s->clients[rc] = c;
+    }
+    pthread_mutex_unlock(&s->lock);
+    if (rc < 0) {
+        close(c->fd);
+        free(c);
+    }
+    return rc;
+}
+
+/* Drop waiter i; the order of the others is kept. */
+static void waiter_drop(struct vpc_fault *s, uint32_t i)
+{
+    s->waiter_count--;
+    memmove(&s->waiters[i], &s->waiters[i + 1], (s->waiter_count - i) * sizeof s->waiters[0]);
+}
+
+/* Waiter i goes on: count it and forget it. */
+static void waiter_done(struct vpc_fault *s, uint32_t i)
+{
+    struct vpc_waiter *w = &s->waiters[i];
+    struct client *c = s->clients[w->client];
+    uint64_t wait = now_ns() - w->since_ns;
+
+    c->stats.wakes++;
+    s->stats.wakes++;
+    c->stats.histogram[histogram_bucket(wait)]++;
+    if (wait > c->stats.longest_ns)
+        c->stats.longest_ns = wait;
+    waiter_drop(s, i);
+}
+
+static void waiter_wake(struct vpc_fault *s, uint32_t i)
+{
+    struct vpc_waiter *w = &s->waiters[i];
+    struct client *c = s->clients[w->client];
+
+    if (c->fd >= 0)
+        vpc_uffd_wake(c->fd, w->address, s->ram->blocks[w->block]->page_size);
+    waiter_done(s, i);
+}
+
+/* Find the page of a waiter whose address is new to us; ask for it or wake. Caller holds the lock.
+ * Returns 1 if the waiter was woken and is gone. */
+int vpc_waiter_resolve(struct vpc_fault *s, uint32_t i)
+{
+    struct vpc_waiter *w = &s->waiters[i];
+    struct client *c = s->clients[w->client];
+    uint32_t low = 0, high = c->range_count;
+
+    while (low < high) { /* the last range that begins at or before the address */
+        uint32_t mid = (low + high) / 2;
+        if (c->ranges[mid].base <= w->address)
+            low = mid + 1;
+        else
+            high = mid;
+    }
+    if (low == 0 || w->address - c->ranges[low - 1].base >= c->ranges[low - 1].length)
+        return 0;
+    const struct vpc_client_range *r = &c->ranges[low - 1];
+    struct vpc_block *b = s->ram->blocks[r->block];
+    uint64_t in_range = w->address - r->base;
+    uint64_t bit = in_range >> b->shift;
+
+    w->block = (int32_t)r->block;
+    w->page = (r->offset + in_range) >> b->shift;
+    w->address &= ~(b->page_size - 1);
+    if (!(c->seen[low - 1][bit >> 6] >> (bit & 63) & 1)) {
+        c->seen[low - 1][bit >> 6] |= (uint64_t)1 << (bit & 63);
+        c->stats.distinct++;
+    }
+    /* The waiter stands in the list: from here on the loader finds it. */
+    if (bit_test(b, VPC_BITS_RECEIVED, w->page)) {
+        c->stats.received_already++;
+        if (b->local) /* answered to a client that had mapped something else there: now it is in the block */
+            (void)vpc_local_place(b, w->page);
+        waiter_wake(s, i);
+        return 1;
+    }
+    if (b->local && c->fd >= 0 && vpc_local_answer(b, w->page, c->fd, w->address) == 0) {
+        bit_set(b, VPC_BITS_RECEIVED, w->page);
+        waiter_done(s, i);
+        return 1;
+    }
+    if (b->local && vpc_local_place(b, w->page) == 0) {
+        bit_set(b, VPC_BITS_RECEIVED, w->page);
+        waiter_wake(s, i);
+        return 1;
+    }
+    if (bit_set(b, VPC_BITS_REQUESTED, w->page))
+        c->stats.requested_already++;
+    else
+        vpc_outbox_request(s, w->block, w->page);
+    return 0;
+}
+
+int vpc_waiter_add(struct vpc_fault *s, int client, const struct vpc_uffd_event *ev, uint64_t when)
+{
+    if (s->waiter_count == s->waiter_room) {
+        uint32_t room = s->waiter_room ? s->waiter_room * 2 : 64;
+        struct vpc_waiter *more = realloc(s->waiters, room * sizeof *more);
+        if (!more)
+            return -ENOMEM;
+        s->waiters = more;
+        s->waiter_room = room;
+    }
+    s->waiters[s->waiter_count] = (struct vpc_waiter){
+        .address = ev->address, .since_ns = when, .client = client, .block = -1, .thread = ev->thread};
+    return (int)s->waiter_count++;
+}
+
+static int range_order(const void *a, const void *b)
+{
+    const struct vpc_client_range *x = a, *y = b;
+    return x->base < y->base ? -1 : x->base > y->base;
+}
+
+int vpc_fault_set_ranges(struct vpc_fault *s, int id, const struct vpc_client_range *ranges, uint32_t count)
+{
+    struct client fresh = {.range_count = count};
+    struct client *c;
+    int rc = -ENOMEM;
+
+    fresh.ranges = calloc(count ? count : 1, sizeof *fresh.ranges);
+    fresh.seen = calloc(count ? count : 1, sizeof *fresh.seen);
+    if (!fresh.ranges || !fresh.seen) {
+        fresh.range_count = 0;
+        goto fail;
+    }
+    if (count)
+        memcpy(fresh.ranges, ranges, count * sizeof *ranges);
+    qsort(fresh.ranges, count, sizeof *fresh.ranges, range_order);
+    for (uint32_t i = 0; i < count; i++) {
+        struct vpc_client_range *r = &fresh.ranges[i];
+        struct vpc_block *b = r->block <= INT32_MAX ? ram_block(s->ram, (int)r->block) : NULL;
+        rc = -EINVAL;
+        if (!b || r->length == 0 || ((r->base | r->length | r->offset) & (b->page_size - 1)))
+            goto fail;
+        if (r->offset > b->length || r->length > b->length - r->offset || r->base + r->length < r->base)
+            goto fail;
+        if (i && r->base - fresh.ranges[i - 1].base < fresh.ranges[i - 1].length)
+            goto fail;
+        fresh.seen[i] = calloc((size_t)(((r->length >> b->shift) + 63) / 64), sizeof(uint64_t));
+        rc = -ENOMEM;
+        if (!fresh.seen[i])
+            goto fail;
+    }
+    pthread_mutex_lock(&s->lock);
+    c = vpc_client_of(s, id);
+    if (!c || c->fd < 0) {
+        pthread_mutex_unlock(&s->lock);
+        rc = -ENOENT;
+        goto fail;
+    }
+    ranges_free(c);
+    c->ranges = fresh.ranges;
+    c->seen = fresh.seen;
+    c->range_count = count;
+    for (uint32_t i = 0; i < s->waiter_count;) {
+        if (s->waiters[i].client == id && s->waiters[i].block < 0 && vpc_waiter_resolve(s, i))
+            continue;
+        i++;
+    }
+    pthread_mutex_unlock(&s->lock);
+    vpc_fault_kick(s); /* requests may wait in the outbox */
+    return 0;
+fail:
+    ranges_free(&fresh);
+    return rc;
+}
+
+int vpc_fault_remove_client(struct vpc_fault *s, int id)
+{
+    pthread_mutex_lock(&s->lock);
+    struct client *c = vpc_client_of(s, id);
+    int fd = c ? c->fd : -1;
+    if (fd >= 0) {
+        vpc_fault_unwatch(s, fd);
+        c->fd = -1;
+        c->stats.alive = 0;
+        for (uint32_t i = 0; i < s->waiter_count;) {
+            if (s->waiters[i].client == id)
+                waiter_drop(s, i);
+            else
+                i++;
+        }
+    }
+    pthread_mutex_unlock(&s->lock);
+    if (fd < 0)
+        return -ENOENT;
+    close(fd); /* the loop reads only what is in the list, under the lock */
+    return 0;
+}
+
+void vpc_fault_placed(struct vpc_fault *s, int block, uint64_t first, uint64_t count)
+{
+    struct vpc_block *b = s->ram->blocks[block];
+
+    for (uint64_t page = first; page < first + count; page++)
+        bit_set(b, VPC_BITS_RECEIVED, page);
+    pthread_mutex_lock(&s->lock);
+    for (uint32_t i = 0; i < s->waiter_count;) {
+        struct vpc_waiter *w = &s->waiters[i];
+        if (w->block == block && w->page - first < count)
+            waiter_wake(s, i);
+        else
+            i++;
+    }
+    pthread_mutex_unlock(&s->lock);
+}

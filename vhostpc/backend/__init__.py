@@ -1,0 +1,20 @@
+"""The back-end framework: write a :class:`Device`, :func:`serve` it."""
+
+from vhostpc.backend.device import Device, FrontEnd
+from vhostpc.backend.options import Options
+from vhostpc.backend.server import bind, serve, serve_connection, serve_listener
+from vhostpc.virtio.chain import Chain
+from vhostpc.virtio.queue import PumpStats, Queue
+
+__all__ = [
+    "Chain",
+    "Device",
+    "FrontEnd",
+    "Options",
+    "PumpStats",
+    "Queue",
+    "bind",
+    "serve",
+    "serve_connection",
+    "serve_listener",
+]

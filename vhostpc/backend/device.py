@@ -1,0 +1,82 @@
+"""The class a device author writes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from vhostpc.virtio.queue import Queue
+
+
+class FrontEnd(Protocol):
+    """What a device may know of the session it serves."""
+
+    name: str
+    #: Feature bits that the driver accepted (0 before SET_FEATURES).
+    features: int
+
+    async def config_changed(self) -> None:
+        """Tell the driver that config space changed; nothing happens if the front-end has no channel for it."""
+
+
+class Device:
+    """A virtio device behind vhost-user. Subclass it and write :meth:`handle_queue`.
+
+    Everything runs on the trio thread. Protocol features, memory, the dirty log, postcopy and the rings' life
+    are the framework's business. An exception ends the session it happened in, and no other.
+
+    Locks: never hold one of your own across an ``await`` on a queue. That await may wait for a guest page,
+    and whoever waits for your lock would wait for it too.
+
+    One instance may serve several sessions, one after the other or at a time; what belongs to one session
+    should then be kept by ``queue.session`` or be local to ``handle_queue``.
+    """
+
+    #: virtio device type (virtio 1.2, section 5); told in the log and by --print-capabilities.
+    device_id: int = 0
+    #: Virtqueues that the back-end serves, 1 to 256.
+    num_queues: int = 1
+    #: What GET_QUEUE_NUM counts in: 2 for net, whose queues come in pairs.
+    queues_per_unit: int = 1
+    #: Largest ring, a power of two up to 32768.
+    queue_size: int = 1024
+    #: Feature bits of the device type that are offered (the framework adds the transport's).
+    features: int = 0
+    #: Bytes of config space; 0: none (the CONFIG protocol feature is not offered).
+    config_size: int = 0
+
+    async def handle_queue(self, queue: Queue) -> None:
+        """Serve one queue: called when its ring is started and enabled, ends when the ring stops.
+
+        Iterate over ``queue`` or ``queue.batches()``, or await ``queue.pump_out`` or ``queue.pump_in``; all
+        of them end by themselves when the ring stops. A handler that waits for something else is cancelled
+        a short while after that, and chains that it did not complete are given back to the driver.
+        """
+        raise NotImplementedError
+
+    async def handle_disabled_queue(self, queue: Queue) -> None:
+        """Serve a queue that is started but disabled: consume without side effects, or do nothing."""
+
+    async def handle_session(self, front_end: FrontEnd) -> None:
+        """Run beside the queues for the life of one front-end's session; cancelled at its end."""
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        """``size`` bytes of config space at ``offset``; both were checked against ``config_size``."""
+        raise NotImplementedError
+
+    def write_config(self, offset: int, data: bytes, *, migration: bool) -> None:
+        """The driver (or the migration) wrote to config space. Raise ValueError to refuse it."""
+        raise ValueError("config space is read-only")
+
+    def reset(self) -> None:
+        """The device was reset (RESET_DEVICE); all rings have been stopped."""
+
+    def set_status(self, status: int) -> None:
+        """The driver's status byte (virtio 1.2, 2.1), where the front-end tells it."""
+
+    def send_rarp(self, mac: bytes) -> None:
+        """Announce the guest's address (6 bytes) to the network after a migration. Offered if overridden."""
+        raise NotImplementedError
+
+    def set_mtu(self, mtu: int) -> None:
+        """The network's MTU in bytes. Offered if overridden. Raise ValueError to refuse it."""
+        raise NotImplementedError

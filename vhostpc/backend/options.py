@@ -1,0 +1,48 @@
+"""What a user may choose about a back-end, besides its device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from vhostpc.errors import VhostpcError
+from vhostpc.virtio.features import NetFeature
+from vhostpc.wire.vhost_user import Feature, ProtocolFeature
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of :func:`vhostpc.backend.serve`.
+
+    ``hide_features``, ``hide_protocol_features``: bits (as masks) not to offer. ``inband``: offer in-band
+    notifications (QEMU acknowledges them and does not implement them). ``once``: end with the first session.
+    ``slow``: touch guest memory only on borrowed threads, never on the trio thread.
+    """
+
+    hide_features: int = 0
+    hide_protocol_features: int = 0
+    inband: bool = False
+    once: bool = False
+    slow: bool = False
+
+
+def feature_bits(names: Iterable[str]) -> int:
+    """A mask of feature bits given by name (EVENT_IDX, MRG_RXBUF, ...) or number. Raises VhostpcError."""
+    return _mask(names, {**dict(NetFeature.__members__), **dict(Feature.__members__)}, "feature")
+
+
+def protocol_feature_bits(names: Iterable[str]) -> int:
+    """A mask of protocol feature bits given by name (PAGEFAULT, ...) or number. Raises VhostpcError."""
+    return _mask(names, dict(ProtocolFeature.__members__), "protocol feature")
+
+
+def _mask(names: Iterable[str], known: Mapping[str, int], what: str) -> int:
+    mask = 0
+    for name in names:
+        if name.isdigit() and int(name) < 64:
+            mask |= 1 << int(name)
+        elif name.upper() in known:
+            mask |= int(known[name.upper()])
+        else:
+            raise VhostpcError(f"no {what} {name!r}; known: {', '.join(sorted(known))}, or a bit number")
+    return mask

@@ -1,0 +1,163 @@
+"""The back-end's half of postcopy: ADVISE, LISTEN, the exchange of addresses, END.
+
+Specification, "Migration" and POSTCOPY_*; the order is QEMU's. After LISTEN every memory message is a
+three-step exchange: the front-end sends regions, we answer with our addresses of them, the front-end says
+that it has stored them; only then is memory registered and made accessible, so that no fault comes before
+the front-end can translate it.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+
+from vhostpc.errors import PostcopyRefused, RemoteProtocolError, UfdError
+from vhostpc.memory.mapping import Mapping, Supply, mlock_future_in_force
+from vhostpc.ufd import Features, Userfaultfd
+
+log = logging.getLogger(__name__)
+
+
+class Phase(enum.Enum):
+    OFF = enum.auto()
+    ADVISED = enum.auto()
+    LISTENING = enum.auto()
+    ENDED = enum.auto()
+
+
+def refusal() -> str | None:
+    """Why this process can not do postcopy, in one sentence, or None. Opens a userfaultfd and closes it."""
+    if mlock_future_in_force():
+        return (
+            "mlockall(MCL_FUTURE) is in force in this process: mapping memory would create the missing pages"
+        )
+    try:
+        with open_ufd():
+            return None
+    except UfdError as e:
+        return str(e)
+
+
+def open_ufd() -> Userfaultfd:
+    """A userfaultfd that can be told of missing pages of shared memory. Raises UfdError."""
+    return Userfaultfd.open(features=Features.MISSING_SHMEM, optional=Features.MISSING_HUGETLBFS)
+
+
+class Postcopy:
+    """The state of one session's postcopy."""
+
+    def __init__(self, supply: Supply, name: str) -> None:
+        self.phase = Phase.OFF
+        self._supply = supply
+        self._name = name
+        self._ufds: list[Userfaultfd] = []
+        self._awaiting: list[Mapping] = []  # addresses sent, not yet stored by the front-end
+        self._regions = 0
+        self._bytes = 0
+
+    @property
+    def listening(self) -> bool:
+        return self.phase is Phase.LISTENING
+
+    def advise(self) -> int:
+        """POSTCOPY_ADVISE: a userfaultfd for the front-end; the descriptor stays ours.
+
+        It may come again (QEMU sends one for each queue pair): memory will be registered with the last one,
+        the others stay open, since the front-end polls them. Raises PostcopyRefused, UfdError.
+        """
+        if mlock_future_in_force():
+            raise PostcopyRefused(
+                "postcopy refused: mlockall(MCL_FUTURE) is in force in this process and would create pages"
+            )
+        if self.phase is Phase.ENDED:
+            self.close()
+        if len(self._ufds) >= 256:
+            raise RemoteProtocolError("POSTCOPY_ADVISE came more than 256 times")
+        ufd = open_ufd()
+        self._ufds.append(ufd)
+        self._supply.arm(ufd.fileno())
+        again = self.phase is not Phase.OFF
+        if not again:
+            self.phase = Phase.ADVISED
+        log.info("%s: postcopy advised%s", self._name, " again" if again else "")
+        return ufd.fileno()
+
+    def listen(self, has_memory: bool) -> bool:
+        """POSTCOPY_LISTEN: memory that is sent from now on may miss pages. False: refused."""
+        if self.phase is Phase.LISTENING:
+            return True
+        if self.phase is not Phase.ADVISED:
+            log.error("%s: POSTCOPY_LISTEN without POSTCOPY_ADVISE refused", self._name)
+            return False
+        if has_memory:
+            log.error("%s: POSTCOPY_LISTEN refused: memory was mapped before it", self._name)
+            return False
+        self.phase = Phase.LISTENING
+        log.info("%s: postcopy listening", self._name)
+        return True
+
+    def await_ack(self, mappings: list[Mapping]) -> None:
+        """The addresses of these were sent; the front-end's word for them is still to come."""
+        self._awaiting.extend(mappings)
+
+    def acknowledged(self) -> int:
+        """The front-end has stored our addresses: register the new mappings. Returns how many.
+
+        None is right too: QEMU says it after each stop and continue. Raises PostcopyRefused.
+        """
+        new, self._awaiting = self._awaiting, []
+        for mapping in new:
+            try:
+                mapping.register()
+            except OSError as e:
+                raise PostcopyRefused(f"postcopy: memory can not be registered: {e}") from None
+        self._regions += len(new)
+        if new:
+            log.info(
+                "%s: postcopy: %d region%s registered", self._name, len(new), "s" if len(new) > 1 else ""
+            )
+        return len(new)
+
+    def forget(self, mappings: set[int]) -> None:
+        """Regions that were taken back before their addresses were acknowledged."""
+        self._awaiting = [m for m in self._awaiting if id(m) not in mappings]
+
+    def end(self) -> None:
+        """POSTCOPY_END: every page is here. Again is fine."""
+        if self.phase is Phase.ENDED:
+            return
+        was_listening = self.listening
+        self._supply.disarm()
+        self._close_ufds()
+        self.phase = Phase.ENDED
+        if was_listening:
+            log.info("%s: postcopy ended: %s", self._name, self._waits())
+
+    def without_listen(self) -> None:
+        """The machine starts although LISTEN never came: the migration ended in precopy."""
+        if self.phase is Phase.ADVISED:
+            self._supply.disarm()
+            self._close_ufds()
+            self.phase = Phase.OFF
+            log.info("%s: migration ended without postcopy", self._name)
+
+    def lost(self) -> None:
+        """The front-end is gone; log it if pages were still expected from it."""
+        if self.listening:
+            log.error("%s: front-end lost in postcopy: memory given up, %s", self._name, self._waits())
+
+    def _waits(self) -> str:
+        stats = self._supply.stats()
+        return f"{stats.waits} touches waited, the longest {stats.longest_ns / 1e6:.1f} ms"
+
+    def _close_ufds(self) -> None:
+        for ufd in self._ufds:
+            ufd.close()
+        self._ufds.clear()
+
+    def close(self) -> None:
+        """Close our descriptors; mappings that are armed keep copies of theirs."""
+        self._awaiting.clear()
+        self._close_ufds()
+        if self.phase is Phase.ENDED:
+            self.phase = Phase.OFF

@@ -1,0 +1,166 @@
+"""Listen or connect, and run one session per front-end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import trio
+
+from vhostpc.backend.device import Device
+from vhostpc.backend.options import Options
+from vhostpc.backend.postcopy import refusal
+from vhostpc.backend.session import Session, one_sentence
+from vhostpc.errors import VhostpcError
+
+log = logging.getLogger(__name__)
+
+DeviceSource = Device | Callable[[], Device]
+
+
+async def serve(
+    device: DeviceSource,
+    path: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008  (frozen)
+    *,
+    connect: bool = False,
+    mode: int = 0o600,
+    group: int | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve ``device`` on the unix socket ``path``, one session per front-end, until cancelled.
+
+    ``device``: an instance for all sessions, or a callable that makes one for each. ``connect``: connect to a
+    front-end that listens, serve it, return. ``mode`` and ``group``: of the socket file. A stale socket file is
+    replaced, anything else is left alone; our own is removed at the end. With ``options.once`` it returns after
+    the first session.
+
+    Raises VhostpcError when the path can not be used.
+    """
+    if connect:
+        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            await sock.connect(os.fspath(path))
+        except OSError as e:
+            sock.close()
+            raise VhostpcError(f"cannot connect to {path}: {e.strerror}") from None
+        task_status.started()
+        await serve_connection(device, sock, options)
+        return
+    listener = bind(path, mode=mode, group=group)
+    inode = os.stat(path).st_ino
+    try:
+        await serve_listener(device, listener, options, task_status=task_status)
+    finally:
+        with suppress(OSError):
+            if os.stat(path).st_ino == inode:
+                os.unlink(path)
+
+
+async def serve_listener(
+    device: DeviceSource,
+    listener: socket.socket,
+    options: Options = Options(),  # noqa: B008
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve every front-end that connects to a listening unix socket, which is closed at the end."""
+    sock = trio.socket.from_stdlib_socket(listener)
+    pagefault = _pagefault()
+    try:
+        async with trio.open_nursery() as nursery:
+            task_status.started()
+            number = 0
+            while True:
+                connection, _ = await sock.accept()
+                number += 1
+                if options.once:
+                    await _serve_one(device, connection, options, f"front-end {number}", pagefault)
+                    return
+                nursery.start_soon(_serve_one, device, connection, options, f"front-end {number}", pagefault)
+    finally:
+        sock.close()
+
+
+async def serve_connection(
+    device: DeviceSource,
+    connection: trio.socket.SocketType,
+    options: Options = Options(),  # noqa: B008
+) -> None:
+    """Serve the front-end at the other end of a connected unix socket, which is closed at the end."""
+    await _serve_one(device, connection, options, "front-end", _pagefault())
+
+
+def _pagefault() -> bool:
+    why = refusal()
+    if why is not None:
+        log.warning("postcopy is not offered: %s", why)
+    return why is None
+
+
+async def _serve_one(
+    source: DeviceSource,
+    connection: trio.socket.SocketType,
+    options: Options,
+    name: str,
+    pagefault: bool,
+) -> None:
+    """One session. Its errors end it, and nothing else."""
+    log.info("%s: connected", name)
+    try:
+        device = source if isinstance(source, Device) else source()
+        await Session(device, connection, options, pagefault=pagefault, name=name).run()
+    except Exception as e:  # the server outlives any session
+        sentence = one_sentence(e)
+        if sentence is None:
+            log.exception("%s: the device or the framework failed; session ended", name)
+        else:
+            log.error("%s: session ended: %s", name, sentence)
+            log.debug("%s: traceback", name, exc_info=True)
+    else:
+        log.info("%s: disconnected", name)
+    finally:
+        connection.close()
+
+
+def bind(path: str | os.PathLike[str], *, mode: int = 0o600, group: int | None = None) -> socket.socket:
+    """A listening unix socket at ``path`` with that mode and group; a stale socket file is replaced.
+
+    Raises VhostpcError when something else is there, or another process listens.
+    """
+    path = Path(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise VhostpcError(f"{path} exists and is not a socket; it was left alone")
+            probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            with probe:
+                try:
+                    probe.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink()
+                else:
+                    raise VhostpcError(f"{path}: another process listens there")
+        # Narrow from its first moment: the mode is widened afterwards if it is to be.
+        old = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(old)
+        if group is not None:
+            os.chown(path, -1, group)
+        os.chmod(path, mode)
+        listener.listen()
+    except OSError as e:
+        listener.close()
+        raise VhostpcError(f"cannot listen on {path}: {e.strerror or e}") from None
+    except BaseException:
+        listener.close()
+        raise
+    return listener

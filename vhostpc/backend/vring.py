@@ -1,0 +1,232 @@
+"""One ring's life: when its handler runs, stops, starts again. The one place that decides it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+from vhostpc.backend.device import Device
+from vhostpc.errors import BrokenQueue, MemoryLost, RemoteProtocolError
+from vhostpc.memory.gate import Gate
+from vhostpc.memory.log import DirtyLog
+from vhostpc.memory.table import GuestMemory
+from vhostpc.virtio.queue import Queue
+from vhostpc.wire.vhost_user import VringAddr
+
+log = logging.getLogger(__name__)
+
+#: Seconds that a handler which waits for the outside world gets to end by itself when its ring stops.
+GRACE = 0.2
+#: Seconds after which a stop that waits for the device is told in the log.
+GAP_WARNING = 5.0
+
+
+class RingHost(Protocol):
+    """What a ring asks of its session."""
+
+    device: Device
+    name: str
+    gate: Gate
+    pump_limiter: trio.CapacityLimiter
+    nursery: trio.Nursery
+    features: int
+    memory: GuestMemory | None
+    dirty_log: DirtyLog | None
+
+    @property
+    def log_all(self) -> bool: ...
+    @property
+    def may_run(self) -> bool: ...
+    def ring_failed(self, index: int) -> None: ...
+
+
+class Vring:
+    """A ring: what the front-end has said about it, its queue, and the task that works it.
+
+    ``started`` and ``enabled`` are independent (specification, "Ring states"). The handler runs while both are
+    set and the ring has an address. Descriptors are owned here.
+    """
+
+    def __init__(self, session: RingHost, index: int) -> None:
+        self._session = session
+        self.index = index
+        self.queue = Queue(index, session.gate, session.pump_limiter)
+        self.size = 0
+        self.addr: VringAddr | None = None
+        self.started = False
+        self.enabled = False
+        self.kick = -1
+        self.err = -1
+        self.broken = False
+        #: Round the task that writes our own kick descriptor at intervals, where the front-end gave none.
+        self.poller: trio.CancelScope | None = None
+        self._scope: trio.CancelScope | None = None
+        self._done = trio.Event()
+        self._done.set()
+        self._with_enabled = False
+
+    @property
+    def running(self) -> bool:
+        """The handler's task has been started and has not ended."""
+        return not self._done.is_set()
+
+    # --- configuration ---
+
+    def configure(self) -> None:
+        """Look up the ring's addresses in the present table, and where its writes are logged.
+
+        Only while the queue is paused or stopped. Touches nothing. Raises RemoteProtocolError for addresses
+        outside guest memory.
+        """
+        if self.addr is None or self.size == 0:
+            return
+        queue, addr, session = self.queue, self.addr, self._session
+        queue.set_memory(session.memory)
+        queue.set_features(session.features)
+        rc = queue.set_ring(self.size, addr.desc, addr.avail, addr.used)
+        if rc == -errno.EFAULT:
+            raise RemoteProtocolError(
+                f"ring {self.index}: desc {addr.desc:#x}, avail {addr.avail:#x} or used {addr.used:#x} with"
+                f" {self.size} entries is not inside one memory region"
+            )
+        if rc < 0:
+            raise RemoteProtocolError(
+                f"ring {self.index}: misaligned addresses, or a size that is no power of two"
+            )
+        self.set_log()
+
+    def set_log(self) -> None:
+        """Log writes as SET_FEATURES and SET_VRING_ADDR want it; only while paused or stopped."""
+        dirty = self._session.dirty_log if self._session.log_all else None
+        addr = self.addr
+        self.queue.set_log(dirty, addr is not None and bool(addr.flags & 1), addr.log if addr else 0)
+
+    async def changed(self, change: Callable[[], None]) -> None:
+        """Apply a change that a running queue must not see half done."""
+        if not self.running:
+            change()
+            return
+        await self.queue.pause()
+        try:
+            change()
+        finally:
+            self.queue.resume()
+
+    def set_kick(self, fd: int, poller: trio.CancelScope | None = None) -> None:
+        """Own another kick descriptor, and the task that writes it if there is one; only while paused or stopped."""
+        old, self.kick = self.kick, fd
+        old_poller, self.poller = self.poller, poller
+        self.queue.set_kick(fd)
+        if old_poller is not None:
+            old_poller.cancel()
+        if old >= 0:
+            os.close(old)
+
+    def set_err(self, fd: int) -> None:
+        old, self.err = self.err, fd
+        if old >= 0:
+            os.close(old)
+
+    # --- life ---
+
+    async def update(self) -> None:
+        """Start or stop the handler according to the present state."""
+        session = self._session
+        wanted = (
+            self.started and self.addr is not None and self.size > 0 and not self.broken and session.may_run
+        )
+        if self.running and (not wanted or self._with_enabled != self.enabled):
+            await self._halt()
+        if wanted and not self.running:
+            self._launch()
+
+    def _launch(self) -> None:
+        dirty, memory = self._session.dirty_log, self._session.memory
+        if (
+            self._session.log_all
+            and dirty is not None
+            and memory is not None
+            and not dirty.covers(memory.end)
+        ):
+            raise RemoteProtocolError(f"the dirty log of {dirty.size:#x} bytes does not cover all memory")
+        self.configure()
+        self.queue.start(self.kick)
+        self._with_enabled = self.enabled
+        self._done = trio.Event()
+        self._session.nursery.start_soon(self._run)
+        self.queue.signal()
+
+    async def _run(self) -> None:
+        device = self._session.device
+        handler = device.handle_queue if self._with_enabled else device.handle_disabled_queue
+        try:
+            with trio.CancelScope() as self._scope:
+                try:
+                    await handler(self.queue)
+                except* BrokenQueue as group:
+                    self._break(str(_first(group)))
+                except* MemoryLost:
+                    log.debug("%s: ring %d: its memory is lost", self._session.name, self.index)
+            try:
+                if not self.broken:
+                    await self.queue.settle()
+                with trio.CancelScope(shield=True):
+                    # Answers that the device has given must reach the driver before the base does.
+                    await self.queue.finish()
+            except MemoryLost:
+                log.debug("%s: ring %d: its memory is lost", self._session.name, self.index)
+        finally:
+            self._scope = None
+            self._done.set()
+
+    def _break(self, why: str) -> None:
+        """The driver broke the ring: say so once, signal the error descriptor, stay stopped."""
+        self.broken = True
+        log.error("%s: ring %d stopped: %s", self._session.name, self.index, why)
+        self._session.ring_failed(self.index)
+
+    async def _halt(self) -> None:
+        """End the handler; return when its answers are pushed and the rest is given back."""
+        self.queue.end()
+        waited = 0.0
+        while self.running:
+            with trio.move_on_after(GRACE):
+                await self._done.wait()
+            waited += GRACE
+            if self._scope is not None and self.queue.returnable:
+                self._scope.cancel()
+                await self._done.wait()
+            elif self.running and waited >= GAP_WARNING:
+                # Something younger is answered already: only the device can close the gap, so it is not cancelled.
+                log.warning(
+                    "%s: ring %d: the stop waits for a request that is older than one already answered",
+                    self._session.name,
+                    self.index,
+                )
+                waited = 0.0
+
+    async def stop(self) -> int:
+        """GET_VRING_BASE: stop, and return the next avail index. Waits for a page only if a touch in hand does."""
+        self.started = False
+        await self.update()
+        self.broken = False
+        base = self.queue.base
+        self.set_kick(-1)
+        self.queue.set_call(-1)
+        return base
+
+    def close(self) -> None:
+        """Close descriptors, let go of memory. The handler has ended."""
+        self.set_kick(-1)
+        self.set_err(-1)
+        self.queue.close()
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

@@ -1,0 +1,137 @@
+"""The command ``vhostpc``: finds the subcommand, and turns what went wrong into one sentence and a code.
+
+Exit codes: 0 done, 1 the work failed, 2 wrong usage, 3 this machine can not do it (``vhostpc doctor`` says
+why), 130 interrupted from the keyboard.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+import click
+
+from vhostpc.cli.common import CANNOT, DONE, FAILED, Settings, common_options
+from vhostpc.errors import PostcopyRefused, UfdError, VhostpcError
+
+INTERRUPTED = 130
+
+# Name: (where it lives, what --help says). A subcommand is imported when it is called.
+COMMANDS = {
+    "backend": ("vhostpc.cli.backend:backend", "Serve a device of yours to a vhost-user front-end."),
+    "demo": (
+        "vhostpc.cli.demo:demo",
+        "Show a postcopy migration with traffic on this machine, without QEMU.",
+    ),
+    "doctor": ("vhostpc.cli.doctor:doctor", "Say whether this machine can do it, and what to change if not."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a subcommand only to run it or to show its own help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, name = COMMANDS[cmd_name][0].split(":")
+        command = getattr(importlib.import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+def _version(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"vhostpc {version('vhostpc')}")
+        context.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version."
+)
+@common_options
+def cli() -> None:
+    """vhost-user back-ends that live through postcopy migration."""
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors inside nested exception groups, in order."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error
+
+
+def sentence(error: BaseException) -> tuple[str, int]:
+    """What to say about an error, and the exit code."""
+    if isinstance(error, UfdError | PostcopyRefused):
+        return str(error), CANNOT
+    if isinstance(error, VhostpcError):
+        return str(error), FAILED
+    if isinstance(error, OSError):
+        what = f"{error.filename}: " if error.filename else ""
+        return f"{what}{error.strerror or error}", FAILED
+    return f"internal error: {type(error).__name__}: {error} (--debug shows the traceback)", FAILED
+
+
+def report(error: BaseException, debug: bool) -> int:
+    """Tell the user about the first error that counts; returns the exit code."""
+    found = list(leaves(error))
+    # A wrong option and an interrupt come first, then what we raise on purpose, then the rest.
+    for kind in (click.ClickException, KeyboardInterrupt, click.Abort, VhostpcError, OSError, BaseException):
+        first = next((e for e in found if isinstance(e, kind)), None)
+        if first is not None:
+            break
+    assert first is not None
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(first, click.ClickException):
+        first.show()
+        return first.exit_code
+    if isinstance(first, KeyboardInterrupt | click.Abort):
+        return INTERRUPTED
+    if isinstance(first, SystemExit):
+        return first.code if isinstance(first.code, int) else FAILED
+    text, code = sentence(first)
+    click.echo(f"vhostpc: {text}", err=True)
+    return code
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    options = Settings()
+    try:
+        # With standalone_mode off, click returns the code given to Context.exit, or what the command returns.
+        code = cli.main(
+            args=list(arguments) if arguments is not None else None,
+            prog_name="vhostpc",
+            standalone_mode=False,
+            obj=options,
+        )
+    except BrokenPipeError:
+        # Whoever read our output has enough; Python must not complain about the rest of it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except BaseException as error:
+        return report(error, options.debug)
+    return code if isinstance(code, int) else DONE
+
+
+def main() -> NoReturn:
+    """Entry point of the installed command."""
+    sys.exit(run())

@@ -1,0 +1,275 @@
+"""The guest's side of virtqueues: a driver per queue in C, and the far side that its frames go to.
+
+A driver touches guest memory like a guest's processor: each call here is one C call on a borrowed thread and
+may wait for a page. Frames carry a stream, a number and a CRC-32, so that a lost, doubled or damaged one is
+found and counted.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import trio
+
+from vhostpc._native import check, ffi, lib
+from vhostpc._native.loop import run_loop
+from vhostpc.frontend.share import GuestRegion
+from vhostpc.memory.ramblock import RamSet, touched
+
+FRAME_MIN = 38
+"""Smallest frame in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RingLayout:
+    """Where a queue lives, in guest addresses.
+
+    ``buffers`` + i * ``buffer_stride`` is slot i's buffer, and the same with ``tables`` its indirect
+    descriptor table (0: descriptors in the ring). ``slots`` chains of ``parts`` descriptors are in flight at
+    most; without tables their descriptors must fit into the ``num`` entries of the ring. ``answer_len``
+    bytes at the end of each buffer are for the device to write, in one more descriptor of the chain.
+    """
+
+    desc: int
+    avail: int
+    used: int
+    buffers: int
+    buffer_stride: int = 2048
+    tables: int = 0
+    table_stride: int = 256
+    num: int = 256
+    slots: int = 256
+    parts: int = 1
+    buffer_len: int = 2048
+    answer_len: int = 0
+
+    @classmethod
+    def packed_at(cls, start: int, num: int = 256, **more: int) -> RingLayout:
+        """Everything one after the other from ``start``, each part on pages of its own."""
+
+        def pages(length: int) -> int:
+            return (length + 4095) & ~4095
+
+        slots = more.pop("slots", num)
+        avail = start + pages(16 * num)
+        used = avail + pages(6 + 2 * num)
+        buffers = used + pages(6 + 8 * num)
+        return cls(start, avail, used, buffers, num=num, slots=slots, **more)
+
+    @property
+    def end(self) -> int:
+        """First guest address behind the ring's parts, buffers and tables."""
+        ends = [
+            self.desc + 16 * self.num,
+            self.avail + 6 + 2 * self.num,
+            self.used + 6 + 8 * self.num,
+            self.buffers + self.slots * self.buffer_stride,
+            self.tables + self.slots * self.table_stride if self.tables else 0,
+        ]
+        return (max(ends) + 4095) & ~4095
+
+
+@dataclass(frozen=True, slots=True)
+class FrameNumbers:
+    """Frames received and checked."""
+
+    frames: int
+    """Whole ones, each counted once."""
+    bytes: int
+    bad: int
+    """Not ours, cut short or with a wrong CRC."""
+    duplicates: int
+    reordered: int
+    next: int
+    """Highest number received, plus 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class DriverNumbers:
+    """What a queue did."""
+
+    posted: int
+    completed: int
+    kicks: int
+    calls: int
+    bad_used: int
+    """Used entries that name no chain in flight, or too many bytes."""
+    in_flight: int
+    avail_index: int
+    """Free running, 16 bits: what SET_VRING_BASE continues from is the device's own."""
+    used_index: int
+    received: FrameNumbers
+
+
+def _frames(raw: Any) -> FrameNumbers:
+    return FrameNumbers(
+        frames=int(raw.frames),
+        bytes=int(raw.bytes),
+        bad=int(raw.bad),
+        duplicates=int(raw.duplicates),
+        reordered=int(raw.reordered),
+        next=int(raw.next),
+    )
+
+
+class Driver:
+    """One queue. ``kick`` and ``call`` are its eventfds, for SET_VRING_KICK and SET_VRING_CALL.
+
+    One call at a time; each raises MemoryLost when the RAM set was given up. ``event_idx`` says that
+    VIRTIO_F_EVENT_IDX was negotiated, ``header`` how many bytes of device header stand before a frame (net:
+    12), ``receive`` that the device writes.
+    """
+
+    def __init__(
+        self,
+        ram: RamSet,
+        regions: Sequence[GuestRegion],
+        layout: RingLayout,
+        *,
+        receive: bool = False,
+        header: int = 12,
+        event_idx: bool = False,
+        stream: int = 0,
+    ) -> None:
+        self.layout = layout
+        self.receive = receive
+        self.kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        raw = ffi.new("struct vpc_driver_config *")
+        for name in RingLayout.__dataclass_fields__:
+            setattr(raw, name, getattr(layout, name))
+        raw.header, raw.receive, raw.event_idx, raw.stream = header, receive, event_idx, stream
+        raw.kick_fd, raw.call_fd = self.kick, self.call
+        self._limiter = trio.CapacityLimiter(1)
+        self._handle = lib.vpc_driver_new(ram.handle, raw)
+        if self._handle == ffi.NULL:
+            self.close()
+            raise ValueError(f"a ring can not be laid out like this: {layout}")
+        try:
+            for r in regions:
+                rc = lib.vpc_driver_add_region(self._handle, r.guest_addr, r.size, r.block.index, r.offset)
+                check(rc, f"region at {r.guest_addr:#x}")
+        except BaseException:
+            self.close()
+            raise
+
+    async def reset(self) -> None:
+        """Make the ring empty. May wait for a page."""
+        await self._hop(lambda: lib.vpc_driver_reset(self._handle))
+
+    async def post(self, count: int = 1, frame_len: int = 64) -> int:
+        """Make up to ``count`` chains available and kick if the device wants it; returns how many.
+
+        They are frames of ``frame_len`` bytes, or empty buffers of a receive queue. May wait for a page.
+        """
+        return await self._hop(lambda: lib.vpc_driver_post(self._handle, count, frame_len))
+
+    async def reap(self) -> int:
+        """Take what the device has used; returns how many chains. May wait for a page."""
+        return await self._hop(lambda: lib.vpc_driver_reap(self._handle))
+
+    async def run(self, count: int = 0, frame_len: int = 64, *, per_second: float = 0) -> None:
+        """Post and reap until ``count`` chains have come back (0: until cancelled).
+
+        At most ``per_second`` chains a second if that is not 0. One C call on a borrowed thread; cancelling
+        takes effect when no page is waited for.
+        """
+        interval = int(1e9 / per_second) if per_second else 0
+        handle = self._handle
+        rc = await run_loop(
+            lambda: lib.vpc_driver_run(handle, count, frame_len, interval),
+            lambda: lib.vpc_driver_stop(handle),
+            self._limiter,
+        )
+        touched(rc, "driver")
+
+    def move(self, ram: RamSet) -> None:
+        """The guest moved: the same addresses in another RAM set, and new eventfds. Touches nothing."""
+        for fd in (self.kick, self.call):
+            os.close(fd)
+        self.kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        check(lib.vpc_driver_move(self._handle, ram.handle, self.kick, self.call), "moving a driver")
+
+    def numbers(self) -> DriverNumbers:
+        """Touches nothing."""
+        raw = ffi.new("struct vpc_driver_stats *")
+        lib.vpc_driver_stats(self._handle, raw)
+        return DriverNumbers(
+            posted=int(raw.posted),
+            completed=int(raw.completed),
+            kicks=int(raw.kicks),
+            calls=int(raw.calls),
+            bad_used=int(raw.bad_used),
+            in_flight=int(raw.in_flight),
+            avail_index=int(raw.avail_index),
+            used_index=int(raw.used_index),
+            received=_frames(raw.received),
+        )
+
+    async def _hop(self, call: Any) -> int:
+        return touched(await trio.to_thread.run_sync(call, limiter=self._limiter), "driver")
+
+    def close(self) -> None:
+        """Free it and close the eventfds. Not while a call runs."""
+        if self._handle is not None:
+            lib.vpc_driver_free(self._handle)
+            self._handle = None
+            for fd in (self.kick, self.call):
+                os.close(fd)
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class FarSide:
+    """What stands behind a bridge: a datagram socket that checks frames, and may echo them."""
+
+    def __init__(self, sock: socket.socket | trio.socket.SocketType, *, echo: bool = False) -> None:
+        self._handle = lib.vpc_far_new(sock.fileno(), echo)
+        if self._handle == ffi.NULL:
+            raise MemoryError("far side")
+        self._limiter = trio.CapacityLimiter(1)
+
+    async def run(self) -> None:
+        """One C call on a borrowed thread until cancelled."""
+        handle = self._handle
+        rc = await run_loop(lambda: lib.vpc_far_run(handle), lambda: lib.vpc_far_stop(handle), self._limiter)
+        check(rc, "far side")
+
+    def numbers(self) -> FrameNumbers:
+        return self._numbers()[0]
+
+    @property
+    def echoed(self) -> int:
+        """Frames sent back."""
+        return self._numbers()[1]
+
+    def _numbers(self) -> tuple[FrameNumbers, int]:
+        raw, echoed = ffi.new("struct vpc_frame_stats *"), ffi.new("uint64_t *")
+        lib.vpc_far_stats(self._handle, raw, echoed)
+        return _frames(raw), int(echoed[0])
+
+    def close(self) -> None:
+        """Not while :meth:`run` runs. The socket stays the caller's."""
+        if self._handle is not None:
+            lib.vpc_far_free(self._handle)
+            self._handle = None
+
+    def __enter__(self) -> FarSide:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""Guest memory: mappings, the region table, the gate, the dirty log."""

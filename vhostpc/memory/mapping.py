@@ -1,0 +1,120 @@
+"""One mapping of one descriptor, and what stands behind a session's mappings: the supply of pages."""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from vhostpc._native import check, ffi, lib
+from vhostpc.errors import GuestMemoryError, PostcopyRefused
+from vhostpc.memory.addr import OwnAddr
+
+
+class Backing(enum.IntEnum):
+    """What kind of file system a mapping comes from. Postcopy works on the first two."""
+
+    TMPFS = 1
+    HUGETLB = 2
+    OTHER = 3
+
+
+@dataclass(frozen=True)
+class WaitStats:
+    """Touches of guest memory that waited for a page: how many, in all (ns), the longest (ns)."""
+
+    waits: int
+    total_ns: int
+    longest_ns: int
+
+
+class Supply:
+    """Who brings a session's missing pages: a userfaultfd lent to the front-end, or nobody (all are here).
+
+    Armed memory is memory that may miss pages, from POSTCOPY_LISTEN to POSTCOPY_END.
+    """
+
+    def __init__(self) -> None:
+        out = ffi.new("struct vpc_supply **")
+        check(lib.vpc_supply_new(out), "guest memory")
+        self.handle: Any = ffi.gc(out[0], lib.vpc_supply_unref)
+
+    def arm(self, ufd: int) -> None:
+        """Register maps made from now on with this userfaultfd; a copy is kept until :meth:`disarm`."""
+        check(lib.vpc_supply_arm(self.handle, ufd), "userfaultfd")
+
+    def disarm(self) -> None:
+        """Every page has arrived (POSTCOPY_END): unregister all mappings, close our copies of the ufd."""
+        check(lib.vpc_supply_disarm(self.handle), "UFFDIO_UNREGISTER")
+
+    def fail(self) -> None:
+        """No page will come any more: release every waiter, so that nothing is read, sent or created.
+
+        Each armed mapping is replaced by private memory and its waiters are woken; they see
+        :class:`MemoryLost`. The shared file stays as it was, also for a guest that lives on.
+        """
+        lib.vpc_supply_fail(self.handle)
+
+    @property
+    def lost(self) -> bool:
+        return not self.handle or bool(lib.vpc_supply_is_lost(self.handle))
+
+    def close(self) -> None:
+        """Let go of it, and of the userfaultfd; what is still mapped holds its own copy."""
+        self.handle, handle = ffi.NULL, self.handle
+        ffi.release(handle)
+
+    def stats(self) -> WaitStats:
+        out = ffi.new("struct vpc_wait_stats *")
+        lib.vpc_supply_stats(self.handle, out)
+        return WaitStats(out.waits, out.total_ns, out.longest_ns)
+
+
+def mlock_future_in_force() -> bool:
+    """True if ``mlockall(MCL_FUTURE)`` is in force: a new mapping would be populated, creating pages."""
+    return bool(lib.vpc_mlock_future())
+
+
+class Mapping:
+    """``size`` bytes at ``offset`` of ``fd`` (duplicated), shared, kept from children and core dumps.
+
+    ``armed``: mapped without access until :meth:`register`. Raises GuestMemoryError for an empty, wrapping,
+    unaligned (4096) or too long range, PostcopyRefused for armed memory that is neither tmpfs nor hugetlbfs.
+    Never touches a page.
+    """
+
+    def __init__(self, supply: Supply, fd: int, offset: int, size: int, *, armed: bool = False) -> None:
+        out = ffi.new("struct vpc_map **")
+        where = f"{size:#x} bytes at {offset:#x} of the descriptor"
+        rc = lib.vpc_map_new(supply.handle, fd, offset, size, armed, out)
+        if rc == -errno.EFBIG:
+            raise GuestMemoryError(f"memory region: {where} end after the end of its file")
+        if rc == -errno.EINVAL:
+            raise GuestMemoryError(f"memory region: {where} are empty, unaligned or not a regular file's")
+        if rc == -errno.EOPNOTSUPP:
+            raise PostcopyRefused(
+                "postcopy needs guest memory on tmpfs (memfd, /dev/shm) or hugetlbfs; this is another file system"
+            )
+        if rc < 0:
+            raise GuestMemoryError(f"memory region: {where}: {os.strerror(-rc)}")
+        self.handle: Any = ffi.gc(out[0], lib.vpc_map_unref)
+
+    @property
+    def address(self) -> OwnAddr:
+        """Where the region's first byte is in our process: for the front-end, which translates faults."""
+        return OwnAddr(lib.vpc_map_address(self.handle))
+
+    @property
+    def backing(self) -> Backing:
+        return Backing(lib.vpc_map_kind(self.handle))
+
+    def register(self) -> None:
+        """Register with the supply's userfaultfd (missing pages), then allow access. Raises OSError."""
+        check(lib.vpc_map_register(self.handle), "UFFDIO_REGISTER")
+
+    def close(self) -> None:
+        """Let go of our hold; it is unmapped when no table holds it either."""
+        self.handle, handle = ffi.NULL, self.handle
+        ffi.release(handle)

@@ -1,0 +1,227 @@
+"""RAM blocks: named pieces of shared memory on memfd, with a bit per host page.
+
+The process that owns a :class:`RamSet` maps each block once. Nothing here hands out that memory: bytes go
+in and out by bounded copies in C, on a borrowed thread, since any of them may wait for a missing page.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import trio
+
+from vhostpc._native import check, ffi, lib
+from vhostpc.errors import BadAddress, MemoryLost
+
+TARGET_PAGE = 4096
+_HUGE_SHIFT = 26
+_MFD_HUGETLB = 0x4
+
+
+class Bits(enum.IntEnum):
+    """The bitmaps of a block, one bit a host page."""
+
+    RECEIVED = 0
+    REQUESTED = 1
+    DIRTY = 2
+    HELD = 3
+    ASKED = 4
+
+
+def make_memfd(name: str, length: int, page_size: int = TARGET_PAGE) -> int:
+    """A new memfd of ``length`` bytes; ``page_size`` above 4096 takes huge pages of that size.
+
+    Raises OSError (ENOMEM when mapped later, if there are not enough huge pages).
+    """
+    flags = os.MFD_CLOEXEC
+    if page_size > mmap.PAGESIZE:
+        flags |= _MFD_HUGETLB | (page_size.bit_length() - 1) << _HUGE_SHIFT
+    fd = os.memfd_create(name, flags)
+    try:
+        os.ftruncate(fd, length)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def touched(rc: int, what: str) -> int:
+    """Result of a call that touches a RAM set. Raises MemoryLost when the set was given up, OSError else."""
+    if rc == -errno.EOWNERDEAD:
+        raise MemoryLost(f"{what}: the source of its pages is gone and will bring no more")
+    return check(rc, what)
+
+
+class RamBlock:
+    """One block of a :class:`RamSet`: its name, index in the set, length and host page size in bytes."""
+
+    def __init__(
+        self, ram: RamSet, index: int, name: str, fd: int, fd_offset: int, length: int, page_size: int
+    ) -> None:
+        self._ram = ram
+        self.index = index
+        self.name = name
+        self.fd = fd
+        self.fd_offset = fd_offset
+        self.length = length
+        self.page_size = page_size
+
+    @property
+    def pages(self) -> int:
+        """Number of host pages."""
+        return self.length // self.page_size
+
+    @property
+    def base(self) -> int:
+        """Address of our own mapping: for registering and for the memory table, never for touching."""
+        return int(lib.vpc_ram_base(self._ram.handle, self.index))
+
+    def set_bits(self, which: Bits, first: int = 0, count: int | None = None, value: bool = True) -> None:
+        """Set or clear the bits of ``count`` host pages (default: to the end)."""
+        count = self.pages - first if count is None else count
+        check(lib.vpc_ram_set_bits(self._ram.handle, self.index, which, first, count, value), "RAM bits")
+
+    def test_bit(self, which: Bits, page: int) -> bool:
+        return bool(check(lib.vpc_ram_test_bit(self._ram.handle, self.index, which, page), "RAM bits"))
+
+    def count_bits(self, which: Bits) -> int:
+        return check(lib.vpc_ram_count_bits(self._ram.handle, self.index, which), "RAM bits")
+
+    def discard(self, offset: int = 0, length: int | None = None) -> None:
+        """Punch a hole (whole host pages) and forget that these pages were received or requested."""
+        length = self.length - offset if length is None else length
+        check(lib.vpc_ram_discard(self._ram.handle, self.index, offset, length), f"discard in {self.name}")
+
+    def holes(self) -> list[tuple[int, int]]:
+        """(offset, length) of what the file does not hold: pages that nobody made. Touches nothing."""
+        found = []
+        at, end = self.fd_offset, self.fd_offset + self.length
+        while at < end:
+            hole = os.lseek(self.fd, at, os.SEEK_HOLE)
+            if hole >= end:
+                break
+            try:
+                data = min(os.lseek(self.fd, hole, os.SEEK_DATA), end)
+            except OSError:  # ENXIO: no data up to the end
+                data = end
+            found.append((hole - self.fd_offset, data - hole))
+            at = data
+        return found
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """A copy of ``length`` bytes. May wait for a page (on a borrowed thread). Raises MemoryLost."""
+        buffer = ffi.new("unsigned char[]", max(length, 1))
+        await self._hop(lib.vpc_ram_read, offset, buffer, length)
+        return bytes(ffi.buffer(buffer, length))
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Copy ``data`` in. May wait for a page (on a borrowed thread)."""
+        await self._hop(lib.vpc_ram_write, offset, ffi.from_buffer(data), len(data))
+
+    async def fill(self, seed: int, first: int = 0, count: int | None = None) -> None:
+        """Write target pages that name themselves (a function of block, page and ``seed``)."""
+        count = self.length // TARGET_PAGE - first if count is None else count
+        await self._hop(lib.vpc_ram_fill, first, count, seed)
+
+    async def verify(self, seed: int, first: int = 0, count: int | None = None) -> tuple[int, int | None]:
+        """(number of target pages that are not what :meth:`fill` wrote, the first of them or None)."""
+        count = self.length // TARGET_PAGE - first if count is None else count
+        where = ffi.new("uint64_t *")
+        bad = await self._hop(lib.vpc_ram_verify, first, count, seed, where)
+        return bad, (int(where[0]) if bad else None)
+
+    async def _hop(self, call: Any, *args: Any) -> int:
+        handle = self._ram.handle
+        rc = await trio.to_thread.run_sync(lambda: call(handle, self.index, *args), limiter=self._ram.limiter)
+        return touched(rc, f"RAM block {self.name}")
+
+
+class RamSet:
+    """All RAM blocks of a machine. Close it after everything that uses it."""
+
+    def __init__(self, threads: int = 16) -> None:
+        self._handle = lib.vpc_ram_new()
+        if self._handle == ffi.NULL:
+            raise MemoryError("RAM set")
+        self.limiter = trio.CapacityLimiter(threads)
+        """For copies that may wait for a page: never trio's default."""
+        self.blocks: list[RamBlock] = []
+
+    @property
+    def lost(self) -> bool:
+        """Given up: touching raises MemoryLost from now on."""
+        return bool(lib.vpc_ram_is_lost(self.handle))
+
+    @property
+    def handle(self) -> Any:
+        """The C handle; ValueError after :meth:`close`."""
+        if self._handle is None:
+            raise ValueError("this RAM set is closed")
+        return self._handle
+
+    def __getitem__(self, name: str) -> RamBlock:
+        for block in self.blocks:
+            if block.name == name:
+                return block
+        raise KeyError(name)
+
+    def create(self, name: str, length: int, page_size: int = TARGET_PAGE) -> RamBlock:
+        """A new block on a new memfd, all holes."""
+        fd = make_memfd(name, length, page_size)
+        try:
+            return self.add(name, fd, length, page_size)
+        finally:
+            os.close(fd)
+
+    def add(
+        self, name: str, fd: int, length: int, page_size: int = TARGET_PAGE, fd_offset: int = 0
+    ) -> RamBlock:
+        """A block on ``length`` bytes of ``fd`` from ``fd_offset``; we keep a copy of ``fd``.
+
+        Raises OSError: EINVAL (not whole pages), ERANGE (longer than the file), EEXIST (name taken).
+        """
+        index = check(
+            lib.vpc_ram_add(self.handle, name.encode(), fd, fd_offset, length, page_size),
+            f"RAM block {name}",
+        )
+        own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        block = RamBlock(self, index, name, own, fd_offset, length, page_size)
+        self.blocks.append(block)
+        return block
+
+    def locate(self, address: int) -> tuple[RamBlock, int]:
+        """Block and offset of an address of our own mapping. Raises BadAddress."""
+        for block in self.blocks:
+            if 0 <= address - block.base < block.length:
+                return block, address - block.base
+        raise BadAddress(f"{address:#x} is in no RAM block")
+
+    def close(self) -> None:
+        """Unmap everything. No loop may be using the set."""
+        if self._handle is not None:
+            lib.vpc_ram_free(self._handle)
+            self._handle = None
+        for block in self.blocks:
+            if block.fd >= 0:
+                os.close(block.fd)
+                block.fd = -1
+
+    def __enter__(self) -> RamSet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def total_pages(blocks: Sequence[RamBlock], which: Bits) -> int:
+    """Bits set in all ``blocks``."""
+    return sum(block.count_bits(which) for block in blocks)

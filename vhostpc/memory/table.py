@@ -1,0 +1,68 @@
+"""The table of guest memory regions: immutable, counted, replaced whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from vhostpc._native import check, ffi, lib
+from vhostpc.errors import GuestMemoryError
+from vhostpc.memory.addr import FrontAddr, GuestAddr
+from vhostpc.memory.mapping import Backing, Mapping, Supply
+
+
+@dataclass(frozen=True)
+class Region:
+    """A range of guest memory: where the guest and the front-end see it, and our mapping of it."""
+
+    guest_addr: GuestAddr
+    size: int
+    user_addr: FrontAddr
+    mapping: Mapping
+
+
+class GuestMemory:
+    """An immutable region table over ``struct vpc_gm``.
+
+    Rings and chains in hand count as users; the memory is unmapped with the last of them. Raises
+    GuestMemoryError for regions that wrap, are unaligned (4096), or overlap in guest or front-end addresses.
+    """
+
+    def __init__(self, supply: Supply, regions: Iterable[Region]) -> None:
+        self.regions = tuple(regions)
+        self.mappings = frozenset(r.mapping for r in self.regions)
+        out = ffi.new("struct vpc_gm **")
+        check(lib.vpc_gm_new(supply.handle, out), "memory table")
+        self.handle: Any = ffi.gc(out[0], lib.vpc_gm_unref)
+        for r in self.regions:
+            rc = lib.vpc_gm_add(self.handle, r.mapping.handle, r.guest_addr, r.size, r.user_addr)
+            where = f"region at guest address {r.guest_addr:#x}, {r.size:#x} bytes"
+            if rc == -errno.EEXIST:
+                raise GuestMemoryError(f"{where}, overlaps another one")
+            if rc == -errno.EINVAL:
+                raise GuestMemoryError(f"{where}, front-end address {r.user_addr:#x}: unaligned or wrapping")
+            if rc < 0:
+                raise GuestMemoryError(f"{where}: {os.strerror(-rc)}")
+
+    @property
+    def users(self) -> int:
+        """Rings and chains that still look things up here."""
+        return lib.vpc_gm_users(self.handle)
+
+    @property
+    def end(self) -> int:
+        """Guest address behind the highest region; 0 for an empty table."""
+        return lib.vpc_gm_end(self.handle)
+
+    @property
+    def slow(self) -> bool:
+        """Some backing may read a disk at any touch."""
+        return any(r.mapping.backing is Backing.OTHER for r in self.regions)
+
+    def close(self) -> None:
+        """Let go of our hold on the table; rings and chains in hand keep theirs."""
+        self.handle, handle = ffi.NULL, self.handle
+        ffi.release(handle)

@@ -1,0 +1,133 @@
+"""A client of the fault service: somebody's ufd, and where its addresses lie in our RAM blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vhostpc._native import check, ffi, lib
+from vhostpc.memory.ramblock import RamBlock
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRange:
+    """``length`` bytes from ``base``, an address of the client's process, are ``block`` from ``offset``.
+
+    All in bytes and whole host pages of the block.
+    """
+
+    base: int
+    length: int
+    block: RamBlock
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """How long faults waited, from being read to being woken: nanoseconds, known to 25 %."""
+
+    count: int
+    p50_ns: int
+    p99_ns: int
+    longest_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientNumbers:
+    """What a client did until now."""
+
+    faults: int
+    """Fault events read."""
+    distinct: int
+    """Host pages that faulted at least once since the ranges were set."""
+    wakes: int
+    found_nothing: int
+    """Faults at addresses of no range: the thread there stays blocked until ranges are set."""
+    received_already: int
+    """Woken at once: the page had come in the meantime."""
+    requested_already: int
+    """Faults on pages that somebody had asked for before."""
+    other_events: int
+    waiting_now: int
+    last_unknown: int
+    """Address of the last fault that found nothing, 0 if there was none."""
+    error: int
+    """errno that ended reading this client, 0 if it is read."""
+    waits: Waits
+
+
+def waits_of(histogram: Any, longest_ns: int) -> Waits:
+    """Percentiles of a C histogram: the upper end of the bucket that holds them, at most the longest."""
+    counts = [int(n) for n in histogram]
+    total = sum(counts)
+
+    def percentile(share: float) -> int:
+        want, seen = share * total, 0
+        for i, n in enumerate(counts):
+            seen += n
+            if n and seen >= want:
+                return min(int(lib.vpc_histogram_floor(i + 1)), longest_ns)
+        return 0
+
+    return Waits(total, percentile(0.5), percentile(0.99), longest_ns)
+
+
+class Served(Protocol):
+    """The part of the fault service that its clients need."""
+
+    @property
+    def handle(self) -> Any: ...
+
+    @property
+    def closed(self) -> bool: ...
+
+
+class Client:
+    """Made by ``FaultService.add_client``. None of its methods waits."""
+
+    def __init__(self, service: Served, number: int, name: str) -> None:
+        self._service = service
+        self.number = number
+        self.name = name
+        self.removed = False
+
+    def set_ranges(self, ranges: Iterable[ClientRange]) -> None:
+        """Say where the client's addresses lie, replacing what was said before.
+
+        Faults that found nothing until now are looked at again. Raises OSError EINVAL for ranges that
+        overlap, are no whole host pages or leave their block.
+        """
+        rows = list(ranges)
+        raw = ffi.new("struct vpc_client_range[]", max(len(rows), 1))
+        for i, r in enumerate(rows):
+            raw[i].base, raw[i].length = r.base, r.length
+            raw[i].block, raw[i].offset = r.block.index, r.offset
+        rc = lib.vpc_fault_set_ranges(self._service.handle, self.number, raw, len(rows))
+        check(rc, f"ranges of {self.name}")
+
+    def remove(self) -> None:
+        """Read it no more and close our copy of its ufd. Its numbers stay readable.
+
+        Harmless after the service was closed, which does the same.
+        """
+        if not self.removed and not self._service.closed:
+            lib.vpc_fault_remove_client(self._service.handle, self.number)
+        self.removed = True
+
+    def numbers(self) -> ClientNumbers:
+        raw = ffi.new("struct vpc_client_stats *")
+        check(lib.vpc_fault_client_stats(self._service.handle, self.number, raw), "client numbers")
+        return ClientNumbers(
+            faults=int(raw.faults),
+            distinct=int(raw.distinct),
+            wakes=int(raw.wakes),
+            found_nothing=int(raw.found_nothing),
+            received_already=int(raw.received_already),
+            requested_already=int(raw.requested_already),
+            other_events=int(raw.other_events),
+            waiting_now=int(raw.waiting_now),
+            last_unknown=int(raw.last_unknown),
+            error=int(raw.error),
+            waits=waits_of(raw.histogram, int(raw.longest_ns)),
+        )

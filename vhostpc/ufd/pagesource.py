@@ -1,0 +1,161 @@
+"""The other end of a fault service: serves the pages of RAM blocks on a socket, each once.
+
+What is asked for goes first, the background scan goes on from there. The blocks are this process's own
+memory, whole and never armed.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import trio
+
+from vhostpc._native import check, ffi, lib
+from vhostpc._native.loop import run_loop
+from vhostpc.errors import StreamError
+from vhostpc.memory.ramblock import Bits, RamSet
+from vhostpc.wire.ramrec import REASONS, BadRecord
+
+UNLIMITED = 0xFFFFFFFFFFFFFFFF
+"""Background rate: as fast as the socket takes it."""
+
+
+class Ended(enum.IntEnum):
+    """Why :meth:`PageSource.serve` returned."""
+
+    PEER_CLOSED = 1
+    SHUT = 2
+    STOPPED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SourceNumbers:
+    """What a source sent until now. Host pages unless said otherwise."""
+
+    bytes: int
+    data_pages: int
+    """Target pages (4096 bytes) sent with their content."""
+    zero_pages: int
+    """Target pages sent as a zero record."""
+    requests: int
+    """Request messages read."""
+    requested_pages: int
+    background_pages: int
+    useless: int
+    """Asked for, but sent before."""
+    held: int
+    """Asked for and withheld now."""
+    held_ever: int
+    dirty_left: int
+    eos_sent: bool
+
+
+class PageSource:
+    """Serves all blocks of ``ram`` on ``sock``: give it a RamSet whose DIRTY bits say what is to be sent.
+
+    ``background_rate`` is in bytes a second besides what is asked for; 0 sends only what is asked for. A
+    small send buffer keeps requested pages from waiting behind others.
+    """
+
+    def __init__(self, ram: RamSet, sock: trio.SocketStream | int, *, background_rate: int = 0) -> None:
+        fd = sock if isinstance(sock, int) else sock.socket.fileno()
+        self.ram = ram
+        self._handle = lib.vpc_save_new(ram.handle, fd, background_rate)
+        if self._handle == ffi.NULL:
+            raise OSError(errno.ENOMEM, "page source: no memory or no descriptors left")
+        self._limiter = trio.CapacityLimiter(1)
+
+    @property
+    def handle(self) -> Any:
+        """The C handle; ValueError after :meth:`close`."""
+        if self._handle is None:
+            raise ValueError("this page source is closed")
+        return self._handle
+
+    async def serve(self) -> Ended:
+        """One C call on a borrowed thread until the peer closes or says that it is done, or cancelled.
+
+        Raises :class:`~vhostpc.errors.StreamError` for a request that is none, OSError when sending fails.
+        """
+        handle = self.handle
+        rc = await run_loop(
+            lambda: lib.vpc_save_run(handle), lambda: lib.vpc_save_stop(handle), self._limiter
+        )
+        if rc == -errno.EBADMSG:
+            why = BadRecord(int(self._raw().why))
+            raise StreamError(f"return path: a message with {REASONS[why]}")
+        return Ended(check(rc, "page source"))
+
+    def set_rate(self, background_rate: int) -> None:
+        """Bytes a second for what nobody asked for; 0 stops it, UNLIMITED does not limit it."""
+        lib.vpc_save_set_rate(self.handle, background_rate)
+
+    def hold(self, block: str, first: int = 0, count: int | None = None) -> None:
+        """Withhold host pages until :meth:`release`, also when they are asked for."""
+        self.ram[block].set_bits(Bits.HELD, first, count)
+
+    def release(self, block: str, first: int = 0, count: int | None = None) -> None:
+        """Send them again; what was asked for in the meantime goes at once."""
+        self.ram[block].set_bits(Bits.HELD, first, count, value=False)
+        lib.vpc_save_kick(self.handle)
+
+    def hold_all(self, on: bool = True) -> None:
+        """Withhold everything that is asked for from now on, and the background; False releases it."""
+        lib.vpc_save_hold_all(self.handle, on)
+
+    @contextmanager
+    def holding_all(self) -> Iterator[None]:
+        """:meth:`hold_all` for the time of a block."""
+        self.hold_all()
+        try:
+            yield
+        finally:
+            self.hold_all(False)
+
+    async def changed(self) -> None:
+        """Wait until a request was withheld or the end was sent since the last call."""
+        fd = lib.vpc_save_notify_fd(self.handle)
+        await trio.lowlevel.wait_readable(fd)
+        with open(fd, "rb", buffering=0, closefd=False) as event:  # noqa: ASYNC230  an eventfd that is ready
+            event.read(8)
+
+    def numbers(self) -> SourceNumbers:
+        raw = self._raw()
+        return SourceNumbers(
+            bytes=int(raw.bytes),
+            data_pages=int(raw.data_pages),
+            zero_pages=int(raw.zero_pages),
+            requests=int(raw.requests),
+            requested_pages=int(raw.requested_pages),
+            background_pages=int(raw.background_pages),
+            useless=int(raw.useless),
+            held=int(raw.held),
+            held_ever=int(raw.held_ever),
+            dirty_left=int(raw.dirty_left),
+            eos_sent=bool(raw.eos_sent),
+        )
+
+    def _raw(self) -> Any:
+        raw = ffi.new("struct vpc_save_stats *")
+        lib.vpc_save_stats(self.handle, raw)
+        return raw
+
+    def close(self) -> None:
+        """Close our copy of the socket. Not while :meth:`serve` runs."""
+        if self._handle is not None:
+            lib.vpc_save_free(self._handle)
+            self._handle = None
+
+    def __enter__(self) -> PageSource:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,384 @@
+"""The fault service: serves the faults of any number of clients from a source of pages behind a socket.
+
+The whole way of a page runs in C on borrowed threads without the GIL: fault, request, records, placing,
+wake. Each page is placed once, through our own ufd into our own mapping; every waiter is woken.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import trio
+
+from vhostpc._native import check, ffi, lib
+from vhostpc._native.loop import run_loop
+from vhostpc.errors import ChannelLost, MemoryLost
+from vhostpc.memory.ramblock import Bits, RamBlock, RamSet
+from vhostpc.ufd.client import Client, ClientRange
+from vhostpc.ufd.uffd import Userfaultfd
+from vhostpc.wire.ramrec import BadRamStream, BadRecord
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceNumbers:
+    """What the fault loop did until now, all clients together."""
+
+    events: int
+    requests: int
+    """Page requests made: distinct host pages."""
+    batches: int
+    """Sends on the return path."""
+    bytes_sent: int
+    wakes: int
+    outbox_bytes: int
+    waiting_now: int
+    send_errno: int
+    """errno of the broken return path, 0 while it works."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadNumbers:
+    """What came in over one channel. Pages are target pages (4096 bytes) unless said otherwise."""
+
+    bytes: int
+    data_pages: int
+    zero_pages: int
+    placed: int
+    """Host pages that this channel created."""
+    already: int
+    """Host pages that were there: skipped, never overwritten."""
+    runs: int
+    """Placing calls."""
+    reads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    """Somebody waits now: ``block`` is None for an address of no range; ``since_ns`` is CLOCK_MONOTONIC."""
+
+    client: int
+    thread: int
+    address: int
+    block: str | None
+    page: int
+    since_ns: int
+
+
+class Loops:
+    """C loops that work on one handle: it is freed when it is closed and the last of them has ended."""
+
+    def __init__(self, free: Callable[[], None]) -> None:
+        self._free = free
+        self._stops: list[Callable[[], None]] = []
+        self._closing = False
+
+    @contextmanager
+    def running(self, stop: Callable[[], None]) -> Iterator[None]:
+        self._stops.append(stop)
+        try:
+            yield
+        finally:
+            self._stops.remove(stop)
+            if self._closing and not self._stops:
+                self._free()
+
+    def close(self) -> None:
+        """Stop what runs; free now, or when that has ended."""
+        if self._closing:
+            return
+        self._closing = True
+        if not self._stops:
+            self._free()
+        for stop in list(self._stops):
+            stop()
+
+
+class FaultService:
+    """Faults in, requests out, pages placed, waiters woken.
+
+    Use::
+
+        async with trio.open_nursery() as nursery:
+            with FaultService(ram) as service:
+                service.arm()                       # our own mapping may be missing pages from now on
+                service.set_return_path(sock)
+                nursery.start_soon(service.run)     # the fault loop, until cancelled
+                client = service.add_client(ufd, "bridge")
+                await service.load(sock)            # records until the end of the section
+
+    ``spin_us`` keeps both loops polling so many microseconds after their last event instead of sleeping:
+    faults are answered faster, a core is burnt. Closing it ends its loops.
+    """
+
+    def __init__(self, ram: RamSet, *, spin_us: int = 0) -> None:
+        self.ram = ram
+        self._handle = lib.vpc_fault_new(ram.handle)
+        if self._handle == ffi.NULL:
+            raise MemoryError("fault service")
+        free = self._handle
+        self.loops = Loops(lambda: lib.vpc_fault_free(free))
+        self._spin_ns = spin_us * 1000
+        self._limiter = trio.CapacityLimiter(8)
+        self._ufd: Userfaultfd | None = None
+        self._own: Client | None = None
+
+    @property
+    def handle(self) -> Any:
+        """The C handle; ValueError after :meth:`close`."""
+        if self._handle is None:
+            raise ValueError("this fault service is closed")
+        return self._handle
+
+    @property
+    def closed(self) -> bool:
+        return self._handle is None
+
+    @property
+    def armed(self) -> bool:
+        return self._ufd is not None
+
+    @property
+    def own(self) -> Client:
+        """Our own mapping as a client; only while armed."""
+        if self._own is None:
+            raise ValueError("the fault service is not armed")
+        return self._own
+
+    def arm(self) -> None:
+        """Register all RAM blocks: from now on our own touches of missing pages are faults like any other.
+
+        Opens our own ufd, through which pages are placed. Raises UfdError where that is not possible.
+        """
+        ufd = Userfaultfd.open()
+        try:
+            for block in self.ram.blocks:
+                ufd.register(block.base, block.length)
+            own = self.add_client(ufd, "own mapping")
+            own.set_ranges(ClientRange(b.base, b.length, b, 0) for b in self.ram.blocks)
+        except BaseException:
+            ufd.close()
+            raise
+        self._ufd, self._own = ufd, own
+
+    def supply(self, block: RamBlock, fd: int, offset: int = 0) -> None:
+        """Answer the block's faults from ``fd`` (its bytes from ``offset``), asking nobody.
+
+        After :meth:`arm` and before :meth:`run`. The file is read in now, which may take as long as reading
+        it does; from then on it may not change. Raises OSError: ERANGE when it is shorter than the block.
+        """
+        rc = lib.vpc_ram_set_local(self.ram.handle, block.index, fd, offset, self.place_fd())
+        check(rc, f"pages of {block.name}")
+
+    def disarm(self) -> None:
+        """Every page has come: unregister. If some have not, our mapping is given up instead."""
+        self.give_up()
+        if self._ufd is None:
+            return
+        self.own.remove()
+        if not self.ram.lost:
+            for block in self.ram.blocks:
+                self._ufd.unregister(block.base, block.length)
+        self._ufd.close()
+        self._ufd = None
+
+    def add_client(self, ufd: Userfaultfd | int, name: str) -> Client:
+        """Read the faults of ``ufd`` from now on; we keep a copy of the descriptor.
+
+        The ufd must be non-blocking (a blocking one is not read: ``ClientNumbers.error``). Say its ranges
+        with ``Client.set_ranges``.
+        """
+        fd = ufd if isinstance(ufd, int) else ufd.fileno()
+        number = check(lib.vpc_fault_add_client(self.handle, fd), f"fault client {name}")
+        return Client(self, number, name)
+
+    def set_return_path(self, sock: trio.SocketStream | int | None) -> None:
+        """Where page requests go; None: they wait until there is somewhere.
+
+        Set again it is another source: what was asked for and has not come is asked for again.
+        """
+        fd = -1 if sock is None else sock if isinstance(sock, int) else sock.socket.fileno()
+        check(lib.vpc_fault_set_return_path(self.handle, fd), "return path")
+
+    def send(self, message: bytes) -> None:
+        """Put one whole return-path message behind the requests. Never waits."""
+        check(lib.vpc_fault_send(self.handle, message, len(message)), "return path")
+
+    async def run(self) -> None:
+        """The fault loop: one C call on a borrowed thread until cancelled.
+
+        Cancelled while pages are missing, it gives our own mapping up (:meth:`give_up`): nobody serves its
+        faults any more, and a touch that waits in it could not end.
+        """
+        handle = self.handle
+        try:
+            with self.loops.running(lambda: lib.vpc_fault_stop(handle)):
+                rc = await run_loop(
+                    lambda: lib.vpc_fault_run(handle, self._spin_ns),
+                    lambda: lib.vpc_fault_stop(handle),
+                    self._limiter,
+                )
+        finally:  # whatever ended it
+            self.give_up()
+        check(rc, "fault loop")
+
+    def give_up(self) -> None:
+        """The pages that miss will never come. Nothing happens if none is missing, or before :meth:`arm`.
+
+        Every touch of our own mapping that waits returns and raises MemoryLost, as do all later ones. No page
+        is made in the files: what is missing there stays missing, for whoever goes on with them.
+        """
+        if self._ufd is not None and not self.ram.lost and self.missing():
+            lib.vpc_ram_give_up(self.ram.handle, self._ufd.fileno())
+
+    def open_channel(self, sock: trio.SocketStream | int) -> RamChannel:
+        """A channel that brings RAM records; it keeps what it read too far from one section to the next."""
+        return RamChannel(self, sock)
+
+    async def load(self, sock: trio.SocketStream | int) -> LoadNumbers:
+        """Load the records of ``sock`` to the end of the section; see :meth:`RamChannel.load`."""
+        with self.open_channel(sock) as channel:
+            return await channel.load()
+
+    def numbers(self) -> ServiceNumbers:
+        raw = ffi.new("struct vpc_fault_stats *")
+        lib.vpc_fault_stats(self.handle, raw)
+        return ServiceNumbers(
+            events=int(raw.events),
+            requests=int(raw.requests),
+            batches=int(raw.batches),
+            bytes_sent=int(raw.bytes_sent),
+            wakes=int(raw.wakes),
+            outbox_bytes=int(raw.outbox_bytes),
+            waiting_now=int(raw.waiting_now),
+            send_errno=int(raw.send_errno),
+        )
+
+    def waiting(self, most: int = 256) -> list[Waiter]:
+        """Who waits now, longest first: for diagnostics."""
+        raw = ffi.new("struct vpc_waiter[]", most)
+        count = lib.vpc_fault_waiting(self.handle, raw, most)
+        return [
+            Waiter(
+                client=int(w.client),
+                thread=int(w.thread),
+                address=int(w.address),
+                block=None if w.block < 0 else self.ram.blocks[w.block].name,
+                page=int(w.page),
+                since_ns=int(w.since_ns),
+            )
+            for w in raw[0:count]
+        ]
+
+    def missing(self) -> int:
+        """Host pages that were not received."""
+        return sum(block.pages - block.count_bits(Bits.RECEIVED) for block in self.ram.blocks)
+
+    def place_fd(self) -> int:
+        """The ufd that pages are placed through, or -1 when not armed."""
+        return -1 if self._ufd is None else self._ufd.fileno()
+
+    @property
+    def spin_ns(self) -> int:
+        return self._spin_ns
+
+    @property
+    def limiter(self) -> trio.CapacityLimiter:
+        return self._limiter
+
+    def close(self) -> None:
+        """Free everything; with pages missing, :meth:`give_up` comes first. Loops that still run are ended."""
+        self.give_up()
+        if self._ufd is not None:
+            self._ufd.close()
+            self._ufd = None
+        self._handle = None
+        self.loops.close()
+
+    def __enter__(self) -> FaultService:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RamChannel:
+    """One socket that brings RAM records. Not armed: plain writes, the last copy of a page wins."""
+
+    def __init__(self, service: FaultService, sock: trio.SocketStream | int) -> None:
+        fd = sock if isinstance(sock, int) else sock.socket.fileno()
+        self._service = service
+        self._handle = lib.vpc_load_new(service.ram.handle, service.handle, fd, service.place_fd())
+        if self._handle == ffi.NULL:
+            raise OSError(errno.ENOMEM, "RAM channel: no memory or no descriptors left")
+        free = self._handle
+        self._loops = Loops(lambda: lib.vpc_load_free(free))
+
+    async def load(self) -> LoadNumbers:
+        """Load records until the end of the section; pages are placed and waiters woken meanwhile.
+
+        One C call on a borrowed thread that never waits for a page. Raises
+        :class:`~vhostpc.wire.ramrec.BadRamStream` (what is malformed, and at which byte),
+        :class:`~vhostpc.errors.ChannelLost` at the end of the file before the end of the section, and OSError
+        when a page can not be placed. After Cancelled the channel can be used again.
+        """
+        handle, spin = self._handle, self._service.spin_ns
+
+        def stop() -> None:
+            lib.vpc_load_stop(handle)
+
+        # It works on both handles, its own and the service's.
+        with self._service.loops.running(stop), self._loops.running(stop):
+            rc = await run_loop(lambda: lib.vpc_load_run(handle, spin), stop, self._service.limiter)
+            raw = self._raw(handle)
+        if rc == lib.VPC_LOAD_EOS:
+            return self.numbers()
+        if rc == -errno.EBADMSG and raw.why != BadRecord.TRUNCATED:
+            raise BadRamStream(BadRecord(raw.why), int(raw.bad_offset))
+        if rc in (lib.VPC_LOAD_EOF, -errno.EBADMSG, -errno.ECONNRESET, -errno.EPIPE):
+            cut = " inside a record" if rc == -errno.EBADMSG else ""
+            raise ChannelLost(
+                f"the source of pages closed the channel{cut}, after {int(raw.bytes)} bytes; "
+                f"{self._service.missing()} host pages are missing"
+            )
+        if self._service.ram.lost:
+            raise MemoryLost("the memory was given up while its pages were still coming")
+        check(rc, "placing pages")
+        raise ChannelLost("loading was stopped")
+
+    def numbers(self) -> LoadNumbers:
+        raw = self._raw(self._handle)
+        return LoadNumbers(
+            bytes=int(raw.bytes),
+            data_pages=int(raw.data_pages),
+            zero_pages=int(raw.zero_pages),
+            placed=int(raw.placed),
+            already=int(raw.already),
+            runs=int(raw.runs),
+            reads=int(raw.reads),
+        )
+
+    @staticmethod
+    def _raw(handle: Any) -> Any:
+        raw = ffi.new("struct vpc_load_stats *")
+        lib.vpc_load_stats(handle, raw)
+        return raw
+
+    def close(self) -> None:
+        """Close our copy of the descriptor; a :meth:`load` that still runs is ended."""
+        self._handle = None
+        self._loops.close()
+
+    def __enter__(self) -> RamChannel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
