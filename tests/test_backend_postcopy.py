@@ -372,6 +372,73 @@ async def test_ring_moves_to_absent_pages_with_an_answer_waiting(guest: AbsentGu
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("slots", [False, True])
+async def test_table_comes_again_while_a_touch_waits(guest: AbsentGuest, slots: bool) -> None:
+    """With the new addresses the front-end forgets the old: the answer waits for the touch that is under way."""
+    texts = prepare(guest, 0, 20)
+    device = Echo()
+    async with connected(device) as front, trio.open_nursery() as nursery:
+        await front.negotiate()
+        await guest.advise(front)
+        await guest.listen(front)
+        share = guest.share_slots if slots else guest.share_table
+        await share(front)
+        await guest.rings[0].send_setup(front)
+        while (page := await guest.next_fault()) != 0x40:
+            guest.place(page)
+        answered = trio.Event()
+
+        async def again() -> None:
+            if slots:
+                await front.send(Request.REM_MEM_REG, vu.pack_single_region(guest.region))
+            await share(front)
+            answered.set()
+
+        nursery.start_soon(again)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert not answered.is_set()
+        guest.place(page)
+        with trio.fail_after(10):
+            await answered.wait()
+        nursery.start_soon(guest.serve)
+        with trio.fail_after(10):
+            while len(device.seen) < 20:
+                await trio.sleep(0.001)
+        assert device.seen == texts
+        guest.place_rest()
+        await guest.end(front)
+        nursery.cancel_scope.cancel()
+
+
+async def test_table_comes_again_while_a_chain_is_kept(guest: AbsentGuest) -> None:
+    """An answer goes to the memory that is in force when it comes, where its faults are served."""
+    prepare(guest, 0, 1)
+    device = Keeper()
+    async with connected(device) as front, trio.open_nursery() as nursery:
+        await front.negotiate()
+        await guest.advise(front)
+        await guest.listen(front)
+        await guest.share_table(front)
+        await guest.rings[0].send_setup(front)
+        while not device.chains:
+            with trio.move_on_after(0.05):
+                guest.place(await guest.next_fault_forever())
+        old = guest.clients[-1][1]
+        with trio.fail_after(3):  # the old mapping has no user left that would be waited for
+            await guest.share_table(front)
+            await front.barrier()
+        assert guest.clients[-1][1] != old
+        nursery.start_soon(guest.serve)
+        device.chains[0].write(b"answer")
+        device.chains[0].complete()
+        base = await front.ask(Request.GET_VRING_BASE, vu.VringState(0, 0).pack())
+        assert vu.VringState.unpack(base.payload).num == 1
+        assert answer_of(guest, 0, 0, 6) == b"answer"
+        guest.place_rest()
+        await guest.end(front)
+        nursery.cancel_scope.cancel()
+
+
 async def test_repetitions(guest: AbsentGuest, caplog: pytest.LogCaptureFixture) -> None:
     """As QEMU with several queue pairs: ADVISE, LISTEN and END again and again, the table again."""
     caplog.set_level(logging.INFO)

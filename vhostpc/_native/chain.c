@@ -42,6 +42,17 @@ static struct vpc_chain *chain_new(struct vpc_gm *gm, const struct vpc_walk *w)
     return c;
 }
 
+int vpc_chain_rebase(struct vpc_chain *c, struct vpc_gm *gm)
+{
+    for (uint32_t i = 0; i < c->n; i++)
+        if (!vpc_gm_mapped(gm, c->segs[i].gpa, c->segs[i].len))
+            return -EFAULT;
+    vpc_gm_ref(gm);
+    vpc_gm_unref(c->gm);
+    c->gm = gm;
+    return 0;
+}
+
 int vpc_vq_pop(struct vpc_vq *vq, struct vpc_popped *out, uint32_t max_chains, uint64_t max_bytes, int flags)
 {
     struct vpc_walk w;

@@ -62,6 +62,8 @@ struct vpc_answer {
  * All or nothing: -EAGAIN (TRY), -EOWNERDEAD leave the ring as it was. A push is not stopped by vpc_vq_stop. */
 int vpc_vq_push(struct vpc_vq *vq, const struct vpc_answer *answers, uint32_t n, int flags);
 void vpc_chain_free(struct vpc_chain *chain);
+/* Write the chain's answer to these mappings, if they hold all its buffers (else -EFAULT, and it keeps its own). */
+int vpc_chain_rebase(struct vpc_chain *chain, struct vpc_gm *memory);
 /* Give back the n chains popped last (none of them answered): the next pop takes them again. */
 void vpc_vq_unpop(struct vpc_vq *vq, uint32_t n);
 /* Ask for a kick at the next buffer. 1: more came since the last look, so look again. Else as pop. */

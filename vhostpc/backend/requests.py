@@ -216,7 +216,9 @@ async def set_mem_table(session: SessionState, frame: Frame) -> Answer | None:
     if not armed:
         await use_memory(session, memory)
         return None
-    # Postcopy: our addresses first; nothing is registered nor touched before the front-end has stored them.
+    # Postcopy: our addresses first; nothing is registered nor touched before the front-end has stored them. With
+    # them it forgets those of the table before: a fault that is under way there must be served before it does.
+    await session.hold_vrings()
     session.pending_memory = memory
     session.postcopy.await_ack([r.mapping for r in regions])
     own = [
@@ -231,6 +233,7 @@ async def use_pending_memory(session: SessionState) -> None:
     memory, session.pending_memory = session.pending_memory, None
     if memory is not None:
         await use_memory(session, memory)
+    session.release_vrings()
 
 
 @handles(Request.GET_MAX_MEM_SLOTS)
@@ -296,6 +299,7 @@ async def rem_mem_reg(session: SessionState, frame: Frame) -> Answer | None:
     memory = GuestMemory(session.supply, [r for r in regions if r not in gone])
     session.postcopy.forget({id(r.mapping) for r in gone})
     if armed:
+        await session.hold_vrings()
         session.pending_memory = memory
     else:
         await use_memory(session, memory)
@@ -529,3 +533,4 @@ async def postcopy_listen(session: SessionState, frame: Frame) -> Answer | None:
 @handles(Request.POSTCOPY_END)
 async def postcopy_end(session: SessionState, frame: Frame) -> None:
     session.postcopy.end()
+    session.release_vrings()  # in case the word for the last table never came

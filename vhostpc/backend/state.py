@@ -49,6 +49,8 @@ class SessionState:
         self.memory: GuestMemory | None = None
         #: In postcopy: the next table, until the front-end has stored our addresses of it.
         self.pending_memory: GuestMemory | None = None
+        #: Rings touch nothing between our answer to a table in postcopy and the front-end's word for it.
+        self.held = False
         #: All that are mapped, in force or not.
         self.mappings: set[Mapping] = set()
         self.dirty_log: DirtyLog | None = None
@@ -119,6 +121,19 @@ class SessionState:
         """Start and stop handlers after something changed that concerns all rings."""
         for vring in self.vrings:
             await vring.update()
+
+    async def hold_vrings(self) -> None:
+        """Let no ring touch memory until :meth:`release_vrings`; return when none does. Waits for pages in hand."""
+        if not self.held:
+            self.held = True
+            for vring in self.vrings:
+                await vring.queue.pause()
+
+    def release_vrings(self) -> None:
+        if self.held:
+            self.held = False
+            for vring in self.vrings:
+                vring.queue.resume()
 
     # --- notification without the front-end's descriptors ---
 

@@ -66,7 +66,7 @@ class Queue:
         self._pump: Any = None
         self._running: Callable[[], None] | None = None  # makes a pump in C return
         self._wait: trio.CancelScope | None = None  # round a wait for a kick
-        self._paused = False
+        self._pauses = 0
         self._answered = trio.Event()
         self._resumed = trio.Event()
         self._resumed.set()
@@ -217,7 +217,7 @@ class Queue:
             self._idle.set()
 
     async def _wait_for_kick(self) -> None:
-        if self.stopping or self._answers or self._paused:
+        if self.stopping or self._answers or self._pauses:
             return  # whoever paused us changes something: look at the ring again after that
         try:
             with trio.CancelScope() as self._wait:
@@ -254,8 +254,10 @@ class Queue:
             self._pump = ffi.gc(out[0], lib.vpc_pump_free)
         pump = self._pump
         call = lib.vpc_pump_in if inward else lib.vpc_pump_out
-        while not self.stopping:
-            await self._resumed.wait()
+        while True:
+            # Asked again after the wait, and with no checkpoint behind it: another pause may begin at each.
+            while not self._resumed.is_set():
+                await self._resumed.wait()
             if self.stopping:
                 break
             lib.vpc_pump_clear(pump)
@@ -284,12 +286,12 @@ class Queue:
         return ffi.string(text).decode() if text else None
 
     async def pause(self) -> None:
-        """Return when no C call is in flight and none will start before :meth:`resume`.
+        """Return when no C call is in flight and none will start before :meth:`resume`; pauses nest.
 
         Waits for a page only if a call in flight does; it stops before its next one.
         """
-        self._paused = True
-        if self._resumed.is_set():
+        self._pauses += 1
+        if self._resumed.is_set() and not self.stopping:
             self._resumed = trio.Event()
         lib.vpc_vq_stop(self.handle, 1)
         if self._running is not None:
@@ -300,7 +302,9 @@ class Queue:
             await self._idle.wait()
 
     def resume(self) -> None:
-        self._paused = False
+        self._pauses -= 1
+        if self._pauses:
+            return
         if not self.stopping:
             lib.vpc_vq_stop(self.handle, 0)
         self._resumed.set()
@@ -311,9 +315,11 @@ class Queue:
         self.stopping = False
         self.fresh = True
         self.set_base(self.base)  # the used index is read anew: a driver may have reset the ring
-        self._paused = False
-        self._resumed.set()
-        lib.vpc_vq_stop(self.handle, 0)
+        if self._pauses:  # whoever paused the stopped queue will resume it
+            self._resumed = trio.Event()
+        else:
+            self._resumed.set()
+            lib.vpc_vq_stop(self.handle, 0)
 
     def set_kick(self, kick: int) -> None:
         """Use another kick descriptor; only while paused or stopped."""
@@ -384,8 +390,12 @@ class Queue:
         return lib.vpc_vq_base(self.handle)
 
     def set_memory(self, memory: GuestMemory | None) -> None:
+        """Look up in this table from now on, for chains in hand too; only while paused or stopped."""
         self.memory = memory
         lib.vpc_vq_set_memory(self.handle, memory.handle if memory else ffi.NULL)
+        if memory is not None:
+            for chain in self._open.values():
+                lib.vpc_chain_rebase(chain._handle, memory.handle)
 
     def set_ring(self, size: int, desc: int, avail: int, used: int) -> int:
         """0, or -EFAULT (outside memory) or -EINVAL (misaligned, size no power of two)."""
