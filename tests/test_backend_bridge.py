@@ -220,6 +220,21 @@ async def test_rarp_goes_to_the_network(far: Far) -> None:
     assert announced[:14] == b"\xff" * 6 + mac + b"\x80\x35"
 
 
+async def test_nothing_is_dropped_between_start_and_enable(guest: Guest, far: Far) -> None:
+    """As after a migration: the ring holds frames when it starts, and is enabled a moment later."""
+    ring = guest.ring(TX, 64)
+    async with connected(far.bridge) as front:
+        await front.negotiate()
+        await guest.send_memory(front)
+        frames = [frame(i, 100) for i in range(8)]
+        ring.offer(*put_frames(guest, frames))
+        await ring.send_setup(front, enable=False)
+        await front.barrier()
+        await front.send(Request.SET_VRING_ENABLE, vu.VringState(TX, 1).pack())
+        assert await far.until(len(frames)) == frames
+        assert far.bridge.counters()["out"].discarded == 0
+
+
 async def test_disabled_queue_drops(guest: Guest, far: Far) -> None:
     ring = guest.ring(TX, 64)
     async with connected(far.bridge) as front:

@@ -17,29 +17,71 @@ void vpc_chain_free(struct vpc_chain *c)
     free(c);
 }
 
-static struct vpc_chain *chain_new(struct vpc_gm *gm, const struct vpc_walk *w)
+static struct vpc_chain *chain_new(struct vpc_gm *gm, uint16_t head)
 {
     struct vpc_chain *c = calloc(1, sizeof(*c));
 
     if (!c)
         return NULL;
-    c->head = w->head;
-    c->n = w->n;
-    c->readable_segs = w->readable_segs;
-    c->readable = w->readable;
-    c->writable = w->writable;
-    c->segs = malloc((w->n ? w->n : 1) * sizeof(*c->segs));
-    c->data = malloc(w->readable ? w->readable : 1);
-    if (!c->segs || !c->data) {
-        free(c->segs);
-        free(c->data);
-        free(c);
-        return NULL;
-    }
-    memcpy(c->segs, w->segs, w->n * sizeof(*c->segs));
+    c->late = true;
+    c->head = head;
     vpc_gm_ref(gm);
     c->gm = gm;
     return c;
+}
+
+/* Walk the chain and read its bytes into private memory. */
+static int load(struct vpc_vq *vq, struct vpc_chain *c, int flags)
+{
+    struct vpc_walk w;
+    int rc = vpc_vq_walk_head(vq, c->head, &w, flags);
+
+    if (rc < 0)
+        return rc;
+    if (w.readable > MAX_CHAIN_BYTES)
+        return vpc_vq_break(vq, "a chain has more than 64 MiB of readable bytes");
+    rc = vpc_segs_touch(vq->gm, w.segs, 0, w.readable_segs, flags, vpc_vq_stopper(vq, flags));
+    if (rc < 0)
+        return rc;
+    struct vpc_seg *segs = malloc((w.n ? w.n : 1) * sizeof(*segs));
+    unsigned char *data = malloc(w.readable ? w.readable : 1);
+    if (!segs || !data) {
+        rc = -ENOMEM;
+        goto fail;
+    }
+    memcpy(segs, w.segs, w.n * sizeof(*segs));
+    rc = vpc_segs_read(vq->gm, segs, w.readable_segs, 0, data, w.readable);
+    if (!rc && vpc_gm_lost(vq->gm))
+        rc = -EOWNERDEAD;
+    if (rc < 0)
+        goto fail;
+    c->n = w.n;
+    c->readable_segs = w.readable_segs;
+    c->readable = w.readable;
+    c->writable = w.writable;
+    c->segs = segs;
+    c->data = data;
+    c->late = false;
+    return 0;
+fail:
+    free(segs);
+    free(data);
+    return rc;
+}
+
+static void describe(const struct vpc_chain *c, struct vpc_popped *out)
+{
+    *out = (struct vpc_popped){.chain = (struct vpc_chain *)(uintptr_t)c, .data = c->data, .readable = c->readable,
+                               .writable = c->writable, .late = c->late};
+}
+
+int vpc_chain_load(struct vpc_vq *vq, struct vpc_chain *c, struct vpc_popped *out, int flags)
+{
+    int rc = vq->gm && vq->used ? load(vq, c, flags) : -ENOTCONN;
+
+    if (!rc)
+        describe(c, out);
+    return rc;
 }
 
 int vpc_chain_rebase(struct vpc_chain *c, struct vpc_gm *gm)
@@ -55,7 +97,8 @@ int vpc_chain_rebase(struct vpc_chain *c, struct vpc_gm *gm)
 
 int vpc_vq_pop(struct vpc_vq *vq, struct vpc_popped *out, uint32_t max_chains, uint64_t max_bytes, int flags)
 {
-    struct vpc_walk w;
+    /* What may be late must not be waited for here. */
+    int own = flags & VPC_LATE ? flags | VPC_TRY : flags;
     uint64_t bytes = 0;
     uint32_t n = 0;
     int rc = vpc_vq_ready(vq, flags);
@@ -64,41 +107,51 @@ int vpc_vq_pop(struct vpc_vq *vq, struct vpc_popped *out, uint32_t max_chains, u
         return rc;
     vpc_vq_disable_notify(vq);
     while (n < max_chains && (!n || bytes < max_bytes)) {
+        uint16_t head;
         rc = vpc_vq_available(vq);
         if (rc <= 0)
             break;
-        rc = vpc_vq_walk(vq, 0, &w, flags);
+        rc = vpc_vq_head(vq, 0, &head, flags);
         if (rc < 0)
             break;
-        if (w.readable > MAX_CHAIN_BYTES) {
-            rc = vpc_vq_break(vq, "a chain has more than 64 MiB of readable bytes");
-            break;
-        }
-        rc = vpc_segs_touch(vq->gm, w.segs, 0, w.readable_segs, flags, &vq->stop);
-        if (rc < 0)
-            break;
-        struct vpc_chain *c = chain_new(vq->gm, &w);
+        struct vpc_chain *c = chain_new(vq->gm, head);
         if (!c) {
             rc = -ENOMEM;
             break;
         }
-        rc = vpc_segs_read(vq->gm, c->segs, c->readable_segs, 0, c->data, c->readable);
-        if (!rc && vpc_gm_lost(vq->gm))
-            rc = -EOWNERDEAD;
-        if (rc < 0) {
+        rc = load(vq, c, own);
+        if (rc < 0 && !(rc == -EAGAIN && flags & VPC_LATE)) {
             vpc_chain_free(c);
             break;
         }
         vq->last_avail++;
         bytes += c->readable;
-        out[n++] = (struct vpc_popped){.chain = c, .data = c->data, .readable = c->readable,
-                                       .writable = c->writable};
+        describe(c, &out[n++]);
         /* A hop that had to wait hands over its one chain: a missing page delays no chain before it. */
         if (!(flags & VPC_TRY) && atomic_load_explicit(&vq->gm->supply->armed, memory_order_relaxed))
             break;
     }
     /* What was popped before the trouble is good; the trouble is met again by the next call. */
     return n ? (int)n : rc;
+}
+
+static int touch_answer(const struct vpc_chain *c, uint64_t len, int flags, const atomic_int *stop)
+{
+    int rc = 0;
+
+    if (len > c->writable)
+        return -EMSGSIZE;
+    for (uint32_t k = c->readable_segs; k < c->n && len && !rc; k++) {
+        uint64_t take = c->segs[k].len < len ? c->segs[k].len : len;
+        rc = vpc_gm_touch(c->gm, c->segs[k].gpa, take, flags, stop);
+        len -= take;
+    }
+    return rc;
+}
+
+int vpc_chain_touch(const struct vpc_vq *vq, const struct vpc_chain *c, uint64_t len, int flags)
+{
+    return touch_answer(c, len, flags, vpc_vq_stopper(vq, flags));
 }
 
 int vpc_vq_push(struct vpc_vq *vq, const struct vpc_answer *answers, uint32_t n, int flags)
@@ -112,17 +165,9 @@ int vpc_vq_push(struct vpc_vq *vq, const struct vpc_answer *answers, uint32_t n,
     if (n > vq->num)
         return -EINVAL;
     for (uint32_t i = 0; i < n; i++) {
-        const struct vpc_chain *c = answers[i].chain;
-        uint64_t left = answers[i].len;
-        if (left > c->writable)
-            return -EMSGSIZE;
-        for (uint32_t k = c->readable_segs; k < c->n && left; k++) {
-            uint64_t take = c->segs[k].len < left ? c->segs[k].len : left;
-            rc = vpc_gm_touch(c->gm, c->segs[k].gpa, take, flags, NULL);
-            if (rc < 0)
-                return rc;
-            left -= take;
-        }
+        rc = touch_answer(answers[i].chain, answers[i].len, flags, NULL);
+        if (rc < 0)
+            return rc;
     }
     rc = vpc_vq_touch_used(vq, n, flags, NULL);
     if (rc < 0)

@@ -33,7 +33,7 @@ struct vpc_vq {
     bool notify_off;
     int call_fd;
     atomic_int stop;
-    const char *error;
+    _Atomic(const char *) error;
 };
 
 /* One chain as walked: segments are private copies, all of them mapped. */
@@ -47,6 +47,7 @@ struct vpc_walk {
 struct vpc_chain {
     struct vpc_gm *gm;
     uint16_t head;
+    bool late; /* nothing but the head is known yet */
     uint32_t n, readable_segs;
     uint64_t readable, writable;
     struct vpc_seg *segs;
@@ -60,6 +61,16 @@ int vpc_vq_ready(struct vpc_vq *vq, int flags);
 int vpc_vq_refresh(struct vpc_vq *vq);
 /* The same, looking only when all that was seen before is taken. */
 int vpc_vq_available(struct vpc_vq *vq);
+/* Where a call looks whether it shall end before its next absent page. */
+static inline const atomic_int *vpc_vq_stopper(const struct vpc_vq *vq, int flags)
+{
+    return flags & VPC_UNSTOPPED ? NULL : &vq->stop;
+}
+
+/* The head of the chain at last_avail + ahead. */
+int vpc_vq_head(struct vpc_vq *vq, uint16_t ahead, uint16_t *head, int flags);
+/* Walk the chain that begins at head. Changes nothing of the vq but its error. */
+int vpc_vq_walk_head(struct vpc_vq *vq, uint16_t head, struct vpc_walk *w, int flags);
 /* Walk the chain at last_avail + ahead without taking it. */
 int vpc_vq_walk(struct vpc_vq *vq, uint16_t ahead, struct vpc_walk *w, int flags);
 /* Make the used slots of the next n pushes and the event words resident. */

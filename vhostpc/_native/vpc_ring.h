@@ -1,7 +1,8 @@
 /* Virtqueues: pop, push, notification, and pumps that join a queue to a file descriptor.
  *
- * A vq belongs to one task: never two calls at a time on it, except vpc_vq_stop.
- * Touching calls are vpc_vq_pop, vpc_vq_push, vpc_vq_enable_notify and the pumps; all others touch nothing.
+ * A vq belongs to one task: never two calls at a time on it, except vpc_vq_stop, and those on chains of their
+ * own: vpc_chain_load and vpc_chain_touch may run beside each other and beside pop, push and enable_notify.
+ * Touching calls are these five and the pumps; all others touch nothing.
  */
 #ifndef VPC_RING_H
 #define VPC_RING_H
@@ -42,15 +43,22 @@ struct vpc_popped {
     const unsigned char *data; /* the readable bytes: private memory, valid until the chain is freed */
     uint64_t readable;
     uint64_t writable;
+    int late; /* nothing is known of the chain yet: vpc_chain_load it */
 };
 
 /* Flags. */
 #define VPC_TRY 1 /* never wait for a page: -EAGAIN before anything is touched or changed */
+#define VPC_LATE 2 /* pop: a chain whose own pages (not the ring's) are absent is taken late, none waits for it */
+#define VPC_UNSTOPPED 4 /* chain_load, chain_touch: go on although the vq is stopped */
 
 /* Pop up to max_chains, stopping after max_bytes readable bytes (one chain is always taken whole).
  * Returns how many; 0: empty. -EAGAIN: (TRY) the first one is not resident. -EBADMSG: broken ring.
  * -EOWNERDEAD: lost. -ECANCELED: stopped. -ENOMEM. */
 int vpc_vq_pop(struct vpc_vq *vq, struct vpc_popped *out, uint32_t max_chains, uint64_t max_bytes, int flags);
+/* Walk a late chain and read its bytes; then it is as any other. Errors as pop; it stays late then. */
+int vpc_chain_load(struct vpc_vq *vq, struct vpc_chain *chain, struct vpc_popped *out, int flags);
+/* Make the buffers resident that an answer of len bytes is written to. 0, or errors as pop. */
+int vpc_chain_touch(const struct vpc_vq *vq, const struct vpc_chain *chain, uint64_t len, int flags);
 
 struct vpc_answer {
     struct vpc_chain *chain; /* freed by a push that returns 0 */

@@ -99,7 +99,7 @@ void vpc_vq_set_base(struct vpc_vq *vq, uint32_t avail_index)
     vq->used_known = false;
     vq->signalled_known = false;
     vq->notify_off = false;
-    vq->error = NULL;
+    atomic_store(&vq->error, NULL);
 }
 
 uint32_t vpc_vq_base(const struct vpc_vq *vq)
@@ -145,7 +145,7 @@ void vpc_vq_stop(struct vpc_vq *vq, int stopped)
 
 const char *vpc_vq_error(const struct vpc_vq *vq)
 {
-    return vq->error;
+    return atomic_load(&vq->error);
 }
 
 int vpc_clear_event(int fd)
@@ -166,7 +166,7 @@ int vpc_clear_event(int fd)
 
 int vpc_vq_break(struct vpc_vq *vq, const char *why)
 {
-    vq->error = why;
+    atomic_store(&vq->error, why); /* late chains are walked beside other calls */
     return -EBADMSG;
 }
 
@@ -174,7 +174,7 @@ int vpc_vq_ready(struct vpc_vq *vq, int flags)
 {
     int rc;
 
-    if (vq->error)
+    if (atomic_load(&vq->error))
         return -EBADMSG;
     if (!vq->gm || !vq->used)
         return vpc_vq_break(vq, "the ring has no addresses");
@@ -209,6 +209,8 @@ int vpc_vq_refresh(struct vpc_vq *vq)
         return -EOWNERDEAD;
     if (n > vq->num)
         return vpc_vq_break(vq, "the avail index jumped by more than the ring holds");
+    if ((uint16_t)(idx - vq->used_idx) > vq->num)
+        return vpc_vq_break(vq, "more chains are in flight than the ring holds");
     vq->avail_idx = idx;
     return n;
 }
@@ -265,7 +267,7 @@ static int walk_indirect(struct vpc_vq *vq, struct vpc_walk *w, const struct vri
 
         if (__builtin_add_overflow(addr, 16ull * i, &at) || !vpc_gm_mapped(vq->gm, at, 16))
             return vpc_vq_break(vq, "an indirect table outside guest memory");
-        rc = vpc_gm_touch(vq->gm, at, 16, flags, &vq->stop);
+        rc = vpc_gm_touch(vq->gm, at, 16, flags, vpc_vq_stopper(vq, flags));
         if (rc < 0)
             return rc;
         (void)vpc_gm_read(vq->gm, at, &d, 16);
@@ -286,17 +288,33 @@ static int walk_indirect(struct vpc_vq *vq, struct vpc_walk *w, const struct vri
     }
 }
 
-int vpc_vq_walk(struct vpc_vq *vq, uint16_t ahead, struct vpc_walk *w, int flags)
+int vpc_vq_head(struct vpc_vq *vq, uint16_t ahead, uint16_t *head, int flags)
 {
-    uint32_t limit = vq->num;
     const uint8_t *slot = vq->avail + 4 + 2 * ((uint32_t)(uint16_t)(vq->last_avail + ahead) & (vq->num - 1));
-    uint16_t i;
     int rc = vpc_touch(vq->avail_r, slot, 2, flags, &vq->stop);
 
     if (rc < 0)
         return rc;
-    i = load16(slot);
-    w->head = i;
+    *head = load16(slot);
+    return 0;
+}
+
+int vpc_vq_walk(struct vpc_vq *vq, uint16_t ahead, struct vpc_walk *w, int flags)
+{
+    uint16_t head;
+    int rc = vpc_vq_head(vq, ahead, &head, flags);
+
+    return rc < 0 ? rc : vpc_vq_walk_head(vq, head, w, flags);
+}
+
+int vpc_vq_walk_head(struct vpc_vq *vq, uint16_t head, struct vpc_walk *w, int flags)
+{
+    const atomic_int *stop = vpc_vq_stopper(vq, flags);
+    uint32_t limit = vq->num;
+    uint16_t i = head;
+    int rc;
+
+    w->head = head;
     w->n = w->readable_segs = 0;
     w->readable = w->writable = 0;
     for (;;) {
@@ -304,7 +322,7 @@ int vpc_vq_walk(struct vpc_vq *vq, uint16_t ahead, struct vpc_walk *w, int flags
 
         if (i >= vq->num)
             return vpc_vq_break(vq, "a descriptor index is outside the ring");
-        rc = vpc_touch(vq->desc_r, vq->desc + 16u * i, 16, flags, &vq->stop);
+        rc = vpc_touch(vq->desc_r, vq->desc + 16u * i, 16, flags, stop);
         if (rc < 0)
             return rc;
         memcpy(&d, vq->desc + 16u * i, 16);

@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 #: Seconds that a handler which waits for the outside world gets to end by itself when its ring stops.
 GRACE = 0.2
+#: Seconds for which a ring that is started and not enabled is left alone. Front-ends enable a moment after they
+#: start; a device that drops what comes to a disabled queue would drop what the guest sends in between.
+ENABLE_SOON = 0.1
 #: Seconds after which a stop that waits for the device is told in the log.
 GAP_WARNING = 5.0
 
@@ -66,6 +69,7 @@ class Vring:
         #: Round the task that writes our own kick descriptor at intervals, where the front-end gave none.
         self.poller: trio.CancelScope | None = None
         self._scope: trio.CancelScope | None = None
+        self._expecting: trio.CancelScope | None = None  # round the time in which an enable is expected
         self._done = trio.Event()
         self._done.set()
         self._with_enabled = False
@@ -167,7 +171,11 @@ class Vring:
         try:
             with trio.CancelScope() as self._scope:
                 try:
-                    await handler(self.queue)
+                    if not self._with_enabled:
+                        with trio.CancelScope() as self._expecting:
+                            await trio.sleep(ENABLE_SOON)
+                    if not self.queue.stopping:
+                        await handler(self.queue)
                 except* BrokenQueue as group:
                     self._break(str(_first(group)))
                 except* MemoryLost:
@@ -181,7 +189,7 @@ class Vring:
             except MemoryLost:
                 log.debug("%s: ring %d: its memory is lost", self._session.name, self.index)
         finally:
-            self._scope = None
+            self._scope = self._expecting = None
             self._done.set()
 
     def _break(self, why: str) -> None:
@@ -193,6 +201,8 @@ class Vring:
     async def _halt(self) -> None:
         """End the handler; return when its answers are pushed and the rest is given back."""
         self.queue.end()
+        if self._expecting is not None:
+            self._expecting.cancel()
         waited = 0.0
         while self.running:
             with trio.move_on_after(GRACE):
