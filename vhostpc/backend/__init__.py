@@ -4,7 +4,8 @@ from vhostpc.backend.device import Device, FrontEnd
 from vhostpc.backend.options import Options
 from vhostpc.backend.server import bind, serve, serve_connection, serve_listener
 from vhostpc.virtio.chain import Chain
-from vhostpc.virtio.queue import PumpStats, Queue
+from vhostpc.virtio.pump import PumpStats
+from vhostpc.virtio.queue import Queue
 
 __all__ = [
     "Chain",

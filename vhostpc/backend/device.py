@@ -47,9 +47,10 @@ class Device:
     async def handle_queue(self, queue: Queue) -> None:
         """Serve one queue: called when its ring is started and enabled, ends when the ring stops.
 
-        Iterate over ``queue`` or ``queue.batches()``, or await ``queue.pump_out`` or ``queue.pump_in``; all
-        of them end by themselves when the ring stops. A handler that waits for something else is cancelled
-        a short while after that, and chains that it did not complete are given back to the driver.
+        Iterate over ``queue``, ``queue.unordered()`` or ``queue.batches()``, or await ``queue.pump_out`` or
+        ``queue.pump_in``; all of them end by themselves when the ring stops. A handler that waits for
+        something else is cancelled a short while after that, and chains that it did not complete are given
+        back to the driver.
         """
         raise NotImplementedError
 

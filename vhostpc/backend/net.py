@@ -15,7 +15,8 @@ from typing import Any
 
 from vhostpc.backend.device import Device
 from vhostpc.virtio.features import DeviceId, NetFeature
-from vhostpc.virtio.queue import PumpStats, Queue
+from vhostpc.virtio.pump import PumpStats
+from vhostpc.virtio.queue import Queue
 from vhostpc.wire.vhost_user import Feature
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import trio
 
@@ -58,7 +58,7 @@ class Vring:
     def __init__(self, session: RingHost, index: int) -> None:
         self._session = session
         self.index = index
-        self.queue = Queue(index, session.gate, session.pump_limiter)
+        self.queue = Queue(index, session.gate, session.pump_limiter, self._spawn)
         self.size = 0
         self.addr: VringAddr | None = None
         self.started = False
@@ -78,6 +78,9 @@ class Vring:
     def running(self) -> bool:
         """The handler's task has been started and has not ended."""
         return not self._done.is_set()
+
+    def _spawn(self, task: Callable[..., Any], *args: Any) -> None:
+        self._session.nursery.start_soon(task, *args)
 
     # --- configuration ---
 

@@ -37,12 +37,17 @@ class Gate:
         self.slow = False
         self._limiter = trio.CapacityLimiter(threads)
 
-    async def call(self, touch: Callable[[int], int]) -> int:
+    async def call(
+        self, touch: Callable[[int], int], *, waiting_room: trio.CapacityLimiter | None = None
+    ) -> int:
         """Run ``touch(flags)``, a C call that returns >= 0 or -errno, and return that value.
 
         May wait for a page, without holding up the trio loop; a waiting call can not be cancelled, it ends
-        with the page, or with MemoryLost when :meth:`Supply.fail` is called.
+        with the page, or with MemoryLost when :meth:`Supply.fail` is called. ``waiting_room``: for a call that
+        is known to wait, threads other than the session's few.
         """
+        if waiting_room is not None:
+            return self.checked(await trio.to_thread.run_sync(touch, 0, limiter=waiting_room))
         if not self.slow:
             await trio.lowlevel.checkpoint_if_cancelled()
             rc = touch(lib.VPC_TRY)

@@ -20,26 +20,32 @@ class Chain:
 
     __slots__ = (
         "_complete",
-        "_handle",
         "_parts",
         "_popped",
         "completed",
+        "handle",
         "kept",
+        "late",
         "readable",
         "writable",
         "written",
     )
 
     def __init__(self, popped: Any, complete: Callable[[Chain], None]) -> None:
-        self._handle = popped.chain
-        self._popped = popped.data
+        self.handle = popped.chain
         self._complete = complete
         self._parts: list[bytes] = []
-        self.readable: int = popped.readable
-        self.writable: int = popped.writable
+        self.loaded(popped)
         self.written = 0
         self.kept = False
         self.completed = False
+
+    def loaded(self, popped: Any) -> None:
+        """Take over what is known of the chain (``struct vpc_popped``)."""
+        self.late = bool(popped.late)
+        self._popped = popped.data
+        self.readable: int = popped.readable
+        self.writable: int = popped.writable
 
     def read(self) -> bytes:
         """All readable bytes, from the first descriptor to the last readable one.

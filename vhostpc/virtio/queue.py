@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import errno
-import os
-import socket
-import stat
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import trio
@@ -20,23 +17,12 @@ from vhostpc.memory.gate import Gate
 from vhostpc.memory.log import DirtyLog
 from vhostpc.memory.table import GuestMemory
 from vhostpc.virtio.chain import Chain
+from vhostpc.virtio.late import Late, Spawn
+from vhostpc.virtio.pump import Pump, PumpStats, pump_config
 
 #: Chains and readable bytes that one pop takes at most (one chain is always taken whole).
 BATCH_CHAINS = 64
 BATCH_BYTES = 256 * 1024
-
-
-@dataclass(frozen=True)
-class PumpStats:
-    """Counts of a queue's pumps since the session began; ``calls``: interrupts sent to the driver."""
-
-    frames: int = 0
-    bytes: int = 0
-    dropped: int = 0
-    discarded: int = 0
-    batches: int = 0
-    syscalls: int = 0
-    calls: int = 0
 
 
 class Queue:
@@ -46,7 +32,7 @@ class Queue:
     ring stops; they pause by themselves while the front-end changes memory, addresses or descriptors.
     """
 
-    def __init__(self, index: int, gate: Gate, pump_limiter: trio.CapacityLimiter) -> None:
+    def __init__(self, index: int, gate: Gate, pump_limiter: trio.CapacityLimiter, spawn: Spawn) -> None:
         out = ffi.new("struct vpc_vq **")
         check(lib.vpc_vq_new(out), "virtqueue")
         self.handle: Any = ffi.gc(out[0], lib.vpc_vq_free)
@@ -63,15 +49,17 @@ class Queue:
         self._answers: list[Chain] = []  # completed, to be pushed
         self._current: Chain | None = None
         self._sequence = 0
-        self._pump: Any = None
+        self._pump: Pump | None = None
+        self._apart = False  # chains are taken, and answers pushed, as their pages come
+        self._late = Late(self, spawn)
         self._running: Callable[[], None] | None = None  # makes a pump in C return
         self._wait: trio.CancelScope | None = None  # round a wait for a kick
         self._pauses = 0
         self._answered = trio.Event()
         self._resumed = trio.Event()
         self._resumed.set()
-        self._idle = trio.Event()  # no C call in flight
-        self._idle.set()
+        self._busy = 0  # C calls in flight
+        self._idle = trio.Event()  # set when the last of them returns
         self.stopping = False
         self.fresh = True  # nothing has run since the ring was stopped
         self.memory: GuestMemory | None = None
@@ -83,13 +71,27 @@ class Queue:
 
     async def _chains(self) -> AsyncIterator[Chain]:
         while True:
-            if not self._ready and not await self._fill():
+            if not self._ready and not self.stopping:
+                await self._fill()
+            if self.stopping and not await self._gap_has_come():
                 return
             chain = self._current = self._ready.popleft()
             yield chain
             self._finish_current()
-            if self.stopping:
-                return
+
+    async def unordered(self) -> AsyncIterator[Chain]:
+        """Iterate over chains as their pages come: none waits for another's missing page.
+
+        For devices whose requests may be done in any order (virtio-blk is one). Each chain whose pages are
+        absent waits by itself, up to 64 of a queue at a time, and so does each answer. When nothing is
+        missing the order is the driver's.
+        """
+        self._apart = True
+        try:
+            async for chain in self._chains():
+                yield chain
+        finally:
+            self._apart = False
 
     async def batches(self) -> AsyncIterator[list[Chain]]:
         """Iterate over lists of up to 64 chains; those not kept are completed when the next list is asked for."""
@@ -136,13 +138,7 @@ class Queue:
 
     @property
     def pump_stats(self) -> PumpStats:
-        if self._pump is None:
-            return PumpStats()
-        out = ffi.new("struct vpc_pump_stats *")
-        lib.vpc_pump_stats(self._pump, out)
-        return PumpStats(
-            out.frames, out.bytes, out.dropped, out.discarded, out.batches, out.syscalls, out.calls
-        )
+        return self._pump.stats if self._pump is not None else PumpStats()
 
     # --- popping and pushing ---
 
@@ -153,19 +149,25 @@ class Queue:
 
     def _completed(self, chain: Chain) -> None:
         self._answers.append(chain)
+        self.look_again()
+        self._answered.set()
+
+    def look_again(self) -> None:
+        """There is something to do before the next kick."""
         if self._wait is not None:
             self._wait.cancel()
-        self._answered.set()
 
     async def _fill(self) -> bool:
         """Push what is answered and pop the next batch; wait for a kick when there is none. False: stopped."""
         while True:
             await self._flush()
+            if self._ready:
+                return True
             if self.stopping:
                 return False
-            rc = await self._touch(self._pop)
+            rc = await self.touch(self._pop)
             if rc == 0:
-                rc = await self._touch(lambda flags: lib.vpc_vq_enable_notify(self.handle, flags))
+                rc = await self.touch(lambda flags: lib.vpc_vq_enable_notify(self.handle, flags))
                 if rc == 0:
                     await self._wait_for_kick()
                     continue
@@ -180,14 +182,21 @@ class Queue:
                 chain = Chain(self._out[i], self._completed)
                 self._sequence += 1
                 self._open[self._sequence] = chain
-                self._ready.append(chain)
-            return True
+                if chain.late:
+                    self._late.await_chain(chain)
+                else:
+                    self._ready.append(chain)
+            if self._ready:
+                return True
 
     def _pop(self, flags: int) -> int:
+        flags |= lib.VPC_LATE if self._apart else 0
         return lib.vpc_vq_pop(self.handle, self._out, BATCH_CHAINS, BATCH_BYTES, flags)
 
     async def _flush(self) -> None:
         """Push all completed chains. May wait for pages of their buffers and of the used ring."""
+        if self._apart and not self.stopping:
+            self._set_late_answers_apart()
         while self._answers:
             batch = self._answers[: min(BATCH_CHAINS, self.size or 1)]
             keep = []  # cffi: what an array points to must be held
@@ -195,29 +204,76 @@ class Queue:
             for slot, chain in zip(array, batch, strict=True):
                 data = ffi.from_buffer(chain.answer())
                 keep.append(data)
-                slot.chain, slot.data, slot.len = chain._handle, data, chain.written
+                slot.chain, slot.data, slot.len = chain.handle, data, chain.written
 
             def push(flags: int, array: Any = array, n: int = len(batch)) -> int:
                 return lib.vpc_vq_push(self.handle, array, n, flags)
 
-            check(await self._touch(push), f"queue {self.index}: push")
+            check(await self.touch(push), f"queue {self.index}: push")
             del keep
             done = set(map(id, batch))
             self._answers = self._answers[len(batch) :]
             self._open = {s: c for s, c in self._open.items() if id(c) not in done}
 
-    async def _touch(self, call: Callable[[int], int]) -> int:
+    async def touch(
+        self, call: Callable[[int], int], *, waiting_room: trio.CapacityLimiter | None = None
+    ) -> int:
         """One touching C call, when the queue is not paused."""
         while not self._resumed.is_set():
             await self._resumed.wait()
-        self._idle = trio.Event()
+        with self._call_in_flight():
+            return await self._gate.call(call, waiting_room=waiting_room)
+
+    @contextmanager
+    def _call_in_flight(self) -> Iterator[None]:
+        self._busy += 1
         try:
-            return await self._gate.call(call)
+            yield
         finally:
-            self._idle.set()
+            self._busy -= 1
+            if not self._busy:
+                self._idle.set()
+
+    # --- chains whose own pages are absent ---
+
+    def has_come(self, chain: Chain) -> None:
+        """A late chain's pages are here."""
+        self._ready.append(chain)
+
+    def may_be_pushed(self, chain: Chain) -> None:
+        """The pages of a chain's answer are here, or the ring stops."""
+        self._answers.append(chain)
+
+    def _set_late_answers_apart(self) -> None:
+        answers, self._answers = self._answers, []
+        for chain in answers:
+            if self._late.buffers_are_here(chain):
+                self._answers.append(chain)
+            else:
+                self._late.await_buffers(chain)
+
+    async def _gap_has_come(self) -> bool:
+        """The ring is stopping: is there a chain older than an answered one that the device has not had?
+
+        Such a one can not be given back: only the device can close the gap.
+        """
+        if not self._apart:
+            return False
+        await self._late.until_none()
+        for sequence, chain in list(self._open.items()):
+            unanswered = sum(1 for s, c in self._open.items() if s > sequence and not c.completed)
+            if unanswered == self._sequence - sequence or not (chain.late or chain in self._ready):
+                continue
+            if chain.late and await self._late.load(chain, lib.VPC_UNSTOPPED) < 0:
+                return False
+            if chain in self._ready:
+                self._ready.remove(chain)
+            self._ready.appendleft(chain)
+            return True
+        return False
 
     async def _wait_for_kick(self) -> None:
-        if self.stopping or self._answers or self._pauses:
+        if self.stopping or self._answers or self._ready or self._pauses:
             return  # whoever paused us changes something: look at the ring again after that
         try:
             with trio.CancelScope() as self._wait:
@@ -240,37 +296,24 @@ class Queue:
         discard: bool,
         batch: int,
     ) -> None:
-        config = ffi.new("struct vpc_pump_config *")
-        config.fd = fd
-        config.kind = lib.VPC_FAR_SOCKET if stat.S_ISSOCK(os.fstat(fd).st_mode) else lib.VPC_FAR_FILE
-        config.header, config.mergeable, config.max_batch = header, mergeable, batch
-        if to is not None:
-            packed = pack_address(to)
-            ffi.memmove(config.addr, packed, len(packed))  # private memory
-            config.addr_len = len(packed)
-        if self._pump is None:
-            out = ffi.new("struct vpc_pump **")
-            check(lib.vpc_pump_new(self.handle, out), "pump")
-            self._pump = ffi.gc(out[0], lib.vpc_pump_free)
-        pump = self._pump
-        call = lib.vpc_pump_in if inward else lib.vpc_pump_out
+        config = pump_config(fd, to, header, mergeable, batch)
+        pump = self._pump = self._pump or Pump(self.handle)
         while True:
             # Asked again after the wait, and with no checkpoint behind it: another pause may begin at each.
             while not self._resumed.is_set():
                 await self._resumed.wait()
             if self.stopping:
                 break
-            lib.vpc_pump_clear(pump)
+            pump.clear()
             config.kick_fd = self._kick
             config.discard = discard and (self.fresh or not inward)
             self.fresh = False
-            self._running = lambda: lib.vpc_pump_stop(pump)
-            self._idle = trio.Event()
+            self._running = pump.stop
             try:
-                rc = await run_loop(lambda: call(pump, config), self._running, self._limiter)
+                with self._call_in_flight():
+                    rc = await run_loop(lambda: pump.run(inward, config), pump.stop, self._limiter)
             finally:
                 self._running = None
-                self._idle.set()
             if rc == -errno.EBADMSG:
                 raise BrokenQueue(self.error or "broken ring")
             if rc == -errno.EOWNERDEAD:
@@ -298,7 +341,8 @@ class Queue:
             self._running()
         if self._wait is not None:
             self._wait.cancel()
-        while not self._idle.is_set():
+        while self._busy:
+            self._idle = trio.Event()
             await self._idle.wait()
 
     def resume(self) -> None:
@@ -359,6 +403,7 @@ class Queue:
         self._current = None
         self._ready.clear()
         while True:
+            await self._late.until_none()
             self._answered = trio.Event()
             await self._flush()
             if self.returnable:
@@ -372,6 +417,7 @@ class Queue:
         """
         self._current = None
         self._ready.clear()
+        await self._late.until_none()
         await self._flush()
         if not self.returnable:
             return self.base  # the session is over; nobody will ask for the index
@@ -381,7 +427,7 @@ class Queue:
             lib.vpc_vq_unpop(self.handle, len(rest))
         for chain in rest:
             chain.completed = True
-            lib.vpc_chain_free(chain._handle)
+            lib.vpc_chain_free(chain.handle)
         return self.base
 
     @property
@@ -395,7 +441,7 @@ class Queue:
         lib.vpc_vq_set_memory(self.handle, memory.handle if memory else ffi.NULL)
         if memory is not None:
             for chain in self._open.values():
-                lib.vpc_chain_rebase(chain._handle, memory.handle)
+                lib.vpc_chain_rebase(chain.handle, memory.handle)
 
     def set_ring(self, size: int, desc: int, avail: int, used: int) -> int:
         """0, or -EFAULT (outside memory) or -EINVAL (misaligned, size no power of two)."""
@@ -423,22 +469,10 @@ class Queue:
     def close(self) -> None:
         """Let go of memory and chains."""
         for chain in self._open.values():
-            lib.vpc_chain_free(chain._handle)
+            lib.vpc_chain_free(chain.handle)
         self._open.clear()
         if self._pump is not None:
-            ffi.release(self._pump)
+            self._pump.close()
             self._pump = None
         self.handle, handle = ffi.NULL, self.handle
         ffi.release(handle)
-
-
-def pack_address(address: tuple[Any, ...]) -> bytes:
-    """``struct sockaddr_in`` or ``sockaddr_in6`` of a Python address with a numeric host."""
-    host, port = str(address[0]), int(address[1])
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    packed = int(family).to_bytes(2, "little") + port.to_bytes(2, "big")
-    if family == socket.AF_INET:
-        return packed + socket.inet_aton(host) + bytes(8)
-    flow, scope = (*address[2:], 0, 0)[:2]
-    packed += socket.htonl(flow).to_bytes(4, "little") + socket.inet_pton(family, host)
-    return packed + int(scope).to_bytes(4, "little")

@@ -1,0 +1,110 @@
+"""Chains that wait for pages of their own, each by itself, beside their queue's other work."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import trio
+
+from vhostpc._native import check, ffi, lib
+from vhostpc.errors import MemoryLost
+from vhostpc.virtio.chain import Chain
+
+#: Chains of one queue that wait at a time, each on a thread.
+WAITING_CHAINS = 64
+
+
+class Spawn(Protocol):
+    """Starts a task that the session waits for."""
+
+    def __call__(self, task: Callable[..., Any], *args: Any) -> None: ...
+
+
+class WaitingQueue(Protocol):
+    """What the chains ask of their queue."""
+
+    handle: Any
+    stopping: bool
+
+    async def touch(
+        self, call: Callable[[int], int], *, waiting_room: trio.CapacityLimiter | None = None
+    ) -> int: ...
+    def has_come(self, chain: Chain) -> None: ...
+    def may_be_pushed(self, chain: Chain) -> None: ...
+    def look_again(self) -> None: ...
+
+
+class Late:
+    """The waiting chains of one queue. Nothing here waits for a page but on a thread of the chain's own."""
+
+    def __init__(self, queue: WaitingQueue, spawn: Spawn) -> None:
+        self._queue = queue
+        self._spawn = spawn
+        self._room = trio.CapacityLimiter(WAITING_CHAINS)
+        self._count = 0
+        self._none = trio.Event()
+
+    def await_chain(self, chain: Chain) -> None:
+        """``has_come`` when its pages are here; it stays late if the ring stops first."""
+        self._start(self._load, chain)
+
+    def await_buffers(self, chain: Chain) -> None:
+        """``may_be_pushed`` when the pages of its answer are here, or when the ring stops."""
+        self._start(self._touch_buffers, chain)
+
+    def buffers_are_here(self, chain: Chain) -> bool:
+        rc = lib.vpc_chain_touch(self._queue.handle, chain.handle, chain.written, lib.VPC_TRY)
+        return rc != -errno.EAGAIN
+
+    async def until_none(self) -> None:
+        """Once the ring is stopping, each ends with the page it has in hand."""
+        while self._count:
+            self._none = trio.Event()
+            await self._none.wait()
+
+    async def load(self, chain: Chain, flags: int = 0) -> int:
+        """0 when the chain is as any other; -ECANCELED when the queue was stopped; -EBADMSG: broken ring."""
+        popped = ffi.new("struct vpc_popped *")
+        rc = await self._queue.touch(
+            lambda _: lib.vpc_chain_load(self._queue.handle, chain.handle, popped, flags),
+            waiting_room=self._room,
+        )
+        if rc not in (-errno.ECANCELED, -errno.EBADMSG):
+            check(rc, "chain")
+            chain.loaded(popped)
+        return rc
+
+    def _start(self, task: Callable[[Chain], Any], chain: Chain) -> None:
+        self._count += 1
+        self._spawn(self._run, task, chain)
+
+    async def _run(self, task: Callable[[Chain], Any], chain: Chain) -> None:
+        try:
+            await task(chain)
+        except MemoryLost:
+            pass  # the queue's next call says so
+        finally:
+            self._count -= 1
+            if not self._count:
+                self._none.set()
+            self._queue.look_again()
+
+    async def _load(self, chain: Chain) -> None:
+        while not self._queue.stopping:
+            rc = await self.load(chain)
+            if rc == 0:
+                self._queue.has_come(chain)
+            if rc != -errno.ECANCELED:  # else a pause; a broken ring is met again by the next pop
+                return
+
+    async def _touch_buffers(self, chain: Chain) -> None:
+        def touch(_: int) -> int:
+            return lib.vpc_chain_touch(self._queue.handle, chain.handle, chain.written, 0)
+
+        try:
+            while not self._queue.stopping and await self._queue.touch(touch, waiting_room=self._room) < 0:
+                pass
+        finally:
+            self._queue.may_be_pushed(chain)

@@ -1,0 +1,81 @@
+"""The native pump of a queue: its configuration, its counts, its life."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from dataclasses import dataclass
+from typing import Any
+
+from vhostpc._native import check, ffi, lib
+
+
+@dataclass(frozen=True)
+class PumpStats:
+    """Counts of a queue's pumps since the session began; ``calls``: interrupts sent to the driver."""
+
+    frames: int = 0
+    bytes: int = 0
+    dropped: int = 0
+    discarded: int = 0
+    batches: int = 0
+    syscalls: int = 0
+    calls: int = 0
+
+
+class Pump:
+    """Joins a virtqueue (a native handle) to a file descriptor, one direction at a time."""
+
+    def __init__(self, queue: Any) -> None:
+        out = ffi.new("struct vpc_pump **")
+        check(lib.vpc_pump_new(queue, out), "pump")
+        self._handle: Any = ffi.gc(out[0], lib.vpc_pump_free)
+
+    def run(self, inward: bool, config: Any) -> int:
+        """The pump's long C call. Waits for guest pages: only on a thread of its own."""
+        return lib.vpc_pump_in(self._handle, config) if inward else lib.vpc_pump_out(self._handle, config)
+
+    def stop(self) -> None:
+        """Make the running call return soon, or the next one at once, until :meth:`clear`."""
+        lib.vpc_pump_stop(self._handle)
+
+    def clear(self) -> None:
+        lib.vpc_pump_clear(self._handle)
+
+    @property
+    def stats(self) -> PumpStats:
+        out = ffi.new("struct vpc_pump_stats *")
+        lib.vpc_pump_stats(self._handle, out)
+        return PumpStats(
+            out.frames, out.bytes, out.dropped, out.discarded, out.batches, out.syscalls, out.calls
+        )
+
+    def close(self) -> None:
+        self._handle, handle = ffi.NULL, self._handle
+        ffi.release(handle)
+
+
+def pump_config(fd: int, to: tuple[Any, ...] | None, header: int, mergeable: bool, batch: int) -> Any:
+    """``struct vpc_pump_config`` for a datagram socket or a file; kick and discard are set at each run."""
+    config = ffi.new("struct vpc_pump_config *")
+    config.fd = fd
+    config.kind = lib.VPC_FAR_SOCKET if stat.S_ISSOCK(os.fstat(fd).st_mode) else lib.VPC_FAR_FILE
+    config.header, config.mergeable, config.max_batch = header, mergeable, batch
+    if to is not None:
+        packed = pack_address(to)
+        ffi.memmove(config.addr, packed, len(packed))  # private memory
+        config.addr_len = len(packed)
+    return config
+
+
+def pack_address(address: tuple[Any, ...]) -> bytes:
+    """``struct sockaddr_in`` or ``sockaddr_in6`` of a Python address with a numeric host."""
+    host, port = str(address[0]), int(address[1])
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    packed = int(family).to_bytes(2, "little") + port.to_bytes(2, "big")
+    if family == socket.AF_INET:
+        return packed + socket.inet_aton(host) + bytes(8)
+    flow, scope = (*address[2:], 0, 0)[:2]
+    packed += socket.htonl(flow).to_bytes(4, "little") + socket.inet_pton(family, host)
+    return packed + int(scope).to_bytes(4, "little")
