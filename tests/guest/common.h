@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-int mem_main(void);
+int mem_main(int argc, char **argv);
 int flow_main(int argc, char **argv);
 
 /* CLOCK_MONOTONIC in nanoseconds. */

@@ -60,9 +60,9 @@ void fail(const char *what)
 int main(int argc, char **argv)
 {
     if (argc >= 2 && strcmp(argv[1], "mem") == 0)
-        return mem_main();
+        return mem_main(argc - 1, argv + 1);
     if (argc >= 2 && strcmp(argv[1], "flow") == 0)
         return flow_main(argc - 1, argv + 1);
-    fprintf(stderr, "usage: guest mem | guest flow LOCAL PEER far|MAC\n");
+    fprintf(stderr, "usage: guest mem [PAGES [MILLISECONDS]] | guest flow LOCAL PEER far|MAC\n");
     return 2;
 }

@@ -9,6 +9,9 @@
  * long, and not in one run that a migration would bring with the first of them.  What the kernel keeps free
  * beside that lies below 16 MiB, where it looks last.
  *
+ * Checks so many pages at a time and pauses so many milliseconds then:  guest mem [PAGES [MILLISECONDS]]
+ * On huge pages a few checks a second bring all memory, so that no device would miss any.
+ *
  * Prints a line a second:  mem NONCE beat=N rewrites=N checked=N bad=N
  * Reads commands, one a line, from standard input:
  *   sweep ID     check every page once:  sweep ID pages=N bad=N
@@ -29,7 +32,6 @@
 enum {
     PAGE = 4096,
     WORDS = PAGE / 8,
-    BURST = 32,
     HOLES = 1100,         /* pages given back, about */
     HELD = 384,           /* pages taken for good: more than the kernel has left over for itself */
     KEEP = 8 << 20,       /* bytes left free */
@@ -128,6 +130,11 @@ static void hold_kernel_pages(void)
             fail("filling a pipe");
 }
 
+static uint64_t gcd(uint64_t a, uint64_t b)
+{
+    return b ? gcd(b, a % b) : a;
+}
+
 /* Fill memory, then punch the holes; /tmp/filled tells the init script that the network may come up. */
 static void fill(struct checker *c)
 {
@@ -142,8 +149,12 @@ static void fill(struct checker *c)
     c->inverted = take(c->pages * sizeof *c->inverted);
     for (uint64_t page = 0; page < c->pages; page++)
         write_page(c, page, 1);
-    uint64_t holes = 0;
-    for (uint64_t page = 0; page < c->pages; page++)
+    /* All over memory also in the order of time, in which the kernel will use them again: else neighbours in a
+     * ring were neighbours in memory, and one that a migration brings would bring those that come next. */
+    uint64_t holes = 0, stride = c->pages * 5 / 8;
+    while (gcd(stride, c->pages) != 1)
+        stride++;
+    for (uint64_t k = 0, page = 0; k < c->pages; k++, page = (page + stride) % c->pages)
         if (is_hole(c, page)) {
             holes++;
             madvise(c->memory + page * WORDS, PAGE, MADV_DONTNEED);
@@ -189,8 +200,10 @@ static void read_commands(struct checker *c, char *line, size_t *length)
     }
 }
 
-int mem_main(void)
+int mem_main(int argc, char **argv)
 {
+    int burst = argc > 1 ? atoi(argv[1]) : 32;
+    long pause_ms = argc > 2 ? atol(argv[2]) : 4;
     struct checker c = {.nonce = nonce64()};
     fill(&c);
     fcntl(0, F_SETFL, fcntl(0, F_GETFL) | O_NONBLOCK);
@@ -198,7 +211,7 @@ int mem_main(void)
     size_t length = 0;
     uint64_t random = c.nonce, beat = 0, next_beat = now_ns();
     for (;;) {
-        for (int i = 0; i < BURST; i++) {
+        for (int i = 0; i < burst; i++) {
             random = mix64(random);
             uint64_t page = random % c.pages;
             if (is_hole(&c, page))
@@ -217,6 +230,6 @@ int mem_main(void)
                 (unsigned long long)c.bad);
         }
         /* Leave the processor to the network flow: this guest has one, and it is emulated. */
-        nanosleep(&(struct timespec){.tv_nsec = 4000000}, NULL);
+        nanosleep(&(struct timespec){.tv_nsec = pause_ms * 1000000}, NULL);
     }
 }

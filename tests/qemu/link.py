@@ -22,13 +22,15 @@ from tests.qemu.proc import unwrapped
 CHUNK = 32 << 10
 # What may lie between a request and its page: a unix socket's buffer and what QEMU gathers for one write.
 ON_THE_WAY = 384 << 10
+# Commands, discards and the package with the devices' state.
+SWITCH = 1 << 20
 TRICKLE = 2 << 20  # bytes a second
 # Return path messages: be16 type, be16 length of what follows (QEMU, docs/devel/migration).
 REQUESTS = (3, 4)  # REQ_PAGES_ID, REQ_PAGES
 
 
 class Link:
-    """``page``: bytes of a host page.  ``open`` ends all holding back."""
+    """``page``: bytes of a host page.  ``hold`` begins the holding back, ``open`` ends it."""
 
     def __init__(self, source_path: Path, page: int) -> None:
         self.source_path = source_path
@@ -36,7 +38,7 @@ class Link:
         # A page of the background may have been begun when the request comes: it is sent to its end.
         self._grant = ON_THE_WAY + (2 * page if page > 4096 else page)
         self._budget = 0
-        self._open = False
+        self._open = True
         self._granted = trio.Event()
 
     @property
@@ -44,13 +46,18 @@ class Link:
         """Where the source of the migration connects."""
         return f"unix:{self.source_path}"
 
+    def hold(self) -> None:
+        """Just before the switch: let through what that sends, before any request, and little else."""
+        self._budget = SWITCH + self._grant
+        self._open = False
+
     def open(self) -> None:
         self._open = True
         self._granted.set()
 
     async def _may_send(self, size: int, free_at: float) -> float:
         """Wait until so many bytes may pass; when the trickle may go on."""
-        while not self._open and self._budget < size and self.requests:
+        while not self._open and self._budget < size:
             self._granted = trio.Event()
             with trio.move_on_at(free_at):
                 await self._granted.wait()

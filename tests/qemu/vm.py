@@ -157,6 +157,8 @@ async def vm(
     ours, theirs = socket.socketpair()
     trace_file = tmp_path / f"{name}.trace"
     append = f"console=ttyS0 quiet panic=-1 vm.ip={GUEST_IP} vm.peer={FAR_IP} vm.peer_mac={FAR_MAC}"
+    if spec.memory.huge:
+        append += " vm.checks=1 vm.pause=150"
     argv: list[str] = [*nic.inside] if isinstance(nic, Tap) else []
     argv += [*spec.qemu.argv, "-name", name, "-nodefaults", "-no-user-config", "-display", "none"]
     argv += ["-accel", "tcg", *spec.memory.argv(), "-no-reboot"]
@@ -255,6 +257,7 @@ async def migrate_postcopy(
     async with link(source_path, target_path, src.spec.memory.page) as relay:
         await src.qmp.command("migrate", uri=relay.uri)
         await src.qmp.event("MIGRATION", since[0], status="active")
+        relay.hold()
         await src.qmp.command("migrate-start-postcopy")
         await src.qmp.event("STOP", since[0])
         if on_stop:
