@@ -33,7 +33,12 @@ def test_manifests_of_the_examples(path: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [program, "--print-capabilities"],
         cwd=ROOT,
-        env={**os.environ, "VHOSTPC": str(launcher), "VHOSTPC_DEVICES": str(path.parent)},
+        env={
+            **os.environ,
+            "VHOSTPC": str(launcher),
+            "VHOSTPC_DEVICES": str(path.parent),
+            "PYTHON": sys.executable,
+        },
         capture_output=True,
         text=True,
         timeout=30,

@@ -85,10 +85,11 @@ def find(target: str) -> Callable[..., Any]:
 
 
 def load_file(path: Path) -> Any:
-    """Import a source file by its path."""
+    """Import a source file by its path; it may import what lies beside it, as a program may."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise click.BadParameter(f"{path} is not a Python file", param_hint="MODULE:CLASS")
+    sys.path.insert(0, str(path.resolve().parent))
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)

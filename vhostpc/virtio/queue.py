@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import trio
 
@@ -23,6 +23,25 @@ from vhostpc.virtio.pump import Pump, PumpStats, pump_config
 #: Chains and readable bytes that one pop takes at most (one chain is always taken whole).
 BATCH_CHAINS = 64
 BATCH_BYTES = 256 * 1024
+
+
+T = TypeVar("T")
+
+
+class Steps(Generic[T]):
+    """Iterates until a step gives None. No generator: a handler may leave its loop at any place."""
+
+    def __init__(self, step: Callable[[], Awaitable[T | None]]) -> None:
+        self._step = step
+
+    def __aiter__(self) -> Steps[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        found = await self._step()
+        if found is None:
+            raise StopAsyncIteration
+        return found
 
 
 class Queue:
@@ -47,7 +66,7 @@ class Queue:
         self._ready: deque[Chain] = deque()  # popped, not yet handed to the device
         self._open: dict[int, Chain] = {}  # popped and not pushed, in order of popping
         self._answers: list[Chain] = []  # completed, to be pushed
-        self._current: Chain | None = None
+        self._current: list[Chain] = []  # the device has them since its last step
         self._sequence = 0
         self._pump: Pump | None = None
         self._apart = False  # chains are taken, and answers pushed, as their pages come
@@ -67,19 +86,9 @@ class Queue:
     # --- for the device ---
 
     def __aiter__(self) -> AsyncIterator[Chain]:
-        return self._chains()
+        return Steps(self._next_chain)
 
-    async def _chains(self) -> AsyncIterator[Chain]:
-        while True:
-            if not self._ready and not self.stopping:
-                await self._fill()
-            if self.stopping and not await self._gap_has_come():
-                return
-            chain = self._current = self._ready.popleft()
-            yield chain
-            self._finish_current()
-
-    async def unordered(self) -> AsyncIterator[Chain]:
+    def unordered(self) -> AsyncIterator[Chain]:
         """Iterate over chains as their pages come: none waits for another's missing page.
 
         For devices whose requests may be done in any order (virtio-blk is one). Each chain whose pages are
@@ -87,23 +96,29 @@ class Queue:
         missing the order is the driver's.
         """
         self._apart = True
-        try:
-            async for chain in self._chains():
-                yield chain
-        finally:
-            self._apart = False
+        return Steps(self._next_chain)
 
-    async def batches(self) -> AsyncIterator[list[Chain]]:
+    def batches(self) -> AsyncIterator[list[Chain]]:
         """Iterate over lists of up to 64 chains; those not kept are completed when the next list is asked for."""
-        while await self._fill():
-            batch = list(self._ready)
-            self._ready.clear()
-            yield batch
-            for chain in batch:
-                if not chain.kept:
-                    chain.complete()
-            if self.stopping:
-                return
+        return Steps(self._next_batch)
+
+    async def _next_chain(self) -> Chain | None:
+        self._finish_current()
+        if not self._ready and not self.stopping:
+            await self._fill()
+        if self.stopping and not await self._gap_has_come():
+            return None
+        chain = self._ready.popleft()
+        self._current = [chain]
+        return chain
+
+    async def _next_batch(self) -> list[Chain] | None:
+        self._finish_current()
+        if self.stopping or not await self._fill():
+            return None
+        self._current = list(self._ready)
+        self._ready.clear()
+        return list(self._current)
 
     async def pump_out(
         self,
@@ -143,9 +158,10 @@ class Queue:
     # --- popping and pushing ---
 
     def _finish_current(self) -> None:
-        chain, self._current = self._current, None
-        if chain is not None and not chain.kept:
-            chain.complete()
+        chains, self._current = self._current, []
+        for chain in chains:
+            if not chain.kept:
+                chain.complete()
 
     def _completed(self, chain: Chain) -> None:
         self._answers.append(chain)
@@ -400,7 +416,8 @@ class Queue:
         A chain that is older than an answered one can not be: only the device can complete it. May wait for
         pages of answers. Raises MemoryLost.
         """
-        self._current = None
+        self._apart = False
+        self._current = []
         self._ready.clear()
         while True:
             await self._late.until_none()
@@ -415,7 +432,7 @@ class Queue:
 
         May wait for pages of answers. Raises MemoryLost.
         """
-        self._current = None
+        self._current = []
         self._ready.clear()
         await self._late.until_none()
         await self._flush()
