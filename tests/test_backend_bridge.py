@@ -109,6 +109,26 @@ async def test_frames_out(guest: Guest, far: Far) -> None:
         assert counters.dropped == 0
 
 
+async def test_frames_to_the_null_device(guest: Guest) -> None:
+    """They are read and counted as frames that went out; the device itself, not open for writing, is not asked."""
+    frames = [frame(i, n) for i, n in enumerate(SIZES)]
+    ring = guest.ring(TX, 64)
+    null = os.open(os.devnull, os.O_RDONLY)
+    try:
+        bridge = Bridge([null])
+        async with connected(bridge) as front:
+            await front.negotiate()
+            await guest.send_memory(front)
+            await ring.send_setup(front)
+            ring.offer(*put_frames(guest, frames))
+            await ring.until_used(len(frames))
+            counters = bridge.counters()["out"]
+    finally:
+        os.close(null)
+    assert (counters.frames, counters.bytes) == (len(frames), sum(map(len, frames)))
+    assert counters.dropped == counters.discarded == 0
+
+
 def post_buffers(guest: Guest, count: int, size: int) -> None:
     ring = guest.rings[-1]
     for i in range(count):

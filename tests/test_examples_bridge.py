@@ -80,12 +80,18 @@ async def stderr_of(process: trio.Process) -> str:
         return b"".join([data async for data in process.stderr]).decode()
 
 
+def resident_kib(process: trio.Process) -> int:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0])
+
+
 async def test_sessions_counters_and_end(far: socket.socket, tmp_path: Path) -> None:
     path = tmp_path / "bridge.sock"
     process = await start(["--socket-path", str(path), *udp(far)])
     try:
         for _ in range(2):  # reconnected outside a migration
             await exchange(await until_listening(path, process), far)
+        assert resident_kib(process) < 40 << 10
         assert path.stat().st_mode & 0o777 == 0o600
         process.send_signal(signal.SIGUSR1)
         process.terminate()

@@ -11,6 +11,7 @@ class RingLib(Protocol):
     VPC_UNSTOPPED: int
     VPC_FAR_SOCKET: int
     VPC_FAR_FILE: int
+    VPC_FAR_NONE: int
 
     def vpc_vq_new(self, out: Any) -> int: ...
     def vpc_vq_free(self, vq: Any) -> None: ...

@@ -1,12 +1,15 @@
 /* Pumps: a queue joined to a file descriptor. What both directions share. */
 #define _GNU_SOURCE
 #include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 #include "pump_internal.h"
 
+#define LINGER_NS 30000u /* about what a sleep, a kick and a wake-up cost where they are dear */
 #define SLOTS_LEN ((size_t)VPC_BATCH * (VPC_MAX_FRAME + 1))
 
 int vpc_pump_new(struct vpc_vq *vq, struct vpc_pump **out)
@@ -94,13 +97,39 @@ int vpc_pump_wait(struct vpc_pump *p, int a, int b)
     return 1;
 }
 
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* Look at the ring for a while, letting everybody else run first: the driver need not kick and nobody has to be
+ * woken. Only while buffers come that fast: a pump with little to do sleeps at once and costs nothing. */
+static int linger(struct vpc_pump *p, uint64_t begin)
+{
+    int rc = 0;
+
+    while (p->linger && !rc && !vpc_pump_stopped(p) && now_ns() - begin < LINGER_NS) {
+        (void)sched_yield();
+        vpc_count(&p->syscalls, 1);
+        rc = vpc_vq_refresh(p->vq);
+    }
+    return rc;
+}
+
 int vpc_pump_idle(struct vpc_pump *p, int kick_fd)
 {
-    int rc = vpc_vq_enable_notify(p->vq, 0);
+    uint64_t begin = now_ns();
+    int rc = linger(p, begin);
 
+    if (!rc)
+        rc = vpc_vq_enable_notify(p->vq, 0);
     if (rc)
         return rc;
     rc = vpc_pump_wait(p, kick_fd, -1);
+    p->linger = now_ns() - begin < LINGER_NS;
     if (rc > 0) {
         (void)vpc_clear_event(kick_fd);
         vpc_count(&p->syscalls, 1);

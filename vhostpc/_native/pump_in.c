@@ -247,6 +247,7 @@ int vpc_pump_in(struct vpc_pump *p, const struct vpc_pump_config *config)
     const struct vpc_pump_config c = *config;
     struct vpc_vq *vq = p->vq;
     uint32_t max = c.max_batch && c.max_batch < VPC_BATCH ? c.max_batch : VPC_BATCH;
+    bool emptied = false; /* the last receive got less than it could: another would only be told so */
     int rc;
 
     if (c.header > 64)
@@ -270,9 +271,10 @@ int vpc_pump_in(struct vpc_pump *p, const struct vpc_pump_config *config)
         if (p->first == p->count) {
             rc = vpc_vq_available(vq);
             if (rc > 0) {
-                rc = receive(p, &c, max);
+                rc = emptied ? 0 : receive(p, &c, max);
                 if (rc < 0)
                     return rc;
+                emptied = rc > 0 && (uint32_t)rc < max;
                 if (rc == 0) {
                     rc = vpc_pump_wait(p, c.fd, -1);
                     if (rc <= 0)

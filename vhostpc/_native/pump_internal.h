@@ -12,10 +12,12 @@ struct vpc_pump {
     struct vpc_vq *vq;
     atomic_int stop;
     int stop_fd;
+    bool linger; /* the last wait for a kick was short: look a little longer before the next */
     atomic_uint_fast64_t frames, bytes, dropped, discarded, batches, syscalls, calls;
     /* out */
     uint8_t *arena;
     bool no_gso; /* the path refused UDP_SEGMENT once */
+    uint64_t seen; /* of the frames that went nowhere: nobody asks for it, but so they were read */
     /* in: frames received and not yet in the guest: [first, count) of the slots */
     uint8_t *slots; /* VPC_BATCH times VPC_MAX_FRAME + 1; only what is used becomes memory */
     uint32_t slot_len[VPC_BATCH];

@@ -94,6 +94,7 @@ struct vpc_pump_stats {
 /* Kinds of far side. */
 #define VPC_FAR_SOCKET 1 /* datagram socket: one frame a datagram; to addr if addr_len, else connected */
 #define VPC_FAR_FILE 2   /* tap or the like: one frame a read or write */
+#define VPC_FAR_NONE 3   /* out: frames are read whole and are gone; what VPC_FAR_FILE on the null device comes to */
 
 struct vpc_pump_config {
     int fd;
