@@ -45,6 +45,10 @@ class Case:
         huge = self.pages == "2M"
         return vm.Spec(peers.qemu(self.version), vm.Memory(self.backing, huge, 768 if huge else 256))
 
+    def nic(self, end: Bridge) -> vm.VhostUser:
+        # On huge pages more buffers: those of a small ring may lie in a few pages.
+        return vm.VhostUser(end.path, rx_size=1024 if self.pages == "2M" else 256)
+
 
 # Every value of every column with each QEMU, each table of memory with each page size.
 SHORT = (
@@ -95,9 +99,9 @@ async def test_postcopy_there_and_back(case: Case, tmp_path: Path) -> None:
             net.network() as network,
             bridge(network, "bridge0", "tap0", tmp_path, options) as bridge0,
             bridge(network, "bridge1", "tap1", tmp_path, options) as bridge1,
-            vm.vm(spec, "there", vm.VhostUser(bridge1.path), tmp_path, incoming=True) as there,
+            vm.vm(spec, "there", case.nic(bridge1), tmp_path, incoming=True) as there,
         ):
-            async with vm.vm(spec, "here", vm.VhostUser(bridge0.path), tmp_path) as here:
+            async with vm.vm(spec, "here", case.nic(bridge0), tmp_path) as here:
                 nonce = await here.booted()
                 async with network.far() as far:
                     await far.received(500)
@@ -113,9 +117,7 @@ async def test_postcopy_there_and_back(case: Case, tmp_path: Path) -> None:
                     await here.quit()
 
                     # The bridges stay; a fresh QEMU at the first end takes the guest back.
-                    async with vm.vm(
-                        spec, "back", vm.VhostUser(bridge0.path), tmp_path, incoming=True
-                    ) as back:
+                    async with vm.vm(spec, "back", case.nic(bridge0), tmp_path, incoming=True) as back:
                         await postcopy(case, there, back, far, bridge0, watch, tmp_path)
                         await far.received(account.windows[-1].moved.high + 1000)
                         await back.beat(nonce)

@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # First process of the test guest.  The kernel command line gives vm.ip=ADDR vm.peer=ADDR vm.peer_mac=MAC,
-# and vm.checks=N vm.pause=MS for the memory checker.
+# and vm.checks=N vm.pause=MS vm.holes=N for the memory checker.
 /bin/busybox mkdir -p /proc /sys /dev /tmp
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sys /sys
@@ -43,4 +43,4 @@ network() {
     exec /bin/guest flow "$ip" "$peer" "$peer_mac"
 }
 [ -n "$ip" ] && network </dev/null &
-exec /bin/guest mem $checks $pause
+exec /bin/guest mem $checks $pause $holes

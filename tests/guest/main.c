@@ -63,6 +63,6 @@ int main(int argc, char **argv)
         return mem_main(argc - 1, argv + 1);
     if (argc >= 2 && strcmp(argv[1], "flow") == 0)
         return flow_main(argc - 1, argv + 1);
-    fprintf(stderr, "usage: guest mem [PAGES [MILLISECONDS]] | guest flow LOCAL PEER far|MAC\n");
+    fprintf(stderr, "usage: guest mem [PAGES [MILLISECONDS [HOLES]]] | guest flow LOCAL PEER far|MAC\n");
     return 2;
 }

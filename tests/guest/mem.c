@@ -9,7 +9,7 @@
  * long, and not in one run that a migration would bring with the first of them.  What the kernel keeps free
  * beside that lies below 16 MiB, where it looks last.
  *
- * Checks so many pages at a time and pauses so many milliseconds then:  guest mem [PAGES [MILLISECONDS]]
+ * Checks so many pages at a time and pauses so many milliseconds then:  guest mem [PAGES [MILLISECONDS [HOLES]]]
  * On huge pages a few checks a second bring all memory, so that no device would miss any.
  *
  * Prints a line a second:  mem NONCE beat=N rewrites=N checked=N bad=N
@@ -32,7 +32,6 @@
 enum {
     PAGE = 4096,
     WORDS = PAGE / 8,
-    HOLES = 1100,         /* pages given back, about */
     HELD = 384,           /* pages taken for good: more than the kernel has left over for itself */
     KEEP = 8 << 20,       /* bytes left free */
     GIVE_UP = 1 << 20,    /* pages: more than any test has */
@@ -41,6 +40,7 @@ enum {
 struct checker {
     uint64_t nonce;
     uint64_t pages;
+    uint64_t holes; /* pages given back, about */
     uint64_t *memory;
     uint32_t *generation;
     uint32_t *inverted;
@@ -59,7 +59,7 @@ static uint64_t seed_of(const struct checker *c, uint64_t page, uint32_t generat
 
 static bool is_hole(const struct checker *c, uint64_t page)
 {
-    return mix64(page ^ 0x686f6c65) % (c->pages / HOLES) == 0;
+    return mix64(page ^ 0x686f6c65) % (c->pages / c->holes) == 0;
 }
 
 static void write_page(struct checker *c, uint64_t page, uint32_t generation)
@@ -151,7 +151,7 @@ static void fill(struct checker *c)
         write_page(c, page, 1);
     /* All over memory also in the order of time, in which the kernel will use them again: else neighbours in a
      * ring were neighbours in memory, and one that a migration brings would bring those that come next. */
-    uint64_t holes = 0, stride = c->pages * 5 / 8;
+    uint64_t holes = 0, stride = (uint64_t)((double)c->pages * 0.6180339887); /* steps that never cluster */
     while (gcd(stride, c->pages) != 1)
         stride++;
     for (uint64_t k = 0, page = 0; k < c->pages; k++, page = (page + stride) % c->pages)
@@ -204,7 +204,7 @@ int mem_main(int argc, char **argv)
 {
     int burst = argc > 1 ? atoi(argv[1]) : 32;
     long pause_ms = argc > 2 ? atol(argv[2]) : 4;
-    struct checker c = {.nonce = nonce64()};
+    struct checker c = {.nonce = nonce64(), .holes = argc > 3 ? strtoul(argv[3], NULL, 10) : 1100};
     fill(&c);
     fcntl(0, F_SETFL, fcntl(0, F_GETFL) | O_NONBLOCK);
     char line[128];

@@ -62,10 +62,11 @@ class VhostUser:
 
     path: Path
     queues: int = 1
+    rx_size: int = 256  # entries of a receive ring
 
     def argv(self) -> list[str]:
         netdev = f"vhost-user,id=n0,chardev=vu,queues={self.queues}"
-        device = f"virtio-net-pci,netdev=n0,mac={GUEST_MAC},romfile="
+        device = f"virtio-net-pci,netdev=n0,mac={GUEST_MAC},romfile=,rx_queue_size={self.rx_size}"
         if self.queues > 1:
             device += ",mq=on"
         # vectors=0: QEMU 7.2 crashes when a vhost-user NIC starts under TCG with MSI-X.
@@ -158,7 +159,7 @@ async def vm(
     trace_file = tmp_path / f"{name}.trace"
     append = f"console=ttyS0 quiet panic=-1 vm.ip={GUEST_IP} vm.peer={FAR_IP} vm.peer_mac={FAR_MAC}"
     if spec.memory.huge:
-        append += " vm.checks=1 vm.pause=150"
+        append += " vm.checks=1 vm.pause=150 vm.holes=1500"
     argv: list[str] = [*nic.inside] if isinstance(nic, Tap) else []
     argv += [*spec.qemu.argv, "-name", name, "-nodefaults", "-no-user-config", "-display", "none"]
     argv += ["-accel", "tcg", *spec.memory.argv(), "-no-reboot"]
