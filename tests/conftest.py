@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+
+from tests.hugepages import HUGE, hugepages
 
 try:
     from hypothesis import settings
@@ -43,23 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("fuzz")
 
 
-HUGE = 2 << 20
-NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
-
-
 @pytest.fixture
 def huge_pages() -> Iterator[int]:
-    """64 more huge pages of 2 MiB, given back at the end."""
-
-    def change(by: int) -> None:
-        NR_HUGEPAGES.write_text(str(max(0, int(NR_HUGEPAGES.read_text()) + by)))
-
-    before = int(NR_HUGEPAGES.read_text())
-    change(64)
-    got = int(NR_HUGEPAGES.read_text()) - before
-    try:
-        if got < 40:
-            pytest.fail(f"only {got} huge pages could be had")
+    """128 MiB more of huge pages; the size of one."""
+    with hugepages(128):
         yield HUGE
-    finally:
-        change(-got)

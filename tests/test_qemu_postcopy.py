@@ -14,10 +14,10 @@ from typing import Literal
 
 import pytest
 
+from tests.hugepages import hugepages
 from tests.qemu import net, peers, vm
-from tests.qemu.bridge import Bridge, bridge
+from tests.qemu.backend import Backend, bridge
 from tests.qemu.checks import Account, Watch
-from tests.qemu.hugepages import hugepages
 from tests.until import until
 
 pytestmark = pytest.mark.qemu
@@ -45,7 +45,7 @@ class Case:
         huge = self.pages == "2M"
         return vm.Spec(peers.qemu(self.version), vm.Memory(self.backing, huge, 768 if huge else 256))
 
-    def nic(self, end: Bridge) -> vm.VhostUser:
+    def nic(self, end: Backend) -> vm.VhostUser:
         # On huge pages more buffers: those of a small ring may lie in a few pages.
         return vm.VhostUser(end.path, rx_size=1024 if self.pages == "2M" else 256)
 
@@ -70,7 +70,7 @@ CASES = [pytest.param(c, id=str(c), marks=() if c in SHORT else pytest.mark.long
 
 
 async def postcopy(
-    case: Case, src: vm.Vm, dst: vm.Vm, far: net.Far, end: Bridge, watch: Watch, tmp_path: Path
+    case: Case, src: vm.Vm, dst: vm.Vm, far: net.Far, end: Backend, watch: Watch, tmp_path: Path
 ) -> None:
     """One postcopy migration, with what must be true of each."""
     ended = len(end.logged("postcopy ended"))

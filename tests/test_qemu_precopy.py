@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.qemu import net, peers, vm
-from tests.qemu.bridge import bridge
+from tests.qemu.backend import bridge
 from tests.qemu.checks import Account, Watch
 
 pytestmark = pytest.mark.qemu

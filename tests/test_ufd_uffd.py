@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from tests.hugepages import HUGE, hugepages
 from vhostpc import ufd as ufd_module
 from vhostpc.errors import UfdError
 from vhostpc.ufd import (
@@ -40,7 +41,6 @@ pytestmark = pytest.mark.ufd
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = mmap.PAGESIZE
-HUGE = 2 << 20
 LIMIT = 30.0
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -89,22 +89,10 @@ def memory(request: pytest.FixtureRequest) -> Iterator[Memory]:
 
 @pytest.fixture
 def huge_memory() -> Iterator[Memory]:
-    pool = Path("/proc/sys/vm/nr_hugepages")
-    free = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
-    before = None
-    if not free.exists() or int(free.read_text()) < 2:
-        if os.geteuid() != 0 or not free.exists():
-            pytest.fail("needs 2 MiB pages") if os.environ.get("CI") else pytest.skip("needs 2 MiB pages")
-        before = int(pool.read_text())
-        pool.write_text(str(before + 2))
-    if int(free.read_text()) < 2:
-        no_page = "this machine has no 2 MiB page left"
-        pytest.fail(no_page) if os.environ.get("CI") else pytest.skip(no_page)
-    found = Memory(2 * HUGE, memfd(2 * HUGE, os.MFD_HUGETLB))
-    yield found
-    found.close()
-    if before is not None:
-        pool.write_text(str(max(0, int(pool.read_text()) - 2)))
+    with hugepages(4):
+        found = Memory(2 * HUGE, memfd(2 * HUGE, os.MFD_HUGETLB))
+        yield found
+        found.close()
 
 
 class Touch:

@@ -7,6 +7,7 @@
 
 int mem_main(int argc, char **argv);
 int flow_main(int argc, char **argv);
+int disk_main(int argc, char **argv);
 
 /* CLOCK_MONOTONIC in nanoseconds. */
 uint64_t now_ns(void);
@@ -25,6 +26,9 @@ static inline uint64_t mix64(uint64_t x)
 
 /* Print one line with a single write, so that lines of two processes never mix. */
 __attribute__((format(printf, 1, 2))) void say(const char *format, ...);
+
+/* Make an empty file: a word from one program of the guest to another. */
+void make_file(const char *path);
 
 /* Leave with a line that says what failed. */
 __attribute__((noreturn)) void fail(const char *what);

@@ -43,4 +43,9 @@ network() {
     exec /bin/guest flow "$ip" "$peer" "$peer_mac"
 }
 [ -n "$ip" ] && network </dev/null &
+if [ -e /dev/vda ]; then
+    # Before memory is filled: it takes some for itself.
+    /bin/guest disk /dev/vda </dev/null &
+    until [ -e /tmp/disk-ready ]; do sleep 0.1; done
+fi
 exec /bin/guest mem $checks $pause $holes

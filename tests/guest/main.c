@@ -1,11 +1,13 @@
 /* One static program for the guest and for the far end of its network:
  *   guest mem                     memory checker (mem.c)
  *   guest flow LOCAL PEER far|MAC UDP flow both ways (flow.c)
+ *   guest disk DEVICE             disk checker (disk.c)
  */
 #define _GNU_SOURCE
 #include "common.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -57,12 +59,23 @@ void fail(const char *what)
     _exit(1);
 }
 
+void make_file(const char *path)
+{
+    int fd = open(path, O_CREAT | O_WRONLY | O_CLOEXEC, 0600);
+    if (fd < 0)
+        fail(path);
+    close(fd);
+}
+
 int main(int argc, char **argv)
 {
     if (argc >= 2 && strcmp(argv[1], "mem") == 0)
         return mem_main(argc - 1, argv + 1);
     if (argc >= 2 && strcmp(argv[1], "flow") == 0)
         return flow_main(argc - 1, argv + 1);
-    fprintf(stderr, "usage: guest mem [PAGES [MILLISECONDS [HOLES]]] | guest flow LOCAL PEER far|MAC\n");
+    if (argc >= 2 && strcmp(argv[1], "disk") == 0)
+        return disk_main(argc - 1, argv + 1);
+    fprintf(stderr,
+            "usage: guest mem [PAGES [MILLISECONDS [HOLES]]] | guest flow LOCAL PEER far|MAC | guest disk DEVICE\n");
     return 2;
 }

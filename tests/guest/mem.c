@@ -15,6 +15,7 @@
  * Prints a line a second:  mem NONCE beat=N rewrites=N checked=N bad=N
  * Reads commands, one a line, from standard input:
  *   sweep ID     check every page once:  sweep ID pages=N bad=N
+ *   touch NAME   make the file /tmp/NAME, a word to another program
  */
 #define _GNU_SOURCE
 #include "common.h"
@@ -160,17 +161,14 @@ static void fill(struct checker *c)
             madvise(c->memory + page * WORDS, PAGE, MADV_DONTNEED);
         }
     hold_kernel_pages();
-    int fd = open("/tmp/filled", O_CREAT | O_WRONLY | O_CLOEXEC, 0600);
-    if (fd < 0)
-        fail("/tmp/filled");
-    close(fd);
+    make_file("/tmp/filled");
     say("filled %016llx pages=%llu holes=%llu", (unsigned long long)c->nonce, (unsigned long long)c->pages,
         (unsigned long long)holes);
 }
 
 static void obey(struct checker *c, const char *command)
 {
-    char id[64];
+    char id[64], path[sizeof id + 8];
     if (sscanf(command, "sweep %63s", id) == 1) {
         uint64_t before = c->bad;
         uint64_t checked = c->checked;
@@ -179,6 +177,9 @@ static void obey(struct checker *c, const char *command)
                 check_page(c, page);
         say("sweep %s pages=%llu bad=%llu", id, (unsigned long long)(c->checked - checked),
             (unsigned long long)(c->bad - before));
+    } else if (sscanf(command, "touch %63s", id) == 1) {
+        snprintf(path, sizeof path, "/tmp/%s", id);
+        make_file(path);
     } else {
         say("unknown command: %s", command);
     }

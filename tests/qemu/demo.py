@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.qemu import net, peers, vm
-from tests.qemu.bridge import bridge
+from tests.qemu.backend import bridge
 from tests.qemu.checks import Account, Watch, guest_flow
 from tests.qemu.net import Flow
 

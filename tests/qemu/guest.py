@@ -24,6 +24,7 @@ MODULES = (
     "failover",
     "net_failover",
     "virtio_net",
+    "virtio_blk",
 )
 
 

@@ -28,6 +28,8 @@ TRACES = (
     "vhost_user_set_mem_table_*",
     "qemu_announce_self_iter",
 )
+# The guest's network, on its kernel's command line.
+NETWORK = f"vm.ip={GUEST_IP} vm.peer={FAR_IP} vm.peer_mac={FAR_MAC}"
 # What QEMU prints on stderr in a healthy run (a warning about missing host features, the end by signal).
 HARMLESS = re.compile(r"terminating on signal|TCG doesn't support requested feature|^$")
 
@@ -73,6 +75,9 @@ class VhostUser:
         device += ",vectors=0"
         return ["-chardev", f"socket,id=vu,path={self.path}", "-netdev", netdev, "-device", device]
 
+    def words(self) -> str:
+        return NETWORK
+
 
 @dataclass(frozen=True)
 class Tap:
@@ -84,6 +89,25 @@ class Tap:
     def argv(self) -> list[str]:
         netdev = f"tap,id=n0,ifname={self.name},script=no,downscript=no"
         return ["-netdev", netdev, "-device", f"virtio-net-pci,netdev=n0,mac={GUEST_MAC},romfile=,vectors=0"]
+
+    def words(self) -> str:
+        return NETWORK
+
+
+@dataclass(frozen=True)
+class Disk:
+    """The guest has a disk, served by a vhost-user back-end that listens at ``path``."""
+
+    path: Path
+    queues: int = 2
+
+    def argv(self) -> list[str]:
+        device = f"vhost-user-blk-pci,chardev=vu,num-queues={self.queues},vectors=0"
+        # A queue for each processor.
+        return ["-chardev", f"socket,id=vu,path={self.path}", "-device", device, "-smp", str(self.queues)]
+
+    def words(self) -> str:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -151,23 +175,23 @@ class Vm:
 
 @contextlib.asynccontextmanager
 async def vm(
-    spec: Spec, name: str, nic: VhostUser | Tap, tmp_path: Path, *, incoming: bool = False
+    spec: Spec, name: str, device: VhostUser | Tap | Disk, tmp_path: Path, *, incoming: bool = False
 ) -> AsyncIterator[Vm]:
     """Start a QEMU for the length of a block; with ``incoming`` it waits for ``migrate-incoming``."""
     kernel = peers.kernel()
     ours, theirs = socket.socketpair()
     trace_file = tmp_path / f"{name}.trace"
-    append = f"console=ttyS0 quiet panic=-1 vm.ip={GUEST_IP} vm.peer={FAR_IP} vm.peer_mac={FAR_MAC}"
+    append = f"console=ttyS0 quiet panic=-1 {device.words()}"
     if spec.memory.huge:
         append += " vm.checks=1 vm.pause=150 vm.holes=1500"
-    argv: list[str] = [*nic.inside] if isinstance(nic, Tap) else []
+    argv: list[str] = [*device.inside] if isinstance(device, Tap) else []
     argv += [*spec.qemu.argv, "-name", name, "-nodefaults", "-no-user-config", "-display", "none"]
     argv += ["-accel", "tcg", *spec.memory.argv(), "-no-reboot"]
     argv += ["-kernel", str(kernel.image), "-initrd", str(guest.initrd(kernel)), "-append", append]
     argv += ["-chardev", "stdio,id=serial,signal=off", "-serial", "chardev:serial"]
     argv += ["-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "chardev=qmp,mode=control"]
     argv += [word for event in TRACES for word in ("-trace", event)]
-    argv += ["-msg", "timestamp=on", "-D", str(trace_file), *nic.argv(), *spec.extra]
+    argv += ["-msg", "timestamp=on", "-D", str(trace_file), *device.argv(), *spec.extra]
     if incoming:
         argv += ["-incoming", "defer"]
     async with child(name, argv, env=spec.qemu.env, pass_fds=[theirs.fileno()]) as process:

@@ -1,4 +1,4 @@
-"""Our bridge as a child process inside a test's network, one for each end of a migration."""
+"""Our back-ends as child processes, one for each end of a migration."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.qemu.peers import REPO
 from tests.qemu.proc import Child, child
 
 
-class Bridge:
-    """A running bridge: where it listens, what it logs."""
+class Backend:
+    """A running back-end: where it listens, what it logs."""
 
     def __init__(self, path: Path, process: Child) -> None:
         self.path = path
@@ -38,17 +38,32 @@ class Bridge:
 
 
 @contextlib.asynccontextmanager
-async def bridge(
-    network: Network, name: str, tap: str, tmp_path: Path, options: Sequence[str] = ()
-) -> AsyncIterator[Bridge]:
-    """Start ``examples/bridge`` on a tap for the length of a block."""
+async def backend(
+    name: str, example: str, options: Sequence[str], tmp_path: Path, inside: Sequence[str] = ()
+) -> AsyncIterator[Backend]:
+    """Start ``examples/EXAMPLE`` for the length of a block; ``inside`` are words that enter a namespace."""
     path = tmp_path / f"{name}.sock"
-    # The bridge is given the listening socket, so that a front-end may connect before it is ready.
+    # It is given the listening socket, so that a front-end may connect before it is ready.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        path.unlink(missing_ok=True)  # of one that was killed
         listener.bind(str(path))
         listener.listen()
-        argv = [*network.inside(), sys.executable, str(REPO / "examples/bridge"), "--tap", tap, *options]
+        argv = [*inside, sys.executable, str(REPO / "examples" / example), *options]
         argv += ["--fd", str(listener.fileno())]
         async with child(name, argv, pass_fds=[listener.fileno()]) as process:
             listener.close()
-            yield Bridge(path, process)
+            yield Backend(path, process)
+
+
+def bridge(
+    network: Network, name: str, tap: str, tmp_path: Path, options: Sequence[str] = ()
+) -> contextlib.AbstractAsyncContextManager[Backend]:
+    """``examples/bridge`` on a tap of a test's network."""
+    return backend(name, "bridge", ["--tap", tap, *options], tmp_path, network.inside())
+
+
+def disk(
+    name: str, file: Path, tmp_path: Path, options: Sequence[str] = ()
+) -> contextlib.AbstractAsyncContextManager[Backend]:
+    """``examples/blk`` on a file."""
+    return backend(name, "blk", ["--blk-file", str(file), *options], tmp_path)
