@@ -40,6 +40,7 @@ network() {
     # A guest that gives its place away by ARP only when it moves: no traffic of its own beside the flow.
     echo 1 >/proc/sys/net/ipv4/conf/eth0/arp_notify
     ip link set eth0 up
+    /bin/guest keep 9 &
     exec /bin/guest flow "$ip" "$peer" "$peer_mac"
 }
 [ -n "$ip" ] && network </dev/null &

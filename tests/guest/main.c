@@ -2,6 +2,7 @@
  *   guest mem                     memory checker (mem.c)
  *   guest flow LOCAL PEER far|MAC UDP flow both ways (flow.c)
  *   guest disk DEVICE             disk checker (disk.c)
+ *   guest keep PORT               keeper of datagrams (keep.c)
  */
 #define _GNU_SOURCE
 #include "common.h"
@@ -69,13 +70,13 @@ void make_file(const char *path)
 
 int main(int argc, char **argv)
 {
-    if (argc >= 2 && strcmp(argv[1], "mem") == 0)
-        return mem_main(argc - 1, argv + 1);
-    if (argc >= 2 && strcmp(argv[1], "flow") == 0)
-        return flow_main(argc - 1, argv + 1);
-    if (argc >= 2 && strcmp(argv[1], "disk") == 0)
-        return disk_main(argc - 1, argv + 1);
-    fprintf(stderr,
-            "usage: guest mem [PAGES [MILLISECONDS [HOLES]]] | guest flow LOCAL PEER far|MAC | guest disk DEVICE\n");
+    static const struct {
+        const char *name;
+        int (*run)(int argc, char **argv);
+    } programs[] = {{"mem", mem_main}, {"flow", flow_main}, {"disk", disk_main}, {"keep", keep_main}};
+    for (size_t i = 0; argc >= 2 && i < sizeof programs / sizeof *programs; i++)
+        if (strcmp(argv[1], programs[i].name) == 0)
+            return programs[i].run(argc - 1, argv + 1);
+    fprintf(stderr, "usage: guest mem [PAGES [MILLISECONDS [HOLES]]] | flow LOCAL PEER far|MAC | disk DEVICE | keep PORT\n");
     return 2;
 }

@@ -39,16 +39,24 @@ class Backend:
 
 @contextlib.asynccontextmanager
 async def backend(
-    name: str, example: str, options: Sequence[str], tmp_path: Path, inside: Sequence[str] = ()
+    name: str,
+    example: str,
+    options: Sequence[str],
+    tmp_path: Path,
+    inside: Sequence[str] = (),
+    through: Sequence[str] = (),
 ) -> AsyncIterator[Backend]:
-    """Start ``examples/EXAMPLE`` for the length of a block; ``inside`` are words that enter a namespace."""
+    """Start ``examples/EXAMPLE`` for the length of a block.
+
+    ``inside``: words that enter a namespace. ``through``: a program that runs the example in its own way.
+    """
     path = tmp_path / f"{name}.sock"
     # It is given the listening socket, so that a front-end may connect before it is ready.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         path.unlink(missing_ok=True)  # of one that was killed
         listener.bind(str(path))
         listener.listen()
-        argv = [*inside, sys.executable, str(REPO / "examples" / example), *options]
+        argv = [*inside, sys.executable, *through, str(REPO / "examples" / example), *options]
         argv += ["--fd", str(listener.fileno())]
         async with child(name, argv, pass_fds=[listener.fileno()]) as process:
             listener.close()
@@ -56,10 +64,15 @@ async def backend(
 
 
 def bridge(
-    network: Network, name: str, tap: str, tmp_path: Path, options: Sequence[str] = ()
+    network: Network,
+    name: str,
+    tap: str,
+    tmp_path: Path,
+    options: Sequence[str] = (),
+    through: Sequence[str] = (),
 ) -> contextlib.AbstractAsyncContextManager[Backend]:
     """``examples/bridge`` on a tap of a test's network."""
-    return backend(name, "bridge", ["--tap", tap, *options], tmp_path, network.inside())
+    return backend(name, "bridge", ["--tap", tap, *options], tmp_path, network.inside(), through)
 
 
 def disk(

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import trio
 
@@ -137,6 +139,14 @@ class Network:
             await process.out.find("^flow ")
             yield Far(process)
 
+    @contextlib.asynccontextmanager
+    async def flood(self) -> AsyncIterator[None]:
+        """Heavy traffic into the guest, beside the flow; it keeps some (tests/guest/keep.c)."""
+        program = Path(__file__).with_name("flood.py")
+        async with child("flood", [*self.inside(), sys.executable, str(program), GUEST_IP]) as process:
+            await process.out.find("^flood$")
+            yield
+
 
 @contextlib.asynccontextmanager
 async def network(taps: Iterable[str] = ("tap0", "tap1")) -> AsyncIterator[Network]:
@@ -150,6 +160,6 @@ async def network(taps: Iterable[str] = ("tap0", "tap1")) -> AsyncIterator[Netwo
         await net.ip("link set br0 up")
         for tap in taps:
             await net.ip(f"tuntap add {tap} mode tap")
-            await net.ip(f"link set {tap} txqueuelen 100000 master br0 up")
+            await net.ip(f"link set {tap} mtu 9000 txqueuelen 100000 master br0 up")
         await net.ip(f"neigh replace {GUEST_IP} lladdr {GUEST_MAC} nud permanent dev br0")
         yield net

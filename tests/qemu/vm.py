@@ -244,8 +244,13 @@ async def _completed(side: Vm, since: int, limit: float) -> None:
                 )
 
 
-async def migrate_precopy(src: Vm, dst: Vm, tmp_path: Path, *, on_stop: Hook | None = None) -> Moved:
-    """Move the guest by precopy; ``on_stop`` runs when the source has stopped the guest."""
+async def migrate_precopy(
+    src: Vm, dst: Vm, tmp_path: Path, *, on_stop: Hook | None = None, resumes: bool = True
+) -> Moved:
+    """Move the guest by precopy; ``on_stop`` runs when the source has stopped the guest.
+
+    ``resumes``: false if the destination was started with ``-S``, so that the guest stays stopped there.
+    """
     uri = f"unix:{tmp_path}/{dst.name}.incoming"
     await prepare(src, dst, uri, ())
     since = (len(src.qmp.events), len(dst.qmp.events))
@@ -255,7 +260,8 @@ async def migrate_precopy(src: Vm, dst: Vm, tmp_path: Path, *, on_stop: Hook | N
         await on_stop()
     for side, at in zip((src, dst), since, strict=True):
         await _completed(side, at, 60)
-    await dst.qmp.event("RESUME", since[1])
+    if resumes:
+        await dst.qmp.event("RESUME", since[1])
     return Moved(0.0, await src.qmp.command("query-migrate"))
 
 
