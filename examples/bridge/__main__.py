@@ -21,7 +21,7 @@ import trio
 from vhostpc.backend import Options, serve, serve_connection, serve_listener
 from vhostpc.backend.net import Bridge
 from vhostpc.backend.options import feature_bits, protocol_feature_bits
-from vhostpc.backend.tap import open_tap
+from vhostpc.backend.tap import attach_queue, open_tap
 from vhostpc.errors import VhostpcError
 
 UDP_GRO = 104  # linux/udp.h: datagrams of one flow come joined, which the pump takes apart
@@ -68,6 +68,9 @@ def report(device: Bridge) -> None:
             file=sys.stderr,
             flush=True,
         )
+    if device.num_queues > 2:
+        for index, n in enumerate(device.queue_counters()):
+            print(f"queue {index}: {n.frames} frames, {n.bytes} bytes", file=sys.stderr, flush=True)
 
 
 async def run(device: Bridge, path: str, fd: int | None, connect: bool, options: Options) -> None:
@@ -138,7 +141,8 @@ def main(
             once=once,
         )
         if tap is not None:
-            device = Bridge([open_tap(tap, multi_queue=pairs > 1) for _ in range(pairs)], pairs=pairs)
+            queues = [open_tap(tap, multi_queue=pairs > 1) for _ in range(pairs)]
+            device = Bridge(queues, pairs=pairs, attach=attach_queue)
         else:
             link = udp(address(local))
             device = Bridge([link.fileno()], to=address(remote), pairs=pairs)

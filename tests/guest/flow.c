@@ -29,6 +29,7 @@
 #include <netinet/ip.h>
 #include <netinet/ip_icmp.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -45,6 +46,7 @@ enum {
     INTERVAL_NS = 2000000, /* 500 a second */
     PING_EVERY = 50,       /* frames: ten a second */
     CATCH_UP = 25,         /* frames sent at once after a pause, at most */
+    ON_A_QUEUE = 50,       /* frames that go by a queue before the next one's turn */
     MAX_SEEN = 1 << 22,    /* sequence numbers remembered: over two hours */
 };
 #define MAGIC 0x766d6f76u /* "vmov" */
@@ -70,7 +72,7 @@ struct seen {
 struct flow {
     int udp, timer, icmp, sniff_arp, sniff_rarp;
     uint64_t nonce, peer_nonce;
-    uint64_t sent, send_errors, acked, pings, next_line;
+    uint64_t sent, send_errors, acked, pings, next_line, queues;
     bool far, marked;
     char mark[64];
     struct sockaddr_in peer;
@@ -331,12 +333,24 @@ static void read_commands(struct flow *f)
     }
 }
 
+/* A card with several queues sends by the one of the processor that the sender runs on. */
+static void next_queue(const struct flow *f)
+{
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(f->sent / ON_A_QUEUE % f->queues, &set);
+    if (f->sent % ON_A_QUEUE == 0 && sched_setaffinity(0, sizeof set, &set) < 0)
+        fail("a processor for each queue");
+}
+
 static void on_timer(struct flow *f)
 {
     uint64_t expired = 0;
     if (read(f->timer, &expired, sizeof expired) != (ssize_t)sizeof expired)
         return;
     for (uint64_t i = 0; i < expired && i < CATCH_UP; i++) {
+        if (f->queues > 1)
+            next_queue(f);
         if (send_frame(f) && f->far && f->sent % PING_EVERY == 0)
             send_ping(f);
     }
@@ -381,6 +395,7 @@ int flow_main(int argc, char **argv)
     crc_init();
     f.far = strcmp(argv[3], "far") == 0;
     f.nonce = nonce64();
+    f.queues = argc > 4 ? strtoul(argv[4], NULL, 10) : 1;
     struct sockaddr_in local = {.sin_family = AF_INET, .sin_port = htons(PORT)};
     f.peer = local;
     if (inet_pton(AF_INET, argv[1], &local.sin_addr) != 1 || inet_pton(AF_INET, argv[2], &f.peer.sin_addr) != 1)

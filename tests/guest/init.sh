@@ -1,6 +1,6 @@
 #!/bin/busybox sh
-# First process of the test guest.  The kernel command line gives vm.ip=ADDR vm.peer=ADDR vm.peer_mac=MAC,
-# and vm.checks=N vm.pause=MS vm.holes=N for the memory checker.
+# First process of the test guest.  The kernel command line gives vm.ip=ADDR vm.peer=ADDR vm.peer_mac=MAC
+# [vm.queues=N], and vm.checks=N vm.pause=MS vm.holes=N for the memory checker.
 /bin/busybox mkdir -p /proc /sys /dev /tmp
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sys /sys
@@ -41,7 +41,7 @@ network() {
     echo 1 >/proc/sys/net/ipv4/conf/eth0/arp_notify
     ip link set eth0 up
     /bin/guest keep 9 &
-    exec /bin/guest flow "$ip" "$peer" "$peer_mac"
+    exec /bin/guest flow "$ip" "$peer" "$peer_mac" $queues
 }
 [ -n "$ip" ] && network </dev/null &
 if [ -e /dev/vda ]; then

@@ -1,6 +1,6 @@
 /* One static program for the guest and for the far end of its network:
  *   guest mem                     memory checker (mem.c)
- *   guest flow LOCAL PEER far|MAC UDP flow both ways (flow.c)
+ *   guest flow LOCAL PEER far|MAC [QUEUES]  UDP flow both ways (flow.c)
  *   guest disk DEVICE             disk checker (disk.c)
  *   guest keep PORT               keeper of datagrams (keep.c)
  */
@@ -77,6 +77,6 @@ int main(int argc, char **argv)
     for (size_t i = 0; argc >= 2 && i < sizeof programs / sizeof *programs; i++)
         if (strcmp(argv[1], programs[i].name) == 0)
             return programs[i].run(argc - 1, argv + 1);
-    fprintf(stderr, "usage: guest mem [PAGES [MILLISECONDS [HOLES]]] | flow LOCAL PEER far|MAC | disk DEVICE | keep PORT\n");
+    fprintf(stderr, "usage: guest mem [PAGES [MILLISECONDS [HOLES]]] | flow LOCAL PEER far|MAC [QUEUES] | disk DEVICE | keep PORT\n");
     return 2;
 }

@@ -149,8 +149,10 @@ class Network:
 
 
 @contextlib.asynccontextmanager
-async def network(taps: Iterable[str] = ("tap0", "tap1")) -> AsyncIterator[Network]:
-    """A namespace with a bridge and taps; queues long enough that a guest in postcopy loses nothing."""
+async def network(
+    taps: Iterable[str] = ("tap0", "tap1"), *, multi_queue: bool = False
+) -> AsyncIterator[Network]:
+    """A namespace with a bridge and taps; their queues long enough that a guest in postcopy loses nothing."""
     async with child("netns", ["unshare", "--net", "sh", "-c", "echo ready; exec cat"]) as holder:
         await holder.out.find("^ready$")
         net = Network(holder)
@@ -159,7 +161,7 @@ async def network(taps: Iterable[str] = ("tap0", "tap1")) -> AsyncIterator[Netwo
         await net.ip(f"addr add {FAR_IP}/24 dev br0")
         await net.ip("link set br0 up")
         for tap in taps:
-            await net.ip(f"tuntap add {tap} mode tap")
+            await net.ip(f"tuntap add {tap} mode tap {'multi_queue' if multi_queue else ''}")
             await net.ip(f"link set {tap} mtu 9000 txqueuelen 100000 master br0 up")
         await net.ip(f"neigh replace {GUEST_IP} lladdr {GUEST_MAC} nud permanent dev br0")
         yield net

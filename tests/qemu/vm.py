@@ -65,18 +65,21 @@ class VhostUser:
     path: Path
     queues: int = 1
     rx_size: int = 256  # entries of a receive ring
+    chardev: str = ""  # more options of the socket
 
     def argv(self) -> list[str]:
         netdev = f"vhost-user,id=n0,chardev=vu,queues={self.queues}"
         device = f"virtio-net-pci,netdev=n0,mac={GUEST_MAC},romfile=,rx_queue_size={self.rx_size}"
         if self.queues > 1:
             device += ",mq=on"
+        smp = ["-smp", str(self.queues)]  # the guest uses a pair of queues for each processor
         # vectors=0: QEMU 7.2 crashes when a vhost-user NIC starts under TCG with MSI-X.
         device += ",vectors=0"
-        return ["-chardev", f"socket,id=vu,path={self.path}", "-netdev", netdev, "-device", device]
+        link = f"socket,id=vu,path={self.path}{self.chardev}"
+        return ["-chardev", link, "-netdev", netdev, "-device", device, *smp]
 
     def words(self) -> str:
-        return NETWORK
+        return f"{NETWORK} vm.queues={self.queues}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vhostpc.backend.device import Device
@@ -26,14 +26,23 @@ class Bridge(Device):
     """Joins virtio-net queue pairs to file descriptors.
 
     ``links``: one datagram socket or tap queue per pair, or a single one that all pairs share; they stay the
-    caller's. ``to``: where datagrams go, for a socket that is not connected.
+    caller's. ``to``: where datagrams go, for a socket that is not connected. ``attach``: for the links of
+    further pairs, called with one of them and whether its pair runs, so that no frame is given to a pair that
+    the guest does not use (``vhostpc.backend.tap.attach_queue``).
     """
 
     device_id = DeviceId.NET
     queues_per_unit = 2
     features = NetFeature.MRG_RXBUF | NetFeature.GUEST_ANNOUNCE
 
-    def __init__(self, links: Sequence[int], *, to: tuple[Any, ...] | None = None, pairs: int = 1) -> None:
+    def __init__(
+        self,
+        links: Sequence[int],
+        *,
+        to: tuple[Any, ...] | None = None,
+        pairs: int = 1,
+        attach: Callable[[int, bool], None] | None = None,
+    ) -> None:
         if len(links) not in (1, pairs):
             raise ValueError(f"{len(links)} links for {pairs} queue pairs: one each, or one for all")
         self._links = [links[i % len(links)] for i in range(pairs)]
@@ -41,8 +50,11 @@ class Bridge(Device):
         self.num_queues = 2 * pairs
         if pairs > 1:
             self.features = self.features | NetFeature.MQ
+        self._attach = attach
+        for link in links[1:]:
+            self._attached(link, False)
         self._running: dict[int, Queue] = {}
-        self._totals: dict[str, PumpStats] = {"out": PumpStats(), "in": PumpStats()}
+        self._totals = [PumpStats() for _ in range(self.num_queues)]
 
     async def handle_queue(self, queue: Queue) -> None:
         link = self._links[queue.index // 2]
@@ -55,11 +67,14 @@ class Bridge(Device):
             if queue.index % 2:
                 await queue.pump_out(link, to=self._to, header=header)
             else:
-                await queue.pump_in(link, header=header, mergeable=mergeable)
+                self._attached(link, True)
+                try:
+                    await queue.pump_in(link, header=header, mergeable=mergeable)
+                finally:
+                    self._attached(link, False)
         finally:
             del self._running[id(queue)]
-            way = "out" if queue.index % 2 else "in"
-            self._totals[way] = add(self._totals[way], queue.pump_stats, before)
+            self._totals[queue.index] = add(self._totals[queue.index], queue.pump_stats, before)
 
     async def handle_disabled_queue(self, queue: Queue) -> None:
         if queue.index % 2:  # what the guest sends into a disabled queue is dropped
@@ -79,12 +94,24 @@ class Bridge(Device):
                 raise
             log.warning("RARP for %s was not sent: %s", mac.hex(":"), e)
 
-    def counters(self) -> dict[str, PumpStats]:
-        """Frames and bytes out of the guest and into it, ended and running queues together."""
-        totals = dict(self._totals)
+    def _attached(self, link: int, attached: bool) -> None:
+        # The first pair always runs: what comes while its rings are stopped waits for it.
+        if self._attach is not None and link != self._links[0]:
+            self._attach(link, attached)
+
+    def queue_counters(self) -> list[PumpStats]:
+        """Frames and bytes of each queue, of all its runs together."""
+        totals = list(self._totals)
         for queue in self._running.values():
-            way = "out" if queue.index % 2 else "in"
-            totals[way] = add(totals[way], queue.pump_stats, PumpStats())
+            totals[queue.index] = add(totals[queue.index], queue.pump_stats, PumpStats())
+        return totals
+
+    def counters(self) -> dict[str, PumpStats]:
+        """The same, summed: ``out`` of the guest and ``in`` to it."""
+        totals = {"out": PumpStats(), "in": PumpStats()}
+        for index, stats in enumerate(self.queue_counters()):
+            way = "out" if index % 2 else "in"
+            totals[way] = add(totals[way], stats, PumpStats())
         return totals
 
 

@@ -79,7 +79,14 @@ class Postcopy:
         again = self.phase is not Phase.OFF
         if not again:
             self.phase = Phase.ADVISED
-        log.info("%s: postcopy advised%s", self._name, " again" if again else "")
+            log.info("%s: postcopy advised", self._name)
+        else:
+            log.warning(
+                "%s: postcopy advised again, as QEMU does for each queue pair: QEMU 10.0 may now wait for ever"
+                " for an answer that it did not ask for; give guests that move by postcopy one queue pair"
+                " (queues=1), or move them by precopy",
+                self._name,
+            )
         return ufd.fileno()
 
     def listen(self, has_memory: bool) -> bool:

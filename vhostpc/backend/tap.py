@@ -1,4 +1,4 @@
-"""Open a tap device (Documentation/networking/tuntap.rst)."""
+"""Open a tap device and choose its queues (Documentation/networking/tuntap.rst)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import struct
 
 from vhostpc.errors import VhostpcError
 
-_TUNSETIFF = 0x400454CA
+_TUNSETIFF, _TUNSETQUEUE = 0x400454CA, 0x400454D9
 _IFF_TAP, _IFF_NO_PI, _IFF_MULTI_QUEUE = 0x0002, 0x1000, 0x0100
+_IFF_ATTACH_QUEUE, _IFF_DETACH_QUEUE = 0x0200, 0x0400
 
 
 def open_tap(name: str, *, multi_queue: bool = False) -> int:
@@ -35,3 +36,12 @@ def open_tap(name: str, *, multi_queue: bool = False) -> int:
         }.get(e.errno or 0, e.strerror)
         raise VhostpcError(f"tap {name}: {hint}") from None
     return fd
+
+
+def attach_queue(fd: int, attached: bool) -> None:
+    """Let one queue of several have frames of the network, or give them all to the others (TUNSETQUEUE).
+
+    What waits in a queue that is let go is dropped. Raises OSError, EINVAL if the queue is so already.
+    """
+    flag = _IFF_ATTACH_QUEUE if attached else _IFF_DETACH_QUEUE
+    fcntl.ioctl(fd, _TUNSETQUEUE, struct.pack("=16sH22x", b"", flag))
