@@ -140,13 +140,14 @@ class Ring:
             struct.pack_into("<H", self.guest.mem, self.avail + 4 + 2 * (self.avail_idx % self.size), head)
             self.avail_idx = (self.avail_idx + 1) & 0xFFFF
         # used_event (with EVENT_IDX): call us at each used entry.
-        struct.pack_into("<H", self.guest.mem, self.avail + 4 + 2 * self.size, self.used_idx)
-        struct.pack_into("<H", self.guest.mem, self.avail + 2, self.avail_idx)
+        struct.pack_into("H", self.guest.mem, self.avail + 4 + 2 * self.size, self.used_idx)
+        # Native: other than "<H" it is stored at once, and nobody reads one byte of the old and one of the new.
+        struct.pack_into("H", self.guest.mem, self.avail + 2, self.avail_idx)
         os.eventfd_write(self.kick, 1)
 
     @property
     def used_idx(self) -> int:
-        return int(struct.unpack_from("<H", self.guest.mem, self.used + 2)[0])
+        return int(struct.unpack_from("H", self.guest.mem, self.used + 2)[0])
 
     def used_element(self, i: int) -> tuple[int, int]:
         """id and len of used entry ``i`` (free running)."""
@@ -156,7 +157,7 @@ class Ring:
         """Wait, by the call descriptor, until the used index is ``count``."""
         with trio.fail_after(10):
             while (used := self.used_idx) != count & 0xFFFF:
-                struct.pack_into("<H", self.guest.mem, self.avail + 4 + 2 * self.size, used)
+                struct.pack_into("H", self.guest.mem, self.avail + 4 + 2 * self.size, used)
                 if self.used_idx != used:
                     continue
                 await trio.lowlevel.wait_readable(self.call)

@@ -41,7 +41,7 @@ class Bridge(Device):
         self.num_queues = 2 * pairs
         if pairs > 1:
             self.features = self.features | NetFeature.MQ
-        self._running: dict[int, Queue] = {}
+        self._running: dict[int, tuple[Queue, PumpStats]] = {}  # with its counts when its handler began
         self._totals: dict[str, PumpStats] = {"out": PumpStats(), "in": PumpStats()}
 
     async def handle_queue(self, queue: Queue) -> None:
@@ -49,8 +49,8 @@ class Bridge(Device):
         mergeable = bool(queue.features & NetFeature.MRG_RXBUF)
         # virtio 1.2, 5.1.6.1: num_buffers is there with either of the two.
         header = 12 if mergeable or queue.features & Feature.VERSION_1 else 10
-        self._running[id(queue)] = queue
         before = queue.pump_stats
+        self._running[id(queue)] = queue, before
         try:
             if queue.index % 2:
                 await queue.pump_out(link, to=self._to, header=header)
@@ -82,9 +82,9 @@ class Bridge(Device):
     def counters(self) -> dict[str, PumpStats]:
         """Frames and bytes out of the guest and into it, ended and running queues together."""
         totals = dict(self._totals)
-        for queue in self._running.values():
+        for queue, before in self._running.values():
             way = "out" if queue.index % 2 else "in"
-            totals[way] = add(totals[way], queue.pump_stats, PumpStats())
+            totals[way] = add(totals[way], queue.pump_stats, before)
         return totals
 
 
