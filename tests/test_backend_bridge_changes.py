@@ -14,9 +14,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-import trio
 
-from tests.net_card import MEMORY, RX, TX, Card, frame
+from tests.net_card import MEMORY, Card, frame
 from tests.raw_front_end import GUEST_BASE, USER_BASE, Guest, RawFrontEnd, Ring, connected
 from tests.until import until
 from vhostpc.backend.net import Bridge

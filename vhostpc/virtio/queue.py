@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from vhostpc._native import check, ffi, lib
+from vhostpc._native.entries import Thread
 from vhostpc._native.loop import run_loop
 from vhostpc.errors import BrokenQueue
 from vhostpc.memory.gate import Gate
@@ -328,7 +329,9 @@ class Queue:
             self._running = pump.stop
             try:
                 with self._call_in_flight():
-                    rc = await run_loop(lambda: pump.run(inward, config), pump.stop, self._limiter)
+                    rc = await run_loop(
+                        lambda: pump.run(inward, config), pump.stop, self._limiter, Thread.PUMP
+                    )
             finally:
                 self._running = None
             if rc == -errno.EBADMSG:
