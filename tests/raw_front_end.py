@@ -119,6 +119,12 @@ async def connected(device: Device, options: Options = Options()) -> AsyncIterat
     assert not nursery.cancel_scope.cancelled_caught, "the session did not end with its front-end"
 
 
+def store16(memory: mmap.mmap | bytearray, at: int, value: int) -> None:
+    """Store a word at once: ``struct.pack_into`` writes zeros first, and a device that looks just then sees them."""
+    with memoryview(memory) as view, view[at : at + 2] as two, two.cast("H") as word:
+        word[0] = value
+
+
 class Ring:
     """A split ring in the guest's memory: descriptors at ``at``, avail and used behind them."""
 
@@ -140,13 +146,13 @@ class Ring:
             struct.pack_into("<H", self.guest.mem, self.avail + 4 + 2 * (self.avail_idx % self.size), head)
             self.avail_idx = (self.avail_idx + 1) & 0xFFFF
         # used_event (with EVENT_IDX): call us at each used entry.
-        struct.pack_into("<H", self.guest.mem, self.avail + 4 + 2 * self.size, self.used_idx)
-        struct.pack_into("<H", self.guest.mem, self.avail + 2, self.avail_idx)
+        store16(self.guest.mem, self.avail + 4 + 2 * self.size, self.used_idx)
+        store16(self.guest.mem, self.avail + 2, self.avail_idx)
         os.eventfd_write(self.kick, 1)
 
     @property
     def used_idx(self) -> int:
-        return int(struct.unpack_from("<H", self.guest.mem, self.used + 2)[0])
+        return int(struct.unpack_from("H", self.guest.mem, self.used + 2)[0])
 
     def used_element(self, i: int) -> tuple[int, int]:
         """id and len of used entry ``i`` (free running)."""
@@ -156,7 +162,7 @@ class Ring:
         """Wait, by the call descriptor, until the used index is ``count``."""
         with trio.fail_after(10):
             while (used := self.used_idx) != count & 0xFFFF:
-                struct.pack_into("<H", self.guest.mem, self.avail + 4 + 2 * self.size, used)
+                store16(self.guest.mem, self.avail + 4 + 2 * self.size, used)
                 if self.used_idx != used:
                     continue
                 await trio.lowlevel.wait_readable(self.call)

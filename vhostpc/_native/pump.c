@@ -109,12 +109,15 @@ static uint64_t now_ns(void)
  * woken. Only while buffers come that fast: a pump with little to do sleeps at once and costs nothing. */
 static int linger(struct vpc_pump *p, uint64_t begin)
 {
+    uint16_t seen = p->vq->avail_idx; /* buffers that were seen already are too few for the frame in hand */
     int rc = 0;
 
     while (p->linger && !rc && !vpc_pump_stopped(p) && now_ns() - begin < LINGER_NS) {
         (void)sched_yield();
         vpc_count(&p->syscalls, 1);
         rc = vpc_vq_refresh(p->vq);
+        if (rc > 0 && p->vq->avail_idx == seen)
+            rc = 0;
     }
     return rc;
 }

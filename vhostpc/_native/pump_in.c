@@ -143,8 +143,8 @@ static int deliver(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t
             rc = vpc_vq_refresh(vq);
             if (rc < 0)
                 return rc;
-            if ((uint32_t)rc <= chains)
-                return 0;
+            if ((uint32_t)rc <= chains) /* all of the ring is there and it is too small: more will never come */
+                return chains == vq->num ? -EMSGSIZE : 0;
         }
         if (chains && !c->mergeable)
             return -EMSGSIZE;

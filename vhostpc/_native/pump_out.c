@@ -47,6 +47,8 @@ static uint32_t collect(struct vpc_pump *p, const struct vpc_pump_config *c, str
         if (*rc < 0)
             break;
         len = w->readable > c->header ? (uint32_t)(w->readable - c->header) : 0;
+        if (len > VPC_MAX_FRAME && !c->discard)
+            vpc_count(&p->dropped, 1); /* never cut short */
         if (len > VPC_MAX_FRAME || c->discard)
             len = 0;
         if (used + len > VPC_OUT_ARENA)

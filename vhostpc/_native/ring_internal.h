@@ -32,6 +32,7 @@ struct vpc_vq {
     bool signalled_known;
     bool notify_off;
     int call_fd;
+    _Atomic int signalling; /* threads that are calling */
     atomic_int stop;
     _Atomic(const char *) error;
 };

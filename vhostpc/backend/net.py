@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vhostpc.backend.device import Device
+from vhostpc.backend.device import Device, FrontEnd
 from vhostpc.virtio.features import DeviceId, NetFeature
 from vhostpc.virtio.pump import PumpStats
 from vhostpc.virtio.queue import Queue
@@ -51,9 +51,9 @@ class Bridge(Device):
         if pairs > 1:
             self.features = self.features | NetFeature.MQ
         self._attach = attach
-        for link in links[1:]:
-            self._attached(link, False)
-        self._running: dict[int, Queue] = {}
+        self._attached = set(links)
+        self._let_go()
+        self._running: dict[int, tuple[Queue, PumpStats]] = {}  # with its counts when its handler began
         self._totals = [PumpStats() for _ in range(self.num_queues)]
 
     async def handle_queue(self, queue: Queue) -> None:
@@ -61,17 +61,14 @@ class Bridge(Device):
         mergeable = bool(queue.features & NetFeature.MRG_RXBUF)
         # virtio 1.2, 5.1.6.1: num_buffers is there with either of the two.
         header = 12 if mergeable or queue.features & Feature.VERSION_1 else 10
-        self._running[id(queue)] = queue
         before = queue.pump_stats
+        self._running[id(queue)] = queue, before
         try:
             if queue.index % 2:
                 await queue.pump_out(link, to=self._to, header=header)
             else:
-                self._attached(link, True)
-                try:
-                    await queue.pump_in(link, header=header, mergeable=mergeable)
-                finally:
-                    self._attached(link, False)
+                self._give(link, True)
+                await queue.pump_in(link, header=header, mergeable=mergeable)
         finally:
             del self._running[id(queue)]
             self._totals[queue.index] = add(self._totals[queue.index], queue.pump_stats, before)
@@ -79,6 +76,8 @@ class Bridge(Device):
     async def handle_disabled_queue(self, queue: Queue) -> None:
         if queue.index % 2:  # what the guest sends into a disabled queue is dropped
             await queue.pump_out(self._links[queue.index // 2], to=self._to, discard=True)
+        else:
+            self._give(self._links[queue.index // 2], False)
 
     def send_rarp(self, mac: bytes) -> None:
         """The network learns where the guest is now from a frame that it seems to have sent."""
@@ -94,16 +93,26 @@ class Bridge(Device):
                 raise
             log.warning("RARP for %s was not sent: %s", mac.hex(":"), e)
 
-    def _attached(self, link: int, attached: bool) -> None:
-        # The first pair always runs: what comes while its rings are stopped waits for it.
-        if self._attach is not None and link != self._links[0]:
+    async def handle_session(self, front_end: FrontEnd) -> None:
+        if not self._running:
+            self._let_go()
+
+    def _give(self, link: int, attached: bool) -> None:
+        """Let a further pair's link have frames, or not. A ring that is stopped and started again keeps it."""
+        if self._attach is not None and link != self._links[0] and (link in self._attached) != attached:
             self._attach(link, attached)
+            self._attached ^= {link}
+
+    def _let_go(self) -> None:
+        """No pair but the first is enabled when a front-end comes."""
+        for link in self._links:
+            self._give(link, False)
 
     def queue_counters(self) -> list[PumpStats]:
         """Frames and bytes of each queue, of all its runs together."""
         totals = list(self._totals)
-        for queue in self._running.values():
-            totals[queue.index] = add(totals[queue.index], queue.pump_stats, PumpStats())
+        for queue, before in self._running.values():
+            totals[queue.index] = add(totals[queue.index], queue.pump_stats, before)
         return totals
 
     def counters(self) -> dict[str, PumpStats]:

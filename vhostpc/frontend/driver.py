@@ -17,6 +17,7 @@ from typing import Any
 import trio
 
 from vhostpc._native import check, ffi, lib
+from vhostpc._native.entries import Thread
 from vhostpc._native.loop import run_loop
 from vhostpc.frontend.share import GuestRegion
 from vhostpc.memory.ramblock import RamSet, touched
@@ -185,6 +186,7 @@ class Driver:
             lambda: lib.vpc_driver_run(handle, count, frame_len, interval),
             lambda: lib.vpc_driver_stop(handle),
             self._limiter,
+            Thread.DRIVER,
         )
         touched(rc, "driver")
 
@@ -213,7 +215,8 @@ class Driver:
         )
 
     async def _hop(self, call: Any) -> int:
-        return touched(await trio.to_thread.run_sync(call, limiter=self._limiter), "driver")
+        rc = await trio.to_thread.run_sync(call, limiter=self._limiter, thread_name=Thread.DRIVER)
+        return touched(rc, "driver")
 
     def close(self) -> None:
         """Free it and close the eventfds. Not while a call runs."""
@@ -244,7 +247,9 @@ class FarSide:
     async def run(self) -> None:
         """One C call on a borrowed thread until cancelled."""
         handle = self._handle
-        rc = await run_loop(lambda: lib.vpc_far_run(handle), lambda: lib.vpc_far_stop(handle), self._limiter)
+        rc = await run_loop(
+            lambda: lib.vpc_far_run(handle), lambda: lib.vpc_far_stop(handle), self._limiter, Thread.FAR
+        )
         check(rc, "far side")
 
     def numbers(self) -> FrameNumbers:

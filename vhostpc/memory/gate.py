@@ -11,6 +11,7 @@ from collections.abc import Callable
 import trio
 
 from vhostpc._native import lib
+from vhostpc._native.entries import Thread
 from vhostpc.errors import MemoryLost
 from vhostpc.memory.mapping import Supply
 
@@ -47,7 +48,9 @@ class Gate:
         is known to wait, threads other than the session's few.
         """
         if waiting_room is not None:
-            return self.checked(await trio.to_thread.run_sync(touch, 0, limiter=waiting_room))
+            return self.checked(
+                await trio.to_thread.run_sync(touch, 0, limiter=waiting_room, thread_name=Thread.LATE)
+            )
         if not self.slow:
             await trio.lowlevel.checkpoint_if_cancelled()
             rc = touch(lib.VPC_TRY)
@@ -55,7 +58,9 @@ class Gate:
                 # Never cancelled after the call: what it did must not be forgotten.
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 return self.checked(rc)
-        return self.checked(await trio.to_thread.run_sync(touch, 0, limiter=self._limiter))
+        return self.checked(
+            await trio.to_thread.run_sync(touch, 0, limiter=self._limiter, thread_name=Thread.HOP)
+        )
 
     @staticmethod
     def checked(rc: int) -> int:

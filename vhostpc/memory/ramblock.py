@@ -18,6 +18,7 @@ from typing import Any
 import trio
 
 from vhostpc._native import check, ffi, lib
+from vhostpc._native.entries import Thread
 from vhostpc.errors import BadAddress, MemoryLost
 
 TARGET_PAGE = 4096
@@ -139,7 +140,9 @@ class RamBlock:
 
     async def _hop(self, call: Any, *args: Any) -> int:
         handle = self._ram.handle
-        rc = await trio.to_thread.run_sync(lambda: call(handle, self.index, *args), limiter=self._ram.limiter)
+        rc = await trio.to_thread.run_sync(
+            lambda: call(handle, self.index, *args), limiter=self._ram.limiter, thread_name=Thread.BLOCKS
+        )
         return touched(rc, f"RAM block {self.name}")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import trio
 
 from vhostpc._native import check, ffi, lib
+from vhostpc._native.entries import Thread
 from vhostpc._native.loop import run_loop
 from vhostpc.errors import StreamError
 from vhostpc.memory.ramblock import Bits, RamSet
@@ -85,7 +86,7 @@ class PageSource:
         """
         handle = self.handle
         rc = await run_loop(
-            lambda: lib.vpc_save_run(handle), lambda: lib.vpc_save_stop(handle), self._limiter
+            lambda: lib.vpc_save_run(handle), lambda: lib.vpc_save_stop(handle), self._limiter, Thread.SOURCE
         )
         if rc == -errno.EBADMSG:
             why = BadRecord(int(self._raw().why))

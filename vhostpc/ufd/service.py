@@ -16,6 +16,7 @@ from typing import Any
 import trio
 
 from vhostpc._native import check, ffi, lib
+from vhostpc._native.entries import Thread
 from vhostpc._native.loop import run_loop
 from vhostpc.errors import ChannelLost, MemoryLost
 from vhostpc.memory.ramblock import Bits, RamBlock, RamSet
@@ -221,6 +222,7 @@ class FaultService:
                     lambda: lib.vpc_fault_run(handle, self._spin_ns),
                     lambda: lib.vpc_fault_stop(handle),
                     self._limiter,
+                    Thread.FAULT,
                 )
         finally:  # whatever ended it
             self.give_up()
@@ -335,7 +337,9 @@ class RamChannel:
 
         # It works on both handles, its own and the service's.
         with self._service.loops.running(stop), self._loops.running(stop):
-            rc = await run_loop(lambda: lib.vpc_load_run(handle, spin), stop, self._service.limiter)
+            rc = await run_loop(
+                lambda: lib.vpc_load_run(handle, spin), stop, self._service.limiter, Thread.LOAD
+            )
             raw = self._raw(handle)
         if rc == lib.VPC_LOAD_EOS:
             return self.numbers()

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from vhostpc._native import check, ffi, lib
+from vhostpc._native.entries import Thread
 from vhostpc._native.loop import run_loop
 from vhostpc.errors import BrokenQueue
 from vhostpc.memory.gate import Gate
@@ -80,7 +81,7 @@ class Queue:
         self._busy = 0  # C calls in flight
         self._idle = trio.Event()  # set when the last of them returns
         self.stopping = False
-        self.fresh = True  # nothing has run since the ring was stopped
+        self._fresh = True  # no pump has run in this session
         self.memory: GuestMemory | None = None
 
     # --- for the device ---
@@ -147,7 +148,8 @@ class Queue:
 
         ``mergeable``: a frame may go to several chains, whose number stands in the header's last two bytes
         (VIRTIO_NET_F_MRG_RXBUF); else one that is longer than its chain is dropped and counted. Frames that
-        came before the ring started are dropped unless ``keep_stale``. Otherwise as :meth:`pump_out`.
+        came before the session's first run of the ring are dropped unless ``keep_stale``; those that come while a
+        ring is stopped and started again, or disabled, wait. Otherwise as :meth:`pump_out`.
         """
         await self._run_pump(True, fd, None, header, mergeable, not keep_stale, batch)
 
@@ -322,12 +324,14 @@ class Queue:
                 break
             pump.clear()
             config.kick_fd = self._kick
-            config.discard = discard and (self.fresh or not inward)
-            self.fresh = False
+            config.discard = discard and (self._fresh or not inward)
+            self._fresh = False
             self._running = pump.stop
             try:
                 with self._call_in_flight():
-                    rc = await run_loop(lambda: pump.run(inward, config), pump.stop, self._limiter)
+                    rc = await run_loop(
+                        lambda: pump.run(inward, config), pump.stop, self._limiter, Thread.PUMP
+                    )
             finally:
                 self._running = None
             if rc == -errno.EBADMSG:
@@ -373,7 +377,6 @@ class Queue:
         """Get ready for a new run of the device's handler."""
         self._kick = kick
         self.stopping = False
-        self.fresh = True
         self.set_base(self.base)  # the used index is read anew: a driver may have reset the ring
         if self._pauses:  # whoever paused the stopped queue will resume it
             self._resumed = trio.Event()
