@@ -199,6 +199,7 @@ class Session(RuleBasedStateMachine):
         """Send a message that ends the session, with one line, and without an answer."""
         self.send(request, payload, fds or [], vu.FLAG_NEED_REPLY if ack else 0)
         self.ended = True
+        self.send(Request.GET_FEATURES, b"", [])  # a session that goes on answers this
         frame = self.receive()
         assert frame is None, f"{request.name} was answered, the model expects the end"
         self.thread.join(20)
