@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import resource
@@ -335,3 +336,32 @@ async def test_more_slots_than_there_are(caplog: pytest.LogCaptureFixture, guest
     assert guest_mappings() == maps
     (line,) = lines(caplog)
     assert "memory slots are taken" in line
+
+
+@pytest.mark.parametrize("how", ["table", "slot"])
+async def test_memory_taken_from_under_running_rings(
+    caplog: pytest.LogCaptureFixture, scripts: Scripts, guest: Guest, how: str
+) -> None:
+    """The session ends, and the table of before is gone at once, without the garbage collector."""
+    other = guest.ring(1)
+    maps, fds = guest_mappings(), len(open_fds())
+    end = next(i for i, m in enumerate(scripts.calm) if m.request == Request.SET_LOG_BASE)
+    gc.disable()
+    try:
+        async with connected(Net()) as front:
+            for message in scripts.calm[:end]:
+                await message.play(front)
+            await other.send_setup(front)
+            await front.barrier()
+            if how == "table":
+                elsewhere = vu.MemoryRegion(1 << 40, 4096, 1 << 45, 0)
+                await front.send(Request.SET_MEM_TABLE, vu.pack_table([elsewhere]), [guest.fd])
+            else:
+                await front.send(Request.REM_MEM_REG, vu.pack_single_region(guest.region))
+            assert await front.ended()
+        assert guest_mappings() == maps
+        assert len(open_fds()) == fds
+    finally:
+        gc.enable()
+    (line,) = lines(caplog)
+    assert "is not inside one memory region" in line

@@ -176,12 +176,18 @@ async def use_memory(session: SessionState, memory: GuestMemory) -> None:
     """Make rings look things up in another table; return when the old one has no users left."""
     old, session.memory = session.memory, memory
     session.gate.slow = session.options.slow or memory.slow
-    for vring in session.vrings:
-        if not vring.running:
-            vring.queue.set_memory(None)
-            continue
-        await vring.changed(vring.configure)
-    await session.update_vrings()
+    try:
+        for vring in session.vrings:
+            if not vring.running:
+                vring.queue.set_memory(None)
+                continue
+            await vring.changed(vring.configure)
+        await session.update_vrings()
+    except BaseException:
+        # The session ends, and knows only the new one; the old one is not left to the garbage collector either.
+        if old is not None:
+            old.close()
+        raise
     if old is None:
         return
     gone = old.mappings - memory.mappings
