@@ -5,20 +5,21 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 FUZZ_EXAMPLES ?= 5000
+SANITIZE_TIMES ?= 10
 
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard vhostpc/_native/*.c vhostpc/_native/*.h) vhostpc/_native/build.py
-STRICT := -std=gnu11 -O2 -Wall -Wextra -Wconversion -Wno-sign-conversion -Wshadow -Werror -pthread
-OWN_C := $(sort $(filter-out %/_vpc.c %/_vpc.abi3.c,$(wildcard vhostpc/_native/*.c tests/guest/*.c bench/native/*.c)))
+STRICT := -std=gnu11 -O2 -Wall -Wextra -Wconversion -Wno-sign-conversion -Wshadow -Werror -pthread -Ivhostpc/_native
+OWN_C := $(sort $(filter-out %/_vpc.c %/_vpc.abi3.c,$(wildcard vhostpc/_native/*.c tests/guest/*.c tests/native/*.c bench/native/*.c)))
 
 export PYTHON
-.PHONY: build peers demo demo-qemu test test-long lint lint-c lint-package bench fuzz clean help
+.PHONY: build peers demo demo-qemu test test-long lint lint-c lint-package bench fuzz sanitize clean help
 .DEFAULT_GOAL := build
 
 help:
 	@sed -n 's/^# //p' Makefile
-	@echo "targets: build demo demo-qemu test test-long lint bench fuzz clean"
+	@echo "targets: build demo demo-qemu test test-long lint bench fuzz sanitize clean"
 
 build: $(VENV)/.built
 
@@ -79,6 +80,9 @@ bench: $(VENV)/.test
 
 fuzz: $(VENV)/.test
 	@FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -m fuzz $(PYTEST_ARGS)
+
+sanitize: $(VENV)/.test
+	@$(BIN)/python -m tests.native $(SANITIZE_TIMES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,8 +15,8 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.hostile import Net
 from tests.raw_front_end import GUEST_BASE, USER_BASE, Guest, RawFrontEnd, connected
-from tests.test_backend_hostile import Net
 from vhostpc.wire import vhost_user as vu
 from vhostpc.wire.vhost_user import Request
 

@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import resource
-import socket
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
-from tests.raw_front_end import GUEST_BASE, Guest, RawFrontEnd, connected
-from vhostpc.backend import Device, Options, Queue, serve
+from tests.hostile import Net, guest_mappings, lines, open_fds, state
+from tests.raw_front_end import GUEST_BASE, Guest, connected
+from vhostpc.backend import Device, Options
 from vhostpc.wire import vhost_user as vu
-from vhostpc.wire.vhost_user import Feature, ProtocolFeature, Request
-
-
-class Net(Device):
-    """Has everything that a device can have, so that every request is offered."""
-
-    num_queues = 2
-    config_size = 24
-
-    async def handle_queue(self, queue: Queue) -> None:
-        async for chain in queue:
-            chain.write(b"x" * min(chain.writable, 16))
-
-    def read_config(self, offset: int, size: int) -> bytes:
-        return bytes(range(24))[offset : offset + size]
-
-    def write_config(self, offset: int, data: bytes, *, migration: bool) -> None:
-        if data == b"no":
-            raise ValueError("no")
-
-    def send_rarp(self, mac: bytes) -> None: ...
-
-    def set_mtu(self, mtu: int) -> None:
-        if mtu < 68:
-            raise ValueError(f"MTU {mtu}")
+from vhostpc.wire.vhost_user import ProtocolFeature, Request
 
 
 @pytest.fixture
@@ -48,25 +21,6 @@ def guest() -> Iterator[Guest]:
     guest = Guest()
     yield guest
     guest.close()
-
-
-def open_fds() -> dict[str, str]:
-    """What this process has open, without what listing it opens."""
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found[name] = os.readlink(f"/proc/self/fd/{name}")
-        except FileNotFoundError:
-            continue
-    return found
-
-
-def guest_mappings() -> int:
-    return sum("memfd:" in line for line in Path("/proc/self/maps").read_text().splitlines())
-
-
-def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
 
 
 async def refused(
@@ -113,10 +67,6 @@ async def test_too_many_descriptors(caplog: pytest.LogCaptureFixture, request_: 
 async def test_missing_descriptor(caplog: pytest.LogCaptureFixture, request_: Request) -> None:
     line = await refused(caplog, request_, bytes(vu.REQUESTS[request_].min_size), 0)
     assert f"{request_.name}: 0 descriptors" in line
-
-
-def state(index: int, num: int) -> bytes:
-    return vu.VringState(index, num).pack()
 
 
 @pytest.mark.parametrize(
@@ -393,68 +343,3 @@ async def test_half_a_message_and_silence() -> None:
         async with connected(Net()) as front:
             await front.negotiate()
             await front.barrier()
-
-
-def session_script(guest: Guest) -> list[Callable[[RawFrontEnd], object]]:
-    """The messages of a whole session, one call each."""
-    ring = guest.rings[0]
-    u = guest.user
-    F = RawFrontEnd.send
-    A = RawFrontEnd.ask
-    addr = vu.VringAddr(0, 0, u(ring.desc), u(ring.used), u(ring.avail), 0).pack()
-    bits = ProtocolFeature(0xFFFF) & ~ProtocolFeature.INBAND_NOTIFICATIONS
-    return [
-        lambda f: A(f, Request.GET_FEATURES),
-        lambda f: A(f, Request.GET_PROTOCOL_FEATURES),
-        lambda f: F(f, Request.SET_PROTOCOL_FEATURES, vu.pack_u64(bits)),
-        lambda f: F(f, Request.SET_OWNER),
-        lambda f: F(f, Request.SET_VRING_CALL, vu.pack_u64(0), [ring.call]),
-        lambda f: F(f, Request.SET_VRING_ERR, vu.pack_u64(0), [ring.err]),
-        lambda f: F(f, Request.SET_FEATURES, vu.pack_u64(Feature.VERSION_1 | Feature.PROTOCOL_FEATURES)),
-        lambda f: F(f, Request.SET_MEM_TABLE, vu.pack_table([guest.region]), [guest.fd]),
-        lambda f: F(f, Request.SET_VRING_NUM, state(0, 16)),
-        lambda f: F(f, Request.SET_VRING_BASE, state(0, 0)),
-        lambda f: F(f, Request.SET_VRING_ADDR, addr),
-        lambda f: F(f, Request.SET_VRING_KICK, vu.pack_u64(0), [ring.kick]),
-        lambda f: F(f, Request.SET_VRING_ENABLE, state(0, 1)),
-        lambda f: A(f, Request.GET_VRING_BASE, state(0, 0)),
-    ]
-
-
-async def test_disconnect_at_every_message_leaks_nothing(guest: Guest, tmp_path: Path) -> None:
-    """1000 sessions that end at any message, whole or half: descriptors, mappings and threads as before."""
-    ring = guest.ring(0)
-    ring.set_desc(0, BUFFER, 16, WRITE)
-    ring.offer(0)
-    script = session_script(guest)
-    path = tmp_path / "s"
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    assert limit < 100_000, "a leak could go unnoticed"
-
-    async def one(number: int) -> None:
-        front = RawFrontEnd(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        await front.sock.connect(str(path))
-        for step in script[: number % (len(script) + 1)]:
-            await step(front)  # type: ignore[misc]
-        if number % 3 == 0:
-            await front.send_bytes(
-                vu.encode(Request.SET_VRING_KICK, vu.pack_u64(0))[: 1 + number % 19], [ring.kick]
-            )
-        front.close()
-
-    async with trio.open_nursery() as nursery:
-        await nursery.start(serve, Net(), path)
-        logging.getLogger("vhostpc").setLevel(logging.CRITICAL)
-        try:
-            fds, maps = open_fds(), guest_mappings()
-            for number in range(1000):
-                await one(number)
-            with trio.move_on_after(20):
-                while len(open_fds()) > len(fds) or guest_mappings() > maps:
-                    await trio.sleep(0.01)
-            assert sorted(open_fds().values()) == sorted(fds.values())
-            assert guest_mappings() == maps
-        finally:
-            logging.getLogger("vhostpc").setLevel(logging.NOTSET)
-        nursery.cancel_scope.cancel()
-    assert not path.exists()

@@ -48,13 +48,22 @@ class MessageSocket:
             except LocalProtocolError as e:
                 raise RemoteProtocolError(str(e)) from None
             if flags & socket.MSG_CTRUNC:
-                raise RemoteProtocolError(f"more than {MAX_FDS} descriptors in one message")
+                raise RemoteProtocolError(
+                    f"descriptors of a message did not fit: more than {MAX_FDS}, or this process has no more room"
+                )
             if frame is not None:
                 return frame
             if not data:
                 if reader.started:
                     raise RemoteProtocolError("the connection ended in the middle of a message")
                 return None
+
+    async def hung_up(self) -> None:
+        """Return when the peer has closed its end, also while bytes that it sent before are still unread."""
+        # A set of its own, which becomes readable by nothing else: to trio unread bytes hide the end.
+        with select.epoll() as end:
+            end.register(self._sock.fileno(), select.EPOLLRDHUP)
+            await trio.lowlevel.wait_readable(end.fileno())
 
     async def send(self, data: bytes, fds: Iterable[int] = ()) -> None:
         """Send one message; its descriptors ride on its first byte and stay the caller's.

@@ -43,6 +43,17 @@ struct vpc_load {
     struct vpc_load_stats stats;
 };
 
+/* The numbers: this thread alone writes them, others read them while it runs. */
+static void tally(uint64_t *what, uint64_t n)
+{
+    __atomic_store_n(what, *what + n, __ATOMIC_RELAXED);
+}
+
+static uint64_t number(const uint64_t *what)
+{
+    return __atomic_load_n(what, __ATOMIC_RELAXED);
+}
+
 static void *private_pages(size_t length)
 {
     void *p = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -123,7 +134,7 @@ static int place_calm(struct vpc_load *l, struct vpc_block *b)
         memset(to, 0, length);
     else
         memcpy(to, l->run, length);
-    l->stats.placed += length >> b->shift;
+    tally(&l->stats.placed, length >> b->shift);
     mark_and_wake(l, l->run_block, (l->run_first << TARGET_SHIFT) >> b->shift, length >> b->shift);
     return 0;
 }
@@ -142,10 +153,10 @@ static int place_pages(struct vpc_load *l, struct vpc_block *b, uint64_t first, 
             rc = vpc_uffd_zero(l->place, to, count << b->shift, DONTWAKE, &done);
         else
             rc = vpc_uffd_copy(l->place, to, from, count << b->shift, DONTWAKE, &done);
-        l->stats.runs++;
+        tally(&l->stats.runs, 1);
         uint64_t pages = (uint64_t)done >> b->shift;
         if (pages) {
-            l->stats.placed += pages;
+            tally(&l->stats.placed, pages);
             mark_and_wake(l, l->run_block, first, pages);
             first += pages;
             count -= pages;
@@ -155,7 +166,7 @@ static int place_pages(struct vpc_load *l, struct vpc_block *b, uint64_t first, 
             continue;
         if (rc == -EEXIST) {
             /* There already: newer than ours or the same. Never overwritten. */
-            l->stats.already++;
+            tally(&l->stats.already, 1);
             mark_and_wake(l, l->run_block, first, 1);
             first++;
             count--;
@@ -196,7 +207,7 @@ static int flush_run(struct vpc_load *l)
     for (uint64_t i = 0; i < count && rc == 0;) {
         uint64_t n = 0;
         if (bit_test(b, VPC_BITS_RECEIVED, first + i)) {
-            l->stats.already++;
+            tally(&l->stats.already, 1);
             i++;
             continue;
         }
@@ -211,8 +222,8 @@ static int flush_run(struct vpc_load *l)
 
 static int bad(struct vpc_load *l, int why)
 {
-    l->stats.why = why;
-    l->stats.bad_offset = l->stats.bytes;
+    __atomic_store_n(&l->stats.why, why, __ATOMIC_RELAXED);
+    __atomic_store_n(&l->stats.bad_offset, l->stats.bytes, __ATOMIC_RELAXED);
     return -EBADMSG;
 }
 
@@ -258,9 +269,9 @@ static int take_page(struct vpc_load *l, int block, uint64_t page, const unsigne
         memset(to, fill, TARGET_PAGE);
     l->run_count++;
     if (data)
-        l->stats.data_pages++;
+        tally(&l->stats.data_pages, 1);
     else
-        l->stats.zero_pages++;
+        tally(&l->stats.zero_pages, 1);
     return 0;
 }
 
@@ -279,7 +290,7 @@ static int take_record(struct vpc_load *l)
 
     if (word == REC_EOS) {
         l->begin += 8;
-        l->stats.bytes += 8;
+        tally(&l->stats.bytes, 8);
         return VPC_LOAD_EOS + 1;
     }
     if (kind != REC_ZERO && kind != REC_PAGE)
@@ -312,7 +323,7 @@ static int take_record(struct vpc_load *l)
         return rc;
     l->block = block;
     l->begin += need + payload;
-    l->stats.bytes += need + payload;
+    tally(&l->stats.bytes, need + payload);
     return 1;
 }
 
@@ -343,7 +354,7 @@ static int fill(struct vpc_load *l, uint64_t spin_ns)
         if (n == 0)
             return VPC_LOAD_EOF;
         l->end += (size_t)n;
-        l->stats.reads++;
+        tally(&l->stats.reads, 1);
         return 0;
     }
 }
@@ -380,6 +391,12 @@ int vpc_load_run(struct vpc_load *l, uint64_t spin_ns)
 
 int vpc_load_stats(struct vpc_load *l, struct vpc_load_stats *out)
 {
-    *out = l->stats; /* of another thread: each number is whole, their sum may be of two moments */
+    /* Of another thread: each number is whole, their sum may be of two moments. */
+    const struct vpc_load_stats *s = &l->stats;
+    *out = (struct vpc_load_stats){
+        .bytes = number(&s->bytes), .data_pages = number(&s->data_pages), .zero_pages = number(&s->zero_pages),
+        .placed = number(&s->placed), .already = number(&s->already), .runs = number(&s->runs),
+        .reads = number(&s->reads), .bad_offset = number(&s->bad_offset),
+        .why = __atomic_load_n(&s->why, __ATOMIC_RELAXED)};
     return 0;
 }

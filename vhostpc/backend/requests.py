@@ -176,12 +176,18 @@ async def use_memory(session: SessionState, memory: GuestMemory) -> None:
     """Make rings look things up in another table; return when the old one has no users left."""
     old, session.memory = session.memory, memory
     session.gate.slow = session.options.slow or memory.slow
-    for vring in session.vrings:
-        if not vring.running:
-            vring.queue.set_memory(None)
-            continue
-        await vring.changed(vring.configure)
-    await session.update_vrings()
+    try:
+        for vring in session.vrings:
+            if not vring.running:
+                vring.queue.set_memory(None)
+                continue
+            await vring.changed(vring.configure)
+        await session.update_vrings()
+    except BaseException:
+        # The session ends, and knows only the new one; the old one is not left to the garbage collector either.
+        if old is not None:
+            old.close()
+        raise
     if old is None:
         return
     gone = old.mappings - memory.mappings
@@ -219,13 +225,35 @@ async def set_mem_table(session: SessionState, frame: Frame) -> Answer | None:
     # Postcopy: our addresses first; nothing is registered nor touched before the front-end has stored them. With
     # them it forgets those of the table before: a fault that is under way there must be served before it does.
     await session.hold_vrings()
-    session.pending_memory = memory
+    await_exchange(session, memory)
     session.postcopy.await_ack([r.mapping for r in regions])
     own = [
         MemoryRegion(r.guest_addr, r.size, region.mapping.address, r.mmap_offset)
         for r, region in zip(table, regions, strict=True)
     ]
     return Answer(pack_table(own), always=True)
+
+
+def await_exchange(session: SessionState, memory: GuestMemory) -> None:
+    """The next table, when the front-end has stored our addresses of it. What only the last one had is unmapped.
+
+    A front-end that never says so, but sends table after table, must not make us hold them all.
+    """
+    drop_pending(session, memory.mappings)
+    session.pending_memory = memory
+
+
+def drop_pending(session: SessionState, keep: frozenset[Mapping] = frozenset()) -> None:
+    """Forget the table of an exchange under way, and unmap what only it has."""
+    old, session.pending_memory = session.pending_memory, None
+    if old is None:
+        return
+    gone = old.mappings - keep - (session.memory.mappings if session.memory else frozenset())
+    session.postcopy.forget({id(m) for m in gone})
+    old.close()
+    for mapping in gone:
+        mapping.close()
+        session.mappings.discard(mapping)
 
 
 async def use_pending_memory(session: SessionState) -> None:
@@ -274,7 +302,7 @@ async def add_mem_reg(session: SessionState, frame: Frame) -> Answer | None:
         region = map_region(session, wanted, frame.fds[0], armed=armed)
         memory = GuestMemory(session.supply, (*regions, region))
         if armed:
-            session.pending_memory = memory
+            await_exchange(session, memory)
             session.postcopy.await_ack([region.mapping])
         else:
             await use_memory(session, memory)
@@ -297,10 +325,9 @@ async def rem_mem_reg(session: SessionState, frame: Frame) -> Answer | None:
         log.error("%s: REM_MEM_REG of a region that is not there", session.name)
         return None if armed else FAILED
     memory = GuestMemory(session.supply, [r for r in regions if r not in gone])
-    session.postcopy.forget({id(r.mapping) for r in gone})
     if armed:
         await session.hold_vrings()
-        session.pending_memory = memory
+        await_exchange(session, memory)
     else:
         await use_memory(session, memory)
     return None
@@ -343,6 +370,7 @@ async def set_vring_num(session: SessionState, frame: Frame) -> None:
             f" {session.device.queue_size} is allowed"
         )
     vring.size = state.num
+    await vring.update()  # it may be the last that was missing
 
 
 @handles(Request.SET_VRING_ADDR)
@@ -533,4 +561,6 @@ async def postcopy_listen(session: SessionState, frame: Frame) -> Answer | None:
 @handles(Request.POSTCOPY_END)
 async def postcopy_end(session: SessionState, frame: Frame) -> None:
     session.postcopy.end()
-    session.release_vrings()  # in case the word for the last table never came
+    # If the word for the last table never came: its mappings allow no access, and no word is listened for any more.
+    drop_pending(session)
+    session.release_vrings()

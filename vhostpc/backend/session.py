@@ -85,10 +85,38 @@ class Session:
                 if frame is None:
                     return
                 try:
-                    await self._frames_in.send(frame)
+                    handed_on = await self._hand_on(frame)
                 except BaseException:
                     frame.close_fds()
                     raise
+                if not handed_on:
+                    frame.close_fds()
+                    return
+
+    async def _hand_on(self, frame: Frame) -> bool:
+        """False: there was no room, and the front-end hung up while we waited for some.
+
+        Nobody may be left to make room: the handler waits for a page of that very front-end, or its reply found
+        nobody.
+        """
+        try:
+            self._frames_in.send_nowait(frame)
+        except trio.WouldBlock:
+            pass
+        else:
+            return True
+        handed_on = False
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                await self.socket.hung_up()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            await self._frames_in.send(frame)
+            handed_on = True
+            nursery.cancel_scope.cancel()
+        return handed_on
 
     async def _handle_all(self) -> None:
         try:
@@ -177,4 +205,6 @@ def one_sentence(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ECONNRESET):
         return "the front-end is gone"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return f"this process can have no more: {error.strerror}"
     return None

@@ -108,8 +108,14 @@ class Vring:
         self.set_log()
 
     def set_log(self) -> None:
-        """Log writes as SET_FEATURES and SET_VRING_ADDR want it; only while paused or stopped."""
+        """Log writes as SET_FEATURES and SET_VRING_ADDR want it; only while paused or stopped.
+
+        Raises RemoteProtocolError for a log that has no bit for some of memory: writes there would be lost.
+        """
         dirty = self._session.dirty_log if self._session.log_all else None
+        memory = self._session.memory
+        if dirty is not None and memory is not None and not dirty.covers(memory.end):
+            raise RemoteProtocolError(f"the dirty log of {dirty.size:#x} bytes does not cover all memory")
         addr = self.addr
         self.queue.set_log(dirty, addr is not None and bool(addr.flags & 1), addr.log if addr else 0)
 
@@ -153,14 +159,6 @@ class Vring:
             self._launch()
 
     def _launch(self) -> None:
-        dirty, memory = self._session.dirty_log, self._session.memory
-        if (
-            self._session.log_all
-            and dirty is not None
-            and memory is not None
-            and not dirty.covers(memory.end)
-        ):
-            raise RemoteProtocolError(f"the dirty log of {dirty.size:#x} bytes does not cover all memory")
         self.configure()
         self.queue.start(self.kick)
         self._with_enabled = self.enabled

@@ -37,15 +37,22 @@ class GuestMemory:
         out = ffi.new("struct vpc_gm **")
         check(lib.vpc_gm_new(supply.handle, out), "memory table")
         self.handle: Any = ffi.gc(out[0], lib.vpc_gm_unref)
-        for r in self.regions:
-            rc = lib.vpc_gm_add(self.handle, r.mapping.handle, r.guest_addr, r.size, r.user_addr)
-            where = f"region at guest address {r.guest_addr:#x}, {r.size:#x} bytes"
-            if rc == -errno.EEXIST:
-                raise GuestMemoryError(f"{where}, overlaps another one")
-            if rc == -errno.EINVAL:
-                raise GuestMemoryError(f"{where}, front-end address {r.user_addr:#x}: unaligned or wrapping")
-            if rc < 0:
-                raise GuestMemoryError(f"{where}: {os.strerror(-rc)}")
+        try:
+            for r in self.regions:
+                self._add(r)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, r: Region) -> None:
+        rc = lib.vpc_gm_add(self.handle, r.mapping.handle, r.guest_addr, r.size, r.user_addr)
+        where = f"region at guest address {r.guest_addr:#x}, {r.size:#x} bytes"
+        if rc == -errno.EEXIST:
+            raise GuestMemoryError(f"{where}, overlaps another one")
+        if rc == -errno.EINVAL:
+            raise GuestMemoryError(f"{where}, front-end address {r.user_addr:#x}: unaligned or wrapping")
+        if rc < 0:
+            raise GuestMemoryError(f"{where}: {os.strerror(-rc)}")
 
     @property
     def users(self) -> int:

@@ -1,0 +1,48 @@
+"""Our C under the sanitizers, without Python: how the drivers of this folder are built, and run.
+
+``python -m tests.native TIMES`` runs all of them that many times as long as the tests do.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+NATIVE = HERE.parent.parent / "vhostpc" / "_native"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A driver, the sanitizers that it is built with, and the files of ours that it drives."""
+
+    name: str
+    sanitize: str
+    files: tuple[str, ...]
+
+    def build(self, folder: Path) -> Path:
+        """Compile into ``folder``; returns the program."""
+        program = folder / self.name
+        sources = [HERE / f"{self.name}.c", *(NATIVE / f"{name}.c" for name in self.files)]
+        flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-pthread"]
+        flags += [f"-fsanitize={self.sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+        subprocess.run(["gcc", *flags, f"-I{NATIVE}", "-o", program, *sources], check=True)
+        return program
+
+
+FLIP = Program("flip", "address,undefined", ("gm", "supply", "vq", "chain", "pump", "pump_in", "pump_out"))
+FAULTS = Program("faults", "thread", ("uffd", "fault", "waiters", "outbox", "ram", "ramload", "local"))
+
+
+def run(program: Path, *args: object, timeout: float = 540) -> dict[str, int]:
+    """Run it; returns the numbers of its last line. Raises AssertionError with what a sanitizer said."""
+    # Without random addresses: the thread sanitizer's layout does not go with all that kernels choose.
+    command = [shutil.which("setarch") or "setarch", os.uname().machine, "-R", str(program), *map(str, args)]
+    env = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, check=False)
+    assert done.returncode == 0, f"{program.name} {args} ended with {done.returncode}:\n{done.stderr[-6000:]}"
+    words = done.stdout.split()
+    return {name: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}

@@ -1,0 +1,22 @@
+"""``python -m tests.native TIMES``: every driver, many times as long as in the tests, with another seed each time."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.native import FAULTS, FLIP, run
+
+
+def main(times: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        flip, faults = FLIP.build(Path(folder)), FAULTS.build(Path(folder))
+        for seed in range(1, times + 1):
+            for mode in ("pop", "out", "in"):
+                print(f"flip {mode}, seed {seed}: {run(flip, mode, 1_000_000, seed)}", flush=True)
+            print(f"faults: {run(faults, 20)}", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10)

@@ -1,0 +1,227 @@
+/* The fault service at work in one process: many threads touch, one serves, one brings, one looks on and meddles.
+ *
+ *   faults ROUNDS
+ *
+ * Each round a block of 512 pages is absent. Six threads touch its pages through two mappings with a
+ * userfaultfd each; the fault loop reads their faults and asks for pages over a socket; the source answers with RAM
+ * records; the loader places them and wakes who waits. Meanwhile another thread reads the numbers and the waiters,
+ * sets the ranges again, and adds and removes a third client. Every touch must find the page's own bytes, and each
+ * page must have been asked for at most once. Built with the thread sanitizer, it ends at the first data race.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+#include "ram_internal.h"
+#include "vpc_uffd.h"
+
+#define PAGES 512u
+#define LENGTH (PAGES * 4096ul)
+#define CLIENTS 2
+#define TOUCHERS 3 /* of each client */
+
+#define CHECK(what)                                                                                          \
+    do {                                                                                                     \
+        if (!(what)) {                                                                                       \
+            fprintf(stderr, "line %d: %s\n", __LINE__, #what);                                               \
+            exit(2);                                                                                         \
+        }                                                                                                    \
+    } while (0)
+
+static struct vpc_ram *ram;
+static struct vpc_fault *service;
+static struct vpc_load *load;
+static unsigned char *view[CLIENTS];
+static int client[CLIENTS], ufd[CLIENTS];
+static int back[2], records[2]; /* return path: ours, the source's; records: the loader's, the source's */
+static atomic_int over;
+static atomic_ulong asked, found;
+
+static int open_ufd(void)
+{
+    uint64_t offered, ioctls;
+    int fd = vpc_uffd_open(VPC_UFFD_DEVICE);
+
+    if (fd < 0)
+        fd = vpc_uffd_open(VPC_UFFD_SYSCALL);
+    if (fd < 0)
+        fd = vpc_uffd_open(VPC_UFFD_USER_MODE);
+    CHECK(fd >= 0 && vpc_uffd_api(fd, UFFD_FEATURE_MISSING_SHMEM, &offered, &ioctls) == 0);
+    return fd;
+}
+
+static unsigned char byte_of(uint64_t page)
+{
+    return (unsigned char)(1 + page % 251);
+}
+
+static void *touch(void *arg)
+{
+    uintptr_t me = (uintptr_t)arg;
+    const unsigned char *at = view[me % CLIENTS];
+
+    for (uint64_t i = 0; i < PAGES; i++) {
+        uint64_t page = me % 3 == 0 ? i : me % 3 == 1 ? PAGES - 1 - i : i * 77 % PAGES;
+        CHECK(*(const volatile unsigned char *)(at + page * 4096 + 9) == byte_of(page));
+        atomic_fetch_add(&found, 1);
+    }
+    return NULL;
+}
+
+static void *serve(void *arg)
+{
+    (void)arg;
+    CHECK(vpc_fault_run(service, 0) == 0);
+    return NULL;
+}
+
+static void *bring(void *arg)
+{
+    (void)arg;
+    int rc = vpc_load_run(load, 0);
+    CHECK(rc == VPC_LOAD_EOS);
+    return NULL;
+}
+
+static void send_all(const unsigned char *data, size_t length)
+{
+    while (length) {
+        ssize_t n = write(records[1], data, length);
+        CHECK(n > 0);
+        data += n;
+        length -= (size_t)n;
+    }
+}
+
+/* The source: answers each request with the page asked for; an end of section when told to stop. */
+static void *source(void *arg)
+{
+    static unsigned char record[8 + 2 + 4096];
+    unsigned char m[4 + 13 + 1];
+    ssize_t n;
+
+    (void)arg;
+    while ((n = recv(back[1], m, sizeof m, MSG_WAITALL)) == (ssize_t)sizeof m) {
+        uint64_t offset = get_be(m + 4, 8);
+        CHECK(get_be(m, 2) == RP_REQ_PAGES_ID && get_be(m + 12, 4) == 4096 && offset < LENGTH);
+        put_be(record, offset | REC_PAGE, 8);
+        record[8] = 1;
+        record[9] = 'm';
+        memset(record + 10, byte_of(offset / 4096), 4096);
+        send_all(record, sizeof record);
+        atomic_fetch_add(&asked, 1);
+    }
+    CHECK(n == 0);
+    put_be(record, REC_EOS, 8);
+    send_all(record, 8);
+    return NULL;
+}
+
+static void *meddle(void *arg)
+{
+    struct vpc_client_range range[CLIENTS];
+
+    (void)arg;
+    for (int i = 0; i < CLIENTS; i++)
+        range[i] = (struct vpc_client_range){.base = (uintptr_t)view[i], .length = LENGTH};
+    while (!atomic_load(&over)) {
+        struct vpc_fault_stats stats;
+        struct vpc_client_stats numbers;
+        struct vpc_load_stats loaded;
+        struct vpc_waiter waiters[16];
+        int spare = open_ufd();
+        int third = vpc_fault_add_client(service, spare);
+
+        CHECK(third >= 0 || third == -ENOSPC);
+        vpc_fault_stats(service, &stats);
+        vpc_load_stats(load, &loaded);
+        CHECK(vpc_fault_client_stats(service, client[0], &numbers) == 0);
+        CHECK(vpc_fault_waiting(service, waiters, 16) >= 0);
+        for (int i = 0; i < CLIENTS; i++)
+            CHECK(vpc_fault_set_ranges(service, client[i], &range[i], 1) == 0);
+        if (third >= 0)
+            CHECK(vpc_fault_remove_client(service, third) == 0);
+        close(spare);
+        (void)vpc_ram_count_bits(ram, 0, VPC_BITS_RECEIVED);
+    }
+    return NULL;
+}
+
+static void one_round(void)
+{
+    pthread_t touchers[CLIENTS * TOUCHERS], server, loader, origin, other;
+    struct vpc_client_range range = {.length = LENGTH};
+    int fd = memfd_create("block", MFD_CLOEXEC), place = open_ufd();
+    uint64_t ioctls;
+
+    CHECK(fd >= 0 && ftruncate(fd, (off_t)LENGTH) == 0);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, back) == 0);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, records) == 0);
+    ram = vpc_ram_new();
+    CHECK(ram && vpc_ram_add(ram, "m", fd, 0, LENGTH, 4096) == 0);
+    service = vpc_fault_new(ram);
+    CHECK(service && vpc_uffd_register(place, vpc_ram_base(ram, 0), LENGTH, UFFDIO_REGISTER_MODE_MISSING, &ioctls) == 0);
+    for (int i = 0; i < CLIENTS; i++) {
+        view[i] = mmap(NULL, LENGTH, PROT_READ, MAP_SHARED, fd, 0);
+        CHECK(view[i] != MAP_FAILED);
+        ufd[i] = open_ufd();
+        CHECK(vpc_uffd_register(ufd[i], (uintptr_t)view[i], LENGTH, UFFDIO_REGISTER_MODE_MISSING, &ioctls) == 0);
+        client[i] = vpc_fault_add_client(service, ufd[i]);
+        range.base = (uintptr_t)view[i];
+        CHECK(client[i] == i && vpc_fault_set_ranges(service, i, &range, 1) == 0);
+    }
+    CHECK(vpc_fault_set_return_path(service, back[0]) == 0);
+    load = vpc_load_new(ram, service, records[0], place);
+    CHECK(load);
+    atomic_store(&over, 0);
+    atomic_store(&asked, 0);
+    atomic_store(&found, 0);
+    CHECK(pthread_create(&server, NULL, serve, NULL) == 0);
+    CHECK(pthread_create(&loader, NULL, bring, NULL) == 0);
+    CHECK(pthread_create(&origin, NULL, source, NULL) == 0);
+    CHECK(pthread_create(&other, NULL, meddle, NULL) == 0);
+    for (uintptr_t i = 0; i < CLIENTS * TOUCHERS; i++)
+        CHECK(pthread_create(&touchers[i], NULL, touch, (void *)i) == 0);
+    for (int i = 0; i < CLIENTS * TOUCHERS; i++)
+        pthread_join(touchers[i], NULL);
+    atomic_store(&over, 1);
+    pthread_join(other, NULL);
+    vpc_fault_stop(service);
+    pthread_join(server, NULL);
+    /* The service's copy of the return path goes, and with ours the source hears the end. */
+    CHECK(vpc_fault_set_return_path(service, -1) == 0);
+    close(back[0]);
+    pthread_join(origin, NULL);
+    pthread_join(loader, NULL);
+    CHECK(atomic_load(&found) == (unsigned long)PAGES * CLIENTS * TOUCHERS);
+    CHECK(atomic_load(&asked) == PAGES);
+    vpc_load_free(load);
+    vpc_fault_free(service);
+    for (int i = 0; i < CLIENTS; i++) {
+        munmap(view[i], LENGTH);
+        close(ufd[i]);
+    }
+    vpc_ram_free(ram);
+    close(back[1]);
+    close(records[0]);
+    close(records[1]);
+    close(place);
+    close(fd);
+}
+
+int main(int argc, char **argv)
+{
+    unsigned long rounds = argc > 1 ? strtoul(argv[1], NULL, 0) : 1;
+
+    for (unsigned long i = 0; i < rounds; i++)
+        one_round();
+    printf("rounds %lu pages %lu\n", rounds, rounds * PAGES);
+    return 0;
+}

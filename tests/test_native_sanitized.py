@@ -1,0 +1,29 @@
+"""The C alone, under the sanitizers: rings that change while they are read, the fault service with many threads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.native import FAULTS, FLIP, run
+
+
+@pytest.fixture(scope="module")
+def flip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return FLIP.build(tmp_path_factory.mktemp("flip"))
+
+
+@pytest.mark.parametrize(("mode", "count"), [("pop", 1_000_000), ("out", 100_000), ("in", 100_000)])
+def test_descriptors_flip_while_they_are_read(flip: Path, mode: str, count: int) -> None:
+    """Chains were moved and rings broke, both many times, and no byte outside of guest memory was touched."""
+    numbers = run(flip, mode, count, 7)
+    assert numbers["moved"] >= count
+    assert numbers["broken"] > count // 100
+    assert numbers["bytes"] > count
+
+
+@pytest.mark.ufd
+def test_fault_service_without_a_race(tmp_path: Path) -> None:
+    """Faults, placing, waking, looking on, changing clients, and the end: no two threads at one word."""
+    assert run(FAULTS.build(tmp_path), 10) == {"rounds": 10, "pages": 5120}
