@@ -18,7 +18,7 @@ from . import ROOT
 from .peers import PeerError, bridge_version
 from .rows import HEAD, REPETITIONS, Row, console
 
-ROWS = ["n1", "n2", "n3", "f1", "d1"]
+ROWS = ["n1", "n2", "n3", "n4", "f1", "m0", "d1"]
 RESULT = ROOT / "docs" / "benchmarks.md"
 TEXT = """# Benchmarks
 
