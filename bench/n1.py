@@ -10,7 +10,7 @@ from functools import partial
 
 import trio
 
-from .net import NODUMP, OURS, THEIRS, Bridge, counts, open_sink, ours_is_there, settled, setup
+from .net import NODUMP, OURS, THEIRS, Bridge, Setup, counts, open_sink, ours_is_there, settled, setup
 from .peers import build_bridges
 from .rows import REPETITIONS, Row, Sample, at_least, in_turn, print_rows, stated
 
@@ -18,6 +18,11 @@ WARM, LENGTH = 0.3, 1.5  # seconds
 MOST_LOSS = 0.01
 # Segments of a packet; with "split rand" a packet has the first one, or the first two, and so on.
 MIXED = "64,400,1000"
+
+
+async def sent_now(run: Setup) -> tuple[int, float]:
+    """Frames that the guest has handed over, and when it said so, in seconds."""
+    return (await run.guest.stats())["tx_packets"], trio.current_time()
 
 
 async def measure(bridge: Bridge, segments: str) -> Sample:
@@ -28,18 +33,17 @@ async def measure(bridge: Bridge, segments: str) -> Sample:
         async with open_sink(run.here) as sink:
             await sink.line("zero")
             await run.guest.start()
-            begin = trio.current_time()
             await trio.sleep(WARM)
-            first = await counts(sink)
+            first, sent_first = await counts(sink), await sent_now(run)
             await trio.sleep(LENGTH)
-            last = await counts(sink)
+            last, sent_last = await counts(sink), await sent_now(run)
             await run.guest.stop()
-            length = trio.current_time() - begin
             sent = (await run.guest.stats())["tx_packets"]
             total = await settled(sink)
     seconds = (last["now_ns"] - first["now_ns"]) * 1e-9
     arrived = (last["frames"] - first["frames"]) / seconds
-    return Sample(arrived, max(0.0, 1 - total["frames"] / sent), sent / length)
+    rate = (sent_last[0] - sent_first[0]) / (sent_last[1] - sent_first[1])
+    return Sample(arrived, max(0.0, 1 - total["frames"] / sent), rate)
 
 
 async def rows(repetitions: int = REPETITIONS) -> list[Row]:
