@@ -45,12 +45,12 @@ What bounds a figure:
 - N2: the sender, where nothing is lost and its rate equals ours: it has no more to give. Sent one by one, each datagram
   costs sender and receiver a way through the kernel of its own, and that way is most of it.
 - N2, in and out again: the guest's transmit ring of 256. The pump into the guest can go on until that ring is full
-  while the pump out of it waits for a turn on the same core; the guest then drops. A yield after each publishing was tried:
-  it helped little here, and a sender that never pauses then had the core: an eighth of the frames arrived.
+  while the pump out of it waits for a turn on the same core; the guest then drops. A yield after each publishing was
+  tried: it helped little here, and a sender that never pauses then had the core: an eighth of the frames arrived.
 - N4: where both figures are equal, the sender.
 - F1: the kernel's fault and wake-up. p99 across two cores is the scheduler's: with other work on the machine it is
-  milliseconds for both sides. The busy Python thread is held to the core of the handler, the hardest place for it; it
-  keeps that core awake, so the median gets better.
+  milliseconds for both sides. The busy Python thread costs no GIL, only a processor: with two cores, where it is held
+  to the handler's while the toucher has the other, some wake-ups wait for the end of its turn.
 - M0: the interpreter and its modules.
 - D1: plain Python, a batch at a time; a device whose volume matters is a pump.
 

@@ -33,7 +33,7 @@ Count = Callable[[], Awaitable[int]]
 @asynccontextmanager
 async def pump(path: Path) -> AsyncIterator[Count]:
     """Our receiver; gives what counts its frames."""
-    argv = ["taskset", "-c", str(REST), sys.executable, "-m", "bench.n4_service", path]
+    argv: list[str | Path] = ["taskset", "-c", str(REST), sys.executable, "-m", "bench.n4_service", path]
     async with open_child(argv, name=OURS, cwd=ROOT) as child:
         with trio.fail_after(20):
             while not path.is_socket():

@@ -17,23 +17,26 @@ console = Console(stderr=True, highlight=False)
 
 @dataclass(frozen=True)
 class Sample:
-    """One measurement: a value in the row's unit, what was lost on the way (a share of what was sent), and
-    the sender's own rate in the same unit."""
+    """One measurement: a value in the row's unit, what was lost on the way (a share of what was sent), the
+    sender's own rate in the same unit, and the part of the loss that the receiver's full socket was."""
 
     value: float
     loss: float | None = None
     sent: float | None = None
+    full: float | None = None
 
 
 @dataclass(frozen=True)
 class Goal:
     """What the ratio should be; with none, a row is only stated. ``below`` limits our own figure instead, in
-    the row's unit; ``loss`` is the largest share of our frames that may be lost."""
+    the row's unit; ``loss`` is the largest share of our frames that may be lost, ``on_the_way`` the largest that
+    may be lost before the receiver's socket."""
 
     least: float | None = None
     most: float | None = None
     below: float | None = None
     loss: float | None = None
+    on_the_way: float | None = None
 
     def reached(self, row: Row) -> bool:
         return (
@@ -41,6 +44,7 @@ class Goal:
             and (self.most is None or row.ratio <= self.most)
             and (self.below is None or median(row.ours) < self.below)
             and (self.loss is None or (median_loss(row.ours) or 0.0) <= self.loss)
+            and (self.on_the_way is None or median_on_the_way(row.ours) <= self.on_the_way)
         )
 
     def text(self, unit: str) -> str:
@@ -49,6 +53,11 @@ class Goal:
         parts += [f"<= {self.most:g}x"] if self.most is not None else []
         parts += [f"< {self.below:g} {unit}"] if self.below is not None else []
         parts += [f"loss <= {100 * self.loss:g} %"] if self.loss is not None else []
+        parts += (
+            [f"loss before the receiver <= {100 * self.on_the_way:g} %"]
+            if self.on_the_way is not None
+            else []
+        )
         return ", ".join(parts) or "stated"
 
 
@@ -86,8 +95,8 @@ class Row:
 HEAD = ["row", "what", "vhostpc", "peer", "peer's figure", "ratio", "goal"]
 
 
-def at_least(ratio: float, *, loss: float | None = None) -> Goal:
-    return Goal(least=ratio, loss=loss)
+def at_least(ratio: float, *, loss: float | None = None, on_the_way: float | None = None) -> Goal:
+    return Goal(least=ratio, loss=loss, on_the_way=on_the_way)
 
 
 def at_most(ratio: float) -> Goal:
@@ -111,6 +120,10 @@ def median_loss(samples: list[Sample]) -> float | None:
     return statistics.median(losses) if losses else None
 
 
+def median_on_the_way(samples: list[Sample]) -> float:
+    return statistics.median((s.loss or 0.0) - (s.full or 0.0) for s in samples)
+
+
 def show(samples: list[Sample], unit: str) -> str:
     """The median with its spread, and the medians of loss and of the sender's rate where they were measured."""
     if not samples:
@@ -121,6 +134,8 @@ def show(samples: list[Sample], unit: str) -> str:
     loss = median_loss(samples)
     if loss is not None:
         text += f", loss {100 * loss:.2g} %"
+        full = statistics.median(s.full or 0.0 for s in samples)
+        text += f" ({100 * full:.2g} % at the receiver's full socket)" if full else ""
     if sent := [s.sent for s in samples if s.sent is not None]:
         text += f", sender {statistics.median(sent):,.0f}"
     return text

@@ -36,6 +36,15 @@ def test_goal(goal: Goal, ours: float, loss: float | None, reached: bool) -> Non
     assert verdict.endswith("(missed)") is not reached
 
 
+def test_loss_at_the_receiver() -> None:
+    """What the receiver's socket had no room for is not held against the bridge where the goal says so."""
+    for full, said, reached in ((0.05, "5", True), (0.02, "2", False)):
+        mine = [Sample(90, 0.06, 95, full)] * 3
+        cells = row(at_least(8, on_the_way=0.01), mine, samples(10)).cells()
+        assert cells[5].endswith("(missed)") is not reached
+        assert f"loss 6 % ({said} % at the receiver's full socket)" in cells[2]
+
+
 def test_cells() -> None:
     mine = samples(800, 900, 1000, loss=0.005, sent=950)
     cells = row(at_least(8, loss=0.01), mine, samples(90, 100, 110)).cells()
