@@ -22,7 +22,7 @@ from tests.peers.child import open_child
 
 from . import ROOT
 from .native import tool
-from .rows import REPETITIONS, Goal, Row, Sample, at_most, in_turn, print_rows, stated
+from .rows import REPETITIONS, Row, Sample, at_most, in_turn, print_rows, stated
 
 PAGES, NO_GAP = 8192, "0"
 SPIN_US = 50
@@ -73,14 +73,14 @@ async def against_peer(what: str, way: Way, repetitions: int) -> list[Row]:
     return table
 
 
-async def beside_python(what: str, way: Way, goal: Goal, repetitions: int) -> Row:
+async def beside_python(what: str, way: Way, repetitions: int) -> Row:
     """Our own p99 with a thread of the process that computes in Python, against the one without."""
     idle, busy = "without it", "busy thread"
     ways = {busy: replace(way, busy=True), idle: way}
     got = await in_turn({n: partial(measure, OURS, w) for n, w in ways.items()}, repetitions, f"F1 {what}")
     ours, theirs = ([p99 for _, p99 in got[n]] for n in (busy, idle))
     row = f"fault served locally, {what}, a busy Python thread in the process, p99"
-    return Row("F1", row, "us", f"{OURS}, no busy thread", goal, ours, theirs)
+    return Row("F1", row, "us", f"{OURS}, no busy thread", at_most(2), ours, theirs)
 
 
 async def rows(repetitions: int = REPETITIONS) -> list[Row]:
@@ -89,9 +89,9 @@ async def rows(repetitions: int = REPETITIONS) -> list[Row]:
         *await against_peer("one core", ONE_CORE, repetitions),
         *await against_peer("two cores", TWO_CORES, repetitions),
         *await against_peer(f"two cores, both spin {SPIN_US} us", spinning, repetitions),
-        await beside_python("one core", ONE_CORE, at_most(2), repetitions),
-        await beside_python("cores not chosen", FREE, at_most(2), repetitions),
-        await beside_python("two cores", TWO_CORES, stated(), repetitions),
+        await beside_python("one core", ONE_CORE, repetitions),
+        await beside_python("cores not chosen", FREE, repetitions),
+        await beside_python("two cores", TWO_CORES, repetitions),
     ]
 
 
