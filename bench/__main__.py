@@ -15,27 +15,44 @@ import trio
 from rich.table import Table
 
 from . import ROOT
-from .peers import PeerError, bridge_version
+from .peers import PeerError, bridge_version, dpdk_version
 from .rows import HEAD, REPETITIONS, Row, console
 
-ROWS = ["n1", "n2", "n3", "f1", "d1"]
+ROWS = ["n1", "n2", "n3", "n4", "f1", "m0", "d1"]
 RESULT = ROOT / "docs" / "benchmarks.md"
 TEXT = """# Benchmarks
 
 Every figure is a ratio of two things run in turn on one machine; the absolute ones are for scale. A cell
 is the median of {repetitions} runs, with the smallest and the largest. Frames are counted where they arrive,
-by the same native program for both sides; what was lost on the way is stated. Less is better where the
-unit is a time.
+by the same native program for both sides (in N4 by each receiver itself); what was lost on the way is stated,
+and "sender" is the sender's own rate. Less is better where the unit is a time or a size.
 
 - date: {date}
 - machine: {machine}
 - other work on the machine when it began: load average {load:.1f} (above 0.5 the spreads are wide)
 - command: `{command}`
 - peers: vhost-user-bridge of Debian's QEMU source package {bridge}, its output thrown away
-  ("no dump": built without its dump of every frame)
+  ("no dump": built without its dump of every frame); DPDK {dpdk}
 - guest: DPDK's testpmd on virtio-user, which polls on core 1; all else runs on core 0
 
 {table}
+
+What bounds a figure:
+
+- N1: the kernel's UDP path. The pump is in `sendmmsg` for all but a few hundredths of its time, one call for up to 64
+  frames, and the receiver takes the other half of the core that the two share. Frames of one size go joined
+  (UDP_SEGMENT); mixed ones mostly do not, so there the lead over a bridge without a dump is smallest.
+- N2: the sender, where nothing is lost and its rate equals ours: it has no more to give. Sent one by one, each datagram
+  costs sender and receiver a way through the kernel of its own, and that way is most of it.
+- N2, in and out again: the guest's transmit ring of 256. The pump into the guest can go on until that ring is full
+  while the pump out of it waits for a turn on the same core; the guest then drops. A yield after each publishing was
+  tried: it helped little here, and a sender that never pauses then had the core: an eighth of the frames arrived.
+- N4: where both figures are equal, the sender.
+- F1: the kernel's fault and wake-up. p99 across two cores is the scheduler's: with other work on the machine it is
+  milliseconds for both sides. The busy Python thread costs no GIL, only a processor: with two cores, where it is held
+  to the handler's while the toucher has the other, some wake-ups wait for the end of its turn.
+- M0: the interpreter and its modules.
+- D1: plain Python, a batch at a time; a device whose volume matters is a pump.
 
 What the rows are and how they are counted: the docstrings of `bench/n1.py` and its neighbours.
 """
@@ -87,6 +104,7 @@ def main() -> int:
                 load=load,
                 command=shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
                 bridge=bridge_version(),
+                dpdk=dpdk_version(),
                 table=markdown(table),
             )
         )

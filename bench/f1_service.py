@@ -1,11 +1,16 @@
-"""Our side of F1: ``python -m bench.f1_service SOCKET`` serves one ``fault_touch`` by the fault service."""
+"""Our side of F1: ``python -m bench.f1_service SOCKET`` serves one ``fault_touch`` by the fault service.
+
+``--spin-us N`` polls so long after each event; ``--busy`` has a thread that computes in plain Python meanwhile.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 import struct
 import sys
+import threading
 
 import trio
 
@@ -27,7 +32,14 @@ def ready_pages(length: int) -> int:
     return fd
 
 
-async def serve(path: str) -> None:
+def compute() -> None:
+    """Takes the GIL and never gives it away but when it is asked to."""
+    number = 1
+    while True:
+        number = number * 69069 & 0xFFFFFFFF
+
+
+async def serve(path: str, spin_us: int, busy: bool) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(1)
@@ -39,7 +51,7 @@ async def serve(path: str) -> None:
         ufd, memfd = fds
         block = ram.add("ram", memfd, length)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(conn.dup()))
-        with FaultService(ram) as service:
+        with FaultService(ram, spin_us=spin_us) as service:
             service.arm()
             pages = ready_pages(length)
             service.supply(block, pages)
@@ -48,6 +60,8 @@ async def serve(path: str) -> None:
             client.set_ranges([ClientRange(base, length, block, 0)])
             async with stream, trio.open_nursery() as nursery:
                 nursery.start_soon(service.run)
+                if busy:
+                    threading.Thread(target=compute, daemon=True).start()
                 await stream.send_all(b"g")
                 await stream.receive_some(1)
                 nursery.cancel_scope.cancel()
@@ -55,4 +69,9 @@ async def serve(path: str) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(serve, sys.argv[1])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("path")
+    parser.add_argument("--spin-us", type=int, default=0)
+    parser.add_argument("--busy", action="store_true")
+    args = parser.parse_args()
+    trio.run(serve, args.path, args.spin_us, args.busy)

@@ -179,6 +179,14 @@ def bridge_version() -> str:
     return path.read_text().strip() if path.exists() else "unknown"
 
 
+def dpdk_version() -> str:
+    """The version of the installed DPDK package."""
+    shown = subprocess.run(
+        ["dpkg-query", "-W", "-f", "${Version}", "dpdk"], capture_output=True, text=True, check=False
+    )
+    return shown.stdout.strip() or "unknown"
+
+
 if __name__ == "__main__":
     try:
         for binary in build_bridges():

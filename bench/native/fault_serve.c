@@ -1,8 +1,9 @@
 /*
- * fault_serve SOCKET CPU
+ * fault_serve SOCKET CPU SPIN_US
  *
  * The least that can serve a fault: poll, read one event, UFFDIO_COPY into the process that faulted.
- * Serves one toucher and ends when it does.
+ * Polls without sleeping for SPIN_US microseconds after each event (0: never). Serves one toucher and ends
+ * when it does.
  */
 #include "ufd_pass.h"
 #include <linux/userfaultfd.h>
@@ -13,8 +14,8 @@
 
 int main(int argc, char **argv)
 {
-    if (argc != 3) {
-        fprintf(stderr, "usage: fault_serve SOCKET CPU\n");
+    if (argc != 4) {
+        fprintf(stderr, "usage: fault_serve SOCKET CPU SPIN_US\n");
         return 2;
     }
     start(atoi(argv[2]));
@@ -41,7 +42,7 @@ int main(int argc, char **argv)
     memcpy(fds, CMSG_DATA(CMSG_FIRSTHDR(&msg)), sizeof fds);
 
     /* All pages lie ready, as they do on the other side. */
-    uint64_t pages = hello.length / PAGE;
+    uint64_t pages = hello.length / PAGE, spin_ns = strtoull(argv[3], NULL, 0) * 1000, last_event = 0;
     char *store = aligned_alloc(PAGE, hello.length);
     struct pollfd wait[2] = {{.fd = fds[0], .events = POLLIN}, {.fd = conn, .events = POLLIN}};
 
@@ -56,8 +57,12 @@ int main(int argc, char **argv)
     for (;;) {
         struct uffd_msg event;
 
-        if (poll(wait, 2, -1) < 0)
+        int n = poll(wait, 2, spin_ns && now_ns() - last_event < spin_ns ? 0 : -1);
+
+        if (n < 0)
             die("poll");
+        if (!n)
+            continue;
         if (wait[1].revents)
             return 0;
         if (read(fds[0], &event, sizeof event) != (ssize_t)sizeof event) {
@@ -70,5 +75,7 @@ int main(int argc, char **argv)
 
         if (ioctl(fds[0], UFFDIO_COPY, &copy))
             die("UFFDIO_COPY");
+        if (spin_ns)
+            last_event = now_ns();
     }
 }

@@ -136,6 +136,14 @@ int vpc_pump_idle(struct vpc_pump *p, int kick_fd)
     if (rc > 0) {
         (void)vpc_clear_event(kick_fd);
         vpc_count(&p->syscalls, 1);
+        /* A long wait and a batch at its end: it was the wake-up that took so long. */
+        if (!p->linger) {
+            int came = vpc_vq_refresh(p->vq);
+
+            if (came < 0)
+                return came;
+            p->linger = came >= VPC_BATCH;
+        }
     }
     return rc ? rc : -ECANCELED;
 }
