@@ -13,9 +13,11 @@ import time
 
 import trio
 
+from vhostpc.backend import requests  # noqa: F401 - its handlers
+from vhostpc.backend.answer import HANDLERS, Answer
 from vhostpc.backend.device import Device
+from vhostpc.backend.memory_requests import use_pending_memory
 from vhostpc.backend.options import Options
-from vhostpc.backend.requests import HANDLERS, Answer, use_pending_memory
 from vhostpc.backend.state import SessionState
 from vhostpc.errors import (
     GuestMemoryError,
