@@ -40,8 +40,9 @@ and "sender" is the sender's own rate. Less is better where the unit is a time o
 What bounds a figure:
 
 - N1: the kernel's UDP path. The pump is in `sendmmsg` for all but a few hundredths of its time, one call for up to 64
-  frames, and the receiver takes the other half of the core that the two share. Frames of one size go joined
-  (UDP_SEGMENT); mixed ones mostly do not, so there the lead over a bridge without a dump is smallest.
+  messages. Frames of one size go joined (UDP_SEGMENT), the kernel carries up to 64 of them as one, and the receiver
+  takes them so: that is most of the distance. Mixed ones mostly do not, so there the lead over a bridge without a dump
+  is smallest.
 - N2: the sender, where nothing is lost and its rate equals ours: it has no more to give. Sent one by one, each datagram
   costs sender and receiver a way through the kernel of its own, and that way is most of it.
 - N2, in and out again: the guest's transmit ring of 256. The pump into the guest can go on until that ring is full

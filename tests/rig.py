@@ -33,7 +33,8 @@ from vhostpc.frontend import (
 )
 from vhostpc.frontend.source import SourceProcess, start_source
 from vhostpc.memory.ramblock import Bits, RamBlock, RamSet
-from vhostpc.ufd.service import FaultService, LoadNumbers, RamChannel
+from vhostpc.ufd.ramchannel import LoadNumbers, RamChannel
+from vhostpc.ufd.service import FaultService
 from vhostpc.wire.vhost_user import Feature, Request
 
 SEED = 11

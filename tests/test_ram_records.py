@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from vhostpc.errors import ChannelLost, StreamError
 from vhostpc.memory.ramblock import Bits, RamSet
 from vhostpc.ufd.pagesource import UNLIMITED, Ended, PageSource
+from vhostpc.ufd.ramchannel import INPUT_ROOM
 from vhostpc.ufd.service import FaultService
 from vhostpc.wire.ramrec import (
     TARGET_PAGE,
@@ -414,3 +416,74 @@ async def test_source_ends_when_the_peer_closes() -> None:
         with ours, PageSource(ram, ours.fileno()) as source:
             theirs.close()
             assert await source.serve() is Ended.PEER_CLOSED
+
+
+def framed(kind: int, section: int, body: bytes) -> bytes:
+    """Header of a further part, its records, its footer."""
+    header, footer = struct.pack(">BI", kind, section), struct.pack(">BI", 0x7E, section)
+    return header + body + footer
+
+
+def parts(section: int) -> bytes:
+    """What follows the header of a PART, to the END's footer."""
+    encoder = RamEncoder()
+    first = encoder.page("ram0", 0, PAGE_A) + encoder.end() + struct.pack(">BI", 0x7E, section)
+    second = framed(2, section, encoder.page("ram0", TARGET_PAGE, PAGE_A) + encoder.end())
+    return first + second + framed(3, section, encoder.zero("ram0", 2 * TARGET_PAGE) + encoder.end())
+
+
+async def followed(stream: bytes, cut: int) -> tuple[int, bytes, int]:
+    """Pages received, what was read too far, sections; the first ``cut`` bytes are fed, the others sent."""
+    ours, theirs = socket.socketpair()
+    with trio.fail_after(10), ours, theirs, loader(BLOCKS) as (ram, service):
+        theirs.send(stream[cut:])
+        theirs.close()
+        with service.open_channel(ours.fileno()) as channel:
+            channel.feed(stream[:cut])
+            numbers = await channel.load(7)
+            return ram["ram0"].count_bits(Bits.RECEIVED), channel.take(), numbers.sections
+
+
+@pytest.mark.parametrize("behind", [b"", b"\x00", b"\x04\x00\x00", b"\x02\x00\x00\x00\x07"])
+async def test_loader_follows_a_section_to_its_end(behind: bytes) -> None:
+    """Behind the END nothing is looked at, whatever it is."""
+    stream = parts(7)
+    for cut in (0, 1, 5, 4096, 4130, len(stream)):
+        received, rest, sections = await followed(stream + behind, cut)
+        assert (received, sections) == (3, 3)
+        assert rest == (behind if cut < len(stream) else b"")
+
+
+@pytest.mark.parametrize("behind", [b"\x08", b"\x04", b"\x02\x00\x00\x00\x08", b"\x03\x00\x00\x00\x08"])
+async def test_loader_stops_before_another_section(behind: bytes) -> None:
+    stream = RamEncoder().page("ram0", 0, PAGE_A) + RamEncoder().end() + struct.pack(">BI", 0x7E, 7)
+    assert await followed(stream + behind, 0) == (1, behind, 1)
+    assert await followed(stream + behind, len(stream + behind)) == (1, behind, 1)
+
+
+@pytest.mark.parametrize("footer", [b"\x7e\x00\x00\x00\x08", b"\x02\x00\x00\x00\x07"])
+async def test_loader_misses_a_footer(footer: bytes) -> None:
+    stream = RamEncoder().page("ram0", 0, PAGE_A) + RamEncoder().end()
+    with pytest.raises(BadRamStream) as caught:
+        await followed(stream + footer, 0)
+    assert (caught.value.why, caught.value.offset) == (BadRecord.FOOTER, len(stream))
+
+
+async def test_loader_is_fed_no_more_than_a_buffer() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, loader(BLOCKS) as (_ram, service), service.open_channel(ours.fileno()) as channel:
+        channel.feed(bytes(INPUT_ROOM))
+        with pytest.raises(OSError, match="RAM channel"):
+            channel.feed(b"x")
+        assert channel.take() == bytes(INPUT_ROOM)
+        assert channel.take() == b""
+
+
+async def test_calm_loader_takes_huge_pages_in_parts() -> None:
+    """Before postcopy a source sends what was written, not whole host pages."""
+    encoder = RamEncoder()
+    stream = encoder.page("big", 3 * TARGET_PAGE, PAGE_A) + encoder.page("big", TARGET_PAGE, PAGE_A)
+    with trio.fail_after(10), loader({"big": (32768, 16384)}) as (ram, service):
+        assert (await load_cut(service, stream + encoder.end(), [])).startswith("end of section")
+        expected = (bytes(TARGET_PAGE) + PAGE_A) * 2
+        assert await ram["big"].read(0, 4 * TARGET_PAGE) == expected

@@ -13,6 +13,10 @@
 #define MAX_BLOCKS 64
 #define BITMAPS 5
 
+/* First bytes of a section's frames (QEMU's migration stream). */
+#define SECTION_PART 0x02u
+#define SECTION_END 0x03u
+#define SECTION_FOOTER 0x7eu
 /* Flags of a RAM record's word, and the return path's message types. */
 #define REC_ZERO 0x002u
 #define REC_PAGE 0x008u

@@ -31,6 +31,9 @@ struct vpc_load {
     unsigned char *input;
     size_t begin, end;
     int block; /* of the last record, for CONTINUE; -1 before the first */
+    int64_t section; /* of the RAM section whose frames we read too, -1: records only */
+    enum { RECORDS, FOOTER, NEXT } at;
+    int last; /* in the section's END */
 
     /* The run: target pages that follow one another in one block, all data or all zero. */
     unsigned char *run; /* room for RUN_PAGES target pages or one host page, whichever is more */
@@ -87,6 +90,7 @@ struct vpc_load *vpc_load_new(struct vpc_ram *ram, struct vpc_fault *service, in
     l->ram = ram;
     l->service = service;
     l->block = -1;
+    l->section = -1;
     l->stats.bad_offset = UINT64_MAX;
     l->run_room = RUN_PAGES * TARGET_PAGE;
     for (int i = 0; i < ram->count; i++)
@@ -113,6 +117,52 @@ void vpc_load_stop(struct vpc_load *l)
     (void)n;
 }
 
+int vpc_load_feed(struct vpc_load *l, const void *from, uint64_t length)
+{
+    if (l->begin) {
+        memmove(l->input, l->input + l->begin, l->end - l->begin);
+        l->end -= l->begin;
+        l->begin = 0;
+    }
+    if (length > INPUT_ROOM - l->end)
+        return -ENOSPC;
+    memcpy(l->input + l->end, from, (size_t)length);
+    l->end += (size_t)length;
+    return 0;
+}
+
+int vpc_load_take(struct vpc_load *l, void *to, uint32_t room)
+{
+    size_t n = l->end - l->begin;
+
+    if (n > room)
+        n = room;
+    memcpy(to, l->input + l->begin, n);
+    l->begin += n;
+    return (int)n;
+}
+
+int vpc_load_follow(struct vpc_load *l, uint32_t section, int last)
+{
+    l->section = section;
+    l->last = last != 0;
+    l->at = RECORDS;
+    return 0;
+}
+
+int vpc_load_block(struct vpc_load *l)
+{
+    return l->block;
+}
+
+int vpc_load_set_block(struct vpc_load *l, int block)
+{
+    if (block < -1 || block >= l->ram->count)
+        return -EINVAL;
+    l->block = block;
+    return 0;
+}
+
 /* ---- placing */
 
 static void mark_and_wake(struct vpc_load *l, int block, uint64_t first, uint64_t count)
@@ -134,8 +184,11 @@ static int place_calm(struct vpc_load *l, struct vpc_block *b)
         memset(to, 0, length);
     else
         memcpy(to, l->run, length);
-    tally(&l->stats.placed, length >> b->shift);
-    mark_and_wake(l, l->run_block, (l->run_first << TARGET_SHIFT) >> b->shift, length >> b->shift);
+    /* A host page of which anything has come counts as received: a source discards whole ones. */
+    uint64_t first = (l->run_first << TARGET_SHIFT) >> b->shift;
+    uint64_t last = ((l->run_first + l->run_count - 1) << TARGET_SHIFT) >> b->shift;
+    tally(&l->stats.placed, last - first + 1);
+    mark_and_wake(l, l->run_block, first, last - first + 1);
     return 0;
 }
 
@@ -187,17 +240,17 @@ static int flush_run(struct vpc_load *l)
     if (l->run_count == 0)
         return 0;
     struct vpc_block *b = l->ram->blocks[l->run_block];
+    if (l->place < 0) {
+        int placed = place_calm(l, b);
+        l->run_count = 0;
+        return placed;
+    }
     if (((l->run_first | l->run_count) << TARGET_SHIFT) & (b->page_size - 1))
         return 0; /* a host page that is not whole yet */
     uint64_t first = (l->run_first << TARGET_SHIFT) >> b->shift;
     uint64_t count = (l->run_count << TARGET_SHIFT) >> b->shift;
     int rc = 0;
 
-    if (l->place < 0) {
-        rc = place_calm(l, b);
-        l->run_count = 0;
-        return rc;
-    }
     if (l->run_zero && b->page_size > TARGET_PAGE && !l->zeros) {
         l->zeros = private_pages(l->run_room);
         if (!l->zeros)
@@ -231,13 +284,14 @@ static int bad(struct vpc_load *l, int why)
 static int take_page(struct vpc_load *l, int block, uint64_t page, const unsigned char *data, int fill)
 {
     struct vpc_block *b = l->ram->blocks[block];
-    uint64_t per_host = b->page_size >> TARGET_SHIFT;
+    /* Nothing is placed in calm mode, so a huge page may come in any parts and order. */
+    uint64_t per_host = l->place < 0 ? 1 : b->page_size >> TARGET_SHIFT;
     int zero = !data && fill == 0;
     int partial = 0, rc;
 
     if (l->run_count) {
         struct vpc_block *rb = l->ram->blocks[l->run_block];
-        uint64_t host = rb->page_size >> TARGET_SHIFT;
+        uint64_t host = l->place < 0 ? 1 : rb->page_size >> TARGET_SHIFT;
         partial = (l->run_count & (host - 1)) != 0;
         int follows = l->run_block == block && page == l->run_first + l->run_count;
         if (partial && !follows)
@@ -327,6 +381,45 @@ static int take_record(struct vpc_load *l)
     return 1;
 }
 
+/* What stands between the records of one section and those of the next: footer, header. As take_record. */
+static int take_frame(struct vpc_load *l)
+{
+    const unsigned char *p = l->input + l->begin;
+    size_t have = l->end - l->begin;
+
+    if (l->at == NEXT && have && p[0] != SECTION_PART && p[0] != SECTION_END)
+        return VPC_LOAD_EOS + 1;
+    if (have < 5)
+        return 0;
+    if (l->at == NEXT) {
+        if (get_be(p + 1, 4) != (uint64_t)l->section)
+            return VPC_LOAD_EOS + 1;
+        l->last = p[0] == SECTION_END;
+        l->at = RECORDS;
+    } else {
+        if (p[0] != SECTION_FOOTER || get_be(p + 1, 4) != (uint64_t)l->section)
+            return bad(l, VPC_BAD_FOOTER);
+        l->at = NEXT;
+    }
+    l->begin += 5;
+    tally(&l->stats.bytes, 5);
+    return l->at == NEXT && l->last ? VPC_LOAD_EOS + 1 : 1;
+}
+
+static int take(struct vpc_load *l)
+{
+    if (l->section < 0)
+        return take_record(l);
+    if (l->at != RECORDS)
+        return take_frame(l);
+    int taken = take_record(l);
+    if (taken != VPC_LOAD_EOS + 1)
+        return taken;
+    l->at = FOOTER;
+    tally(&l->stats.sections, 1);
+    return 1;
+}
+
 /* Wait for input (or stop) and read what there is. 0, VPC_LOAD_EOF, VPC_LOAD_STOPPED or -errno. */
 static int fill(struct vpc_load *l, uint64_t spin_ns)
 {
@@ -365,7 +458,7 @@ int vpc_load_run(struct vpc_load *l, uint64_t spin_ns)
 
     while (rc == 0) {
         int taken;
-        while ((taken = take_record(l)) == 1)
+        while ((taken = take(l)) == 1)
             ;
         if (taken < 0)
             rc = taken;
@@ -377,7 +470,7 @@ int vpc_load_run(struct vpc_load *l, uint64_t spin_ns)
             rc = flushed;
         if (rc == 0)
             rc = fill(l, spin_ns);
-        if (rc == VPC_LOAD_EOF && (l->begin < l->end || l->run_count))
+        if (rc == VPC_LOAD_EOF && (l->begin < l->end || l->run_count || l->at == FOOTER))
             rc = bad(l, VPC_BAD_TRUNCATED);
     }
     if (rc == VPC_LOAD_STOPPED) {
@@ -396,7 +489,7 @@ int vpc_load_stats(struct vpc_load *l, struct vpc_load_stats *out)
     *out = (struct vpc_load_stats){
         .bytes = number(&s->bytes), .data_pages = number(&s->data_pages), .zero_pages = number(&s->zero_pages),
         .placed = number(&s->placed), .already = number(&s->already), .runs = number(&s->runs),
-        .reads = number(&s->reads), .bad_offset = number(&s->bad_offset),
+        .reads = number(&s->reads), .sections = number(&s->sections), .bad_offset = number(&s->bad_offset),
         .why = __atomic_load_n(&s->why, __ATOMIC_RELAXED)};
     return 0;
 }

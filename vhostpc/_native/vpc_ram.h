@@ -133,6 +133,7 @@ uint64_t vpc_histogram_floor(uint32_t i);
 #define VPC_BAD_OFFSET 4
 #define VPC_BAD_HOST_PAGE 5
 #define VPC_BAD_TRUNCATED 6
+#define VPC_BAD_FOOTER 7
 
 struct vpc_load_stats {
     uint64_t bytes;       /* consumed */
@@ -142,6 +143,7 @@ struct vpc_load_stats {
     uint64_t already;     /* host pages that were there: skipped */
     uint64_t runs;        /* placing calls */
     uint64_t reads;
+    uint64_t sections;    /* RAM sections read to their EOS, with vpc_load_follow */
     uint64_t bad_offset;  /* byte of the stream where the broken record begins */
     int32_t why;
     int32_t pad;
@@ -153,6 +155,17 @@ struct vpc_load *vpc_load_new(struct vpc_ram *ram, struct vpc_fault *service, in
 void vpc_load_free(struct vpc_load *load);
 /* Returns VPC_LOAD_*, -EBADMSG (see why and bad_offset), or -errno of reading or placing. */
 int vpc_load_run(struct vpc_load *load, uint64_t spin_ns);
+/* Before a run: bytes of the stream that were read already (-ENOSPC: more than a buffer), and after one what it
+ * read too far; returns how many were copied. */
+int vpc_load_feed(struct vpc_load *load, const void *from, uint64_t length);
+int vpc_load_take(struct vpc_load *load, void *to, uint32_t room);
+/* Read the frames of this RAM section too, and go on while its PARTs follow one another: the next run begins
+ * behind a header (last: of the END) and ends before what is no PART and no END of it, or behind the END's
+ * footer. The numbers of sections are those of the stream. */
+int vpc_load_follow(struct vpc_load *load, uint32_t section, int last);
+/* The block that CONTINUE means, -1: none yet. */
+int vpc_load_block(struct vpc_load *load);
+int vpc_load_set_block(struct vpc_load *load, int block);
 void vpc_load_stop(struct vpc_load *load);
 int vpc_load_stats(struct vpc_load *load, struct vpc_load_stats *out);
 

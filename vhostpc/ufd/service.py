@@ -6,9 +6,6 @@ wake. Each page is placed once, through our own ufd into our own mapping; every 
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -18,11 +15,11 @@ import trio
 from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
 from vhostpc._native.loop import run_loop
-from vhostpc.errors import ChannelLost, MemoryLost
 from vhostpc.memory.ramblock import Bits, RamBlock, RamSet
 from vhostpc.ufd.client import Client, ClientRange
+from vhostpc.ufd.loops import Loops
+from vhostpc.ufd.ramchannel import LoadNumbers, RamChannel
 from vhostpc.ufd.uffd import Userfaultfd
-from vhostpc.wire.ramrec import BadRamStream, BadRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +40,6 @@ class ServiceNumbers:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadNumbers:
-    """What came in over one channel. Pages are target pages (4096 bytes) unless said otherwise."""
-
-    bytes: int
-    data_pages: int
-    zero_pages: int
-    placed: int
-    """Host pages that this channel created."""
-    already: int
-    """Host pages that were there: skipped, never overwritten."""
-    runs: int
-    """Placing calls."""
-    reads: int
-
-
-@dataclass(frozen=True, slots=True)
 class Waiter:
     """Somebody waits now: ``block`` is None for an address of no range; ``since_ns`` is CLOCK_MONOTONIC."""
 
@@ -68,35 +49,6 @@ class Waiter:
     block: str | None
     page: int
     since_ns: int
-
-
-class Loops:
-    """C loops that work on one handle: it is freed when it is closed and the last of them has ended."""
-
-    def __init__(self, free: Callable[[], None]) -> None:
-        self._free = free
-        self._stops: list[Callable[[], None]] = []
-        self._closing = False
-
-    @contextmanager
-    def running(self, stop: Callable[[], None]) -> Iterator[None]:
-        self._stops.append(stop)
-        try:
-            yield
-        finally:
-            self._stops.remove(stop)
-            if self._closing and not self._stops:
-                self._free()
-
-    def close(self) -> None:
-        """Stop what runs; free now, or when that has ended."""
-        if self._closing:
-            return
-        self._closing = True
-        if not self._stops:
-            self._free()
-        for stop in list(self._stops):
-            stop()
 
 
 class FaultService:
@@ -302,84 +254,6 @@ class FaultService:
         self.loops.close()
 
     def __enter__(self) -> FaultService:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class RamChannel:
-    """One socket that brings RAM records. Not armed: plain writes, the last copy of a page wins."""
-
-    def __init__(self, service: FaultService, sock: trio.SocketStream | int) -> None:
-        fd = sock if isinstance(sock, int) else sock.socket.fileno()
-        self._service = service
-        self._handle = lib.vpc_load_new(service.ram.handle, service.handle, fd, service.place_fd())
-        if self._handle == ffi.NULL:
-            raise OSError(errno.ENOMEM, "RAM channel: no memory or no descriptors left")
-        free = self._handle
-        self._loops = Loops(lambda: lib.vpc_load_free(free))
-
-    async def load(self) -> LoadNumbers:
-        """Load records until the end of the section; pages are placed and waiters woken meanwhile.
-
-        One C call on a borrowed thread that never waits for a page. Raises
-        :class:`~vhostpc.wire.ramrec.BadRamStream` (what is malformed, and at which byte),
-        :class:`~vhostpc.errors.ChannelLost` at the end of the file before the end of the section, and OSError
-        when a page can not be placed. After Cancelled the channel can be used again.
-        """
-        handle, spin = self._handle, self._service.spin_ns
-
-        def stop() -> None:
-            lib.vpc_load_stop(handle)
-
-        # It works on both handles, its own and the service's.
-        with self._service.loops.running(stop), self._loops.running(stop):
-            rc = await run_loop(
-                lambda: lib.vpc_load_run(handle, spin), stop, self._service.limiter, Thread.LOAD
-            )
-            raw = self._raw(handle)
-        if rc == lib.VPC_LOAD_EOS:
-            return self.numbers()
-        if rc == -errno.EBADMSG and raw.why != BadRecord.TRUNCATED:
-            raise BadRamStream(BadRecord(raw.why), int(raw.bad_offset))
-        if rc in (lib.VPC_LOAD_EOF, -errno.EBADMSG, -errno.ECONNRESET, -errno.EPIPE):
-            cut = " inside a record" if rc == -errno.EBADMSG else ""
-            raise ChannelLost(
-                f"the source of pages closed the channel{cut}, after {int(raw.bytes)} bytes; "
-                f"{self._service.missing()} host pages are missing"
-            )
-        if self._service.ram.lost:
-            raise MemoryLost("the memory was given up while its pages were still coming")
-        check(rc, "placing pages")
-        raise ChannelLost("loading was stopped")
-
-    def numbers(self) -> LoadNumbers:
-        raw = self._raw(self._handle)
-        return LoadNumbers(
-            bytes=int(raw.bytes),
-            data_pages=int(raw.data_pages),
-            zero_pages=int(raw.zero_pages),
-            placed=int(raw.placed),
-            already=int(raw.already),
-            runs=int(raw.runs),
-            reads=int(raw.reads),
-        )
-
-    @staticmethod
-    def _raw(handle: Any) -> Any:
-        raw = ffi.new("struct vpc_load_stats *")
-        lib.vpc_load_stats(handle, raw)
-        return raw
-
-    def close(self) -> None:
-        """Close our copy of the descriptor; a :meth:`load` that still runs is ended."""
-        self._handle = None
-        self._loops.close()
-
-    def __enter__(self) -> RamChannel:
         return self
 
     def __exit__(

@@ -37,6 +37,7 @@ class BadRecord(enum.IntEnum):
     OFFSET = 4
     HOST_PAGE = 5
     TRUNCATED = 6
+    FOOTER = 7
 
 
 REASONS = {
@@ -46,6 +47,7 @@ REASONS = {
     BadRecord.OFFSET: "an offset behind the end of its block",
     BadRecord.HOST_PAGE: "a host page whose parts do not follow one another",
     BadRecord.TRUNCATED: "the end of the stream inside a record or a host page",
+    BadRecord.FOOTER: "no footer of the section behind its records",
 }
 
 

@@ -1,0 +1,158 @@
+"""RAM records in: from a socket into RAM blocks, in C."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import trio
+
+from vhostpc._native import check, ffi, lib
+from vhostpc._native.entries import Thread
+from vhostpc._native.loop import run_loop
+from vhostpc.errors import ChannelLost, MemoryLost
+from vhostpc.memory.ramblock import RamSet
+from vhostpc.ufd.loops import Loops
+from vhostpc.wire.ramrec import BadRamStream, BadRecord
+
+INPUT_ROOM = 256 << 10
+"""Bytes that a channel reads ahead, at most (ramload.c)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadNumbers:
+    """What came in over one channel. Pages are target pages (4096 bytes) unless said otherwise."""
+
+    bytes: int
+    data_pages: int
+    zero_pages: int
+    placed: int
+    """Host pages that this channel created."""
+    already: int
+    """Host pages that were there: skipped, never overwritten."""
+    runs: int
+    """Placing calls."""
+    reads: int
+    sections: int
+    """RAM sections read to their end, where their frames are read too."""
+
+
+class Service(Protocol):
+    """What a channel needs of the fault service that it belongs to."""
+
+    ram: RamSet
+    loops: Loops
+
+    @property
+    def handle(self) -> Any: ...
+    @property
+    def spin_ns(self) -> int: ...
+    @property
+    def limiter(self) -> trio.CapacityLimiter: ...
+    def place_fd(self) -> int: ...
+    def missing(self) -> int: ...
+
+
+class RamChannel:
+    """One socket that brings RAM records. Not armed: plain writes, the last copy of a page wins."""
+
+    def __init__(self, service: Service, sock: trio.SocketStream | int) -> None:
+        fd = sock if isinstance(sock, int) else sock.socket.fileno()
+        self._service = service
+        self._handle = lib.vpc_load_new(service.ram.handle, service.handle, fd, service.place_fd())
+        if self._handle == ffi.NULL:
+            raise OSError(errno.ENOMEM, "RAM channel: no memory or no descriptors left")
+        free = self._handle
+        self._loops = Loops(lambda: lib.vpc_load_free(free))
+
+    def feed(self, data: bytes) -> None:
+        """Bytes of the stream that were read already, before a :meth:`load`. Raises OSError, ENOSPC: over 256 KiB."""
+        check(lib.vpc_load_feed(self._handle, data, len(data)), "RAM channel")
+
+    def take(self) -> bytes:
+        """After a :meth:`load`: what it read too far."""
+        room = ffi.new("unsigned char[]", INPUT_ROOM)
+        return bytes(ffi.buffer(room, lib.vpc_load_take(self._handle, room, INPUT_ROOM)))
+
+    @property
+    def block(self) -> int:
+        """Index of the block that the next record may continue; -1: it has to name one."""
+        return int(lib.vpc_load_block(self._handle))
+
+    @block.setter
+    def block(self, index: int) -> None:
+        check(lib.vpc_load_set_block(self._handle, index), "RAM channel")
+
+    async def load(self, section: int | None = None, *, last: bool = False) -> LoadNumbers:
+        """Load records until the end of the section; pages are placed and waiters woken meanwhile.
+
+        ``section``: the number of the RAM section, whose header has just been read (``last``: that of its END).
+        Then its footers and the headers of its further parts are read too, and it ends before anything else, or
+        behind the END's footer.
+
+        One C call on a borrowed thread that never waits for a page. Raises
+        :class:`~vhostpc.wire.ramrec.BadRamStream` (what is malformed, and at which byte),
+        :class:`~vhostpc.errors.ChannelLost` at the end of the file before the end of the section, and OSError
+        when a page can not be placed. After Cancelled the channel can be used again.
+        """
+        handle, spin = self._handle, self._service.spin_ns
+        if section is not None:
+            lib.vpc_load_follow(handle, section, last)
+
+        def stop() -> None:
+            lib.vpc_load_stop(handle)
+
+        # It works on both handles, its own and the service's.
+        with self._service.loops.running(stop), self._loops.running(stop):
+            rc = await run_loop(
+                lambda: lib.vpc_load_run(handle, spin), stop, self._service.limiter, Thread.LOAD
+            )
+            raw = self._raw(handle)
+        if rc == lib.VPC_LOAD_EOS:
+            return self.numbers()
+        if rc == -errno.EBADMSG and raw.why != BadRecord.TRUNCATED:
+            raise BadRamStream(BadRecord(raw.why), int(raw.bad_offset))
+        if rc in (lib.VPC_LOAD_EOF, -errno.EBADMSG, -errno.ECONNRESET, -errno.EPIPE):
+            cut = " inside a record" if rc == -errno.EBADMSG else ""
+            raise ChannelLost(
+                f"the source of pages closed the channel{cut}, after {int(raw.bytes)} bytes; "
+                f"{self._service.missing()} host pages are missing"
+            )
+        if self._service.ram.lost:
+            raise MemoryLost("the memory was given up while its pages were still coming")
+        check(rc, "placing pages")
+        raise ChannelLost("loading was stopped")
+
+    def numbers(self) -> LoadNumbers:
+        raw = self._raw(self._handle)
+        return LoadNumbers(
+            bytes=int(raw.bytes),
+            data_pages=int(raw.data_pages),
+            zero_pages=int(raw.zero_pages),
+            placed=int(raw.placed),
+            already=int(raw.already),
+            runs=int(raw.runs),
+            reads=int(raw.reads),
+            sections=int(raw.sections),
+        )
+
+    @staticmethod
+    def _raw(handle: Any) -> Any:
+        raw = ffi.new("struct vpc_load_stats *")
+        lib.vpc_load_stats(handle, raw)
+        return raw
+
+    def close(self) -> None:
+        """Close our copy of the descriptor; a :meth:`load` that still runs is ended."""
+        self._handle = None
+        self._loops.close()
+
+    def __enter__(self) -> RamChannel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
