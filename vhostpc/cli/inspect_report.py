@@ -195,7 +195,7 @@ class Report:
             yield ""
             yield f"{self.trailing} bytes follow the end; they are not part of the stream."
         yield ""
-        yield f"Wrong at {self.wrong}" if self.wrong else "Nothing wrong."
+        yield f"Wrong: {self.wrong}" if self.wrong else "Nothing wrong."
 
     def as_json(self) -> dict[str, Any]:
         wrong = self.wrong and {"offset": self.wrong.offset, "reason": self.wrong.reason}
