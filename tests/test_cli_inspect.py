@@ -40,7 +40,7 @@ def test_precopy_in_words(tmp_path: Path) -> None:
         ["82", "ram", "2 RAM sections, the last one: 2 data, 2 zero pages"],
         ["8354", "device", "section 9, clk instance 0 version 1: 4 bytes"],
         ["8380", "end", "end of the stream"],
-        ["8381", "description", "157 bytes of JSON about 1 device sections, all as long as it says"],
+        ["8381", "description", "157 bytes of JSON about 1 device section, all as long as it says"],
     ]
     assert "  ram0  12 KiB: 2 data, 1 zero pages\n  rom0  4 KiB: 1 zero pages\n" in done.stdout
     assert done.stdout.endswith("\nNothing wrong.\n")
