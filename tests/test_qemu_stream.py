@@ -15,6 +15,7 @@ import pytest
 
 from tests.hugepages import hugepages
 from tests.qemu import peers, vm
+from tests.qemu.proc import child
 from tests.streams import encode
 from vhostpc.wire import elements as el
 from vhostpc.wire.return_path import PageRequest, Pong, ReturnPathDecoder, Shut
@@ -120,6 +121,29 @@ async def test_precopy_recorded(version: str, tmp_path: Path) -> None:
     found = inspect(path)
     assert told(found) == {"data": ram["normal"], "zero": ram["duplicate"]}
     assert [r["name"] for r in found["elements"] if r["kind"] == "device"] == names
+
+
+@pytest.mark.parametrize("version", ["7.2", "10.0"])
+async def test_inspect_listens_to_a_live_source(version: str, tmp_path: Path) -> None:
+    """Without a return path the source takes it for a destination: it completes, and can go on."""
+    path = tmp_path / "socket"
+    spec = vm.Spec(peers.qemu(version), vm.Memory(size=128))
+    argv = [sys.executable, "-m", "vhostpc", "inspect", "--json", f"unix:{path}"]
+    async with vm.vm(spec, "here", vm.Bare(), tmp_path) as here, child("inspect", argv) as inspector:
+        nonce = await here.booted()
+        await inspector.err.find("waiting for a source at")
+        wanted = [{"capability": "events", "state": True}]
+        await here.qmp.command("migrate-set-capabilities", capabilities=wanted)
+        await here.qmp.command("migrate", uri=f"unix:{path}")
+        await here.qmp.event("MIGRATION", status="completed", limit=120)
+        assert await inspector.wait() == 0
+        await inspector.out.find("^}$")
+        ram = (await here.qmp.command("query-migrate"))["ram"]
+        found = json.loads("\n".join(inspector.out.lines))
+        assert found["wrong"] is None
+        assert told(found) == {"data": ram["normal"], "zero": ram["duplicate"]}
+        await here.qmp.command("cont")
+        await here.beat(nonce)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ def _listen(family: socket.AddressFamily, address: str | tuple[str, int]) -> Ite
         try:
             listener.listen(1)
             where = listener.getsockname()
-            click.echo(f"waiting for a source at {where}", err=True)
+            words = f"unix:{where}" if isinstance(where, str) else f"tcp:{where[0]}:{where[1]}"
+            click.echo(f"waiting for a source at {words}", err=True)
             connection, _ = listener.accept()
         finally:
             if isinstance(address, str):

@@ -24,7 +24,7 @@ class RamSections:
     ends: bool = False
 
     def words(self) -> str:
-        parts = "1 RAM section" if self.sections == 1 else f"{self.sections} RAM sections"
+        parts = counted(self.sections, "RAM section")
         last = ", the last one" if self.ends else ""
         return f"{parts}{last}: {pages_in_words(self.pages)}"
 
@@ -35,6 +35,10 @@ def pages_in_words(pages: Counter[str]) -> str:
         if pages
         else "no page"
     )
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def size(count: int) -> str:
@@ -54,7 +58,7 @@ def command_words(event: object) -> str:
             return f"POSTCOPY_ADVISE: host page sizes {sizes:#x}, target page {target:#x}"
         case el.RamDiscard(block=block, ranges=ranges):
             total = sum(length for _, length in ranges)
-            return f"POSTCOPY_RAM_DISCARD: {size(total)} of {block} in {len(ranges)} ranges"
+            return f"POSTCOPY_RAM_DISCARD: {size(total)} of {block} in {counted(len(ranges), 'range')}"
         case el.BitmapRequest(block=block):
             return f"RECV_BITMAP: {block}"
     names = {
@@ -171,7 +175,7 @@ class Report:
             count = len(vmdesc.parse(event.text))
         except StreamError:
             count = 0
-        words = f"{len(event.text)} bytes of JSON about {count} device sections"
+        words = f"{len(event.text)} bytes of JSON about {counted(count, 'device section')}"
         words += ", which do not fit" if event.disagrees else ", all as long as it says"
         self._row(event.offset, "description", words, size=len(event.text), devices=count)
         self.wrong = event.disagrees
@@ -195,7 +199,7 @@ class Report:
             yield ""
             yield f"{self.trailing} bytes follow the end; they are not part of the stream."
         yield ""
-        yield f"Wrong at {self.wrong}" if self.wrong else "Nothing wrong."
+        yield f"Wrong: {self.wrong}" if self.wrong else "Nothing wrong."
 
     def as_json(self) -> dict[str, Any]:
         wrong = self.wrong and {"offset": self.wrong.offset, "reason": self.wrong.reason}

@@ -185,12 +185,16 @@ def read_package(package: Package) -> list[Inside]:
 
 
 def once(events: list[Inside]) -> None:
-    """Each section stands once. Raises :class:`BadStream`."""
+    """Each section and each id stands once. Raises :class:`BadStream`."""
     seen: set[tuple[str, int]] = set()
+    ids: set[int] = set()
     for event in events:
         if isinstance(event, DeviceSection):
             if (event.idstr, event.instance) in seen:
                 raise BadStream(
                     event.offset, f"section {event.idstr!r} instance {event.instance} comes again"
                 )
+            if event.section_id in ids:
+                raise BadStream(event.offset, f"section id {event.section_id} comes again")
             seen.add((event.idstr, event.instance))
+            ids.add(event.section_id)

@@ -425,6 +425,7 @@ class StreamReader:
     def _devices(self, at: int) -> Steps[None]:
         self._inside = "the device sections"
         looked = 0
+        too_long: BadStream | None = None
         while True:
             buffer = self._buffer
             data = buffer.data
@@ -433,6 +434,10 @@ class StreamReader:
                 size = int.from_bytes(match[1], "big")
                 begin = match.start() + 11
                 if size > vmdesc.MAX_DESCRIPTION:
+                    where = at + match.start() + 6 - buffer.at
+                    too_long = BadStream(
+                        where, f"a description of {size} bytes, at most {vmdesc.MAX_DESCRIPTION}"
+                    )
                     looked = match.start() + 1 - buffer.at
                     continue
                 if len(data) >= begin + size:
@@ -453,7 +458,10 @@ class StreamReader:
                 raise BadStream(at, f"more than {self._limit} bytes of device sections")
             if self._closed:
                 if match is None:
-                    yield from self._undescribed(at)
+                    try:
+                        yield from self._undescribed(at)
+                    except BadStream as error:
+                        raise too_long or error from None
                 return
             yield None
 
