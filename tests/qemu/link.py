@@ -30,9 +30,12 @@ REQUESTS = (3, 4)  # REQ_PAGES_ID, REQ_PAGES
 
 
 class Link:
-    """``page``: bytes of a host page.  ``hold`` begins the holding back, ``open`` ends it."""
+    """``page``: bytes of a host page.  ``hold`` begins the holding back, ``open`` ends it.
 
-    def __init__(self, source_path: Path, page: int) -> None:
+    ``record``: a folder that gets what went each way, as files ``forward`` and ``back``.
+    """
+
+    def __init__(self, source_path: Path, page: int, record: Path | None = None) -> None:
         self.source_path = source_path
         self.requests = 0
         # A page of the background may have been begun when the request comes: it is sent to its end.
@@ -40,6 +43,12 @@ class Link:
         self._budget = 0
         self._open = True
         self._granted = trio.Event()
+        self._record = record
+
+    def _note(self, way: str, data: bytes) -> None:
+        if self._record is not None:
+            with (self._record / way).open("ab") as file:
+                file.write(data)
 
     @property
     def uri(self) -> str:
@@ -71,6 +80,7 @@ class Link:
         with contextlib.suppress(trio.BrokenResourceError):
             while data := await source.receive_some(CHUNK):
                 free_at = await self._may_send(len(data), free_at)
+                self._note("forward", data)
                 await target.send_all(data)
             await target.send_eof()
 
@@ -78,6 +88,7 @@ class Link:
         seen = b""
         with contextlib.suppress(trio.BrokenResourceError):
             while data := await target.receive_some(CHUNK):
+                self._note("back", data)
                 await source.send_all(data)
                 seen += data
                 while len(seen) >= 4:
@@ -100,12 +111,14 @@ class Link:
 
 
 @contextlib.asynccontextmanager
-async def link(source_path: Path, target_path: Path, page: int) -> AsyncIterator[Link]:
+async def link(
+    source_path: Path, target_path: Path, page: int, record: Path | None = None
+) -> AsyncIterator[Link]:
     """A relay that listens at ``source_path`` and connects to ``target_path``, for one migration."""
     sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
     await sock.bind(str(source_path))
     sock.listen(1)
-    it = Link(source_path, page)
+    it = Link(source_path, page, record)
     with unwrapped():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(it.run, trio.SocketListener(sock), target_path)

@@ -114,6 +114,17 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class Bare:
+    """The guest has neither NIC nor disk."""
+
+    def argv(self) -> list[str]:
+        return []
+
+    def words(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
 class Spec:
     """What both ends of a migration have in common."""
 
@@ -178,7 +189,7 @@ class Vm:
 
 @contextlib.asynccontextmanager
 async def vm(
-    spec: Spec, name: str, device: VhostUser | Tap | Disk, tmp_path: Path, *, incoming: bool = False
+    spec: Spec, name: str, device: VhostUser | Tap | Disk | Bare, tmp_path: Path, *, incoming: bool = False
 ) -> AsyncIterator[Vm]:
     """Start a QEMU for the length of a block; with ``incoming`` it waits for ``migrate-incoming``."""
     kernel = peers.kernel()
@@ -276,19 +287,20 @@ async def migrate_postcopy(
     capabilities: Sequence[str] = (),
     on_stop: Hook | None = None,
     during: Hook | None = None,
+    record: Path | None = None,
 ) -> Moved:
     """Move the guest by postcopy, switched as soon as the first pass has begun, so most of RAM remains.
 
     Until ``during`` returns, the link brings little more than what is asked for, so that the guest and its
     devices meet absent pages; then the rest goes at full speed.  ``on_stop`` runs when the source has stopped
-    the guest.
+    the guest.  ``record``: a folder for the bytes of both ways, see :class:`~tests.qemu.link.Link`.
     """
     source_path, target_path = tmp_path / f"{dst.name}.link", tmp_path / f"{dst.name}.incoming"
     await prepare(src, dst, f"unix:{target_path}", ("postcopy-ram", *capabilities))
     # Slow before the switch; after it nothing but the link holds QEMU up.
     await src.qmp.command("migrate-set-parameters", max_bandwidth=4 << 20, max_postcopy_bandwidth=0)
     since = (len(src.qmp.events), len(dst.qmp.events))
-    async with link(source_path, target_path, src.spec.memory.page) as relay:
+    async with link(source_path, target_path, src.spec.memory.page, record) as relay:
         await src.qmp.command("migrate", uri=relay.uri)
         await src.qmp.event("MIGRATION", since[0], status="active")
         relay.hold()

@@ -49,6 +49,9 @@ struct vpc_save {
     uint64_t scan_page;
     uint64_t credit, credit_time; /* bytes that the background may send */
 
+    unsigned char *rest; /* what follows the EOS */
+    size_t rest_at, rest_end;
+
     struct vpc_save_stats stats;
 };
 
@@ -64,6 +67,7 @@ void vpc_save_free(struct vpc_save *s)
         close(s->notify);
     free(s->in);
     free(s->out);
+    free(s->rest);
     free(s);
 }
 
@@ -404,18 +408,48 @@ static uint64_t count_dirty(struct vpc_save *s)
     return sum;
 }
 
-static int push(struct vpc_save *s)
+/* Send [*begin, end) of bytes, as much as the socket takes. */
+static int push_bytes(struct vpc_save *s, const unsigned char *bytes, size_t *begin, size_t end)
 {
-    while (s->out_begin < s->out_end) {
-        ssize_t n = send(s->fd, s->out + s->out_begin, s->out_end - s->out_begin, MSG_DONTWAIT | MSG_NOSIGNAL);
+    while (*begin < end) {
+        ssize_t n = send(s->fd, bytes + *begin, end - *begin, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
             return errno == EAGAIN ? 0 : -errno;
-        s->out_begin += (size_t)n;
+        *begin += (size_t)n;
         s->stats.bytes += (uint64_t)n;
     }
+    return 0;
+}
+
+/* Is there something to send? */
+static int pending(const struct vpc_save *s)
+{
+    return s->out_begin < s->out_end || (s->stats.eos_sent && s->rest_at < s->rest_end);
+}
+
+static int push(struct vpc_save *s)
+{
+    int rc = push_bytes(s, s->out, &s->out_begin, s->out_end);
+
+    if (rc || s->out_begin < s->out_end)
+        return rc;
     s->out_begin = s->out_end = 0;
+    return s->stats.eos_sent ? push_bytes(s, s->rest, &s->rest_at, s->rest_end) : 0;
+}
+
+int vpc_save_set_tail(struct vpc_save *s, const void *from, uint64_t length)
+{
+    unsigned char *copy = malloc(length ? (size_t)length : 1);
+
+    if (!copy)
+        return -ENOMEM;
+    memcpy(copy, from, (size_t)length);
+    free(s->rest);
+    s->rest = copy;
+    s->rest_at = 0;
+    s->rest_end = (size_t)length;
     return 0;
 }
 
@@ -458,13 +492,13 @@ int vpc_save_run(struct vpc_save *s)
         rc = push(s);
         if (rc)
             break;
-        int pending = s->out_begin < s->out_end;
+        int more = pending(s);
         int room = IN_ROOM - s->in_end > 4 + RP_MAX_LEN && s->ask_count == 0;
         struct pollfd fds[2] = {
-            {.fd = s->fd, .events = (short)((room ? POLLIN : 0) | (pending ? POLLOUT : 0))},
+            {.fd = s->fd, .events = (short)((room ? POLLIN : 0) | (more ? POLLOUT : 0))},
             {.fd = s->control, .events = POLLIN},
         };
-        int ready = poll(fds, 2, pending && wait == 0 ? -1 : wait);
+        int ready = poll(fds, 2, more && wait == 0 ? -1 : wait);
         if (ready < 0 && errno != EINTR)
             rc = -errno;
         if (ready <= 0)

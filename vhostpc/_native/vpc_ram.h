@@ -195,6 +195,8 @@ struct vpc_save *vpc_save_new(struct vpc_ram *ram, int fd, uint64_t background_r
 void vpc_save_free(struct vpc_save *save);
 /* Returns VPC_SAVE_* or -errno; -EBADMSG: the peer sent a message that is none. */
 int vpc_save_run(struct vpc_save *save);
+/* Before a run: bytes that follow the EOS behind the last page (we keep a copy). */
+int vpc_save_set_tail(struct vpc_save *save, const void *from, uint64_t length);
 void vpc_save_stop(struct vpc_save *save);
 /* After changing HELD bits, the rate or hold_all: look again. */
 void vpc_save_kick(struct vpc_save *save);

@@ -26,6 +26,10 @@ COMMANDS = {
         "vhostpc.cli.demo:demo",
         "Show a postcopy migration with traffic on this machine, without QEMU.",
     ),
+    "inspect": (
+        "vhostpc.cli.inspect:inspect",
+        "Tell a migration stream of QEMU in words; name its first wrong byte.",
+    ),
     "doctor": ("vhostpc.cli.doctor:doctor", "Say whether this machine can do it, and what to change if not."),
 }
 

@@ -93,6 +93,10 @@ class PageSource:
             raise StreamError(f"return path: a message with {REASONS[why]}")
         return Ended(check(rc, "page source"))
 
+    def set_tail(self, data: bytes) -> None:
+        """What follows the end of the records: sent when the last page has gone. Before :meth:`serve`."""
+        check(lib.vpc_save_set_tail(self.handle, data, len(data)), "page source")
+
     def set_rate(self, background_rate: int) -> None:
         """Bytes a second for what nobody asked for; 0 stops it, UNLIMITED does not limit it."""
         lib.vpc_save_set_rate(self.handle, background_rate)

@@ -22,10 +22,16 @@ _WORD = struct.Struct(">Q")
 class RamFlag(enum.IntFlag):
     """Low bits of a record's word."""
 
+    FULL = 0x001
     ZERO = 0x002
+    MEM_SIZE = 0x004
     PAGE = 0x008
     EOS = 0x010
     CONTINUE = 0x020
+    XBZRLE = 0x040
+    HOOK = 0x080
+    COMPRESS_PAGE = 0x100
+    MULTIFD_FLUSH = 0x200
 
 
 class BadRecord(enum.IntEnum):
@@ -100,6 +106,10 @@ class RamEncoder:
         """A ZERO record: 4096 bytes of ``fill``."""
         return self._head(block, offset, RamFlag.ZERO) + bytes([fill])
 
+    def forget(self) -> None:
+        """Name the block of the next page again: after the switch to postcopy, and on a new connection."""
+        self._block = None
+
     def end(self) -> bytes:
         """The end of a section; the block stays remembered, as both ends of the channel do."""
         return _WORD.pack(RamFlag.EOS)
@@ -109,7 +119,7 @@ class RamEncoder:
             raise LocalProtocolError(f"offset {offset:#x} is not that of a target page")
         if block == self._block:
             return _WORD.pack(offset | flag | RamFlag.CONTINUE)
-        name = block.encode()
+        name = block.encode("utf-8", "surrogateescape")
         if not 0 < len(name) < 256:
             raise LocalProtocolError(f"a block's name has 1 to 255 bytes, not {len(name)}")
         self._block = block

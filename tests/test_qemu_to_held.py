@@ -1,0 +1,130 @@
+"""A stock QEMU sends its machine to our destination, by precopy and by postcopy: memory and devices whole."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.hugepages import hugepages
+from tests.qemu import peers, vm
+from vhostpc.memory.ramblock import Bits
+from vhostpc.migration.held import HeldMachine
+from vhostpc.migration.incoming import Incoming, IncomingStatus
+
+pytestmark = pytest.mark.qemu
+PAGE = 4096
+MAIN = "mem"  # the block has the name of the memory object
+
+
+@contextlib.asynccontextmanager
+async def listening(path: Path) -> AsyncIterator[trio.SocketListener]:
+    with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as sock:
+        await sock.bind(str(path))
+        sock.listen(1)
+        yield trio.SocketListener(sock)
+
+
+async def migrate(
+    source: vm.Vm, listener: trio.SocketListener, path: Path, capabilities: list[str]
+) -> Incoming:
+    """Start it; the destination's connected end."""
+    wanted = [{"capability": name, "state": True} for name in ("events", *capabilities)]
+    await source.qmp.command("migrate-set-capabilities", capabilities=wanted)
+    await source.qmp.command("migrate", uri=f"unix:{path}")
+    sizes = {MAIN: source.spec.memory.page}
+    return Incoming(await listener.accept(), postcopy="postcopy-ram" in capabilities, page_sizes=sizes)
+
+
+async def compare(source: vm.Vm, machine: HeldMachine, tmp_path: Path) -> None:
+    """All of pc.ram with what the stopped source has."""
+    await source.save_ram(tmp_path / "ram")
+    block = machine.ram[MAIN]
+    assert block.length == source.spec.memory.size << 20
+    with (tmp_path / "ram").open("rb") as saved:
+        for at in range(0, block.length, 1 << 20):
+            assert await block.read(at, 1 << 20) == saved.read(1 << 20), f"memory differs behind {at:#x}"
+
+
+def check_devices(machine: HeldMachine, version: str) -> None:
+    names = [section.idstr for section in machine.devices]
+    for expected in ("timer", "cpu", "apic", "i8254", "globalstate"):
+        assert expected in names
+    assert machine.configuration.machine == f"pc-i440fx-{version}"
+    # The run state that the source had, as QEMU writes it: length with the NUL, then the text.
+    assert machine.device("globalstate").body[4:].startswith(b"running\0")
+
+
+async def completed(source: vm.Vm) -> None:
+    at = 0
+    while True:
+        event = await source.qmp.event("MIGRATION", at, 60)
+        at = source.qmp.events.index(event, at) + 1
+        status = event["data"]["status"]
+        assert status not in ("failed", "postcopy-paused")
+        if status == "completed":
+            return
+
+
+@pytest.mark.parametrize("pages", ["4k", "2M"])
+@pytest.mark.parametrize("version", peers.VERSIONS)
+async def test_precopy(version: str, pages: str, tmp_path: Path) -> None:
+    huge = pages == "2M"
+    spec = vm.Spec(peers.qemu(version), vm.Memory(huge=huge, size=256))
+    with hugepages(2 * 256 + 16) if huge else contextlib.nullcontext():
+        async with listening(tmp_path / "in") as listener, vm.vm(spec, "src", vm.Bare(), tmp_path) as source:
+            await source.booted()
+            await source.qmp.command("migrate-set-parameters", max_bandwidth=1 << 30)
+            incoming = await migrate(source, listener, tmp_path / "in", [])
+            async with incoming.stream:
+                with trio.fail_after(120), await incoming.receive() as machine:
+                    await completed(source)
+                    await compare(source, machine, tmp_path)
+                    check_devices(machine, version)
+                    assert machine.description.startswith(b"{")
+            assert incoming.status is IncomingStatus.COMPLETED
+            assert source.complaints() == []
+
+
+@pytest.mark.parametrize("pages", ["4k", "2M"])
+@pytest.mark.parametrize("version", peers.VERSIONS)
+async def test_postcopy(version: str, pages: str, tmp_path: Path) -> None:
+    """While pages stream in, others are touched in an order of our own: each is there when it is asked for."""
+    huge = pages == "2M"
+    spec = vm.Spec(peers.qemu(version), vm.Memory(huge=huge, size=256))
+    with hugepages(2 * 256 + 16) if huge else contextlib.nullcontext():
+        async with listening(tmp_path / "in") as listener, vm.vm(spec, "src", vm.Bare(), tmp_path) as source:
+            await source.booted()
+            await source.qmp.command("migrate-set-parameters", max_bandwidth=4 << 20)
+            incoming = await migrate(source, listener, tmp_path / "in", ["postcopy-ram"])
+            await source.qmp.command("migrate-set-parameters", max_postcopy_bandwidth=64 << 20)
+            touched: dict[int, bytes] = {}
+
+            async def touch() -> None:
+                await incoming.running()
+                assert incoming.machine
+                block = incoming.machine.ram[MAIN]
+                absent = [n for n in range(block.pages) if not block.test_bit(Bits.RECEIVED, n)]
+                assert len(absent) >= 0.6 * block.pages
+                for page in random.Random(7).sample(absent, 20):
+                    offset = page * block.page_size
+                    touched[offset] = await block.read(offset, PAGE)
+
+            async with incoming.stream, trio.open_nursery() as nursery:
+                with trio.fail_after(120):
+                    nursery.start_soon(touch)
+                    await source.qmp.event("MIGRATION", 0, status="active")
+                    nursery.start_soon(lambda: source.qmp.command("migrate-start-postcopy"))
+                    with await incoming.receive() as machine:
+                        await completed(source)
+                        assert len(touched) == 20
+                        await compare(source, machine, tmp_path)
+                        for offset, data in touched.items():
+                            assert await machine.ram[MAIN].read(offset, PAGE) == data
+                        check_devices(machine, version)
+            assert incoming.status is IncomingStatus.COMPLETED
+            assert source.complaints() == []

@@ -1,0 +1,220 @@
+"""What ``vhostpc inspect`` gathers from a stream's events, and how it tells it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from vhostpc.errors import StreamError
+from vhostpc.wire import elements as el
+from vhostpc.wire import vmdesc
+from vhostpc.wire.ramrec import EndOfSection, RamPage
+from vhostpc.wire.split import read_package
+
+
+@dataclass
+class RamSections:
+    """RAM sections that follow one another without anything between: told in one line."""
+
+    offset: int
+    sections: int = 0
+    pages: Counter[str] = field(default_factory=Counter)
+    ends: bool = False
+
+    def words(self) -> str:
+        parts = counted(self.sections, "RAM section")
+        last = ", the last one" if self.ends else ""
+        return f"{parts}{last}: {pages_in_words(self.pages)}"
+
+
+def pages_in_words(pages: Counter[str]) -> str:
+    return (
+        ", ".join(f"{count} {kind}" for kind, count in sorted(pages.items())) + " pages"
+        if pages
+        else "no page"
+    )
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def size(count: int) -> str:
+    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >> shift and not count & ((1 << shift) - 1):
+            return f"{count >> shift} {unit}"
+    return f"{count} bytes"
+
+
+def command_words(event: object) -> str:
+    match event:
+        case el.Ping(value=value):
+            return f"PING {value}"
+        case el.PostcopyAdvise(page_sizes=None):
+            return "POSTCOPY_ADVISE, not of RAM"
+        case el.PostcopyAdvise(page_sizes=sizes, target_page=target):
+            return f"POSTCOPY_ADVISE: host page sizes {sizes:#x}, target page {target:#x}"
+        case el.RamDiscard(block=block, ranges=ranges):
+            total = sum(length for _, length in ranges)
+            return f"POSTCOPY_RAM_DISCARD: {size(total)} of {block} in {counted(len(ranges), 'range')}"
+        case el.BitmapRequest(block=block):
+            return f"RECV_BITMAP: {block}"
+    names = {
+        el.OpenReturnPath: "OPEN_RETURN_PATH",
+        el.PostcopyListen: "POSTCOPY_LISTEN",
+        el.PostcopyRun: "POSTCOPY_RUN",
+        el.EnableColo: "ENABLE_COLO",
+        el.PostcopyResume: "POSTCOPY_RESUME",
+        el.SwitchoverStart: "SWITCHOVER_START",
+    }
+    return names[type(event)]  # type: ignore[index]
+
+
+class Report:
+    """Feed it events; then ``lines`` or ``as_json``."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, str, str, dict[str, Any]]] = []
+        self.blocks: tuple[el.BlockInfo, ...] = ()
+        self.pages: dict[str, Counter[str]] = {}
+        self.wrong: el.BadStream | None = None
+        self.trailing = 0
+        self._ram: RamSections | None = None
+
+    def take(self, event: el.StreamEvent) -> None:
+        """Raises BadStream for a package that is wrong inside."""
+        match event:
+            case el.SectionPart() | el.SectionEnd():
+                if self._ram is None:
+                    self._ram = RamSections(event.offset)
+                self._ram.sections += 1
+                self._ram.ends = isinstance(event, el.SectionEnd)
+            case el.RamRun():
+                kind = "filled" if event.fill else event.kind.value
+                self.pages[event.block][kind] += event.pages
+                if self._ram is not None:
+                    self._ram.pages[kind] += event.pages
+            case RamPage() | EndOfSection() | el.RamFlush() | el.RamData() | el.Footer():
+                pass
+            case _:
+                self.flush()
+                self._element(event)
+
+    def flush(self) -> None:
+        """End the line of RAM sections."""
+        ram, self._ram = self._ram, None
+        if ram is not None:
+            self._row(ram.offset, "ram", ram.words(), sections=ram.sections, pages=dict(ram.pages))
+
+    def _row(self, offset: int, kind: str, words: str, **more: Any) -> None:
+        self.rows.append((offset, kind, words, more))
+
+    def _element(self, event: el.StreamEvent, indent: str = "") -> None:
+        match event:
+            case el.Header():
+                self._row(event.offset, "header", f"QEVM, version {el.VERSION}", version=el.VERSION)
+            case el.Configuration():
+                self._configuration(event)
+            case el.SectionStart():
+                words = f"section {event.section_id}, {event.idstr} version {event.version}"
+                self._row(event.offset, "start", words, id=event.section_id, name=event.idstr)
+            case el.RamBlocks():
+                self.blocks = event.blocks
+                self.pages = {block.name: Counter() for block in event.blocks}
+                words = f"{len(event.blocks)} of {size(event.total)} in all"
+                self._row(event.offset, "blocks", words, total=event.total)
+            case el.DeviceSection():
+                words = (
+                    f"{indent}section {event.section_id}, {event.idstr} instance {event.instance} "
+                    f"version {event.version}: {len(event.body)} bytes"
+                )
+                self._row(
+                    event.offset,
+                    "device",
+                    words,
+                    id=event.section_id,
+                    name=event.idstr,
+                    instance=event.instance,
+                    version=event.version,
+                    size=len(event.body),
+                    package=bool(indent),
+                )
+            case el.Package():
+                self._row(event.offset, "package", f"{len(event.blob)} bytes:", size=len(event.blob))
+                for inner in read_package(event):
+                    self._element(inner, "  ")
+            case el.EndOfStream():
+                self._row(event.offset, "end", "end of the stream")
+            case el.VmDescription():
+                self._description(event)
+            case _:
+                assert isinstance(event, el.At)
+                words = command_words(event)
+                self._row(
+                    event.offset, "command", indent + words, name=words.split(maxsplit=1)[0].rstrip(":,")
+                )
+
+    def _configuration(self, event: el.Configuration) -> None:
+        words = f"machine {event.machine}"
+        more: dict[str, Any] = {"machine": event.machine}
+        if event.target_page_bits is not None:
+            words += f", target pages of {event.target_page_bits} bits"
+            more["target_page_bits"] = event.target_page_bits
+        if event.capabilities is not None:
+            words += f", capabilities {' '.join(event.capabilities)}"
+            more["capabilities"] = list(event.capabilities)
+        if event.uuid is not None:
+            words += f", UUID {event.uuid.hex()}"
+            more["uuid"] = event.uuid.hex()
+        self._row(event.offset, "configuration", words, **more)
+
+    def _description(self, event: el.VmDescription) -> None:
+        try:
+            count = len(vmdesc.parse(event.text))
+        except StreamError:
+            count = 0
+        words = f"{len(event.text)} bytes of JSON about {counted(count, 'device section')}"
+        words += ", which do not fit" if event.disagrees else ", all as long as it says"
+        self._row(event.offset, "description", words, size=len(event.text), devices=count)
+        self.wrong = event.disagrees
+
+    def lines(self) -> Iterator[str]:
+        """The report in words."""
+        for offset, kind, words, _ in self.rows:
+            yield f"{offset:>12}  {kind:<13}  {words}"
+        if self.blocks:
+            width = max(len(block.name) for block in self.blocks)
+            yield ""
+            yield "RAM blocks"
+            for block in self.blocks:
+                more = f", pages of {size(block.page_size)}" if block.page_size else ""
+                more += f", at {block.guest_address:#x}" if block.guest_address is not None else ""
+                yield (
+                    f"  {block.name:<{width}}  {size(block.length)}{more}: "
+                    f"{pages_in_words(self.pages[block.name])}"
+                )
+        if self.trailing:
+            yield ""
+            yield f"{self.trailing} bytes follow the end; they are not part of the stream."
+        yield ""
+        yield f"Wrong: {self.wrong}" if self.wrong else "Nothing wrong."
+
+    def as_json(self) -> dict[str, Any]:
+        wrong = self.wrong and {"offset": self.wrong.offset, "reason": self.wrong.reason}
+        return {
+            "wrong": wrong,
+            "elements": [{"offset": at, "kind": kind, **more} for at, kind, _, more in self.rows],
+            "ram": [
+                {
+                    "name": block.name,
+                    "length": block.length,
+                    "page_size": block.page_size,
+                    "guest_address": block.guest_address,
+                    "pages": dict(self.pages[block.name]),
+                }
+                for block in self.blocks
+            ],
+            "trailing": self.trailing,
+        }

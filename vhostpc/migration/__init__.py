@@ -1,0 +1,1 @@
+"""The two ends of a migration, as QEMU speaks it."""
