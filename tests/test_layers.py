@@ -17,9 +17,9 @@ PACKAGE = ROOT / "vhostpc"
 NATIVE = PACKAGE / "_native"
 
 # A package imports only what stands after it.
-ORDER = ["cli", "frontend", "backend", "virtio", "ufd", "memory", "_native"]
+ORDER = ["cli", "qmp", "endpoint", "frontend", "migration", "backend", "virtio", "ufd", "memory", "_native"]
 # ... and these not even so.
-FORBIDDEN = {("frontend", "backend")}
+FORBIDDEN = {("frontend", "backend"), ("frontend", "migration"), ("migration", "backend")}
 # For all to import; they import nothing of ours but this.
 FREE = {"errors": set[str](), "wire": {"errors"}, "transport": {"errors", "wire"}}
 # Who may see the native module.
