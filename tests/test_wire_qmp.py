@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_integers_beyond_64_bits_are_floats() -> None:
 def test_json_comes_whole_however_it_is_cut(value: Any, plain: bool, cuts: list[int]) -> None:
     data = json.dumps([value], ensure_ascii=plain).encode() + b'{"next": 1}'
     borders = sorted({0, len(data), *(min(c, len(data)) for c in cuts)})
-    pieces = [data[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    pieces = [data[a:b] for a, b in itertools.pairwise(borders)]
     assert read(*pieces) == [Value([value]), Value({"next": 1})]
 
 

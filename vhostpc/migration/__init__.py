@@ -1,0 +1,1 @@
+"""Migration between this package and QEMU: options, statuses, addresses, the two ends."""
