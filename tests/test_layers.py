@@ -17,7 +17,7 @@ PACKAGE = ROOT / "vhostpc"
 NATIVE = PACKAGE / "_native"
 
 # A package imports only what stands after it.
-ORDER = ["cli", "frontend", "migration", "backend", "virtio", "ufd", "memory", "_native"]
+ORDER = ["cli", "qmp", "endpoint", "frontend", "migration", "backend", "virtio", "ufd", "memory", "_native"]
 # ... and these not even so.
 FORBIDDEN = {("frontend", "backend"), ("frontend", "migration"), ("migration", "backend")}
 # For all to import; they import nothing of ours but this.

@@ -71,3 +71,7 @@ class StreamError(ProtocolError):
 
 class ChannelLost(VhostpcError):
     """The link to the source of pages broke."""
+
+
+class MigrationRefused(VhostpcError):
+    """A migration, or an option of it, is refused before anything happened; the text is QEMU's."""

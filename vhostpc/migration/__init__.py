@@ -1,1 +1,1 @@
-"""The two ends of a migration, as QEMU speaks it."""
+"""Migration between this package and QEMU: options, statuses, addresses, the two ends."""

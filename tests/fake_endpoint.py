@@ -1,0 +1,63 @@
+"""An endpoint without a migration behind it: statuses move when the test says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import trio
+
+from vhostpc.migration.options import Compat, Options
+from vhostpc.migration.state import Event, Machine, Status
+from vhostpc.migration.uri import Address
+from vhostpc.qmp import Events, MigrationInfo
+
+
+class FakeEndpoint:
+    """``calls`` is what the monitor asked for; ``ended`` is set by quit."""
+
+    def __init__(self, compat: Compat = "10.0", *, incoming: bool = False) -> None:
+        self.options = Options(compat)
+        self.events = Events(self.options)
+        self.machine = Machine("destination" if incoming else "source", compat)
+        self.run_state = "inmigrate" if incoming else "prelaunch"
+        self.calls: list[Any] = []
+        self.ended = trio.Event()
+        self.extra = MigrationInfo()
+
+    def info(self) -> MigrationInfo:
+        return replace(self.extra, status=self.machine.status)
+
+    def move(self, event: Event) -> None:
+        before = self.machine.status
+        if self.machine.move(event) is not before:
+            self.events.migration(self.machine.status)
+
+    async def stop(self) -> None:
+        if self.run_state == "running":
+            self.run_state = "paused"
+            self.events.stop()
+
+    async def cont(self) -> None:
+        if self.run_state != "running":
+            self.run_state = "running"
+            self.events.resume()
+
+    async def migrate(self, address: Address, *, resume: bool) -> None:
+        self.calls.append(("migrate", address, resume))
+        self.move(Event.START)
+
+    async def incoming(self, address: Address, *, exit_on_error: bool) -> None:
+        self.calls.append(("incoming", address, exit_on_error))
+        self.move(Event.START)
+
+    async def cancel(self) -> None:
+        if self.machine.status in (Status.SETUP, Status.ACTIVE):
+            self.move(Event.CANCEL)
+            self.move(Event.CANCELLED)
+
+    async def start_postcopy(self) -> None:
+        self.calls.append("start-postcopy")
+
+    def quit(self) -> None:
+        self.ended.set()

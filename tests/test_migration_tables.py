@@ -1,0 +1,160 @@
+"""Options, statuses and addresses of a migration, without any I/O."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, cast
+
+import pytest
+
+from vhostpc.errors import MigrationRefused
+from vhostpc.migration.options import CAPABILITIES, SUPPORTED, Compat, Options
+from vhostpc.migration.state import DESTINATION, SOURCE, Event, Machine, Status, WrongMove
+from vhostpc.migration.uri import Exec, Fd, File, Tcp, Unix, parse
+
+BOTH: tuple[Compat, ...] = ("7.2", "10.0")
+E = Event
+
+
+@pytest.mark.parametrize("compat", BOTH)
+def test_no_capability_that_we_do_not_do_can_be_switched_on(compat: Compat) -> None:
+    for name in CAPABILITIES[compat]:
+        options = Options(compat)
+        if name in SUPPORTED:
+            options.set_capabilities([(name, True)], busy=False)
+            assert name in options
+        else:
+            with pytest.raises(MigrationRefused):
+                options.set_capabilities([("events", True), (name, True)], busy=False)
+            assert not options.on
+        options.set_capabilities([(name, False)], busy=False)
+
+
+def test_no_capability_changes_while_a_migration_runs() -> None:
+    options = Options()
+    with pytest.raises(MigrationRefused, match="^There's a migration process in progress$"):
+        options.set_capabilities([("events", True)], busy=True)
+
+
+def test_parameters_are_set_all_or_none() -> None:
+    options = Options()
+    with pytest.raises(MigrationRefused, match=r"downtime_limit.*2000 \* 1000"):
+        options.set_parameters({"max-bandwidth": 7, "downtime-limit": 9999999})
+    assert options["max-bandwidth"] == 128 << 20
+    options.set_parameters({"max-bandwidth": 7})
+    assert options["max-bandwidth"] == 7
+    for changes in ({"mode": "cpr-reboot"}, {"direct-io": True}):
+        with pytest.raises(MigrationRefused):
+            options.set_parameters(cast(dict[str, Any], changes))
+    options.set_parameters({"tls-creds": "x"})
+    with pytest.raises(MigrationRefused, match="^No TLS credentials with id 'x'$"):
+        options.check_start()
+
+
+# The statuses that QEMU shows on its way, as its events told them.
+PATHS = [
+    ("source", "10.0", "start connect switch finish", "setup active device completed"),
+    ("source", "7.2", "start connect switch finish", "setup active completed"),
+    (
+        "source",
+        "10.0",
+        "start connect switch package finish",
+        "setup active device postcopy-active completed",
+    ),
+    ("source", "7.2", "start connect switch package finish", "setup active postcopy-active completed"),
+    ("source", "10.0", "start connect cancel cancelled", "setup active cancelling cancelled"),
+    ("destination", "10.0", "start connect package finish", "setup active postcopy-active completed"),
+    ("destination", "7.2", "start connect package finish", "active postcopy-active completed"),
+    (
+        "source",
+        "10.0",
+        "start connect switch package lose recover reconnect resume finish",
+        "setup active device postcopy-active postcopy-paused postcopy-recover-setup postcopy-recover "
+        "postcopy-active completed",
+    ),
+    (
+        "source",
+        "7.2",
+        "start connect switch package lose recover resume finish",
+        "setup active postcopy-active postcopy-paused postcopy-recover postcopy-active completed",
+    ),
+]
+
+
+@pytest.mark.parametrize(("side", "compat", "events", "statuses"), PATHS)
+def test_paths_are_qemus(side: Any, compat: Compat, events: str, statuses: str) -> None:
+    machine = Machine(side, compat)
+    for event in events.split():
+        machine.move(Event(event))
+    assert machine.history[1:] == statuses.split()
+
+
+@pytest.mark.parametrize("compat", BOTH)
+def test_a_missing_pair_raises_and_changes_nothing(compat: Compat) -> None:
+    for status, event in itertools.product(Status, Event):
+        for side, table in (("source", SOURCE[compat]), ("destination", DESTINATION[compat])):
+            machine = Machine(cast(Any, side), compat)
+            machine.status = status
+            if (status, event) not in table:
+                with pytest.raises(WrongMove):
+                    machine.move(event)
+                assert machine.status is status
+
+
+@pytest.mark.parametrize("compat", BOTH)
+def test_the_machine_never_runs_on_both_sides(compat: Compat) -> None:
+    """Every pair of statuses that the two ends can reach together.
+
+    What ties them: the destination takes the package (or the end of a precopy) only after the source sent it,
+    the source hears that the destination never ran only when it did not.
+    """
+    seen = set()
+    todo = [(Status.NONE, Status.NONE)]
+    while todo:
+        pair = todo.pop()
+        if pair in seen:
+            continue
+        seen.add(pair)
+        source, destination = (Machine("source", compat), Machine("destination", compat))
+        source.status, destination.status = pair
+        assert not (source.may_run and destination.may_run), pair
+        for (status, event), after in SOURCE[compat].items():
+            heard = event is not E.NEVER_RAN or destination.status is Status.FAILED
+            again = event is E.START and source.status is not Status.NONE  # another destination
+            if status is source.status and heard and not again:
+                todo.append((after, destination.status))
+        for (status, event), after in DESTINATION[compat].items():
+            sent = not (event in (E.PACKAGE, E.FINISH) and source.may_run)
+            if status is destination.status and sent:
+                todo.append((source.status, after))
+    assert (Status.POSTCOPY_PAUSED, Status.POSTCOPY_PAUSED) in seen
+    assert (Status.COMPLETED, Status.COMPLETED) in seen
+
+
+@pytest.mark.parametrize("compat", BOTH)
+def test_after_the_package_only_the_destinations_word_frees_the_source(compat: Compat) -> None:
+    machine = Machine("source", compat)
+    for (before, event), after in SOURCE[compat].items():
+        machine.status = before
+        held = not machine.may_run
+        machine.status = after
+        if held and machine.may_run and before is not Status.COMPLETED:
+            assert event is E.NEVER_RAN
+
+
+@pytest.mark.parametrize(
+    ("uri", "address"),
+    [
+        ("tcp:h:5", Tcp("h", "5")),
+        ("tcp::0", Tcp("", "0")),
+        ("tcp:[::1]:5,ipv4", Tcp("::1", "5", ipv4=True)),
+        ("tcp:127.0.0.1:1,to=9,ipv6=off", Tcp("127.0.0.1", "1", ipv6=False, to=9)),
+        ("unix:/a:b", Unix("/a:b")),
+        ("fd:x", Fd("x")),
+        ("exec:cat > x,y", Exec(("/bin/sh", "-c", "cat > x,y"))),
+        ("file:/x,offset=0x10k", File("/x", 16 << 10)),
+        ("file:/x", File("/x")),
+    ],
+)
+def test_addresses(uri: str, address: Any) -> None:
+    assert parse(uri, "10.0") == address

@@ -1,0 +1,358 @@
+"""The commands of QMP: one row each, and what it does. The checks that QEMU makes before a migration are here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from vhostpc.errors import VhostpcError
+from vhostpc.migration import uri
+from vhostpc.migration.options import IN_PROGRESS, Compat, parameters
+from vhostpc.migration.state import BUSY, Status
+from vhostpc.qmp import types
+from vhostpc.qmp.endpoint import Endpoint
+from vhostpc.qmp.events import Events
+from vhostpc.qmp.schema import BOOL, NOTHING, STR, Array, Enum, Int, Introspection, Member, Struct, Type
+from vhostpc.wire.qmp import NOT_FOUND, QmpError
+
+VERSIONS: dict[Compat, tuple[int, int, int]] = {"7.2": (7, 2, 22), "10.0": (10, 0, 2)}
+
+_IN_POSTCOPY = frozenset(
+    {
+        Status.POSTCOPY_ACTIVE,
+        Status.POSTCOPY_PAUSED,
+        Status.POSTCOPY_RECOVER_SETUP,
+        Status.POSTCOPY_RECOVER,
+    }
+)
+
+
+@dataclass
+class Session:
+    """One client's state. Descriptors it sent are its own until a command takes them over."""
+
+    endpoint: Endpoint
+    events: Events
+    negotiated: bool = False
+    oob: bool = False
+    received: list[int] = field(default_factory=list)  # descriptors that no getfd has named yet
+    named: dict[str, int] = field(default_factory=dict)
+    leaving: bool = False  # the reply under way is the last: then the program ends
+
+    @property
+    def compat(self) -> Compat:
+        return self.endpoint.options.compat
+
+    def take_received(self, fds: list[int]) -> None:
+        """Descriptors came with a message; those before, which nobody named, are closed."""
+        if fds:
+            _close(self.received)
+            self.received = fds
+
+    def close(self) -> None:
+        _close([*self.received, *self.named.values()])
+        self.received, self.named = [], {}
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+Handler = Callable[[Session, dict[str, Any]], Awaitable[Any]]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command; ``arguments`` and ``result`` depend on the QEMU version. ``oob``: may run out of band."""
+
+    name: str
+    handler: Handler
+    arguments: Callable[[Compat], Struct] = lambda _: NOTHING
+    result: Callable[[Compat], Type] = lambda _: NOTHING
+    oob: bool = False
+
+
+# Handlers
+
+
+async def _capabilities(session: Session, arguments: dict[str, Any]) -> Any:
+    if session.negotiated:
+        raise QmpError("Capabilities negotiation is already complete, command ignored", NOT_FOUND)
+    session.oob = "oob" in arguments.get("enable", [])
+    session.negotiated = True
+    return {}
+
+
+def version(compat: Compat) -> dict[str, Any]:
+    """What ``query-version`` and the greeting say: the QEMU whose manners are kept, and who keeps them."""
+    major, minor, micro = VERSIONS[compat]
+    return {"qemu": {"micro": micro, "minor": minor, "major": major}, "package": "vhostpc"}
+
+
+async def _version(session: Session, _: dict[str, Any]) -> Any:
+    return version(session.compat)
+
+
+async def _commands(_: Session, __: dict[str, Any]) -> Any:
+    return [{"name": name} for name in COMMANDS]
+
+
+async def _schema(session: Session, _: dict[str, Any]) -> Any:
+    return schema(session.compat)
+
+
+async def _status(session: Session, _: dict[str, Any]) -> Any:
+    state = session.endpoint.run_state
+    told: dict[str, Any] = {"status": state, "running": state == "running"}
+    if session.compat == "7.2":
+        told["singlestep"] = False
+    return told
+
+
+async def _stop(session: Session, _: dict[str, Any]) -> Any:
+    await session.endpoint.stop()
+    return {}
+
+
+async def _cont(session: Session, _: dict[str, Any]) -> Any:
+    if session.endpoint.run_state == "finish-migrate":
+        raise QmpError("Migration is not finalized yet")
+    await session.endpoint.cont()
+    return {}
+
+
+async def _quit(session: Session, _: dict[str, Any]) -> Any:
+    session.events.shutdown()
+    session.leaving = True
+    return {}
+
+
+def _address(session: Session, arguments: dict[str, Any]) -> uri.Address:
+    text, channels = arguments.get("uri"), arguments.get("channels")
+    if text is not None and not channels:
+        return uri.parse(text, session.compat)
+    if text is None and channels:
+        return uri.from_channels(channels)
+    raise QmpError("need either 'uri' or 'channels' argument")
+
+
+def _with_descriptor(session: Session, address: uri.Address) -> uri.Address:
+    """An fd address gets the descriptor that a client gave under that name; it is no longer the client's."""
+    if not isinstance(address, uri.Fd):
+        return address
+    if address.name not in session.named:
+        raise QmpError(f"File descriptor named '{address.name}' has not been found")
+    return uri.Fd(address.name, session.named.pop(address.name))
+
+
+async def _migrate(session: Session, arguments: dict[str, Any]) -> Any:
+    endpoint = session.endpoint
+    for name in ("blk", "inc"):
+        if arguments.get(name):
+            raise QmpError("QEMU compiled without old-style (blk/-b, inc/-i) block migration")
+    address = _address(session, arguments)
+    status = endpoint.info().status
+    if arguments.get("resume"):
+        if status is not Status.POSTCOPY_PAUSED:
+            raise QmpError("Cannot resume if there is no paused migration")
+    elif endpoint.run_state == "inmigrate":
+        raise QmpError("Guest is waiting for an incoming migration")
+    elif status in BUSY:
+        raise QmpError(IN_PROGRESS)
+    elif endpoint.run_state == "postmigrate":
+        raise QmpError("Can't migrate the vm that was paused due to previous migration")
+    endpoint.options.check_start()
+    if isinstance(address, uri.File) and "postcopy-ram" in endpoint.options:
+        raise QmpError("Postcopy requires a migration channel that goes both ways, a file does not")
+    await endpoint.migrate(_with_descriptor(session, address), resume=bool(arguments.get("resume")))
+    return {}
+
+
+async def _incoming(session: Session, arguments: dict[str, Any]) -> Any:
+    endpoint = session.endpoint
+    if endpoint.run_state != "inmigrate":
+        raise QmpError("'-incoming' was not specified on the command line")
+    address = _address(session, arguments)
+    info = endpoint.info()
+    if session.compat == "7.2":
+        if info.status is not Status.NONE or info.socket_address:
+            raise QmpError("The incoming migration has already been started")
+    elif info.status is not Status.NONE:
+        raise QmpError(f"Illegal migration incoming state: {info.status}")
+    endpoint.options.check_start()
+    stays = not arguments.get("exit-on-error", True)
+    await endpoint.incoming(_with_descriptor(session, address), exit_on_error=not stays)
+    return {}
+
+
+async def _cancel(session: Session, _: dict[str, Any]) -> Any:
+    # 7.2 would do it, and lose the pages that only one side has.
+    if session.endpoint.info().status in _IN_POSTCOPY:
+        raise QmpError("Postcopy migration in progress, cannot cancel.")
+    await session.endpoint.cancel()
+    return {}
+
+
+async def _start_postcopy(session: Session, _: dict[str, Any]) -> Any:
+    endpoint = session.endpoint
+    if "postcopy-ram" not in endpoint.options:
+        raise QmpError("Enable postcopy with migrate_set_capability before the start of migration")
+    if endpoint.run_state == "inmigrate" or endpoint.info().status is Status.NONE:
+        raise QmpError("Postcopy must be started after migration has been started")
+    await endpoint.start_postcopy()
+    return {}
+
+
+async def _set_capabilities(session: Session, arguments: dict[str, Any]) -> Any:
+    changes = [(item["capability"], item["state"]) for item in arguments["capabilities"]]
+    status = session.endpoint.info().status
+    waits = session.endpoint.run_state == "inmigrate" and status in (Status.NONE, Status.SETUP)
+    session.endpoint.options.set_capabilities(changes, busy=status in BUSY and not waits)
+    return {}
+
+
+async def _get_capabilities(session: Session, _: dict[str, Any]) -> Any:
+    return [{"state": on, "capability": name} for name, on in session.endpoint.options.capabilities()]
+
+
+async def _set_parameters(session: Session, arguments: dict[str, Any]) -> Any:
+    session.endpoint.options.set_parameters(arguments)
+    return {}
+
+
+async def _get_parameters(session: Session, _: dict[str, Any]) -> Any:
+    options = session.endpoint.options
+    values = {name: options[name] for name in parameters(session.compat)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+async def _info(session: Session, _: dict[str, Any]) -> Any:
+    return session.endpoint.info().as_qmp(session.compat)
+
+
+async def _getfd(session: Session, arguments: dict[str, Any]) -> Any:
+    if not session.received:
+        raise QmpError("No file descriptor supplied via SCM_RIGHTS")
+    fd, *others = session.received
+    session.received = []
+    _close(others)
+    name = arguments["fdname"]
+    if name[:1].isdigit():
+        os.close(fd)
+        raise QmpError("Parameter 'fdname' expects a name not starting with a digit")
+    if name in session.named:
+        os.close(session.named.pop(name))
+    session.named[name] = fd
+    return {}
+
+
+async def _closefd(session: Session, arguments: dict[str, Any]) -> Any:
+    name = arguments["fdname"]
+    if name not in session.named:
+        raise QmpError(f"File descriptor named '{name}' not found")
+    os.close(session.named.pop(name))
+    return {}
+
+
+async def _human(session: Session, arguments: dict[str, Any]) -> Any:
+    from vhostpc.qmp import human
+
+    if arguments.get("cpu-index", 0) != 0:
+        raise QmpError("Parameter 'cpu-index' expects a CPU number")
+    return await human.run(session, arguments["command-line"])
+
+
+_FD_NAME = Struct((Member("fdname", STR),))
+
+_ROWS = (
+    Command(
+        "qmp_capabilities",
+        _capabilities,
+        lambda _: Struct((Member("enable", Array(Enum(("oob",))), True),)),
+    ),
+    Command("query-version", _version, result=lambda _: types.VERSION),
+    Command("query-commands", _commands, result=lambda _: Array(Struct((Member("name", STR),)))),
+    # The real type describes itself at length; nobody needs it to read the answer.
+    Command("query-qmp-schema", _schema, result=lambda _: Array(Struct((Member("name", STR),)))),
+    Command("query-status", _status, result=types.run_status),
+    Command("stop", _stop),
+    Command("cont", _cont),
+    Command("quit", _quit),
+    Command("migrate", _migrate, types.migrate),
+    Command("migrate-incoming", _incoming, types.incoming),
+    Command("migrate_cancel", _cancel),
+    Command("migrate-start-postcopy", _start_postcopy),
+    Command(
+        "migrate-set-capabilities",
+        _set_capabilities,
+        lambda compat: Struct((Member("capabilities", Array(types.capability_status(compat))),)),
+    ),
+    Command(
+        "query-migrate-capabilities",
+        _get_capabilities,
+        result=lambda compat: Array(types.capability_status(compat)),
+    ),
+    Command("migrate-set-parameters", _set_parameters, types.parameter_set),
+    Command(
+        "query-migrate-parameters",
+        _get_parameters,
+        result=lambda compat: types.parameter_set(compat, result=True),
+    ),
+    Command("query-migrate", _info, result=types.info),
+    Command("getfd", _getfd, lambda _: _FD_NAME),
+    Command("closefd", _closefd, lambda _: _FD_NAME),
+    Command(
+        "human-monitor-command",
+        _human,
+        lambda _: Struct((Member("command-line", STR), Member("cpu-index", Int(), True))),
+        lambda _: STR,
+    ),
+)
+COMMANDS = {row.name: row for row in _ROWS}
+
+
+@cache
+def _arguments(name: str, compat: Compat) -> Struct:
+    return COMMANDS[name].arguments(compat)
+
+
+@cache
+def schema(compat: Compat) -> list[dict[str, Any]]:
+    """The result of ``query-qmp-schema``."""
+    told = Introspection()
+    for row in _ROWS:
+        told.command(
+            row.name, row.arguments(compat), row.result(compat), **({"allow-oob": True} if row.oob else {})
+        )
+    told.event("MIGRATION", Struct((Member("status", types.status(compat)),)))
+    told.event("MIGRATION_PASS", Struct((Member("pass", Int()),)))
+    told.event("STOP", NOTHING)
+    told.event("RESUME", NOTHING)
+    told.event("SHUTDOWN", Struct((Member("guest", BOOL), Member("reason", types.SHUTDOWN_CAUSES))))
+    return told.entries
+
+
+def find(session: Session, name: str, *, out_of_band: bool = False) -> Command:
+    """The command of that name, if the session may run it now. Raises QmpError."""
+    if not session.negotiated and name != "qmp_capabilities":
+        raise QmpError("Expecting capabilities negotiation with 'qmp_capabilities'", NOT_FOUND)
+    if name not in COMMANDS:
+        raise QmpError(f"The command {name} has not been found", NOT_FOUND)
+    if out_of_band and not COMMANDS[name].oob:
+        raise QmpError(f"The command {name} does not support OOB")
+    return COMMANDS[name]
+
+
+async def call(session: Session, name: str, arguments: dict[str, Any], *, out_of_band: bool = False) -> Any:
+    """Run a command; its result. Every refusal is a QmpError."""
+    command = find(session, name, out_of_band=out_of_band)
+    try:
+        return await command.handler(session, _arguments(name, session.compat).check(arguments))
+    except QmpError:
+        raise
+    except VhostpcError as exc:
+        raise QmpError(str(exc)) from exc

@@ -1,0 +1,52 @@
+"""Events: told to every monitor that has agreed on capabilities."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from vhostpc.migration.options import Options
+from vhostpc.migration.state import Status
+from vhostpc.wire import qmp
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+class Events:
+    """Where the endpoint emits and the monitors listen. On the trio thread only; nothing waits."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._listeners: list[Listener] = []
+
+    def listen(self, listener: Listener) -> None:
+        self._listeners.append(listener)
+
+    def forget(self, listener: Listener) -> None:
+        self._listeners.remove(listener)
+
+    def emit(self, name: str, data: dict[str, Any] | None = None) -> None:
+        message = qmp.event(name, data, time.time_ns() // 1000)
+        for listener in tuple(self._listeners):
+            listener(message)
+
+    def migration(self, status: Status) -> None:
+        """MIGRATION, if the capability ``events`` is on. (7.2 tells of an incoming ``setup`` in any case:
+        there the endpoint calls ``emit`` itself.)"""
+        if "events" in self._options:
+            self.emit("MIGRATION", {"status": str(status)})
+
+    def migration_pass(self, number: int) -> None:
+        """MIGRATION_PASS, if the capability ``events`` is on."""
+        if "events" in self._options:
+            self.emit("MIGRATION_PASS", {"pass": number})
+
+    def stop(self) -> None:
+        self.emit("STOP")
+
+    def resume(self) -> None:
+        self.emit("RESUME")
+
+    def shutdown(self, reason: str = "host-qmp-quit") -> None:
+        self.emit("SHUTDOWN", {"guest": False, "reason": reason})

@@ -1,0 +1,183 @@
+"""The monitor's server: QMP for any number of clients on a unix socket.
+
+Each client has a reader, a worker that runs its commands one after the other, and a writer. What a client can
+make this process hold is bounded: :data:`QUEUED` commands, :data:`UNSENT` messages; a client that leaves more
+events than that unread is cut off. Out-of-band commands, once agreed on, are run by the reader.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from vhostpc.errors import VhostpcError
+from vhostpc.qmp import commands
+from vhostpc.qmp.commands import Session
+from vhostpc.qmp.endpoint import Endpoint
+from vhostpc.qmp.events import Events
+from vhostpc.wire import qmp
+
+QUEUED = 8
+UNSENT = 1024
+CLIENTS = 64
+_FDS = 16  # descriptors that one message may bring; QEMU's bound
+
+log = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Serves one endpoint to its clients. ``clients`` counts those connected."""
+
+    def __init__(self, endpoint: Endpoint, events: Events) -> None:
+        self.endpoint = endpoint
+        self.events = events
+        self.clients = 0
+
+    @contextlib.asynccontextmanager
+    async def listening(self, path: str | os.PathLike[str]) -> AsyncIterator[None]:
+        """Serve at a unix socket's path for the length of a block. The socket exists when it begins and is
+        removed when it ends. Raises VhostpcError if the path can not be had."""
+        listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with listener:
+            try:
+                await listener.bind(os.fspath(path))
+            except OSError as exc:
+                raise VhostpcError(f"Failed to bind socket to {path}: {exc.strerror or exc}") from exc
+            listener.listen(CLIENTS)
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._accept, listener, nursery)
+                    yield
+                    nursery.cancel_scope.cancel()
+            finally:
+                Path(path).unlink(missing_ok=True)
+
+    async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
+        while True:
+            client, _ = await listener.accept()
+            if self.clients >= CLIENTS:
+                log.warning("monitor: more than %d clients, one is turned away", CLIENTS)
+                client.close()
+            else:
+                nursery.start_soon(self.serve, client)
+
+    async def serve(self, client: trio.socket.SocketType) -> None:
+        """Serve one connected stream socket until it ends; closes it."""
+        self.clients += 1
+        session = Session(self.endpoint, self.events)
+        try:
+            with client:
+                await _Client(client, session).run()
+        except OSError as exc:
+            log.debug("monitor: client lost: %s", exc)
+        finally:
+            session.close()
+            self.clients -= 1
+        if session.leaving:
+            self.endpoint.quit()
+
+
+class _Client:
+    def __init__(self, client: trio.socket.SocketType, session: Session) -> None:
+        self._socket = client
+        self._session = session
+        self._scope = trio.CancelScope()
+        self._out, self._unsent = trio.open_memory_channel[dict[str, Any]](UNSENT)
+        self._queue, self._waiting = trio.open_memory_channel["qmp.Value | qmp.Broken"](QUEUED)
+
+    async def run(self) -> None:
+        self._session.events.listen(self._event)
+        try:
+            with self._scope:
+                # Before a nursery, so a client that is gone already is an OSError and no group of them.
+                greeting = qmp.greeting(commands.version(self._session.compat))
+                await self._send(qmp.encode(greeting))
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write)
+                    nursery.start_soon(self._work)
+                    await self._read()
+        finally:
+            self._session.events.forget(self._event)
+
+    def _event(self, message: dict[str, Any]) -> None:
+        if not self._session.negotiated:
+            return
+        try:
+            self._out.send_nowait(message)
+        except trio.WouldBlock:
+            log.warning("monitor: a client does not read, with %d messages unsent: cut off", UNSENT)
+            self._scope.cancel()
+        except trio.ClosedResourceError:
+            pass
+
+    async def _read(self) -> None:
+        reader = qmp.Reader()
+        # After ``quit`` nobody takes commands any more.
+        async with self._queue:
+            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                while data := await self._receive():
+                    for item in reader.feed(data):
+                        if self._session.oob and isinstance(item, qmp.Value) and _is_oob(item.value):
+                            await self._out.send(await self._reply(item))
+                        else:
+                            await self._queue.send(item)
+
+    async def _receive(self) -> bytes:
+        """The next bytes; nothing when the client has gone. Descriptors go to the session."""
+        try:
+            data, ancillary, _, _ = await self._socket.recvmsg(
+                65536, socket.CMSG_SPACE(_FDS * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
+            )
+        except OSError:
+            return b""
+        for level, kind, body in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds = array.array("i")
+                fds.frombytes(body[: len(body) - len(body) % fds.itemsize])
+                self._session.take_received(list(fds))
+        return data
+
+    async def _work(self) -> None:
+        async with self._out, self._waiting:
+            async for item in self._waiting:
+                await self._out.send(await self._reply(item))
+                if self._session.leaving:
+                    return  # what is queued still goes out
+
+    async def _reply(self, item: qmp.Value | qmp.Broken) -> dict[str, Any]:
+        asked = item.value if isinstance(item, qmp.Value) else None
+        try:
+            if isinstance(item, qmp.Broken):
+                raise item.error()
+            request = qmp.request(item.value, oob=self._session.oob)
+            result = await commands.call(
+                self._session, request.name, request.arguments, out_of_band=request.out_of_band
+            )
+            return qmp.answer(result, asked)
+        except qmp.QmpError as exc:
+            return qmp.refusal(exc, asked)
+
+    async def _write(self) -> None:
+        try:
+            async for message in self._unsent:
+                await self._send(qmp.encode(message))
+        except OSError:
+            pass
+        self._scope.cancel()  # all is said, or nobody listens
+
+    async def _send(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[await self._socket.send(view) :]
+
+
+def _is_oob(value: Any) -> bool:
+    return isinstance(value, dict) and "exec-oob" in value
