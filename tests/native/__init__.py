@@ -33,7 +33,9 @@ class Program:
         return program
 
 
-FLIP = Program("flip", "address,undefined", ("gm", "supply", "vq", "call", "chain", "pump", "pump_in", "pump_out"))
+FLIP = Program(
+    "flip", "address,undefined", ("gm", "supply", "vq", "call", "chain", "pump", "pump_in", "pump_out")
+)
 FAULTS = Program("faults", "thread", ("uffd", "fault", "waiters", "outbox", "ram", "ramload", "local"))
 
 
