@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests import streams
 from tests.streams import encode, h, read
-from vhostpc.errors import LocalProtocolError
+from vhostpc.errors import LocalProtocolError, StreamError
 from vhostpc.wire import elements as el
 from vhostpc.wire import vmdesc
 from vhostpc.wire.elements import BadStream, RunKind
@@ -378,6 +378,39 @@ def test_lengths_in_a_description(fields: str, size: int) -> None:
     assert events[-3] == section
     assert isinstance(events[-1], el.VmDescription)
     assert events[-1].disagrees is None
+
+
+DEEP = '{"name": "clk", "fields": [], "subsections": [' + '{"vmsd_name": "x", "subsections": [' * 40
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{]}", "the description is no JSON"),
+        ('{"devices": ' + "[" * 100_000 + "}", "the description is no JSON"),
+        ('{"devices": [' + "9" * 100_000 + "]}", "the description is no JSON"),
+        ('{"page_size": 4096}', "lists no devices"),
+        ('{"devices": {}}', "'devices' is no list of objects"),
+        ('{"devices": [{"name": 1}]}', "no 'name' where one belongs"),
+        ('{"devices": [{"name": "clk", "fields": [{"size": -1}]}]}', "no sensible 'size'"),
+        ('{"devices": [{"name": "clk", "fields": [{"size": true}]}]}', "no sensible 'size'"),
+        ('{"devices": [{"name": "clk", "fields": [{}]}]}', "no sensible 'size'"),
+        ('{"devices": [{"name": "clk", "size": 1e9}]}', "no sensible 'size'"),
+        ('{"devices": [{"name": "clk", "size": 10000000000000}]}', "no sensible 'size'"),
+        ('{"devices": [{"name": "clk", "instance_id": "0", "size": 4}]}', "no sensible 'instance_id'"),
+        ('{"devices": [' + DEEP + "]}" * 41 + "]}", "nested too deeply"),
+    ],
+)
+def test_a_description_that_is_none(text: str, reason: str) -> None:
+    """The sections are found without it, and what is wrong with it is told."""
+    with pytest.raises(StreamError, match=reason):
+        vmdesc.parse(text.encode())
+    events = read(P[:8381] + el.VmDescription(text.encode()).encode())
+    assert events[:-1] == PRECOPY[:-1]
+    assert isinstance(events[-1], el.VmDescription)
+    assert events[-1].disagrees is not None
+    assert events[-1].disagrees.offset == 8381
+    assert reason in events[-1].disagrees.reason
 
 
 @pytest.mark.parametrize("size", [None, 0x200000])
