@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests import streams
 from tests.streams import encode, h, read
-from vhostpc.errors import LocalProtocolError
+from vhostpc.errors import LocalProtocolError, StreamError
 from vhostpc.wire import elements as el
 from vhostpc.wire import vmdesc
 from vhostpc.wire.elements import BadStream, RunKind
@@ -379,6 +380,39 @@ def test_lengths_in_a_description(fields: str, size: int) -> None:
     assert events[-1].disagrees is None
 
 
+DEEP = '{"name": "clk", "fields": [], "subsections": [' + '{"vmsd_name": "x", "subsections": [' * 40
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{]}", "the description is no JSON"),
+        ('{"devices": ' + "[" * 100_000 + "}", "the description is no JSON"),
+        ('{"devices": [' + "9" * 100_000 + "]}", "the description is no JSON"),
+        ('{"page_size": 4096}', "lists no devices"),
+        ('{"devices": {}}', "'devices' is no list of objects"),
+        ('{"devices": [{"name": 1}]}', "no 'name' where one belongs"),
+        ('{"devices": [{"name": "clk", "fields": [{"size": -1}]}]}', "no sensible 'size'"),
+        ('{"devices": [{"name": "clk", "fields": [{"size": true}]}]}', "no sensible 'size'"),
+        ('{"devices": [{"name": "clk", "fields": [{}]}]}', "no sensible 'size'"),
+        ('{"devices": [{"name": "clk", "size": 1e9}]}', "no sensible 'size'"),
+        ('{"devices": [{"name": "clk", "size": 10000000000000}]}', "no sensible 'size'"),
+        ('{"devices": [{"name": "clk", "instance_id": "0", "size": 4}]}', "no sensible 'instance_id'"),
+        ('{"devices": [' + DEEP + "]}" * 41 + "]}", "nested too deeply"),
+    ],
+)
+def test_a_description_that_is_none(text: str, reason: str) -> None:
+    """The sections are found without it, and what is wrong with it is told."""
+    with pytest.raises(StreamError, match=reason):
+        vmdesc.parse(text.encode())
+    events = read(P[:8381] + el.VmDescription(text.encode()).encode())
+    assert events[:-1] == PRECOPY[:-1]
+    assert isinstance(events[-1], el.VmDescription)
+    assert events[-1].disagrees is not None
+    assert events[-1].disagrees.offset == 8381
+    assert reason in events[-1].disagrees.reason
+
+
 @pytest.mark.parametrize("size", [None, 0x200000])
 @pytest.mark.parametrize("last", [False, True])
 def test_blocks_that_name_their_page_size(size: int | None, last: bool) -> None:
@@ -420,6 +454,43 @@ def test_device_sections_are_bounded() -> None:
     with pytest.raises(BadStream, match="more than 1048576 bytes of device sections"):
         list(reader.feed(b""))
     assert fed <= (1 << 20) + vmdesc.MAX_DESCRIPTION + (1 << 17)
+
+
+def zeros(*words: int, fills: bytes) -> bytes:
+    """The toy machine's stream with one last part of ZERO records in ram0 instead of the others."""
+    first, *more = words
+    records = (first | 0x02).to_bytes(8, "big") + h("04 72616d30") + fills[:1]
+    for word, fill in zip(more, fills[1:], strict=True):
+        records += (word | 0x22).to_bytes(8, "big") + bytes([fill])
+    return P[:82] + h("03 00000007") + records + streams.END_OF_PART + P[8354:]
+
+
+def test_runs_end_where_pages_differ() -> None:
+    events = read(zeros(0, 0x1000, 0x2000, 0x1000, fills=bytes([0, 0, 7, 7])))
+    assert [e for e in events if isinstance(e, el.RamRun)] == [
+        el.RamRun("ram0", 0, 2, RunKind.ZERO),
+        el.RamRun("ram0", 0x2000, 1, RunKind.ZERO, 7),
+        el.RamRun("ram0", 0x1000, 1, RunKind.ZERO, 7),
+    ]
+
+
+def test_a_run_ends_with_its_block() -> None:
+    data = zeros(0, 0x1000, 0x2000, 0x3000, fills=bytes(4))
+    with pytest.raises(BadStream, match="at 0x3000 of block 'ram0', which has 0x3000 bytes") as wrong:
+        read(data)
+    assert wrong.value.offset == 87 + 14 + 2 * 9
+    # What came before the wrong byte is told.
+    assert seen(data)[-1] == el.RamRun("ram0", 0, 3, RunKind.ZERO)
+
+
+def seen(data: bytes) -> list[el.StreamEvent]:
+    """The events before the wrong byte."""
+    found: list[el.StreamEvent] = []
+    reader = StreamReader()
+    with contextlib.suppress(BadStream):
+        for event in reader.feed(data):
+            found.append(event)
+    return found
 
 
 NAMES = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=20)
@@ -490,6 +561,23 @@ def test_round_trip_in_any_pieces(events: list[el.StreamEvent], cuts: list[int])
     for event in found:
         if isinstance(event, el.Package):
             assert b"".join(e.encode() for e in read_package(event)) == event.blob
+
+
+@settings(deadline=None)
+@given(events=whole_streams(), cuts=st.lists(st.integers(0, 60_000), max_size=8))
+def test_runs_are_the_pages_in_any_pieces(events: list[el.StreamEvent], cuts: list[int]) -> None:
+    data = encode(events)
+    runs = read(data, StreamReader(), cuts)
+    assert runs == read(data)
+    spread = [
+        (run.block, run.start + i * 4096, run.kind is RunKind.DATA, run.fill)
+        for run in runs
+        if isinstance(run, el.RamRun)
+        for i in range(run.pages)
+    ]
+    assert spread == [
+        (p.block, p.offset, p.data is not None, p.fill) for p in events if isinstance(p, RamPage)
+    ]
 
 
 @settings(deadline=None)
