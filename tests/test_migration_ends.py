@@ -191,6 +191,10 @@ async def test_a_broken_byte_is_named_by_its_place_in_the_stream() -> None:
     assert f"byte {at} " in str(error)
 
 
+async def test_bytes_behind_the_end() -> None:
+    assert "3 bytes behind the end" in str(await refused(PRECOPY + b"abc"))
+
+
 async def test_postcopy_that_is_not_enabled() -> None:
     assert "postcopy-ram is not enabled" in str(await refused(POSTCOPY))
 

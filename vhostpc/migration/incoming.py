@@ -330,5 +330,8 @@ class Incoming:
                     await trio.sleep(0.01)
             if limit.cancelled_caught:
                 raise ChannelLost("the source takes nothing more on the return path")
+        elif self._reader.unread:
+            # A guest that can write a device's state could have forged an earlier end.
+            raise BadStream(self._reader.offset, f"{self._reader.unread} bytes behind the end of the stream")
         elif self._return_path:
             await self._say(Shut(0).encode())
