@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import trio
 from qemu.qmp import ExecuteError, QMPClient
 
 from tests.fake_endpoint import FakeEndpoint
+from tests.qemu.proc import child
 from tests.qmp_wire import client, ours
 from tests.until import until
 from vhostpc.migration.options import Compat
@@ -69,6 +71,24 @@ async def test_the_library_of_qemu_drives_it(tmp_path: Path) -> None:
     }
     assert heard == ["RESUME", "setup", "cancelling", "cancelled", "STOP"]
     assert endpoint.calls == [("migrate", Unix("/x"), False), "start-postcopy"]
+
+
+async def test_qmp_shell_drives_it(tmp_path: Path) -> None:
+    endpoint = FakeEndpoint()
+    shell = [str(Path(sys.executable).parent / "qmp-shell"), str(tmp_path / "qmp")]
+    async with ours(endpoint, tmp_path):
+        async with child("qmp-shell", shell, env={"HOME": str(tmp_path), "PYTHONUNBUFFERED": "1"}) as process:
+            for line, answer in (
+                ("query-version", '"major": 10'),
+                ("migrate uri=unix:/x", '"return": {}'),
+                ("query-migrate", '"status": "setup"'),
+            ):
+                at = len(process.out)
+                await process.send(line + "\n")
+                await process.out.find(answer, at)
+            await process.close_stdin()
+            assert await process.wait() == 0
+    assert endpoint.calls == [("migrate", Unix("/x"), False)]
 
 
 @pytest.mark.parametrize("compat", BOTH)
