@@ -305,3 +305,38 @@ def test_events_need_the_capability() -> None:
     events.migration_pass(2)
     events.stop()
     assert heard == ["MIGRATION_PASS", "STOP"]
+
+
+LINES = [
+    *("info migrate_capabilities", "info migrate_parameters", "info status", "stop", "cont", "info status"),
+    *("bogus", "info bogus", "", "  ", "q5", "help bogus", "help stop", "help cont", "help quit"),
+    *("help info migrate", "help migrate_set_capability", "? migrate_cancel", "help migrate_incoming"),
+    *("help migrate_set_parameter", "help info status", "c", "s", "info status"),
+    *("migrate_set_capability", "migrate_set_capability events", "migrate_set_capability events foo"),
+    *("migrate_set_capability bogus on", "migrate_set_capability events on extra"),
+    *("migrate_set_capability postcopy-ram on", "migrate_set_capability x-ignore-shared on"),
+    *("migrate_set_parameter", "migrate_set_parameter bogus 5", "migrate_set_parameter downtime-limit abc"),
+    *("migrate_set_parameter max-bandwidth 5", "info migrate_parameters"),
+    *("migrate_set_parameter max-bandwidth 1k", "migrate_set_parameter downtime-limit 9999999"),
+    *("migrate_set_parameter cpu-throttle-tailslow on", "migrate_set_parameter cpu-throttle-tailslow x"),
+    *("migrate_set_parameter xbzrle-cache-size 1", "migrate_set_parameter multifd-channels 300"),
+    *(
+        "info migrate_parameters",
+        "migrate",
+        "migrate -x foo",
+        "migrate -d",
+        "migrate -d bogus",
+        "migrate_cancel",
+    ),
+    *("migrate_cancel x", "migrate_incoming", "migrate_incoming unix:/x", "info migrate x", "stop 5"),
+    *('migrate_set_capability "postcopy-ram" off', "info migrate_capabilities"),
+]
+
+
+@pytest.mark.parametrize("compat", BOTH)
+async def test_the_text_monitor_words_things_as_qemu(compat: Compat, tmp_path: Path) -> None:
+    async with beside(compat, tmp_path) as (theirs, own):
+        for wire in (theirs, own):
+            await wire.ready()
+        for line in LINES:
+            assert await own.hmp(line) == await theirs.hmp(line), line

@@ -38,7 +38,10 @@ IN_PROGRESS = "There's a migration process in progress"
 
 # (capability, its partner, the refusal), looked at in QEMU's order.
 _CONFLICTS: dict[str, tuple[tuple[str, str, str], ...]] = {
-    "7.2": (("postcopy-ram", "x-ignore-shared", "Postcopy is not compatible with ignore-shared"),),
+    "7.2": (
+        ("postcopy-ram", "x-ignore-shared", "Postcopy is not compatible with ignore-shared"),
+        ("compress", "multifd", "Multifd is not compatible with compress"),
+    ),
     "10.0": (
         ("postcopy-ram", "x-ignore-shared", "Postcopy is not compatible with ignore-shared"),
         ("postcopy-ram", "multifd", "Postcopy is not yet compatible with multifd"),
@@ -52,10 +55,13 @@ _CONFLICTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ),
     ),
 }
-_NOT_WITH_SNAPSHOT = ("postcopy-ram", "return-path", "multifd")
+_WITH_SNAPSHOT = {
+    *("background-snapshot", "zero-blocks", "events", "block", "x-ignore-shared", "postcopy-preempt"),
+    *("switchover-ack", "dirty-limit", "mapped-ram"),
+}
 _NEEDS = (
-    ("postcopy-preempt", "postcopy-ram", "Postcopy preempt requires postcopy-ram"),
     ("zero-copy-send", "multifd", "Zero copy only available for non-compressed non-TLS multifd migration"),
+    ("postcopy-preempt", "postcopy-ram", "Postcopy preempt requires postcopy-ram"),
     ("switchover-ack", "return-path", "Capability 'switchover-ack' requires capability 'return-path'"),
 )
 
@@ -68,8 +74,8 @@ def unknown_value(name: str, value: str) -> str:
 def check_capabilities(wanted: set[str], before: set[str], compat: Compat) -> None:
     """Refuse a set of capabilities that QEMU refuses, or that has one that we do not do."""
     if "background-snapshot" in wanted:
-        for name in _NOT_WITH_SNAPSHOT:
-            if name in wanted:
+        for name in CAPABILITIES[compat]:
+            if name in wanted and name not in _WITH_SNAPSHOT:
                 raise MigrationRefused(f"Background-snapshot is not compatible with {name}")
     for one, other, text in _CONFLICTS[compat]:
         if one in wanted and other in wanted:
@@ -199,8 +205,8 @@ _PARAMETERS = (
     Parameter("zero-page-detection", "enum", "multifd", values=("none", "legacy", "multifd"), only="10.0"),
     Parameter("direct-io", "bool", False, accepted=(False,), only="10.0"),
 )
-# QEMU 7.2 does not look at the levels.
-_UNCHECKED_IN_72 = {"multifd-zlib-level", "multifd-zstd-level"}
+# QEMU 7.2 takes these levels and keeps the old ones.
+_IDLE_IN_72 = {"multifd-zlib-level", "multifd-zstd-level"}
 _REFUSED = {"direct-io": "No build-time support for direct-io"}
 
 
@@ -244,13 +250,15 @@ class Options:
     def set_parameters(self, changes: Mapping[str, Any]) -> None:
         """All of them or none; also while a migration runs. Raises MigrationRefused."""
         known = parameters(self.compat)
+        if self.compat == "7.2":
+            changes = {name: value for name, value in changes.items() if name not in _IDLE_IN_72}
         now = {**self.values, **changes}
         for name, row in known.items():
             if name not in changes:
                 continue
             value = changes[name]
             text = row.check(value, now) if row.check else None
-            if text and not (self.compat == "7.2" and name in _UNCHECKED_IN_72):
+            if text:
                 raise MigrationRefused(text)
             if row.accepted is not None and value not in row.accepted:
                 raise MigrationRefused(_REFUSED.get(name) or unknown_value(name, _spelt(value)))

@@ -58,13 +58,13 @@ class File:
 Address = Tcp | Unix | Fd | Exec | File
 
 _TCP = re.compile(
-    r"(?P<v6>\[(?P<host6>[^\]]*)\])?(?(v6)|(?P<host>[^:]*)):(?P<port>[^,]+)(?P<rest>,.*)?", re.DOTALL
+    r"(?P<v6>\[(?P<host6>[^\]]*)\])?(?(v6)|(?!\[)(?P<host>[^:]*)):(?P<port>[^,]+)(?P<rest>,.*)?", re.DOTALL
 )
 _SIZES = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 
 
-def parse(uri: str, compat: Compat) -> Address:
-    """The address that a URI names. Raises MigrationRefused."""
+def parse(uri: str, compat: Compat, *, incoming: bool = False) -> Address:
+    """The address that a URI names; ``incoming``: to listen at. Raises MigrationRefused."""
     scheme, colon, rest = uri.partition(":")
     if colon and scheme == "tcp":
         return _tcp(rest)
@@ -84,7 +84,7 @@ def parse(uri: str, compat: Compat) -> Address:
         raise MigrationRefused(f"error parsing address '{rest}'")
     raise MigrationRefused(
         "Parameter 'uri' expects a valid migration protocol"
-        if compat == "7.2"
+        if compat == "7.2" and not incoming
         else f"unknown migration protocol: {uri}"
     )
 

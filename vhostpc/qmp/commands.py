@@ -131,10 +131,10 @@ async def _quit(session: Session, _: dict[str, Any]) -> Any:
     return {}
 
 
-def _address(session: Session, arguments: dict[str, Any]) -> uri.Address:
+def _address(session: Session, arguments: dict[str, Any], *, incoming: bool = False) -> uri.Address:
     text, channels = arguments.get("uri"), arguments.get("channels")
     if text is not None and not channels:
-        return uri.parse(text, session.compat)
+        return uri.parse(text, session.compat, incoming=incoming)
     if text is None and channels:
         return uri.from_channels(channels)
     raise QmpError("need either 'uri' or 'channels' argument")
@@ -176,7 +176,7 @@ async def _incoming(session: Session, arguments: dict[str, Any]) -> Any:
     endpoint = session.endpoint
     if endpoint.run_state != "inmigrate":
         raise QmpError("'-incoming' was not specified on the command line")
-    address = _address(session, arguments)
+    address = _address(session, arguments, incoming=True)
     info = endpoint.info()
     if session.compat == "7.2":
         if info.status is not Status.NONE or info.socket_address:
