@@ -166,3 +166,9 @@ def test_every_native_name_has_a_type() -> None:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("vpc_")
         }
         assert declared == typed, header.name
+
+
+@pytest.mark.parametrize("name", ["options", "state", "uri"])
+def test_tables_of_a_migration_do_no_io(name: str) -> None:
+    found = {part.split(".")[0] for part in imports(PACKAGE / "migration" / f"{name}.py")}
+    assert not found & {"trio", "socket", "os", "threading"}

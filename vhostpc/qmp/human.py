@@ -219,7 +219,8 @@ async def _run(session: Session, line: str) -> str:
     words = [found[1] if found[1] is not None else found[2] for found in _WORD.finditer(line)]
     if not words:
         return ""
-    table, name, prefix = _ROWS, words.pop(0), ""
+    table: tuple[_Row, ...] = _ROWS
+    name, prefix = words.pop(0), ""
     if name == "info" and words:
         table, name, prefix = _INFO, words.pop(0), "info "
     row = next((row for row in table if name in row.names.split("|")), None)
