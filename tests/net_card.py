@@ -5,6 +5,7 @@ Its memory is calm. Nothing here waits: the test decides when to look again.
 
 from __future__ import annotations
 
+import socket
 import struct
 from collections import deque
 
@@ -121,3 +122,12 @@ class Card:
         ring.desc, ring.avail, ring.used = (a + delta for a in old)
         for a, part in zip((ring.desc, ring.avail, ring.used), parts, strict=True):
             self.guest.mem[a : a + len(part)] = part
+
+
+def udp() -> socket.socket:
+    """A socket on loopback that does not block, with room for a burst."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+    sock.bind(("127.0.0.1", 0))
+    sock.setblocking(False)
+    return sock

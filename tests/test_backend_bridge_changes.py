@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.net_card import MEMORY, Card, frame
+from tests.net_card import MEMORY, Card, frame, udp
 from tests.raw_front_end import GUEST_BASE, USER_BASE, Guest, RawFrontEnd, Ring, connected
 from tests.until import until
 from vhostpc.backend.net import Bridge
@@ -219,14 +219,6 @@ class Session:
         self.stale_calls.close()
         self.stale_kicks.close()
         self.extra.close()
-
-
-def udp() -> socket.socket:
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-    sock.bind(("127.0.0.1", 0))
-    sock.setblocking(False)
-    return sock
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tests.net_card import HEADER, MEMORY, Card, frame
+from tests.net_card import HEADER, MEMORY, Card, frame, udp
 from tests.raw_front_end import Guest, RawFrontEnd, connected
 from tests.until import until
 from vhostpc.backend.net import Bridge
@@ -41,14 +41,6 @@ class Network:
     async def until(self, count: int) -> list[bytes]:
         await until(lambda: len(self.drain()) >= count, 10, f"{count} frames out")
         return self.arrived
-
-
-def udp() -> socket.socket:
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-    sock.bind(("127.0.0.1", 0))
-    sock.setblocking(False)
-    return sock
 
 
 MakeNetwork = Callable[[bool], Network]

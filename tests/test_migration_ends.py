@@ -15,8 +15,9 @@ from vhostpc.errors import ChannelLost, MemoryLost, StreamError, UfdError
 from vhostpc.memory.ramblock import Bits
 from vhostpc.migration import incoming as incoming_module
 from vhostpc.migration.held import HeldMachine
-from vhostpc.migration.incoming import Incoming, IncomingStatus
-from vhostpc.migration.outgoing import Outgoing, OutgoingStatus
+from vhostpc.migration.incoming import Incoming
+from vhostpc.migration.outgoing import Outgoing
+from vhostpc.migration.state import Status
 from vhostpc.wire.return_path import PageRequest, Pong, ReturnPathDecoder, Shut
 
 ZERO = bytes(4096)
@@ -263,7 +264,7 @@ async def test_lost_in_postcopy_is_a_pause() -> None:
                 pass
             await theirs.aclose()
     assert len(caught) == 1
-    assert incoming.status is IncomingStatus.POSTCOPY_PAUSED
+    assert incoming.status is Status.POSTCOPY_PAUSED
     assert incoming.machine
     block = incoming.machine.ram["ram0"]
     assert [block.test_bit(Bits.RECEIVED, page) for page in range(3)] == [True, False, False]
@@ -286,7 +287,7 @@ async def test_sent_on_it_is_the_same(postcopy: bool) -> None:
 
             nursery.start_soon(take)
             await outgoing.send(postcopy=postcopy)
-        assert outgoing.status is OutgoingStatus.COMPLETED
+        assert outgoing.status is Status.COMPLETED
         with got[0] as copy:
             assert await content(copy) == await content(machine)
             assert copy.configuration == machine.configuration
@@ -312,7 +313,7 @@ async def test_destination_that_is_gone(postcopy: bool) -> None:
                 nursery.start_soon(leave)
                 with pytest.raises(ChannelLost, match="closed the connection"):
                     await outgoing.send(postcopy=postcopy)
-        wanted = OutgoingStatus.POSTCOPY_PAUSED if postcopy else OutgoingStatus.FAILED
+        wanted = Status.POSTCOPY_PAUSED if postcopy else Status.FAILED
         assert outgoing.status is wanted
 
 

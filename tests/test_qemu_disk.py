@@ -18,7 +18,6 @@ from tests.qemu.backend import Backend, disk
 from tests.until import until
 
 pytestmark = pytest.mark.qemu
-RESOLVED = "vhost_user_postcopy_fault_handler_found"
 TABLE = ("--hide-protocol-feature", "CONFIGURE_MEM_SLOTS")
 # As tests/guest/disk.c has them.
 BLOCK, BLOCKS = 4096, 2048
@@ -76,7 +75,7 @@ async def postcopy(src: vm.Vm, dst: vm.Vm, end: Backend, tmp_path: Path) -> None
     async def during() -> None:
         """The disk goes on while most pages are absent."""
         await requests(dst, 100)
-        await until(lambda: dst.traces(RESOLVED) >= 10, limit=20)
+        await until(lambda: dst.traces(vm.RESOLVED) >= 10, limit=20)
 
     moved = await vm.migrate_postcopy(src, dst, tmp_path, during=during)
     assert moved.remaining >= 0.6

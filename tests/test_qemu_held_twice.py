@@ -12,7 +12,8 @@ from tests.hugepages import hugepages
 from tests.qemu import peers, vm
 from tests.test_qemu_to_held import listening, migrate
 from vhostpc.migration.held import HeldMachine
-from vhostpc.migration.outgoing import Outgoing, OutgoingStatus
+from vhostpc.migration.outgoing import Outgoing
+from vhostpc.migration.state import Status
 
 pytestmark = pytest.mark.qemu
 
@@ -60,7 +61,7 @@ async def send(machine: HeldMachine, target: vm.Vm, path: Path, how: str, nonce:
                 await outgoing.send(postcopy=True, rate=1 << 20)
             else:
                 await outgoing.send()
-    assert outgoing.status is OutgoingStatus.COMPLETED
+    assert outgoing.status is Status.COMPLETED
     await target.beat(nonce, 2)
     assert await target.sweep() == 0
     assert target.complaints() == []

@@ -21,7 +21,6 @@ from tests.qemu.checks import Account, Watch
 from tests.until import until
 
 pytestmark = pytest.mark.qemu
-RESOLVED = "vhost_user_postcopy_fault_handler_found"
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ async def postcopy(
         """The flow goes on while most pages are still absent, in more frames than the guest has buffers."""
         window = await watch.heard()
         await far.acknowledged(window.moved.next + 300)
-        await until(lambda: dst.traces(RESOLVED) >= 10, limit=20)
+        await until(lambda: dst.traces(vm.RESOLVED) >= 10, limit=20)
 
     moved = await vm.migrate_postcopy(src, dst, tmp_path, on_stop=watch.stopped, during=during)
     assert moved.remaining >= 0.6

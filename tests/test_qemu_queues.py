@@ -18,7 +18,6 @@ from tests.qemu.checks import Account, Watch
 from tests.until import until
 
 pytestmark = pytest.mark.qemu
-RESOLVED = "vhost_user_postcopy_fault_handler_found"
 
 
 async def frames_by_queue(end: Backend, queues: int) -> list[int]:
@@ -56,7 +55,7 @@ async def test_several_pairs(version: str, how: str, pairs: int, tmp_path: Path)
             async def during() -> None:
                 window = await watch.heard()
                 await far.acknowledged(window.moved.next + 300)
-                await until(lambda: there.traces(RESOLVED) >= 10, limit=20)
+                await until(lambda: there.traces(vm.RESOLVED) >= 10, limit=20)
 
             if how == "postcopy":
                 moved = await vm.migrate_postcopy(here, there, tmp_path, on_stop=watch.stopped, during=during)

@@ -14,7 +14,8 @@ from tests.hugepages import hugepages
 from tests.qemu import peers, vm
 from vhostpc.memory.ramblock import Bits
 from vhostpc.migration.held import HeldMachine
-from vhostpc.migration.incoming import Incoming, IncomingStatus
+from vhostpc.migration.incoming import Incoming
+from vhostpc.migration.state import Status
 
 pytestmark = pytest.mark.qemu
 PAGE = 4096
@@ -86,7 +87,7 @@ async def test_precopy(version: str, pages: str, tmp_path: Path) -> None:
                     await compare(source, machine, tmp_path)
                     check_devices(machine, version)
                     assert machine.description.startswith(b"{")
-            assert incoming.status is IncomingStatus.COMPLETED
+            assert incoming.status is Status.COMPLETED
             assert source.complaints() == []
 
 
@@ -126,5 +127,5 @@ async def test_postcopy(version: str, pages: str, tmp_path: Path) -> None:
                         for offset, data in touched.items():
                             assert await machine.ram[MAIN].read(offset, PAGE) == data
                         check_devices(machine, version)
-            assert incoming.status is IncomingStatus.COMPLETED
+            assert incoming.status is Status.COMPLETED
             assert source.complaints() == []

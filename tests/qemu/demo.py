@@ -94,7 +94,7 @@ async def report(moved: vm.Moved, destination: vm.Vm, far: net.Far, window: int)
     console.print(table)
     console.print(f"  at the switch {moved.remaining:.0%} of RAM had not been sent")
     console.print(f"  the far end sent {window} frames while the guest was stopped and its address moved")
-    faults = destination.traces("vhost_user_postcopy_fault_handler_found")
+    faults = destination.traces(vm.RESOLVED)
     console.print(f"  QEMU's trace: {faults} page faults of the bridge resolved")
 
 

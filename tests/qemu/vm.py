@@ -28,6 +28,8 @@ TRACES = (
     "vhost_user_set_mem_table_*",
     "qemu_announce_self_iter",
 )
+# A page that a back-end missed was found: one line each, at the destination.
+RESOLVED = "vhost_user_postcopy_fault_handler_found"
 # The guest's network, on its kernel's command line.
 NETWORK = f"vm.ip={GUEST_IP} vm.peer={FAR_IP} vm.peer_mac={FAR_MAC}"
 # What QEMU prints on stderr in a healthy run (a warning about missing host features, the end by signal).

@@ -19,8 +19,9 @@ int vpc_vq_set_call(struct vpc_vq *vq, int fd)
     rc = dup3(fd, vq->call_fd, O_CLOEXEC) < 0 ? -errno : 0;
     if (null >= 0)
         close(null);
-    /* A thread may be inside write(2) on the old file. It does not block, but for a front-end that counts its own
-     * descriptor full in that moment: hence not for ever. */
+    /* A thread may be inside write(2) on the old file: a matter of microseconds, unless it lost its processor there.
+     * A front-end that fills a blocking descriptor behind our poll could keep it there: so not for ever, some
+     * 60 ms at most. No guest page is waited for. */
     for (int i = 0; i < 1000 && atomic_load(&vq->signalling); i++)
         usleep(10);
     return rc;

@@ -7,7 +7,6 @@ faults of whoever touches what has not come. A device section is only kept, so n
 
 from __future__ import annotations
 
-import enum
 import logging
 from collections.abc import Mapping
 
@@ -16,6 +15,7 @@ import trio
 from vhostpc.errors import ChannelLost, StreamError, UfdError
 from vhostpc.memory.ramblock import RamSet
 from vhostpc.migration.held import HeldMachine, page_size_of
+from vhostpc.migration.state import Status
 from vhostpc.ufd.ramchannel import RamChannel
 from vhostpc.ufd.service import FaultService
 from vhostpc.ufd.uffd import Userfaultfd
@@ -26,7 +26,6 @@ from vhostpc.wire.elements import (
     Configuration,
     DeviceSection,
     EnableColo,
-    EndOfStream,
     OpenReturnPath,
     Package,
     Ping,
@@ -35,7 +34,6 @@ from vhostpc.wire.elements import (
     PostcopyResume,
     PostcopyRun,
     RamBlocks,
-    RamData,
     RamDiscard,
     SectionEnd,
     StreamEvent,
@@ -50,18 +48,6 @@ log = logging.getLogger(__name__)
 
 CHUNK = 64 << 10
 SHUT_LIMIT = 10.0  # seconds in which the source must take our last word
-
-
-class IncomingStatus(enum.Enum):
-    """QEMU's words for the state of a destination."""
-
-    NONE = "none"
-    SETUP = "setup"
-    ACTIVE = "active"
-    POSTCOPY_ACTIVE = "postcopy-active"
-    POSTCOPY_PAUSED = "postcopy-paused"
-    COMPLETED = "completed"
-    FAILED = "failed"
 
 
 class Incoming:
@@ -84,7 +70,7 @@ class Incoming:
         self.stream = stream
         self.postcopy = postcopy
         self.page_sizes = dict(page_sizes or {})
-        self.status = IncomingStatus.NONE
+        self.status = Status.NONE
         self.machine: HeldMachine | None = None
         self.service: FaultService | None = None
         self._running = trio.Event()
@@ -108,7 +94,7 @@ class Incoming:
         lost in postcopy: that is a pause, and ``machine`` keeps all pages that came, until :meth:`close`. Who waits
         for one that did not come gets MemoryLost.
         """
-        self.status = IncomingStatus.SETUP
+        self.status = Status.SETUP
         try:
             async with trio.open_nursery() as nursery:
                 await self._read(nursery)
@@ -121,16 +107,16 @@ class Incoming:
             raise error from None
         assert self.machine is not None
         self._release()
-        self.status = IncomingStatus.COMPLETED
+        self.status = Status.COMPLETED
         log.info("migration: completed")
         return self.machine
 
     def _end(self, error: BaseException) -> None:
         if self._running.is_set():
-            self.status = IncomingStatus.POSTCOPY_PAUSED
+            self.status = Status.POSTCOPY_PAUSED
             log.error("migration: paused in postcopy: %s", error)
             return
-        self.status = IncomingStatus.FAILED
+        self.status = Status.FAILED
         log.error("migration: failed: %s", error)
         self.close()
 
@@ -189,6 +175,7 @@ class Incoming:
         self._reader.resume(numbers.bytes - before, channel.take(), footer=True)
 
     async def _handle(self, event: StreamEvent, nursery: trio.Nursery) -> None:
+        """What is not named here needs nothing: headers, footers, ends, RAM data (where :meth:`_load` goes on)."""
         if isinstance(event, Configuration):
             self._configuration = event
         elif isinstance(event, OpenReturnPath):
@@ -211,12 +198,8 @@ class Incoming:
             self._held(event).description = event.text
             if event.disagrees is not None:
                 log.warning("migration: the description is not that of the sections: %s", event.disagrees)
-        elif isinstance(event, EndOfStream):
-            pass
         elif isinstance(event, EnableColo | PostcopyResume | BitmapRequest):
             raise BadStream(event.offset, f"{type(event).__name__}, which is not for a destination as this")
-        elif isinstance(event, RamData):
-            pass  # the reader rests: _load goes on
 
     def _held(self, event: DeviceSection | VmDescription | RamDiscard | Package) -> HeldMachine:
         if self.machine is None:
@@ -258,7 +241,7 @@ class Incoming:
                 ) from None
         self.service = FaultService(ram)
         self._channel = self.service.open_channel(self.stream)
-        self.status = IncomingStatus.ACTIVE
+        self.status = Status.ACTIVE
         log.info("migration: %s, %d MiB of RAM", self._configuration.machine, event.total >> 20)
 
     def _page_size(self, block: BlockInfo) -> int:
@@ -291,7 +274,7 @@ class Incoming:
             elif isinstance(inside, Ping):
                 await self._say(Pong(inside.value).encode())
             elif isinstance(inside, PostcopyRun):
-                self.status = IncomingStatus.POSTCOPY_ACTIVE
+                self.status = Status.POSTCOPY_ACTIVE
                 log.info("migration: postcopy, %d pages to come", self._missing())
                 self._running.set()
 

@@ -7,7 +7,6 @@ sent by C, on a thread without the GIL; the machine stays as it is and can be se
 
 from __future__ import annotations
 
-import enum
 import logging
 
 import trio
@@ -15,6 +14,7 @@ import trio
 from vhostpc.errors import ChannelLost, StreamError
 from vhostpc.memory.ramblock import TARGET_PAGE, Bits
 from vhostpc.migration.held import HeldMachine
+from vhostpc.migration.state import Status
 from vhostpc.ufd.pagesource import UNLIMITED, Ended, PageSource
 from vhostpc.wire.elements import (
     BlockInfo,
@@ -37,24 +37,16 @@ from vhostpc.wire.elements import (
 log = logging.getLogger(__name__)
 
 
-class OutgoingStatus(enum.Enum):
-    """QEMU's words for the state of a source."""
-
-    NONE = "none"
-    ACTIVE = "active"
-    POSTCOPY_ACTIVE = "postcopy-active"
-    POSTCOPY_PAUSED = "postcopy-paused"
-    COMPLETED = "completed"
-    FAILED = "failed"
-
-
 class Outgoing:
-    """Sends ``machine`` on ``stream``, a connected tcp or unix socket, which stays the caller's."""
+    """Sends ``machine`` on ``stream``, a connected tcp or unix socket, which stays the caller's.
+
+    One at a time: what is still to be sent is marked in the machine's blocks.
+    """
 
     def __init__(self, machine: HeldMachine, stream: trio.SocketStream) -> None:
         self.machine = machine
         self.stream = stream
-        self.status = OutgoingStatus.NONE
+        self.status = Status.NONE
         self.source: PageSource | None = None
         """Numbers of what is sent, and its rate, while it is."""
 
@@ -65,7 +57,7 @@ class Outgoing:
         the package nothing runs there; behind it, only the destination knows, and ``status`` is
         ``postcopy-paused``. StreamError for a message of it that is none.
         """
-        self.status = OutgoingStatus.ACTIVE
+        self.status = Status.ACTIVE
         try:
             await self._say(self._head(postcopy))
             for block in self.machine.ram.blocks:
@@ -73,15 +65,15 @@ class Outgoing:
             if postcopy:
                 await self._say(self._discards())
                 # From its first byte on the machine may run there.
-                self.status = OutgoingStatus.POSTCOPY_ACTIVE
+                self.status = Status.POSTCOPY_ACTIVE
                 await self._say(self._package())
             await self._ram(postcopy, rate)
         except BaseException as error:
-            postcopy_began = self.status is OutgoingStatus.POSTCOPY_ACTIVE
-            self.status = OutgoingStatus.POSTCOPY_PAUSED if postcopy_began else OutgoingStatus.FAILED
+            postcopy_began = self.status is Status.POSTCOPY_ACTIVE
+            self.status = Status.POSTCOPY_PAUSED if postcopy_began else Status.FAILED
             log.error("migration: %s: %s", self.status.value, error)
             raise
-        self.status = OutgoingStatus.COMPLETED
+        self.status = Status.COMPLETED
         log.info("migration: completed")
 
     async def _say(self, data: bytes) -> None:
