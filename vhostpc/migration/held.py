@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
+from vhostpc.errors import MigrationRefused, StreamError
 from vhostpc.memory.ramblock import TARGET_PAGE, RamSet
-from vhostpc.wire.elements import BlockInfo, Configuration, DeviceSection
+from vhostpc.ufd.service import FaultService
+from vhostpc.wire.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
 
 
-@dataclass
 class HeldMachine:
-    """RAM blocks in memfds, device sections as bytes, in the order in which they came."""
+    """RAM blocks in memfds, device sections as bytes, in the order in which they came.
 
-    configuration: Configuration
-    ram: RamSet
-    devices: list[DeviceSection] = field(default_factory=list)
-    description: bytes = b""
-    """JSON about the device sections; a machine that came by postcopy has none."""
+    ``page_sizes``: bytes of a host page by name of a block. A source says them only where postcopy may follow, so
+    a machine of huge pages that comes by precopy needs them said, or it is held in small ones.
+    """
+
+    def __init__(
+        self, configuration: Configuration | None = None, *, page_sizes: Mapping[str, int] | None = None
+    ) -> None:
+        self._configuration = configuration
+        self.page_sizes = dict(page_sizes or {})
+        self.ram = RamSet()
+        self.devices: list[DeviceSection] = []
+        self.description = b""
+        """JSON about the device sections; a machine that came by postcopy has none."""
+        self.running = False
+
+    @property
+    def configuration(self) -> Configuration:
+        if self._configuration is None:
+            raise ValueError("no machine is held")
+        return self._configuration
 
     def device(self, idstr: str, instance: int = 0) -> DeviceSection:
         """Raises KeyError."""
@@ -25,6 +41,67 @@ class HeldMachine:
             if (section.idstr, section.instance) == (idstr, instance):
                 return section
         raise KeyError(f"{idstr} {instance}")
+
+    # --- leaving: it does not run, so nothing of it changes
+
+    def blocked(self) -> Sequence[str]:
+        return ()
+
+    async def stop(self) -> None:
+        pass
+
+    async def cont(self) -> None:
+        raise MigrationRefused("This machine is held: it can be sent on, it does not run here")
+
+    async def save(self) -> tuple[Sequence[DeviceSection], bytes]:
+        return self.devices, self.description
+
+    async def start_tracking(self) -> None:
+        pass
+
+    async def sync_dirty(self) -> int:
+        return 0
+
+    async def stop_tracking(self) -> None:
+        pass
+
+    # --- arriving
+
+    def accept(self, configuration: Configuration) -> None:
+        self._configuration = configuration
+
+    async def advise(self, service: FaultService) -> None:
+        pass
+
+    def accept_blocks(self, listed: RamBlocks, *, postcopy: bool) -> None:
+        for block in listed.blocks:
+            size = self._page_size(block, postcopy)
+            try:
+                self.ram.create(block.name, block.length, size)
+            except OSError as e:
+                raise StreamError(
+                    f"RAM block {block.name!r}, {block.length:#x} bytes in pages of {size:#x}: {e.strerror or e}"
+                ) from None
+
+    def _page_size(self, block: BlockInfo, postcopy: bool) -> int:
+        said = self.page_sizes.get(block.name, page_size_of(block))
+        if postcopy and said != page_size_of(block):
+            raise StreamError(
+                f"RAM block {block.name!r} has pages of {page_size_of(block):#x} at the source, not of {said:#x}"
+            )
+        return said
+
+    async def listen(self) -> None:
+        pass
+
+    async def load(self, section: DeviceSection) -> None:
+        self.devices.append(section)
+
+    async def loaded(self, description: bytes) -> None:
+        self.description = description
+
+    async def end(self) -> None:
+        pass
 
     def close(self) -> None:
         """Let go of its memory. Nobody may be using it."""

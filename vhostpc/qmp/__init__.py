@@ -1,6 +1,7 @@
 """The monitor: QMP on trio with QEMU's names, and the text monitor on top of it."""
 
-from vhostpc.qmp.endpoint import Endpoint, MigrationInfo, RamInfo
+from vhostpc.migration.info import MigrationInfo, RamInfo
+from vhostpc.qmp.endpoint import Endpoint
 from vhostpc.qmp.events import Events
 from vhostpc.qmp.server import Monitor
 

@@ -1,0 +1,88 @@
+"""A look at a migration: the numbers that ``query-migrate`` tells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vhostpc.migration.options import Compat
+from vhostpc.migration.state import Status
+
+PAGE = 4096
+
+
+@dataclass(frozen=True)
+class RamInfo:
+    """Numbers of the RAM part. Bytes; ``duplicate`` and ``normal`` are target pages."""
+
+    total: int
+    transferred: int = 0
+    remaining: int = 0
+    duplicate: int = 0
+    normal: int = 0
+    dirty_pages_rate: int = 0
+    mbps: float = 0
+    pages_per_second: int = 0
+    dirty_sync_count: int = 0
+    postcopy_requests: int = 0
+    precopy_bytes: int = 0
+    downtime_bytes: int = 0
+    postcopy_bytes: int = 0
+
+    def as_qmp(self, compat: Compat) -> dict[str, Any]:
+        told: dict[str, Any] = {
+            "total": self.total,
+            "postcopy-requests": self.postcopy_requests,
+            "dirty-sync-count": self.dirty_sync_count,
+            "multifd-bytes": 0,
+            "pages-per-second": self.pages_per_second,
+            "downtime-bytes": self.downtime_bytes,
+            "page-size": PAGE,
+            "remaining": self.remaining,
+            "postcopy-bytes": self.postcopy_bytes,
+            "mbps": self.mbps,
+            "transferred": self.transferred,
+            "dirty-sync-missed-zero-copy": 0,
+            "precopy-bytes": self.precopy_bytes,
+            "duplicate": self.duplicate,
+            "dirty-pages-rate": self.dirty_pages_rate,
+            "normal-bytes": self.normal * PAGE,
+            "normal": self.normal,
+        }
+        if compat == "7.2":
+            told["skipped"] = 0
+        return told
+
+
+@dataclass(frozen=True)
+class MigrationInfo:
+    """A look at a migration: what ``query-migrate`` tells. Times in milliseconds; None is not told.
+
+    A destination fills ``status`` and ``socket_address`` only.
+    """
+
+    status: Status = Status.NONE
+    ram: RamInfo | None = None
+    setup_time: int | None = None
+    total_time: int | None = None
+    downtime: int | None = None
+    expected_downtime: int | None = None
+    error_desc: str | None = None
+    socket_address: list[dict[str, Any]] = field(default_factory=list)
+    blocked_reasons: list[str] = field(default_factory=list)
+
+    def as_qmp(self, compat: Compat) -> dict[str, Any]:
+        told: dict[str, Any] = {}
+        if self.status is not Status.NONE:
+            told["status"] = str(self.status)
+        for name in ("setup_time", "total_time", "downtime", "expected_downtime", "error_desc"):
+            value = getattr(self, name)
+            if value is not None:
+                told[name.replace("_", "-")] = value
+        if self.ram is not None:
+            told["ram"] = self.ram.as_qmp(compat)
+        if self.socket_address:
+            told["socket-address"] = self.socket_address
+        if self.blocked_reasons:
+            told["blocked-reasons"] = self.blocked_reasons
+        return told

@@ -1,0 +1,100 @@
+"""What migrates, as the two ends of a migration see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from vhostpc.memory.ramblock import RamSet
+from vhostpc.ufd.service import FaultService
+from vhostpc.wire.elements import Configuration, DeviceSection, RamBlocks
+
+
+class Machine(Protocol):
+    """RAM blocks, device state, running or not. All on the trio thread; C threads of its own touch its memory.
+
+    Leaving, the source calls ``start_tracking``, ``sync_dirty`` before each pass, ``stop``, ``sync_dirty``,
+    ``save``, and at the end ``stop_tracking``. After a failure it may call ``cont`` again.
+
+    Arriving, the destination calls ``accept``; in a stream that may switch to postcopy ``advise``;
+    ``accept_blocks``; then pages come. By precopy: ``load`` for each section, ``loaded``. By postcopy: ``listen``,
+    then, while pages come, ``load`` for each section and ``loaded``; behind the last page ``end``. Whether it is
+    to run is decided by whoever called :meth:`Incoming.receive`; they call ``cont``.
+    """
+
+    @property
+    def configuration(self) -> Configuration:
+        """Name of the machine; raises ValueError before there is one."""
+        ...
+
+    @property
+    def ram(self) -> RamSet:
+        """The same for life; blocks are added, never taken away."""
+        ...
+
+    @property
+    def running(self) -> bool: ...
+
+    # --- leaving
+
+    def blocked(self) -> Sequence[str]:
+        """Why it can not migrate now, one sentence each (a back-end that can not log its writes)."""
+        ...
+
+    async def stop(self) -> None:
+        """Nothing writes its memory any more when this returns. Nothing happens if it is stopped."""
+        ...
+
+    async def cont(self) -> None:
+        """Run. Raises MigrationRefused if it can not run here (it is held)."""
+        ...
+
+    async def save(self) -> tuple[Sequence[DeviceSection], bytes]:
+        """Device sections of the stopped machine, in order, and the JSON that describes them (b"": none)."""
+        ...
+
+    async def start_tracking(self) -> None:
+        """From now on each write to its memory is found by ``sync_dirty``."""
+        ...
+
+    async def sync_dirty(self) -> int:
+        """Set the DIRTY bits of what was written since the last call; how many host pages became dirty."""
+        ...
+
+    async def stop_tracking(self) -> None: ...
+
+    # --- arriving
+
+    def accept(self, configuration: Configuration) -> None:
+        """The machine that comes. Raises StreamError, one sentence, if it is not this one."""
+        ...
+
+    async def advise(self, service: FaultService) -> None:
+        """POSTCOPY_ADVISE: get the userfaultfd of each back-end. Raises PostcopyRefused naming the back-end."""
+        ...
+
+    def accept_blocks(self, listed: RamBlocks, *, postcopy: bool) -> None:
+        """Make or check the blocks; from here on they are in ``ram``. ``postcopy``: sizes of pages were said.
+
+        Raises StreamError, one sentence, for blocks that do not match or can not be had.
+        """
+        ...
+
+    async def listen(self) -> None:
+        """POSTCOPY_LISTEN: memory may be missing pages from now on; tell the back-ends."""
+        ...
+
+    async def load(self, section: DeviceSection) -> None:
+        """Take one device section. May wait for a page, on a thread of its own. Raises StreamError."""
+        ...
+
+    async def loaded(self, description: bytes) -> None:
+        """All sections have come. Raises StreamError if one is missing: the machine has not run here.
+
+        ``description``: the JSON about the sections, b"" in postcopy.
+        """
+        ...
+
+    async def end(self) -> None:
+        """POSTCOPY_END: every page has come; tell the back-ends. One that is gone is named in the log only."""
+        ...
