@@ -11,7 +11,7 @@ from typing import Any
 from vhostpc.errors import VhostpcError
 from vhostpc.migration import uri
 from vhostpc.migration.options import IN_PROGRESS, Compat, parameters
-from vhostpc.migration.state import BUSY, Status
+from vhostpc.migration.state import BUSY, IN_POSTCOPY, Status
 from vhostpc.qmp import types
 from vhostpc.qmp.endpoint import Endpoint
 from vhostpc.qmp.events import Events
@@ -19,15 +19,6 @@ from vhostpc.qmp.schema import BOOL, NOTHING, STR, Array, Enum, Int, Introspecti
 from vhostpc.wire.qmp import NOT_FOUND, QmpError
 
 VERSIONS: dict[Compat, tuple[int, int, int]] = {"7.2": (7, 2, 22), "10.0": (10, 0, 2)}
-
-_IN_POSTCOPY = frozenset(
-    {
-        Status.POSTCOPY_ACTIVE,
-        Status.POSTCOPY_PAUSED,
-        Status.POSTCOPY_RECOVER_SETUP,
-        Status.POSTCOPY_RECOVER,
-    }
-)
 
 
 @dataclass
@@ -119,8 +110,6 @@ async def _stop(session: Session, _: dict[str, Any]) -> Any:
 
 
 async def _cont(session: Session, _: dict[str, Any]) -> Any:
-    if session.endpoint.run_state == "finish-migrate":
-        raise QmpError("Migration is not finalized yet")
     await session.endpoint.cont()
     return {}
 
@@ -191,7 +180,7 @@ async def _incoming(session: Session, arguments: dict[str, Any]) -> Any:
 
 async def _cancel(session: Session, _: dict[str, Any]) -> Any:
     # 7.2 would do it, and lose the pages that only one side has.
-    if session.endpoint.info().status in _IN_POSTCOPY:
+    if session.endpoint.info().status in IN_POSTCOPY:
         raise QmpError("Postcopy migration in progress, cannot cancel.")
     await session.endpoint.cancel()
     return {}
@@ -221,6 +210,7 @@ async def _get_capabilities(session: Session, _: dict[str, Any]) -> Any:
 
 async def _set_parameters(session: Session, arguments: dict[str, Any]) -> Any:
     session.endpoint.options.set_parameters(arguments)
+    session.endpoint.parameters_changed()
     return {}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
