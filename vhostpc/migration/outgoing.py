@@ -199,6 +199,7 @@ class Outgoing:
             await self._send()
         except BaseException as error:
             self._mark("ended")
+            self.channel.shut_down()  # the destination is told, whoever else still holds the descriptor
             if not self._package_begun:
                 # 7.2's status said postcopy before anything of the package had been sent.
                 self._watcher.moved(Event.NEVER_RAN if self._package_told else Event.FAIL, error)
