@@ -21,6 +21,7 @@ class Thread(StrEnum):
     DRIVER = "vpc-driver"
     FAR = "vpc-far"
     BLOCKS = "vpc-blocks"
+    FILE = "vpc-file"
 
 
 class Use(Enum):

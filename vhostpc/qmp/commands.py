@@ -129,9 +129,12 @@ def _address(session: Session, arguments: dict[str, Any], *, incoming: bool = Fa
     raise QmpError("need either 'uri' or 'channels' argument")
 
 
-def _with_descriptor(session: Session, address: uri.Address) -> uri.Address:
-    """An fd address gets the descriptor that a client gave under that name; it is no longer the client's."""
-    if not isinstance(address, uri.Fd):
+def _with_descriptor(session: Session, address: uri.Address, *, incoming: bool = False) -> uri.Address:
+    """An fd address gets the descriptor that a client gave under that name; it is no longer the client's.
+
+    Where a machine comes in, a number is one that this process was started with, as with QEMU.
+    """
+    if not isinstance(address, uri.Fd) or (incoming and address.name[:1].isdigit()):
         return address
     if address.name not in session.named:
         raise QmpError(f"File descriptor named '{address.name}' has not been found")
@@ -174,7 +177,7 @@ async def _incoming(session: Session, arguments: dict[str, Any]) -> Any:
         raise QmpError(f"Illegal migration incoming state: {info.status}")
     endpoint.options.check_start()
     stays = not arguments.get("exit-on-error", True)
-    await endpoint.incoming(_with_descriptor(session, address), exit_on_error=not stays)
+    await endpoint.incoming(_with_descriptor(session, address, incoming=True), exit_on_error=not stays)
     return {}
 
 
