@@ -149,7 +149,7 @@ struct vpc_load_stats {
     uint64_t sections;    /* RAM sections read to their EOS, with vpc_load_follow */
     uint64_t bad_offset;  /* byte of the stream where the broken record begins */
     int32_t why;
-    int32_t pad;
+    int32_t ended;        /* with vpc_load_follow: the END was read, its footer too */
 };
 
 /* Read records from fd until told otherwise; pages are placed through place_ufd into the set's own
