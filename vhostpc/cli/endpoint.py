@@ -50,13 +50,13 @@ def blocks(_: click.Context, __: click.Parameter, given: Sequence[str]) -> list[
     """``NAME=SIZE[,page=SIZE]``, each name once."""
     found: dict[str, Ram] = {}
     for text in given:
-        first, *options = text.split(",")
+        first, *rest = text.split(",")
         name, equals, length = first.partition("=")
         if not equals or not 0 < len(name.encode()) < 256:
             raise click.BadParameter(f"{text!r} is not NAME=SIZE[,page=SIZE]")
         page = 4096
-        for option in options:
-            key, _, value = option.partition("=")
+        for option in rest:
+            key, equals, value = option.partition("=")
             if key != "page":
                 raise click.BadParameter(f"{option!r} is not page=SIZE")
             page = size(value)

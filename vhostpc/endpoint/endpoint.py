@@ -16,7 +16,7 @@ import trio
 
 from vhostpc.endpoint.waits import tell_waits
 from vhostpc.errors import MigrationRefused, VhostpcError
-from vhostpc.migration.channel import Channel, Listening, connect, listen
+from vhostpc.migration.channel import Channel, connect, listen
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.info import MigrationInfo
 from vhostpc.migration.machine import Machine
@@ -85,7 +85,6 @@ class Endpoint:
         self._before = "running"  # run state before the migration stopped the machine
         # As a destination.
         self._incoming: Incoming | None = None
-        self._listening: Listening | None = None
         self._addresses: list[dict[str, Any]] = []
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -292,42 +291,42 @@ class Endpoint:
     # --- in
 
     async def incoming(self, address: Address, *, exit_on_error: bool) -> None:
-        listening = await listen(address)
-        self._addresses = listening.socket_address
-        self.moved(Event.START)
-        if self.options.compat == "7.2":
-            self._events.emit("MIGRATION", {"status": "setup"})
-        self._start(self._receive, listening, exit_on_error)
+        if self._nursery is None:
+            raise VhostpcError("the endpoint does not run")
+        await self._nursery.start(self._receive, address, exit_on_error)
 
-    async def _receive(self, listening: Listening, exit_on_error: bool) -> None:
-        machine = self.machine
+    async def _receive(
+        self, address: Address, exit_on_error: bool, task_status: trio.TaskStatus[None]
+    ) -> None:
+        begun = False
         try:
-            async with listening:
-                channel = await listening.accept()
-            async with channel, trio.open_nursery() as nursery:
+            async with AsyncExitStack() as stack:
+                async with listen(address) as listener:
+                    self._addresses = listener.socket_address
+                    self.moved(Event.START)
+                    if self.options.compat == "7.2":  # told in any case there, while the status stays none
+                        self._events.emit("MIGRATION", {"status": str(Status.SETUP)})
+                    task_status.started()
+                    begun = True  # from here on the status says what becomes of it
+                    channel = await stack.enter_async_context(await listener.accept())
                 self.moved(Event.CONNECT)
-                incoming = Incoming(
+                incoming = self._incoming = Incoming(
                     channel,
-                    machine,
+                    self.machine,
                     postcopy="postcopy-ram" in self.options,
                     report=self.moved,
                     run=self._arrived,
                 )
-                self._incoming = incoming
-                try:
-                    await incoming.receive()
-                finally:
-                    nursery.cancel_scope.cancel()
-                    incoming.close()
-        except* (VhostpcError, OSError) as group:
-            if self.status is not Status.FAILED:
-                self.moved(Event.FAIL, group.exceptions[0])
+                stack.callback(incoming.close)
+                await incoming.receive()
+        except (VhostpcError, OSError) as error:
+            if not begun:
+                raise
+            if self.status in (Status.NONE, Status.SETUP):
+                self.moved(Event.FAIL, error)
             if exit_on_error:
-                self.error = group.exceptions[0]
+                self.error = error
                 self.quit()
-            return
-        if self.run_state == "inmigrate":
-            self.run_state = "paused"
 
     async def _arrived(self, postcopy: bool) -> None:
         """The machine may run here now."""
