@@ -19,7 +19,6 @@ from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.options import Compat, Options
 from vhostpc.migration.outgoing import After
 from vhostpc.qmp import Events, Monitor
-from vhostpc.qmp.terminal import TextMonitor
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +103,8 @@ async def run(
             if qmp is not None:
                 await stack.enter_async_context(Monitor(endpoint, events).listening(qmp))
             if monitor is not None:
+                from vhostpc.qmp.terminal import TextMonitor
+
                 text = TextMonitor(endpoint, events)
                 place = text.stdio() if monitor == "stdio" else text.listening(monitor.removeprefix("unix:"))
                 await stack.enter_async_context(place)
