@@ -73,6 +73,13 @@ def _no_report(event: Event, error: BaseException | None) -> None:
     pass
 
 
+def _is_cancelled(error: BaseException) -> bool:
+    """Whether it is nothing but a cancellation, of one task or of several."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_is_cancelled, error.exceptions))
+    return isinstance(error, trio.Cancelled)
+
+
 class Incoming:
     """One machine that comes on ``channel``, which stays the caller's.
 
@@ -176,17 +183,18 @@ class Incoming:
     def _failed(self, caught: BaseException) -> BaseException:
         """The migration ended without success: tell both sides. The error that says why."""
         error = caught
-        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-            error = error.exceptions[0]
-        if self._error is not None and not isinstance(error, trio.Cancelled):
-            error = self._error
+        cancelled = _is_cancelled(caught)
+        if not cancelled:
+            while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+                error = error.exceptions[0]
+            error = self._error or error
         if not self.service.closed:
             self.service.give_up()
             if self._return_path and self.phase is not Phase.RUNNING:
                 with suppress(*TROUBLE):
                     self.service.send(Shut(1).encode())
         self.channel.shut_down()
-        if isinstance(error, trio.Cancelled) or self._closed:
+        if cancelled or self._closed:
             return error
         if self._paused:
             log.error("migration: the pause ends: %s", error)

@@ -14,13 +14,12 @@ log = logging.getLogger(__name__)
 
 FIRST = 1.0
 """Seconds of a wait after which it is told; then each time it has become twice as long."""
-_MOST = 60.0
 
 
-async def tell_waits(service: FaultService, lost: Callable[[], None], first: float = FIRST) -> None:
+async def tell_waits(service: FaultService, lost: Callable[[], None]) -> None:
     """Look on until cancelled. ``lost`` is called when requests can no longer be sent: nobody else would notice."""
     told: tuple[int, int] | None = None  # client and since when
-    due = first
+    first = due = FIRST
     while True:
         await trio.sleep(first / 2)
         numbers = service.numbers()
@@ -44,4 +43,4 @@ async def tell_waits(service: FaultService, lost: Callable[[], None], first: flo
             numbers.waiting_now - 1,
             numbers.outbox_bytes,
         )
-        due = age + min(age, _MOST)
+        due = 2 * age

@@ -148,7 +148,8 @@ class StreamReader:
         yield from self._events()
         if not self.ended:
             at = self._buffer.offset + len(self._buffer)
-            raise self._fail(BadStream(at, f"the stream ends inside {self._inside}"))
+            where = f"inside {self._inside}" if self._inside else "where its next element belongs"
+            raise self._fail(BadStream(at, f"the stream ends {where}"))
 
     def hand_over(self) -> bytes:
         """At :class:`RamData`: what was fed and not read, which is the loader's now."""
@@ -213,7 +214,7 @@ class StreamReader:
             yield from self._configuration()
         while True:
             at = self._buffer.offset
-            self._inside = f"the stream, where after byte {at} the next element belongs"
+            self._inside = ""
             kind = (yield from self._take(1))[0]
             if kind == Element.EOF:
                 yield from self._end(at)
