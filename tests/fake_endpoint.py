@@ -59,5 +59,8 @@ class FakeEndpoint:
     async def start_postcopy(self) -> None:
         self.calls.append("start-postcopy")
 
+    def parameters_changed(self) -> None:
+        self.calls.append("parameters-changed")
+
     def quit(self) -> None:
         self.ended.set()

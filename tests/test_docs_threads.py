@@ -49,7 +49,7 @@ ADDRESS_ONLY = {
     ("local.c", "vpc_local_place"),
 }
 #: In the front-end's process a RAM block that is armed makes whoever touches it wait; these touch calm ones only.
-CALM_BLOCKS = {"vpc_save_run", "vpc_load_run"}
+CALM_BLOCKS = {"vpc_save_run", "vpc_save_round", "vpc_load_run"}
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,15 @@ async def hold(spec: vm.Spec, tmp_path: Path, how: str) -> tuple[str, HeldMachin
             "migrate-set-parameters", max_bandwidth=1 << 30 if how == "precopy" else 4 << 20
         )
         capabilities = ["postcopy-ram"] if how == "postcopy" else []
-        incoming = await migrate(source, listener, tmp_path / "in", capabilities)
-        async with incoming.stream, trio.open_nursery() as nursery:
+        machine = HeldMachine()
+        incoming = await migrate(source, listener, tmp_path / "in", capabilities, machine)
+        async with incoming.channel, trio.open_nursery() as nursery:
             if how == "postcopy":
                 await source.qmp.event("MIGRATION", 0, status="active")
                 nursery.start_soon(lambda: source.qmp.command("migrate-start-postcopy"))
-            return nonce, await incoming.receive()
+            await incoming.receive()
+        incoming.close()
+        return nonce, machine
 
 
 async def send(machine: HeldMachine, target: vm.Vm, path: Path, how: str, nonce: str) -> None:

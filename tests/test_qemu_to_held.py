@@ -13,9 +13,9 @@ import trio
 from tests.hugepages import hugepages
 from tests.qemu import peers, vm
 from vhostpc.memory.ramblock import Bits
+from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.incoming import Incoming
-from vhostpc.migration.state import Status
 
 pytestmark = pytest.mark.qemu
 PAGE = 4096
@@ -31,14 +31,15 @@ async def listening(path: Path) -> AsyncIterator[trio.SocketListener]:
 
 
 async def migrate(
-    source: vm.Vm, listener: trio.SocketListener, path: Path, capabilities: list[str]
+    source: vm.Vm, listener: trio.SocketListener, path: Path, capabilities: list[str], machine: HeldMachine
 ) -> Incoming:
-    """Start it; the destination's connected end."""
+    """Start it; the destination's connected end. The machine is told which pages the source has."""
     wanted = [{"capability": name, "state": True} for name in ("events", *capabilities)]
     await source.qmp.command("migrate-set-capabilities", capabilities=wanted)
     await source.qmp.command("migrate", uri=f"unix:{path}")
-    sizes = {MAIN: source.spec.memory.page}
-    return Incoming(await listener.accept(), postcopy="postcopy-ram" in capabilities, page_sizes=sizes)
+    machine.page_sizes[MAIN] = source.spec.memory.page
+    channel = Channel(await listener.accept())
+    return Incoming(channel, machine, postcopy="postcopy-ram" in capabilities)
 
 
 async def compare(source: vm.Vm, machine: HeldMachine, tmp_path: Path) -> None:
@@ -76,18 +77,26 @@ async def completed(source: vm.Vm) -> None:
 async def test_precopy(version: str, pages: str, tmp_path: Path) -> None:
     huge = pages == "2M"
     spec = vm.Spec(peers.qemu(version), vm.Memory(huge=huge, size=256))
-    with hugepages(2 * 256 + 16) if huge else contextlib.nullcontext():
-        async with listening(tmp_path / "in") as listener, vm.vm(spec, "src", vm.Bare(), tmp_path) as source:
+    with (
+        hugepages(2 * 256 + 16) if huge else contextlib.nullcontext(),
+        contextlib.ExitStack() as stack,
+    ):
+        async with (
+            listening(tmp_path / "in") as listener,
+            vm.vm(spec, "src", vm.Bare(), tmp_path) as source,
+        ):
+            machine = stack.enter_context(HeldMachine())
             await source.booted()
             await source.qmp.command("migrate-set-parameters", max_bandwidth=1 << 30)
-            incoming = await migrate(source, listener, tmp_path / "in", [])
-            async with incoming.stream:
-                with trio.fail_after(120), await incoming.receive() as machine:
+            incoming = await migrate(source, listener, tmp_path / "in", [], machine)
+            async with incoming.channel:
+                with trio.fail_after(120):
+                    await incoming.receive()
+                    incoming.close()
                     await completed(source)
                     await compare(source, machine, tmp_path)
                     check_devices(machine, version)
                     assert machine.description.startswith(b"{")
-            assert incoming.status is Status.COMPLETED
             assert source.complaints() == []
 
 
@@ -97,35 +106,41 @@ async def test_postcopy(version: str, pages: str, tmp_path: Path) -> None:
     """While pages stream in, others are touched in an order of our own: each is there when it is asked for."""
     huge = pages == "2M"
     spec = vm.Spec(peers.qemu(version), vm.Memory(huge=huge, size=256))
-    with hugepages(2 * 256 + 16) if huge else contextlib.nullcontext():
-        async with listening(tmp_path / "in") as listener, vm.vm(spec, "src", vm.Bare(), tmp_path) as source:
+    with (
+        hugepages(2 * 256 + 16) if huge else contextlib.nullcontext(),
+        contextlib.ExitStack() as stack,
+    ):
+        async with (
+            listening(tmp_path / "in") as listener,
+            vm.vm(spec, "src", vm.Bare(), tmp_path) as source,
+        ):
+            machine = stack.enter_context(HeldMachine())
             await source.booted()
             await source.qmp.command("migrate-set-parameters", max_bandwidth=4 << 20)
-            incoming = await migrate(source, listener, tmp_path / "in", ["postcopy-ram"])
+            incoming = await migrate(source, listener, tmp_path / "in", ["postcopy-ram"], machine)
             await source.qmp.command("migrate-set-parameters", max_postcopy_bandwidth=64 << 20)
             touched: dict[int, bytes] = {}
 
             async def touch() -> None:
                 await incoming.running()
-                assert incoming.machine
-                block = incoming.machine.ram[MAIN]
+                block = machine.ram[MAIN]
                 absent = [n for n in range(block.pages) if not block.test_bit(Bits.RECEIVED, n)]
                 assert len(absent) >= 0.6 * block.pages
                 for page in random.Random(7).sample(absent, 20):
                     offset = page * block.page_size
                     touched[offset] = await block.read(offset, PAGE)
 
-            async with incoming.stream, trio.open_nursery() as nursery:
+            async with incoming.channel, trio.open_nursery() as nursery:
                 with trio.fail_after(120):
                     nursery.start_soon(touch)
                     await source.qmp.event("MIGRATION", 0, status="active")
                     nursery.start_soon(lambda: source.qmp.command("migrate-start-postcopy"))
-                    with await incoming.receive() as machine:
-                        await completed(source)
-                        assert len(touched) == 20
-                        await compare(source, machine, tmp_path)
-                        for offset, data in touched.items():
-                            assert await machine.ram[MAIN].read(offset, PAGE) == data
-                        check_devices(machine, version)
-            assert incoming.status is Status.COMPLETED
+                    await incoming.receive()
+                    await completed(source)
+                    assert len(touched) == 20
+                    await compare(source, machine, tmp_path)
+                    for offset, data in touched.items():
+                        assert await machine.ram[MAIN].read(offset, PAGE) == data
+                    check_devices(machine, version)
+                    incoming.close()
             assert source.complaints() == []

@@ -152,6 +152,15 @@ async def test_descriptors_are_taken_over_or_closed(tmp_path: Path) -> None:
         assert open_fds() == before
 
 
+async def test_a_number_is_a_descriptor_of_the_process_where_a_machine_comes_in(tmp_path: Path) -> None:
+    endpoint = FakeEndpoint(incoming=True)
+    async with ours(endpoint, tmp_path), client(tmp_path) as wire:
+        await wire.ready()
+        assert "error" in await wire.command("migrate-incoming", uri="fd:x")
+        assert await wire.command("migrate-incoming", uri="fd:7") == {"return": {}}
+    assert endpoint.calls == [("incoming", Fd("7"), True)]
+
+
 async def test_quit_ends_the_program_after_its_reply(tmp_path: Path) -> None:
     endpoint = FakeEndpoint()
     async with ours(endpoint, tmp_path), client(tmp_path) as wire:

@@ -21,6 +21,7 @@ class Thread(StrEnum):
     DRIVER = "vpc-driver"
     FAR = "vpc-far"
     BLOCKS = "vpc-blocks"
+    FILE = "vpc-file"
 
 
 class Use(Enum):
@@ -59,9 +60,9 @@ _TABLE = {
         vpc_driver_reset vpc_driver_post vpc_driver_reap
         vpc_ram_read vpc_ram_write vpc_ram_fill vpc_ram_verify
     """,
-    Use.LOOP: "vpc_fault_run vpc_far_run",
+    Use.LOOP: "vpc_fault_run vpc_far_run vpc_save_wait",
     # A page source's own blocks have all their pages; a load writes through its mapping only before LISTEN.
-    Use.CALM_LOOP: "vpc_save_run vpc_load_run",
+    Use.CALM_LOOP: "vpc_save_run vpc_save_round vpc_load_run",
     # Looks with VPC_TRY whether the used ring is there.
     Use.RESIDENT: "vpc_vq_disable_notify",
     Use.PLAIN: """
@@ -76,13 +77,13 @@ _TABLE = {
         vpc_chain_free vpc_chain_rebase vpc_vq_unpop vpc_pump_new vpc_pump_free vpc_pump_stop
         vpc_pump_clear vpc_pump_stats vpc_clear_event
         vpc_ram_new vpc_ram_free vpc_ram_add vpc_ram_base vpc_ram_set_bits vpc_ram_test_bit
-        vpc_ram_count_bits vpc_ram_discard vpc_ram_set_local vpc_ram_give_up vpc_ram_is_lost
+        vpc_ram_count_bits vpc_ram_discard vpc_ram_set_local vpc_ram_discards vpc_ram_give_up vpc_ram_is_lost
         vpc_fault_new vpc_fault_free vpc_fault_add_client vpc_fault_set_ranges vpc_fault_remove_client
         vpc_fault_set_return_path vpc_fault_send vpc_fault_stop vpc_fault_client_stats vpc_fault_stats
         vpc_fault_waiting vpc_histogram_floor vpc_load_new vpc_load_free vpc_load_stop vpc_load_stats
         vpc_load_feed vpc_load_take vpc_load_follow vpc_load_block vpc_load_set_block
         vpc_save_new vpc_save_free vpc_save_stop vpc_save_kick vpc_save_set_rate vpc_save_hold_all
-        vpc_save_stats vpc_save_notify_fd vpc_save_set_tail
+        vpc_save_stats vpc_save_notify_fd vpc_save_set_tail vpc_save_switch vpc_save_keep_zeros
         vpc_driver_new vpc_driver_free vpc_driver_add_region vpc_driver_move vpc_driver_stop
         vpc_driver_stats vpc_far_new vpc_far_free vpc_far_stop vpc_far_stats
     """,

@@ -43,11 +43,19 @@ static int out_append(struct vpc_fault *s, const void *data, size_t length)
     return 0;
 }
 
+/* Never waits: a socket is asked not to, a pipe is non-blocking. */
+static ssize_t out_write(int fd, const void *data, size_t length)
+{
+    ssize_t n = send(fd, data, length, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+    return n < 0 && errno == ENOTSOCK ? write(fd, data, length) : n;
+}
+
 /* Send what there is, as far as it goes without waiting. Caller holds out_lock. */
 void vpc_outbox_flush(struct vpc_fault *s)
 {
     while (s->out_begin < s->out_end && s->out_fd >= 0 && !s->out_errno) {
-        ssize_t n = send(s->out_fd, s->out + s->out_begin, s->out_end - s->out_begin, MSG_DONTWAIT | MSG_NOSIGNAL);
+        ssize_t n = out_write(s->out_fd, s->out + s->out_begin, s->out_end - s->out_begin);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0 && errno == EAGAIN)

@@ -403,7 +403,10 @@ static int take_frame(struct vpc_load *l)
     }
     l->begin += 5;
     tally(&l->stats.bytes, 5);
-    return l->at == NEXT && l->last ? VPC_LOAD_EOS + 1 : 1;
+    if (l->at != NEXT || !l->last)
+        return 1;
+    __atomic_store_n(&l->stats.ended, 1, __ATOMIC_RELAXED);
+    return VPC_LOAD_EOS + 1;
 }
 
 static int take(struct vpc_load *l)
@@ -490,6 +493,7 @@ int vpc_load_stats(struct vpc_load *l, struct vpc_load_stats *out)
         .bytes = number(&s->bytes), .data_pages = number(&s->data_pages), .zero_pages = number(&s->zero_pages),
         .placed = number(&s->placed), .already = number(&s->already), .runs = number(&s->runs),
         .reads = number(&s->reads), .sections = number(&s->sections), .bad_offset = number(&s->bad_offset),
-        .why = __atomic_load_n(&s->why, __ATOMIC_RELAXED)};
+        .why = __atomic_load_n(&s->why, __ATOMIC_RELAXED),
+        .ended = __atomic_load_n(&s->ended, __ATOMIC_RELAXED)};
     return 0;
 }

@@ -33,6 +33,9 @@ int vpc_ram_test_bit(struct vpc_ram *ram, int block, int which, uint64_t page);
 int64_t vpc_ram_count_bits(struct vpc_ram *ram, int block, int which);
 /* Punch a hole (bytes, whole host pages) and clear RECEIVED and REQUESTED. */
 int vpc_ram_discard(struct vpc_ram *ram, int block, uint64_t offset, uint64_t length);
+/* RAM_DISCARD commands (QEMU's migration stream) for the block's DIRTY pages from page *at on, as many as there is room
+ * for; *at gets the page to go on from, the block's number of pages when it is done. Returns bytes written. */
+int vpc_ram_discards(struct vpc_ram *ram, int block, uint64_t *at, void *to, uint32_t room);
 /* The pages of the block lie ready in fd from fd_offset (mapped private and read in, so this may take as long
  * as reading it): the fault loop places them through place_ufd (of our own mapping; we keep a copy) without
  * asking anybody. Before the loop runs. -ERANGE: the file is shorter than the block. */
@@ -146,7 +149,7 @@ struct vpc_load_stats {
     uint64_t sections;    /* RAM sections read to their EOS, with vpc_load_follow */
     uint64_t bad_offset;  /* byte of the stream where the broken record begins */
     int32_t why;
-    int32_t pad;
+    int32_t ended;        /* with vpc_load_follow: the END was read, its footer too */
 };
 
 /* Read records from fd until told otherwise; pages are placed through place_ufd into the set's own
@@ -170,9 +173,9 @@ void vpc_load_stop(struct vpc_load *load);
 int vpc_load_stats(struct vpc_load *load, struct vpc_load_stats *out);
 
 /* ---- ramsave.c: RAM records out, each dirty page once; requests first. */
-#define VPC_SAVE_PEER_CLOSED 1
-#define VPC_SAVE_SHUT 2
-#define VPC_SAVE_STOPPED 3
+#define VPC_SAVE_PEER_CLOSED 2
+#define VPC_SAVE_SHUT 3
+#define VPC_SAVE_STOPPED 4
 #define VPC_RATE_UNLIMITED 0xffffffffffffffffULL
 
 struct vpc_save_stats {
@@ -188,11 +191,24 @@ struct vpc_save_stats {
     int32_t eos_sent;
     int32_t why;             /* VPC_BAD_* of a message that was refused */
     uint64_t dirty_left;     /* host pages */
+    uint32_t pongs;          /* a bit for each PONG value below 32 that came */
+    uint32_t shut;           /* the value of the destination's SHUT: 0 is success */
 };
 
-/* Serve the blocks' DIRTY pages on the socket fd, at background_rate bytes a second besides what is asked for. */
-struct vpc_save *vpc_save_new(struct vpc_ram *ram, int fd, uint64_t background_rate);
+/* Serve the blocks' DIRTY pages on fd (a socket, a pipe or a file), at background_rate bytes a second besides what is
+ * asked for. in_fd: the return path, -1 for none; both may be the same. */
+struct vpc_save *vpc_save_new(struct vpc_ram *ram, int fd, int in_fd, uint64_t background_rate);
 void vpc_save_free(struct vpc_save *save);
+/* One section of precopy, with its frames: a PART of about budget_ns at the background rate, or (last) the END with
+ * all that is dirty, without a limit. Returns 1 if pages are still dirty, 0 if none is, or as vpc_save_run; a section
+ * that was stopped is left in the middle. */
+int vpc_save_round(struct vpc_save *save, uint32_t section, int last, uint64_t budget_ns);
+/* Nothing is to be sent any more: read the return path to its end. Returns as vpc_save_run. */
+int vpc_save_wait(struct vpc_save *save);
+/* Postcopy begins: the next record names its block again, the scan begins anew. Before a run. */
+int vpc_save_switch(struct vpc_save *save);
+/* Send pages of zeros as data. Before a round or run. */
+int vpc_save_keep_zeros(struct vpc_save *save, int on);
 /* Returns VPC_SAVE_* or -errno; -EBADMSG: the peer sent a message that is none. */
 int vpc_save_run(struct vpc_save *save);
 /* Before a run: bytes that follow the EOS behind the last page (we keep a copy). */

@@ -26,6 +26,10 @@ COMMANDS = {
         "vhostpc.cli.demo:demo",
         "Show a postcopy migration with traffic on this machine, without QEMU.",
     ),
+    "endpoint": (
+        "vhostpc.cli.endpoint:endpoint",
+        "Receive, hold and send machines as QEMU does, driven by its monitor commands.",
+    ),
     "inspect": (
         "vhostpc.cli.inspect:inspect",
         "Tell a migration stream of QEMU in words; name its first wrong byte.",

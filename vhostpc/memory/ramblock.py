@@ -11,7 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -99,6 +99,15 @@ class RamBlock:
         """Punch a hole (whole host pages) and forget that these pages were received or requested."""
         length = self.length - offset if length is None else length
         check(lib.vpc_ram_discard(self._ram.handle, self.index, offset, length), f"discard in {self.name}")
+
+    def discards(self, room: int = 64 << 10) -> Iterator[bytes]:
+        """RAM_DISCARD commands for the DIRTY pages, in pieces of at most ``room`` bytes; none if nothing is dirty."""
+        at = ffi.new("uint64_t *")
+        buffer = ffi.new("unsigned char[]", room)
+        while at[0] < self.pages:
+            rc = lib.vpc_ram_discards(self._ram.handle, self.index, at, buffer, room)
+            if count := check(rc, f"discards of {self.name}"):
+                yield bytes(ffi.buffer(buffer, count))
 
     def holes(self) -> list[tuple[int, int]]:
         """(offset, length) of what the file does not hold: pages that nobody made. Touches nothing."""

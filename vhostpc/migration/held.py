@@ -15,19 +15,25 @@ class HeldMachine:
     """RAM blocks in memfds, device sections as bytes, in the order in which they came.
 
     ``page_sizes``: bytes of a host page by name of a block. A source says them only where postcopy may follow, so
-    a machine of huge pages that comes by precopy needs them said, or it is held in small ones.
+    a machine of huge pages that comes by precopy needs them said, or it is held in small ones. ``lengths``: bytes by
+    name of a block; one that comes with another length, or not at all, is refused.
     """
 
     def __init__(
-        self, configuration: Configuration | None = None, *, page_sizes: Mapping[str, int] | None = None
+        self,
+        configuration: Configuration | None = None,
+        *,
+        page_sizes: Mapping[str, int] | None = None,
+        lengths: Mapping[str, int] | None = None,
     ) -> None:
         self._configuration = configuration
         self.page_sizes = dict(page_sizes or {})
+        self.lengths = dict(lengths or {})
         self.ram = RamSet()
         self.devices: list[DeviceSection] = []
         self.description = b""
         """JSON about the device sections; a machine that came by postcopy has none."""
-        self.running = False
+        self.running = self.runnable = self.was_running = False
 
     @property
     def configuration(self) -> Configuration:
@@ -43,6 +49,10 @@ class HeldMachine:
         raise KeyError(f"{idstr} {instance}")
 
     # --- leaving: it does not run, so nothing of it changes
+
+    @property
+    def ram_section(self) -> int:
+        return 1 + max((section.section_id for section in self.devices), default=0)
 
     def blocked(self) -> Sequence[str]:
         return ()
@@ -74,6 +84,12 @@ class HeldMachine:
         pass
 
     def accept_blocks(self, listed: RamBlocks, *, postcopy: bool) -> None:
+        came = {block.name: block.length for block in listed.blocks}
+        for name, length in self.lengths.items():
+            if name not in came:
+                raise StreamError(f"RAM block {name!r} was to come, and the source has none of that name")
+            if came[name] != length:
+                raise StreamError(f"Size mismatch: {name}: {came[name]:#x} != {length:#x}")
         for block in listed.blocks:
             size = self._page_size(block, postcopy)
             try:

@@ -1,28 +1,33 @@
-"""The destination of a migration: receives a machine from QEMU by precopy or by postcopy, and holds it.
+"""The destination of a migration: receives a machine by precopy or by postcopy.
 
 Python reads what stands between RAM sections; the sections themselves are read in C, on a thread that never
-needs the GIL (:mod:`vhostpc.ufd.ramchannel`). In postcopy two such threads run: one for the pages, one for the
-faults of whoever touches what has not come. A device section is only kept, so nothing here waits for a page.
+needs the GIL (:mod:`vhostpc.ufd.ramchannel`). In postcopy three things go on at once, and none waits for another:
+the page thread places what comes, the fault loop asks for what somebody waits for, and a task of its own loads
+the package, which may wait for a page like anybody else.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from enum import Enum, auto
 
 import trio
 
-from vhostpc.errors import ChannelLost, StreamError, UfdError
-from vhostpc.memory.ramblock import RamSet
-from vhostpc.migration.held import HeldMachine, page_size_of
-from vhostpc.migration.state import Status
+from vhostpc.errors import ChannelLost, StreamError, UfdError, VhostpcError
+from vhostpc.memory.mapping import mlock_future_in_force
+from vhostpc.migration.channel import Channel
+from vhostpc.migration.machine import Machine
+from vhostpc.migration.state import Event
+from vhostpc.migration.waits import tell_waits
+from vhostpc.ufd.flags import Features
 from vhostpc.ufd.ramchannel import RamChannel
 from vhostpc.ufd.service import FaultService
 from vhostpc.ufd.uffd import Userfaultfd
 from vhostpc.wire.elements import (
     BadStream,
     BitmapRequest,
-    BlockInfo,
     Configuration,
     DeviceSection,
     EnableColo,
@@ -30,7 +35,6 @@ from vhostpc.wire.elements import (
     Package,
     Ping,
     PostcopyAdvise,
-    PostcopyListen,
     PostcopyResume,
     PostcopyRun,
     RamBlocks,
@@ -39,282 +43,461 @@ from vhostpc.wire.elements import (
     StreamEvent,
     VmDescription,
 )
-from vhostpc.wire.ramrec import REASONS, BadRamStream
+from vhostpc.wire.ramrec import REASONS, TARGET_PAGE, BadRamStream
 from vhostpc.wire.return_path import Pong, Shut
-from vhostpc.wire.split import read_package
-from vhostpc.wire.stream import RamMode, StreamReader
+from vhostpc.wire.split import Inside, read_package
+from vhostpc.wire.stream import MAX_DEVICES, RamMode, StreamReader
 
 log = logging.getLogger(__name__)
 
+Report = Callable[[Event, BaseException | None], None]
+
 CHUNK = 64 << 10
+MAX_ANSWERS = 64 << 10
+"""Bytes of the return path that may wait while a source sends PINGs and reads no answer."""
 SHUT_LIMIT = 10.0  # seconds in which the source must take our last word
+TROUBLE = (VhostpcError, OSError)
+"""What a peer, a machine or the system can do to a migration. Anything else is an error of this program."""
+
+
+class Phase(Enum):
+    PRECOPY = auto()
+    """The source can still go on by itself."""
+    LISTENING = auto()
+    """The package is here; the machine has not run."""
+    RUNNING = auto()
+    """It may have run here: never again at the source."""
+
+
+def _no_report(event: Event, error: BaseException | None) -> None:
+    pass
 
 
 class Incoming:
-    """One machine that comes on ``stream``, a connected tcp or unix socket, which stays the caller's.
+    """One machine that comes on ``channel``, which stays the caller's.
 
     ``postcopy``: the capability ``postcopy-ram``; both sides must have it alike where the source uses it.
-    ``page_sizes``: bytes of a host page by name of a block. A source says them only where postcopy may follow, so
-    a machine of huge pages that comes by precopy needs them said, or it is held in small ones.
-    :attr:`machine` is there as soon as its RAM blocks are known; in postcopy (from :meth:`running` on) its
-    memory may be touched while it comes: whoever touches a page that is missing has it brought next.
+    ``report`` is called on the trio thread with PACKAGE, FINISH, FAIL, NEVER_RAN or LOSE, and the error; it must
+    not raise. ``run(postcopy)`` is awaited where the machine is to start; if it raises, the machine has not run.
+    ``spin_us``: see :class:`FaultService`. ``limit``: bytes of a package.
     """
 
     def __init__(
         self,
-        stream: trio.SocketStream,
+        channel: Channel,
+        machine: Machine,
         *,
-        postcopy: bool = False,
-        page_sizes: Mapping[str, int] | None = None,
+        postcopy: bool,
+        report: Report = _no_report,
+        run: Callable[[bool], Awaitable[None]] | None = None,
+        spin_us: int = 0,
+        limit: int = MAX_DEVICES,
     ) -> None:
-        self.stream = stream
+        self.channel = channel
+        self.machine = machine
         self.postcopy = postcopy
-        self.page_sizes = dict(page_sizes or {})
-        self.status = Status.NONE
-        self.machine: HeldMachine | None = None
-        self.service: FaultService | None = None
-        self._running = trio.Event()
-        self._configuration: Configuration | None = None
-        self._reader = StreamReader(RamMode.PAUSE)
-        self._channel: RamChannel | None = None
+        self.phase = Phase.PRECOPY
+        self.service = FaultService(machine.ram, spin_us=spin_us)
+        """Over the machine's RAM; its numbers can be read until :meth:`close`."""
+        self._report = report
+        self._run = run
+        self._reader = StreamReader(RamMode.PAUSE, limit=limit)
+        self._events = self._reader.feed(b"")
+        self._pages: RamChannel | None = None
         self._last = False
         self._return_path = False
-        self._advised = False
+        self._advised: PostcopyAdvise | None = None
+        self._description = b""
+        self._running = trio.Event()
+        self._loaded = trio.Event()
         self._faults = trio.CancelScope()
+        self._faults_ended: trio.Event | None = None
+        self._scope = trio.CancelScope()
+        self._receiving = self._closed = False
+        self._paused = False
+        self._error: BaseException | None = None
+        """The first trouble, which all others follow from."""
 
     async def running(self) -> None:
-        """Wait until the source said RUN: from now on the machine may run here although most pages miss."""
+        """Wait for RUN: from then on the machine may run here although most pages miss. Or for precopy's end."""
         await self._running.wait()
 
-    async def receive(self) -> HeldMachine:
-        """Receive to the end; the machine is the caller's, to close.
-
-        Raises StreamError (what is wrong, at which byte), ChannelLost when the source is gone, UfdError and
-        OSError where postcopy or its memory can not be had here. What came is lost then, but for a connection
-        lost in postcopy: that is a pause, and ``machine`` keeps all pages that came, until :meth:`close`. Who waits
-        for one that did not come gets MemoryLost.
-        """
-        self.status = Status.SETUP
-        try:
-            async with trio.open_nursery() as nursery:
-                await self._read(nursery)
-                self._faults.cancel()
-        except BaseException as caught:
-            error = caught
-            while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-                error = error.exceptions[0]
-            self._end(error)
-            raise error from None
-        assert self.machine is not None
-        self._release()
-        self.status = Status.COMPLETED
-        log.info("migration: completed")
-        return self.machine
-
-    def _end(self, error: BaseException) -> None:
-        if self._running.is_set():
-            self.status = Status.POSTCOPY_PAUSED
-            log.error("migration: paused in postcopy: %s", error)
-            return
-        self.status = Status.FAILED
-        log.error("migration: failed: %s", error)
-        self.close()
+    def missing(self) -> int:
+        """Host pages that have not come."""
+        return self.service.missing()
 
     def close(self) -> None:
-        """After a failure or a pause: give up what is missing, let go of everything."""
-        self._release()
-        if self.machine is not None:
-            self.machine.close()
-            self.machine = None
+        """Let go of everything but the machine and the channel. Pages that miss will never come.
+
+        A :meth:`receive` that goes on, or stays in a pause, ends and raises ChannelLost, or what it was paused by.
+        """
+        self._closed = True
+        self.service.give_up()
+        if self._receiving:
+            self._scope.cancel()  # it closes the rest as it ends
+        else:
+            self._release()
+
+    async def receive(self) -> None:
+        """Receive to the end: all pages are here, the source was told, the machine was started.
+
+        Raises StreamError (what is wrong, at which byte), ChannelLost, PostcopyRefused, OSError: the machine has not
+        run here; the source was told so, where it can be. From RUN on it does not raise for such: it pauses. All
+        pages, clients and waiters stay, and so does this call, until it is cancelled or :meth:`close` is called.
+        Then, and whenever it is cancelled with pages missing, who waits for a page gets MemoryLost.
+        """
+        self._receiving = True
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    await self._migrate(nursery)
+                    nursery.cancel_scope.cancel()
+            if self._scope.cancelled_caught:
+                raise self._error or ChannelLost("the migration was given up here")
+        except BaseException as caught:
+            error = self._failed(caught)
+            if error is caught:
+                raise
+            raise error from None
+        finally:
+            self._receiving = False
+            if self._pages is not None:
+                self._pages.close()
+                self._pages = None
+            if self._closed:
+                self._release()
+        log.info("migration: completed")
+        self._report(Event.FINISH, None)
 
     def _release(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-        if self.service is not None:
+        if not self.service.closed:
             self.service.close()
-            self.service = None
 
-    # --- the stream
+    def _failed(self, caught: BaseException) -> BaseException:
+        """The migration ended without success: tell both sides. The error that says why."""
+        error = caught
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        if self._error is not None and not isinstance(error, trio.Cancelled):
+            error = self._error
+        if not self.service.closed:
+            self.service.give_up()
+            if self._return_path and self.phase is not Phase.RUNNING:
+                with suppress(*TROUBLE):
+                    self.service.send(Shut(1).encode())
+        self.channel.shut_down()
+        if isinstance(error, trio.Cancelled) or self._closed:
+            return error
+        if self._paused:
+            log.error("migration: the pause ends: %s", error)
+        elif self.phase is Phase.RUNNING:
+            log.error("migration: lost: %s", error)
+            self._report(Event.LOSE, error)
+        else:
+            log.error("migration: failed: %s", error)
+            self._report(Event.FAIL if self.phase is Phase.PRECOPY else Event.NEVER_RAN, error)
+        return error
 
-    async def _read(self, nursery: trio.Nursery) -> None:
-        data = b""
-        while not self._reader.ended:
-            for event in self._reader.feed(data):
-                await self._handle(event, nursery)
-            if self._reader.ended:
-                break
-            if self._reader.paused:
-                data = b""
-                await self._load()
-                continue
-            data = await self._receive()
-            if not data:
-                for event in self._reader.eof():
-                    await self._handle(event, nursery)
-        await self._finish()
+    # --- the phases
 
-    async def _receive(self) -> bytes:
+    async def _migrate(self, nursery: trio.Nursery) -> None:
+        package = await self._precopy(nursery)
+        if package is None:
+            await self._end_precopy()
+            return
+        await self._listen(package)
+        nursery.start_soon(self._load_package, package)
+        nursery.start_soon(tell_waits, self.service, self.channel.shut_down)
+        await self._postcopy()
+        await self._loaded.wait()
+        await self._end_postcopy()
+
+    async def _precopy(self, nursery: trio.Nursery) -> list[Inside] | None:
+        """All that comes before the package, whose elements are the result; None at the end of the stream."""
+        while (event := await self._next()) is not None:
+            if isinstance(event, OpenReturnPath):
+                self._open_return_path(event, nursery)
+            elif isinstance(event, Ping):
+                self._pong(event)
+            elif isinstance(event, Configuration):
+                self.machine.accept(event)
+            elif isinstance(event, PostcopyAdvise):
+                await self._advise(event)
+            elif isinstance(event, RamBlocks):
+                self._accept_blocks(event)
+            elif isinstance(event, RamDiscard):
+                self._discard(event)
+            elif isinstance(event, Package):
+                if not self._return_path:
+                    raise BadStream(
+                        event.offset, "a package, and no return path to ask for pages on was opened"
+                    )
+                # The whole of it has come before anything of it is done: from LISTEN on the channel is for pages.
+                return read_package(event)
+            elif isinstance(event, DeviceSection):
+                await self.machine.load(event)
+            elif isinstance(event, VmDescription):
+                self._description = event.text
+                if event.disagrees is not None:
+                    log.warning("migration: the description is not that of the sections: %s", event.disagrees)
+            else:
+                self._other(event)
+        return None
+
+    async def _end_precopy(self) -> None:
+        if self._pages is None or not self._last:
+            what = "before RAM" if self._pages is None else "before the end of RAM"
+            raise BadStream(self._reader.offset, f"the stream ends {what}")
+        if self._reader.unread:
+            # A guest that can write a device's state could have forged an earlier end.
+            raise BadStream(self._reader.offset, f"{self._reader.unread} bytes behind the end of the stream")
+        await self.machine.loaded(self._description)
+        log.info("migration: all is here, by precopy")
+        await self._stop_faults()
+        if self._advised is not None:
+            await self.machine.end()
+        await self._start(False)
+        await self._shut()
+
+    async def _listen(self, package: Sequence[Inside]) -> None:
+        """Our mapping may be missing pages; another channel, because this one places by ioctl."""
+        assert self._pages is not None
+        self.service.arm()
+        block = self._pages.block
+        self._pages.close()
+        self._pages = self.service.open_channel(self.channel.in_fd)
+        self._pages.block = block
+        await self.machine.listen()
+        self.phase = Phase.LISTENING
+        log.info(
+            "migration: postcopy: %d host pages to come, %d elements to load", self.missing(), len(package)
+        )
+        self._report(Event.PACKAGE, None)
+
+    async def _load_package(self, package: Sequence[Inside]) -> None:
+        """Device state, while pages come: what a load waits for is asked for and served meanwhile."""
         try:
-            return bytes(await self.stream.receive_some(CHUNK))
-        except trio.BrokenResourceError:
-            raise ChannelLost("the source closed the connection in the middle of the stream") from None
+            left = sum(isinstance(inside, DeviceSection) for inside in package)
+            if not left:
+                await self.machine.loaded(b"")
+            for inside in package:
+                if isinstance(inside, DeviceSection):
+                    await self.machine.load(inside)
+                    left -= 1
+                    if not left:  # before PONG 3, which says that nothing can go wrong any more
+                        await self.machine.loaded(b"")
+                        log.info("migration: device state is loaded")
+                elif isinstance(inside, Ping):
+                    self._pong(inside)
+                elif isinstance(inside, PostcopyRun):
+                    await self._start(True)
+            self._loaded.set()
+        except TROUBLE as error:
+            if self.machine.ram.lost:
+                await trio.sleep_forever()  # given up by whoever ends all this, and says why
+            self._error = self._error or error
+            raise
 
-    async def _load(self) -> None:
+    async def _postcopy(self) -> None:
+        """Pages, to the end of the stream; a link that is lost in it is a pause."""
+        try:
+            while (event := await self._next()) is not None:
+                if isinstance(event, Ping):
+                    self._pong(event)
+                else:
+                    self._other(event)
+            if missing := self.missing():
+                raise StreamError(f"the source says that all is sent, and {missing} host pages never came")
+        except TROUBLE as error:
+            self._error = self._error or error
+            if self.phase is not Phase.RUNNING:
+                self.service.give_up()  # a load may wait for one
+                raise
+            await self._pause(error)
+        log.info("migration: all pages are here")
+
+    async def _pause(self, error: BaseException) -> None:
+        """The link is lost, the machine may be running: keep all that there is, until this is cancelled."""
+        assert self._pages is not None
+        log.error("migration: paused in postcopy, %d host pages are missing: %s", self.missing(), error)
+        self.channel.shut_down()
+        self.service.set_return_path(None)  # requests wait in the outbox
+        self._pages.close()  # and with it a host page of which a part has come
+        self._pages = None
+        self._paused = True
+        self._report(Event.LOSE, error)
+        await trio.sleep_forever()
+
+    async def _end_postcopy(self) -> None:
+        """Every page is here. In QEMU's order."""
+        await self._stop_faults()
+        await self.machine.end()
+        self.service.disarm()
+        if self._reader.unread:
+            log.warning("migration: the source sent %d bytes behind the end", self._reader.unread)
+        await self._shut()
+
+    async def _start(self, postcopy: bool) -> None:
+        """Where the machine is to run. It has run only if ``run`` does not say otherwise."""
+        before, self.phase = self.phase, Phase.RUNNING
+        log.info("migration: the machine may run here, %d host pages are missing", self.missing())
+        self._running.set()
+        try:
+            if self._run is not None:
+                await self._run(postcopy)
+        except TROUBLE:
+            self.phase = before
+            raise
+
+    # --- elements
+
+    async def _next(self) -> StreamEvent | None:
+        """The next element; None at the end of the stream."""
+        while True:
+            event = next(self._events, None)
+            if event is not None:
+                return event
+            if self._reader.ended:
+                return None
+            if self._reader.paused:
+                await self._records()
+                self._events = self._reader.feed(b"")
+                continue
+            data = await self.channel.receive_some(CHUNK)
+            self._events = self._reader.feed(data) if data else self._reader.eof()
+
+    async def _records(self) -> None:
         """The RAM section that begins, and what follows of it, in C."""
-        channel, section = self._channel, self._reader.ram_section
-        assert channel is not None
+        pages, section = self._pages, self._reader.ram_section
+        assert pages is not None
         assert section is not None
         begin = self._reader.offset
-        channel.feed(self._reader.hand_over())
-        before = channel.numbers().bytes
+        pages.feed(self._reader.hand_over())
+        before = pages.numbers().bytes
         try:
-            numbers = await channel.load(section, last=self._last)
+            numbers = await pages.load(section, last=self._last)
         except BadRamStream as e:
             raise BadStream(begin + e.offset - before, REASONS[e.why]) from None
-        self._reader.resume(numbers.bytes - before, channel.take(), footer=True)
+        self._last = numbers.ended
+        self._reader.resume(numbers.bytes - before, pages.take(), footer=True, ended=self._last)
 
-    async def _handle(self, event: StreamEvent, nursery: trio.Nursery) -> None:
-        """What is not named here needs nothing: headers, footers, ends, RAM data (where :meth:`_load` goes on)."""
-        if isinstance(event, Configuration):
-            self._configuration = event
-        elif isinstance(event, OpenReturnPath):
-            self._return_path = True
-        elif isinstance(event, Ping):
-            await self._say(Pong(event.value).encode())
-        elif isinstance(event, PostcopyAdvise):
-            self._advise(event)
-        elif isinstance(event, RamBlocks):
-            self._make_ram(event)
-        elif isinstance(event, SectionEnd):
+    def _other(self, event: StreamEvent) -> None:
+        """Headers, footers and ends need nothing, and RAM data is read where :meth:`_next` goes on."""
+        if isinstance(event, SectionEnd):
             self._last = True
-        elif isinstance(event, RamDiscard):
-            self._discard(event)
-        elif isinstance(event, Package):
-            await self._package(event, nursery)
-        elif isinstance(event, DeviceSection):
-            self._held(event).devices.append(event)
-        elif isinstance(event, VmDescription):
-            self._held(event).description = event.text
-            if event.disagrees is not None:
-                log.warning("migration: the description is not that of the sections: %s", event.disagrees)
+        elif isinstance(event, OpenReturnPath):
+            log.warning("migration: the return path is opened again, at byte %d", event.offset)
         elif isinstance(event, EnableColo | PostcopyResume | BitmapRequest):
             raise BadStream(event.offset, f"{type(event).__name__}, which is not for a destination as this")
 
-    def _held(self, event: DeviceSection | VmDescription | RamDiscard | Package) -> HeldMachine:
-        if self.machine is None:
-            raise BadStream(event.offset, f"{type(event).__name__} before RAM")
-        return self.machine
+    def _open_return_path(self, event: OpenReturnPath, nursery: trio.Nursery) -> None:
+        if self._return_path:
+            self._other(event)
+            return
+        if not self.channel.two_way:
+            raise BadStream(event.offset, "OPEN_RETURN_PATH on a channel that goes one way only")
+        self.service.set_return_path(self.channel.out_fd)
+        self._return_path = True
+        self._faults_ended = trio.Event()
+        nursery.start_soon(self._serve_faults, self._faults_ended)
 
-    async def _say(self, message: bytes) -> None:
-        """One return-path message. While the fault loop runs it goes behind the page requests."""
-        if self.service is not None and self.service.armed:
+    async def _serve_faults(self, ended: trio.Event) -> None:
+        """From the first answer on: what a source does not take at once waits in the loop, not in the reader."""
+        try:
+            with self._faults:
+                await self.service.run()
+        except TROUBLE as error:
+            self._error = self._error or error
+            raise
+        finally:
+            ended.set()
+
+    async def _stop_faults(self) -> None:
+        self._faults.cancel()
+        if self._faults_ended is not None:
+            await self._faults_ended.wait()
+
+    def _pong(self, event: Ping) -> None:
+        if self.service.numbers().outbox_bytes > MAX_ANSWERS:
+            raise BadStream(event.offset, "a PING, and the source does not read the answers to those before")
+        self._send(Pong(event.value).encode())
+
+    def _send(self, message: bytes) -> None:
+        """Never waits; behind what waits already."""
+        try:
             self.service.send(message)
+        except OSError as e:
+            raise ChannelLost(f"the return path to the source broke: {e.strerror}") from None
+
+    async def _shut(self) -> None:
+        """The last word. The machine is whole here: a source that does not take it changes nothing."""
+        if not self._return_path:
             return
         try:
-            await self.stream.send_all(message)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            raise ChannelLost("the source closed the connection in the middle of the stream") from None
+            with trio.fail_after(SHUT_LIMIT):
+                self._send(Shut(0).encode())
+                while self.service.numbers().outbox_bytes:
+                    await trio.lowlevel.wait_writable(self.channel.out_fd)
+                    self._send(b"")
+        except trio.TooSlowError:
+            log.warning("migration: the source takes nothing more on the return path")
+        except ChannelLost as error:
+            log.warning("migration: the source does not know that all is here: %s", error)
 
-    def _advise(self, event: PostcopyAdvise) -> None:
+    async def _advise(self, event: PostcopyAdvise) -> None:
+        why = None
         if not self.postcopy:
-            raise StreamError("the source may switch to postcopy, and postcopy-ram is not enabled here")
-        if event.page_sizes is None:
-            raise BadStream(event.offset, "POSTCOPY_ADVISE without page sizes: not for RAM")
-        try:
-            Userfaultfd.open().close()
-        except UfdError as e:
-            raise StreamError(f"postcopy can not be done here: {e}") from None
-        self._advised = True
-
-    def _make_ram(self, event: RamBlocks) -> None:
-        assert self._configuration is not None
-        ram = RamSet()
-        self.machine = HeldMachine(self._configuration, ram)
-        for block in event.blocks:
-            size = self._page_size(block)
-            try:
-                ram.create(block.name, block.length, size)
-            except OSError as e:
-                raise StreamError(
-                    f"RAM block {block.name!r}, {block.length:#x} bytes in pages of {size:#x}: {e.strerror or e}"
-                ) from None
-        self.service = FaultService(ram)
-        self._channel = self.service.open_channel(self.stream)
-        self.status = Status.ACTIVE
-        log.info("migration: %s, %d MiB of RAM", self._configuration.machine, event.total >> 20)
-
-    def _page_size(self, block: BlockInfo) -> int:
-        said = self.page_sizes.get(block.name, page_size_of(block))
-        if self._advised and said != page_size_of(block):
-            raise StreamError(
-                f"RAM block {block.name!r} has pages of {page_size_of(block):#x} at the source, not of {said:#x}"
+            why = "the source may switch to postcopy, and postcopy-ram is not enabled here"
+        elif event.page_sizes is None:
+            why = "POSTCOPY_ADVISE without page sizes: not for RAM"
+        elif event.target_page != TARGET_PAGE:
+            why = f"the source has target pages of {event.target_page} bytes, not {TARGET_PAGE}"
+        elif not self.channel.two_way:
+            why = "the source may switch to postcopy, and the channel goes one way only"
+        elif mlock_future_in_force():
+            why = (
+                "postcopy can not be done here: mlockall(MCL_FUTURE) is in force in this process, "
+                "and mapping memory would create the missing pages"
             )
-        return said
+        else:
+            try:
+                Userfaultfd.open(features=Features.MISSING_SHMEM).close()
+            except UfdError as e:
+                why = f"postcopy can not be done here: {e}"
+        if why is not None:
+            raise BadStream(event.offset, why)
+        self._advised = event
+        await self.machine.advise(self.service)
+        log.info("migration: the source may switch to postcopy")
+
+    def _accept_blocks(self, event: RamBlocks) -> None:
+        self.machine.accept_blocks(event, postcopy=self._advised is not None)
+        blocks = self.machine.ram.blocks
+        if self._advised is not None:
+            ours = 0
+            for block in blocks:
+                ours |= block.page_size
+            if ours != self._advised.page_sizes:
+                raise BadStream(
+                    event.offset,
+                    f"postcopy needs pages of the same sizes: RAM here has {ours:#x} (or'ed), "
+                    f"the source advised {self._advised.page_sizes:#x}",
+                )
+        self._pages = self.service.open_channel(self.channel.in_fd)
+        log.info(
+            "migration: %s: %d KiB of RAM in %d blocks",
+            self.machine.configuration.machine,
+            event.total >> 10,
+            len(blocks),
+        )
 
     def _discard(self, event: RamDiscard) -> None:
-        block = self._held(event).ram[event.block]
+        block = self.machine.ram[event.block]
         for start, length in event.ranges:
             if (start | length) % block.page_size:
                 raise BadStream(
-                    event.offset, f"discard of {length:#x} bytes at {start:#x}, which are not whole pages"
+                    event.offset,
+                    f"discard of {length:#x} bytes at {start:#x} of {block.name!r}, "
+                    f"which are not whole pages of {block.page_size:#x}",
                 )
             block.discard(start, length)
-
-    # --- postcopy
-
-    async def _package(self, event: Package, nursery: trio.Nursery) -> None:
-        """The whole of it has come before anything of it is done: from LISTEN on the socket is for pages."""
-        machine = self._held(event)
-        for inside in read_package(event):
-            if isinstance(inside, PostcopyListen):
-                self._listen(nursery)
-            elif isinstance(inside, DeviceSection):
-                machine.devices.append(inside)
-            elif isinstance(inside, Ping):
-                await self._say(Pong(inside.value).encode())
-            elif isinstance(inside, PostcopyRun):
-                self.status = Status.POSTCOPY_ACTIVE
-                log.info("migration: postcopy, %d pages to come", self._missing())
-                self._running.set()
-
-    def _listen(self, nursery: trio.Nursery) -> None:
-        """Our mapping may be missing pages; another channel, because this one places by ioctl."""
-        assert self.service is not None
-        assert self._channel is not None
-        self.service.arm()
-        self.service.set_return_path(self.stream)
-        nursery.start_soon(self._serve_faults, self.service)
-        block = self._channel.block
-        self._channel.close()
-        self._channel = self.service.open_channel(self.stream)
-        self._channel.block = block
-
-    async def _serve_faults(self, service: FaultService) -> None:
-        with self._faults:
-            await service.run()
-
-    def _missing(self) -> int:
-        assert self.service is not None
-        return self.service.missing()
-
-    async def _finish(self) -> None:
-        """All has been read: in postcopy every page is here, and the source waits for a word."""
-        if self.machine is None:
-            raise BadStream(self._reader.offset, "the stream ends before RAM")
-        service = self.service
-        assert service is not None
-        if service.armed:
-            if missing := service.missing():
-                raise StreamError(f"the source says that all is sent, and {missing} pages never came")
-            service.send(Shut(0).encode())
-            with trio.move_on_after(SHUT_LIMIT) as limit:
-                while service.numbers().outbox_bytes:  # the fault loop sends it when the socket has room
-                    await trio.sleep(0.01)
-            if limit.cancelled_caught:
-                raise ChannelLost("the source takes nothing more on the return path")
-        elif self._reader.unread:
-            # A guest that can write a device's state could have forged an earlier end.
-            raise BadStream(self._reader.offset, f"{self._reader.unread} bytes behind the end of the stream")
-        elif self._return_path:
-            await self._say(Shut(0).encode())

@@ -35,7 +35,22 @@ class Machine(Protocol):
     @property
     def running(self) -> bool: ...
 
+    @property
+    def runnable(self) -> bool:
+        """Whether it can run here at all."""
+        ...
+
+    @property
+    def was_running(self) -> bool:
+        """Of a machine that came: whether it ran at its source until it was stopped to be sent."""
+        ...
+
     # --- leaving
+
+    @property
+    def ram_section(self) -> int:
+        """The number of RAM's section in the stream: one that no device section has."""
+        ...
 
     def blocked(self) -> Sequence[str]:
         """Why it can not migrate now, one sentence each (a back-end that can not log its writes)."""

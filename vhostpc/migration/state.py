@@ -136,6 +136,9 @@ SOURCE_HOLDS = frozenset(
 BUSY = frozenset(Status) - set(_FINAL)
 """Statuses of a migration that is under way."""
 
+IN_POSTCOPY = frozenset({S.POSTCOPY_ACTIVE, S.POSTCOPY_PAUSED, S.POSTCOPY_RECOVER_SETUP, S.POSTCOPY_RECOVER})
+"""Statuses of a migration whose pages come after the machine runs."""
+
 RUNS_HERE = frozenset({S.POSTCOPY_ACTIVE, S.POSTCOPY_PAUSED, S.POSTCOPY_RECOVER, S.COMPLETED})
 """Statuses in which the machine may be running at the destination, seen from there."""
 

@@ -15,18 +15,26 @@ from vhostpc.migration.options import Compat
 
 @dataclass(frozen=True)
 class Tcp:
-    """``port`` is text: a number or a service's name. ``ipv4``, ``ipv6``: None if not said."""
+    """``port`` is text: a number or a service's name. ``ipv4``, ``ipv6``: None if not said. ``numeric``: the host is
+    no name. ``keep_alive`` is for whoever connects."""
 
     host: str
     port: str
     ipv4: bool | None = None
     ipv6: bool | None = None
     to: int | None = None
+    keep_alive: bool = False
+    mptcp: bool = False
+    numeric: bool = False
 
 
 @dataclass(frozen=True)
 class Unix:
+    """``abstract``: a name of no file; not ``tight``: filled up with zeros to the length of the longest."""
+
     path: str
+    abstract: bool = False
+    tight: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ def _tcp(text: str) -> Tcp:
     if found is None:
         sort = "IPv6 address" if text.startswith("[") else "address"
         raise MigrationRefused(f"error parsing {sort} '{text}'")
-    families: dict[str, bool] = {}
+    flags: dict[str, bool] = {}
     to = None
     for option in (found["rest"] or "").split(","):
         name, _, value = option.partition("=")
@@ -102,11 +110,11 @@ def _tcp(text: str) -> Tcp:
             if not value.isdigit():
                 raise MigrationRefused("error parsing to= argument")
             to = int(value)
-        elif name in ("ipv4", "ipv6"):
+        elif name in ("ipv4", "ipv6", "keep-alive", "mptcp"):
             if value not in ("", "on", "off"):
                 raise MigrationRefused(f"error parsing '{name}' flag '={value}'")
-            families[name] = value != "off"
-    return Tcp(found["host6"] or found["host"] or "", found["port"], to=to, **families)
+            flags[name.replace("-", "_")] = value != "off"
+    return Tcp(found["host6"] or found["host"] or "", found["port"], to=to, **flags)
 
 
 def _file(text: str) -> File:
@@ -135,9 +143,18 @@ def from_channels(channels: list[dict[str, Any]]) -> Address:
     addr = channel["addr"]
     kind = addr["type"] if addr["transport"] == "socket" else addr["transport"]
     if kind == "inet":
-        return Tcp(addr["host"], addr["port"], addr.get("ipv4"), addr.get("ipv6"), addr.get("to"))
+        return Tcp(
+            addr["host"],
+            addr["port"],
+            addr.get("ipv4"),
+            addr.get("ipv6"),
+            addr.get("to"),
+            addr.get("keep-alive", False),
+            addr.get("mptcp", False),
+            addr.get("numeric", False),
+        )
     if kind == "unix":
-        return Unix(addr["path"])
+        return Unix(addr["path"], addr.get("abstract", False), addr.get("tight", True))
     if kind == "fd":
         return Fd(addr["str"])
     if kind == "exec":

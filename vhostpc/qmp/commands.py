@@ -11,7 +11,7 @@ from typing import Any
 from vhostpc.errors import VhostpcError
 from vhostpc.migration import uri
 from vhostpc.migration.options import IN_PROGRESS, Compat, parameters
-from vhostpc.migration.state import BUSY, Status
+from vhostpc.migration.state import BUSY, IN_POSTCOPY, Status
 from vhostpc.qmp import types
 from vhostpc.qmp.endpoint import Endpoint
 from vhostpc.qmp.events import Events
@@ -19,15 +19,6 @@ from vhostpc.qmp.schema import BOOL, NOTHING, STR, Array, Enum, Int, Introspecti
 from vhostpc.wire.qmp import NOT_FOUND, QmpError
 
 VERSIONS: dict[Compat, tuple[int, int, int]] = {"7.2": (7, 2, 22), "10.0": (10, 0, 2)}
-
-_IN_POSTCOPY = frozenset(
-    {
-        Status.POSTCOPY_ACTIVE,
-        Status.POSTCOPY_PAUSED,
-        Status.POSTCOPY_RECOVER_SETUP,
-        Status.POSTCOPY_RECOVER,
-    }
-)
 
 
 @dataclass
@@ -119,8 +110,6 @@ async def _stop(session: Session, _: dict[str, Any]) -> Any:
 
 
 async def _cont(session: Session, _: dict[str, Any]) -> Any:
-    if session.endpoint.run_state == "finish-migrate":
-        raise QmpError("Migration is not finalized yet")
     await session.endpoint.cont()
     return {}
 
@@ -140,9 +129,12 @@ def _address(session: Session, arguments: dict[str, Any], *, incoming: bool = Fa
     raise QmpError("need either 'uri' or 'channels' argument")
 
 
-def _with_descriptor(session: Session, address: uri.Address) -> uri.Address:
-    """An fd address gets the descriptor that a client gave under that name; it is no longer the client's."""
-    if not isinstance(address, uri.Fd):
+def _with_descriptor(session: Session, address: uri.Address, *, incoming: bool = False) -> uri.Address:
+    """An fd address gets the descriptor that a client gave under that name; it is no longer the client's.
+
+    Where a machine comes in, a number is one that this process was started with, as with QEMU.
+    """
+    if not isinstance(address, uri.Fd) or (incoming and address.name[:1].isdigit()):
         return address
     if address.name not in session.named:
         raise QmpError(f"File descriptor named '{address.name}' has not been found")
@@ -185,13 +177,13 @@ async def _incoming(session: Session, arguments: dict[str, Any]) -> Any:
         raise QmpError(f"Illegal migration incoming state: {info.status}")
     endpoint.options.check_start()
     stays = not arguments.get("exit-on-error", True)
-    await endpoint.incoming(_with_descriptor(session, address), exit_on_error=not stays)
+    await endpoint.incoming(_with_descriptor(session, address, incoming=True), exit_on_error=not stays)
     return {}
 
 
 async def _cancel(session: Session, _: dict[str, Any]) -> Any:
     # 7.2 would do it, and lose the pages that only one side has.
-    if session.endpoint.info().status in _IN_POSTCOPY:
+    if session.endpoint.info().status in IN_POSTCOPY:
         raise QmpError("Postcopy migration in progress, cannot cancel.")
     await session.endpoint.cancel()
     return {}
@@ -221,6 +213,7 @@ async def _get_capabilities(session: Session, _: dict[str, Any]) -> Any:
 
 async def _set_parameters(session: Session, arguments: dict[str, Any]) -> Any:
     session.endpoint.options.set_parameters(arguments)
+    session.endpoint.parameters_changed()
     return {}
 
 

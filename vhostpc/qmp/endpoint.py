@@ -50,6 +50,10 @@ class Endpoint(Protocol):
 
     async def start_postcopy(self) -> None: ...
 
+    def parameters_changed(self) -> None:
+        """``options`` has new parameters: what is under way takes its new limits."""
+        ...
+
     def quit(self) -> None:
         """End the program, once the reply to this has gone out."""
         ...

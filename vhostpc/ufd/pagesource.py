@@ -30,9 +30,9 @@ UNLIMITED = 0xFFFFFFFFFFFFFFFF
 class Ended(enum.IntEnum):
     """Why :meth:`PageSource.serve` returned."""
 
-    PEER_CLOSED = 1
-    SHUT = 2
-    STOPPED = 3
+    PEER_CLOSED = 2
+    SHUT = 3
+    STOPPED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,10 @@ class SourceNumbers:
     held_ever: int
     dirty_left: int
     eos_sent: bool
+    pongs: int
+    """A bit for each PONG value below 32 that came."""
+    shut: int
+    """The value of the destination's SHUT; 0, success, also before one came."""
 
 
 class PageSource:
@@ -64,10 +68,20 @@ class PageSource:
     small send buffer keeps requested pages from waiting behind others.
     """
 
-    def __init__(self, ram: RamSet, sock: trio.SocketStream | int, *, background_rate: int = 0) -> None:
+    def __init__(
+        self,
+        ram: RamSet,
+        sock: trio.SocketStream | int,
+        *,
+        background_rate: int = 0,
+        return_path: int | None = None,
+    ) -> None:
+        """``return_path``: the descriptor to read requests from, -1 for none; None: ``sock`` itself."""
         fd = sock if isinstance(sock, int) else sock.socket.fileno()
         self.ram = ram
-        self._handle = lib.vpc_save_new(ram.handle, fd, background_rate)
+        self._handle = lib.vpc_save_new(
+            ram.handle, fd, fd if return_path is None else return_path, background_rate
+        )
         if self._handle == ffi.NULL:
             raise OSError(errno.ENOMEM, "page source: no memory or no descriptors left")
         self._limiter = trio.CapacityLimiter(1)
@@ -85,9 +99,43 @@ class PageSource:
         Raises :class:`~vhostpc.errors.StreamError` for a request that is none, OSError when sending fails.
         """
         handle = self.handle
+        rc = await run_loop(lambda: lib.vpc_save_run(handle), self._stop, self._limiter, Thread.SOURCE)
+        return self._ended(rc)
+
+    async def wait(self) -> Ended:
+        """Read what the peer says until it closes or says that it is done. Raises as :meth:`serve`."""
+        handle = self.handle
+        rc = await run_loop(lambda: lib.vpc_save_wait(handle), self._stop, self._limiter, Thread.SOURCE)
+        return self._ended(rc)
+
+    async def round(self, section: int, *, last: bool = False, budget_ms: int = 50) -> bool | Ended:
+        """Send one RAM section of precopy with its frames: whether pages are still dirty, or why it ended early.
+
+        A PART takes about ``budget_ms`` milliseconds at the background rate; the END (``last``) has all dirty pages
+        and no limit. ``section``: its number. One C call on a borrowed thread. Cancelled, the stream is left in the
+        middle. Raises as :meth:`serve`.
+        """
+        handle, budget = self.handle, budget_ms * 1_000_000
         rc = await run_loop(
-            lambda: lib.vpc_save_run(handle), lambda: lib.vpc_save_stop(handle), self._limiter, Thread.SOURCE
+            lambda: lib.vpc_save_round(handle, section, last, budget),
+            self._stop,
+            self._limiter,
+            Thread.SOURCE,
         )
+        return bool(rc) if rc in (0, 1) else self._ended(rc)
+
+    def switch(self) -> None:
+        """Postcopy begins: before :meth:`serve`, where :meth:`round` was called."""
+        lib.vpc_save_switch(self.handle)
+
+    def keep_zeros(self, on: bool) -> None:
+        """Send pages of zeros as data. Before a call that sends."""
+        lib.vpc_save_keep_zeros(self.handle, on)
+
+    def _stop(self) -> None:
+        lib.vpc_save_stop(self.handle)
+
+    def _ended(self, rc: int) -> Ended:
         if rc == -errno.EBADMSG:
             why = BadRecord(int(self._raw().why))
             raise StreamError(f"return path: a message with {REASONS[why]}")
@@ -144,6 +192,8 @@ class PageSource:
             held_ever=int(raw.held_ever),
             dirty_left=int(raw.dirty_left),
             eos_sent=bool(raw.eos_sent),
+            pongs=int(raw.pongs),
+            shut=int(raw.shut),
         )
 
     def _raw(self) -> Any:

@@ -37,6 +37,8 @@ class LoadNumbers:
     reads: int
     sections: int
     """RAM sections read to their end, where their frames are read too."""
+    ended: bool
+    """The last of them was the END."""
 
 
 class Service(Protocol):
@@ -136,6 +138,7 @@ class RamChannel:
             runs=int(raw.runs),
             reads=int(raw.reads),
             sections=int(raw.sections),
+            ended=bool(raw.ended),
         )
 
     @staticmethod

@@ -79,6 +79,7 @@ class FaultService:
         self._limiter = trio.CapacityLimiter(8)
         self._ufd: Userfaultfd | None = None
         self._own: Client | None = None
+        self._names: dict[int, str] = {}
 
     @property
     def handle(self) -> Any:
@@ -147,7 +148,12 @@ class FaultService:
         """
         fd = ufd if isinstance(ufd, int) else ufd.fileno()
         number = check(lib.vpc_fault_add_client(self.handle, fd), f"fault client {name}")
+        self._names[number] = name
         return Client(self, number, name)
+
+    def name_of(self, client: int) -> str:
+        """The name of the client of this number, also of one that was removed. Raises KeyError."""
+        return self._names[client]
 
     def set_return_path(self, sock: trio.SocketStream | int | None) -> None:
         """Where page requests go; None: they wait until there is somewhere.

@@ -157,16 +157,17 @@ class StreamReader:
         self._handed = True
         return self._buffer.swap(b"", self._buffer.offset)
 
-    def resume(self, consumed: int, rest: bytes = b"", *, footer: bool = False) -> None:
+    def resume(self, consumed: int, rest: bytes = b"", *, footer: bool = False, ended: bool = False) -> None:
         """Go on ``consumed`` bytes behind the first RAM record; ``rest`` was read too far and is the reader's.
 
-        ``footer``: what was consumed ends with a footer (and may hold further parts of RAM), else with the
-        end of the section.
+        ``footer``: what was consumed ends with a footer (and may hold further parts of RAM; ``ended``: also the
+        last one), else with the end of the section.
         """
         if not self._handed:
             raise LocalProtocolError("nothing was handed over")
         self._buffer.swap(rest, self._buffer.offset + consumed)
         self._footer_taken = footer
+        self._ram_ended = self._ram_ended or ended
         self._handed = self.paused = False
 
     def _fail(self, error: BadStream) -> BadStream:

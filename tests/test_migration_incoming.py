@@ -1,0 +1,378 @@
+"""The destination of a migration, fed byte by byte without QEMU: what it takes, says, reports and refuses."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+import pytest
+import trio
+import trio.testing
+
+from tests.migration_ends import LIMIT, content, feed, forged, pair, receive, refused
+from tests.streams import BLOB, POSTCOPY, PRECOPY, A, B, C, h
+from tests.until import until
+from vhostpc.errors import ChannelLost, MigrationRefused, StreamError, UfdError
+from vhostpc.migration import incoming as incoming_module
+from vhostpc.migration.channel import Channel
+from vhostpc.migration.held import HeldMachine
+from vhostpc.migration.incoming import Incoming, Phase
+from vhostpc.migration.state import Event
+from vhostpc.wire.return_path import Pong, Shut
+
+ZERO = bytes(4096)
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 4096, 1 << 20])
+async def test_precopy(pieces: int) -> None:
+    machine, messages = await receive(PRECOPY, pieces=pieces)
+    with machine:
+        assert await content(machine) == {"ram0": [A, ZERO, B], "rom0": [ZERO]}
+        assert [(s.idstr, s.body) for s in machine.devices] == [("clk", h("deadbeef"))]
+        assert machine.configuration.machine == "toyvm"
+        assert machine.description.startswith(b"{")
+    assert messages == []  # the source opened no return path
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 4096, 1 << 20])
+async def test_postcopy(pieces: int) -> None:
+    machine, messages = await receive(POSTCOPY, postcopy=True, pieces=pieces)
+    with machine:
+        assert await content(machine) == {"ram0": [A, C, B], "rom0": [ZERO]}
+        assert machine.device("clk").body == h("deadbeef")
+    assert sorted(m.value for m in messages if isinstance(m, Pong)) == [1, 2, 3, 4]
+    assert messages[-1] == Shut(0)
+
+
+ADVISED = POSTCOPY[: POSTCOPY.index(h("01 00000007 0372616d"))]
+
+
+async def test_precopy_after_advise() -> None:
+    """The source might have switched and did not."""
+    machine, messages = await receive(ADVISED + PRECOPY[PRECOPY.index(h("01 00000007")) :], postcopy=True)
+    with machine:
+        assert await content(machine) == {"ram0": [A, ZERO, B], "rom0": [ZERO]}
+    assert messages == [Pong(1), Shut(0)]
+
+
+@pytest.mark.parametrize("postcopy", [False, True])
+async def test_the_machine_is_started(postcopy: bool) -> None:
+    """At RUN, behind the last device section; or behind the last byte, before the source is told."""
+    started: list[tuple[bool, int]] = []
+    with HeldMachine() as machine:
+
+        async def run(how: bool) -> None:
+            started.append((how, len(machine.devices)))
+
+        received = await feed(POSTCOPY if postcopy else PRECOPY, machine, postcopy=postcopy, run=run)
+    assert started == [(postcopy, 1)]
+    assert received.events == ([Event.PACKAGE] if postcopy else []) + [Event.FINISH]
+
+
+async def test_a_machine_that_can_not_run_here() -> None:
+    """It has not run: the source is told so."""
+
+    async def run(postcopy: bool) -> None:
+        raise MigrationRefused("This machine does not run here")
+
+    for data, events in ((PRECOPY, [Event.FAIL]), (POSTCOPY, [Event.PACKAGE, Event.NEVER_RAN])):
+        received = await refused(data, postcopy=data is POSTCOPY, run=run)
+        assert isinstance(received.error, MigrationRefused)
+        assert received.events == events
+        if data is POSTCOPY:
+            assert received.messages[-1] == Shut(1)
+
+
+TAIL = POSTCOPY[POSTCOPY.index(BLOB) + len(BLOB) :]
+HEAD = POSTCOPY[: POSTCOPY.index(h("08 0007 0004"))]
+CLOCK = BLOB[5 : BLOB.index(h("08 0002"))]
+LISTEN, PING3, RUN = h("08 0004 0000"), h("08 0002 0004 00000003"), h("08 0005 0000")
+CONFIGURATION = h("07 00000005 746f79766d")
+ADVISE = h("08 0003 0010 0000000000001000 0000000000001000")
+
+
+def package(*parts: bytes) -> bytes:
+    blob = b"".join(parts)
+    return h("08 0007 0004") + len(blob).to_bytes(4, "big") + blob
+
+
+def with_package(*parts: bytes) -> bytes:
+    return HEAD + package(*parts) + TAIL
+
+
+# What is wrong: the stream, words of the sentence, what is reported.
+BEFORE, LOADING, RUNNING = [Event.FAIL], [Event.PACKAGE, Event.NEVER_RAN], [Event.PACKAGE, Event.LOSE]
+REFUSED: dict[str, tuple[bytes, str, list[Event]]] = {
+    "no stream": (b"GET / HTTP/1.0\r\n\r\n", "not a migration stream", BEFORE),
+    "a second configuration": (
+        forged(POSTCOPY, CONFIGURATION, CONFIGURATION * 2),
+        "byte 18 (0x12): a second configuration",
+        BEFORE,
+    ),
+    "a ping without a return path": (
+        forged(POSTCOPY, h("08 0001 0000"), b""),
+        "a PING before OPEN_RETURN_PATH",
+        BEFORE,
+    ),
+    "a package without a return path": (
+        forged(POSTCOPY, h("08 0001 0000  08 0002 0004 00000001"), b"").replace(
+            h("08 0002 0004 00000002"), b"", 1
+        ),
+        "no return path",
+        BEFORE,
+    ),
+    "advise twice": (forged(POSTCOPY, ADVISE, ADVISE * 2), "POSTCOPY_ADVISE again", BEFORE),
+    "advise behind RAM": (HEAD + ADVISE + TAIL, "POSTCOPY_ADVISE again", BEFORE),
+    "advise behind RAM, the first": (
+        forged(POSTCOPY, ADVISE, b"").replace(h("08 0006 0017"), ADVISE + h("08 0006 0017"), 1),
+        "POSTCOPY_ADVISE behind the start of RAM",
+        BEFORE,
+    ),
+    "advise of other page sizes": (
+        forged(POSTCOPY, ADVISE, h("08 0003 0010 0000000000201000 0000000000001000")),
+        "RAM here has 0x1000 (or'ed), the source advised 0x201000",
+        BEFORE,
+    ),
+    "advise of another target page": (
+        forged(POSTCOPY, ADVISE, h("08 0003 0010 0000000000001000 0000000000002000")),
+        "target pages of 8192 bytes, not 4096",
+        BEFORE,
+    ),
+    "advise without sizes": (forged(POSTCOPY, ADVISE, h("08 0003 0000")), "without page sizes", BEFORE),
+    "listen outside a package": (HEAD + LISTEN + TAIL, "POSTCOPY_LISTEN outside a package", BEFORE),
+    "run outside a package": (HEAD + RUN + TAIL, "POSTCOPY_RUN outside a package", BEFORE),
+    "discard of an unknown block": (
+        forged(POSTCOPY, h("0006 0017 00 04 726f6d30"), h("0006 0017 00 04 726f6d31")),
+        "was not listed",
+        BEFORE,
+    ),
+    "discard behind its block": (
+        forged(POSTCOPY, h("0000000000001000 0000000000002000"), h("0000000000001000 0000000000003000")),
+        "discard of 0x3000 bytes at 0x1000 of 'ram0', which has 0x3000",
+        BEFORE,
+    ),
+    "discard of a part of a page": (
+        forged(POSTCOPY, h("0000000000001000 0000000000002000"), h("0000000000001001 0000000000001000")),
+        "which are not whole pages",
+        BEFORE,
+    ),
+    "a second RAM": (
+        forged(POSTCOPY, h("02 00000007"), h("01 00000007 0372616d 00000000 00000004")),
+        "RAM starts a second time",
+        BEFORE,
+    ),
+    "a part of another section": (
+        forged(POSTCOPY, h("02 00000007"), h("02 00000008")),
+        "a part of section 8, which never started",
+        BEFORE,
+    ),
+    "a package without listen": (with_package(CLOCK, RUN), "does not begin with POSTCOPY_LISTEN", BEFORE),
+    "listen twice": (with_package(LISTEN, LISTEN, CLOCK, RUN), "PostcopyListen inside a package", BEFORE),
+    "a package without run": (with_package(LISTEN, CLOCK, PING3), "without POSTCOPY_RUN", BEFORE),
+    "behind run": (with_package(LISTEN, CLOCK, RUN, PING3), "goes on behind POSTCOPY_RUN", BEFORE),
+    "a section twice": (
+        with_package(LISTEN, CLOCK, CLOCK.replace(h("00000009"), h("0000000a")), RUN),
+        "section 'clk' instance 0 comes again",
+        BEFORE,
+    ),
+    "a section without a footer": (with_package(LISTEN, CLOCK[:-5], RUN), "has no footer", BEFORE),
+    "a package in a package": (
+        with_package(LISTEN, package(LISTEN, RUN), RUN),
+        "a package where none may stand",
+        BEFORE,
+    ),
+    "a package over the limit": (
+        HEAD + h("08 0007 0004 04000001"),
+        "a package of 67108865 bytes, at most 67108864",
+        BEFORE,
+    ),
+    "a resume": (HEAD + h("08 0009 0000"), "PostcopyResume, which is not for a destination", BEFORE),
+    "colo": (HEAD + h("08 0008 0000"), "EnableColo, which is not for a destination", BEFORE),
+    "broken record": (
+        forged(POSTCOPY, h("0000000000001022 00"), h("0000000000001024 00")),
+        "flags that are neither",
+        BEFORE,
+    ),
+    "offset behind the block": (
+        forged(POSTCOPY, h("0000000000001022 00"), h("0000000000007022 00")),
+        "behind the end of its block",
+        BEFORE,
+    ),
+    "an unknown block": (
+        forged(POSTCOPY, h("0000000000000002 04 726f6d30"), h("0000000000000002 04 726f6d31")),
+        "a block name that is empty or unknown",
+        RUNNING,
+    ),
+    "no footer": (
+        forged(POSTCOPY, h("0000000000000010 7e 00000007 08"), h("0000000000000010 7e 00000008 08")),
+        "no footer of the section",
+        BEFORE,
+    ),
+    "no footer behind pages": (
+        forged(POSTCOPY, h("0000000000000010 7e 00000007 03"), h("0000000000000010 7e 00000008 03")),
+        "no footer of the section",
+        RUNNING,
+    ),
+    "a package twice": (HEAD + package(BLOB) * 2 + TAIL, "a second package", RUNNING),
+    "discard behind the package": (
+        HEAD + package(BLOB) + HEAD[HEAD.index(h("08 0006")) :] + TAIL,
+        "POSTCOPY_RAM_DISCARD behind the package",
+        RUNNING,
+    ),
+    "a device behind the package": (
+        HEAD + package(BLOB) + CLOCK + TAIL,
+        "a device section behind the package",
+        RUNNING,
+    ),
+    "RAM ends twice": (
+        POSTCOPY[:-1] + h("03 00000007 0000000000000010 7e 00000007 00"),
+        "a part of section 7, which has ended",
+        RUNNING,
+    ),
+    "a part behind the end of RAM": (
+        POSTCOPY[:-1] + h("02 00000007 0000000000000010 7e 00000007 00"),
+        "a part of section 7, which has ended",
+        RUNNING,
+    ),
+    "a page that never comes": (
+        forged(POSTCOPY, h("0000000000000002 04 726f6d30 00"), b""),
+        "1 host pages never came",
+        RUNNING,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+async def test_broken_streams(what: str) -> None:
+    """Each by one sentence; before the machine may have run the source is told that it never will."""
+    data, why, events = REFUSED[what]
+    received = await refused(data, postcopy=True)
+    assert isinstance(received.error, StreamError), repr(received.error)
+    assert why in str(received.error)
+    assert "\n" not in str(received.error)
+    assert "byte " in str(received.error) or "never came" in why
+    assert received.events == events
+    opened = h("08 0001 0000") in data[:30]
+    assert (Shut(1) in received.messages) == (opened and events is not RUNNING)
+    assert Shut(0) not in received.messages
+
+
+async def test_precopy_that_ends_twice() -> None:
+    again = forged(PRECOPY, h("04 00000009"), h("03 00000007 0000000000000010 7e 00000007 04 00000009"))
+    received = await refused(again)
+    assert "a part of section 7, which has ended" in str(received.error)
+    early = PRECOPY.replace(h("03 00000007 0000000000002028"), h("02 00000007 0000000000002028"), 1)
+    received = await refused(early)
+    assert "the stream ends before the end of RAM" in str(received.error)
+    assert received.events == [Event.FAIL]
+
+
+async def test_a_broken_byte_is_named_by_its_place_in_the_stream() -> None:
+    at = PRECOPY.index(h("0000000000001022 00"))
+    received = await refused(PRECOPY[: at + 7] + b"\x24" + PRECOPY[at + 8 :])
+    assert f"byte {at} " in str(received.error)
+
+
+async def test_bytes_behind_the_end() -> None:
+    received = await refused(PRECOPY + b"abc")
+    assert "3 bytes behind the end" in str(received.error)
+
+
+async def test_postcopy_that_is_not_enabled() -> None:
+    received = await refused(POSTCOPY)
+    assert "postcopy-ram is not enabled" in str(received.error)
+    assert received.events == [Event.FAIL]
+    assert received.messages == [Pong(1), Shut(1)]
+
+
+async def test_postcopy_without_a_userfaultfd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused at ADVISE, when the source can still go on."""
+
+    class Denied:
+        @staticmethod
+        def open(**_: object) -> None:
+            raise UfdError("userfaultfd: not permitted; allow it with ...", 1)
+
+    monkeypatch.setattr(incoming_module, "Userfaultfd", Denied)
+    received = await refused(POSTCOPY, postcopy=True)
+    assert "postcopy can not be done here: userfaultfd: not permitted" in str(received.error)
+    assert received.messages == [Pong(1), Shut(1)]
+
+
+async def test_page_sizes_that_differ() -> None:
+    received = await refused(POSTCOPY, postcopy=True, page_sizes={"ram0": 2 << 20})
+    assert "has pages of 0x1000 at the source, not of 0x200000" in str(received.error)
+
+
+async def test_no_huge_pages_to_be_had() -> None:
+    received = await refused(PRECOPY, page_sizes={"ram0": 2 << 20})
+    assert "RAM block 'ram0', 0x3000 bytes in pages of 0x200000" in str(received.error)
+
+
+@pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
+async def test_cut_at_every_step_leaks_nothing(postcopy: bool) -> None:
+    data = POSTCOPY if postcopy else PRECOPY
+    whole = len(data) if postcopy else PRECOPY.index(h("00 06 0000009d")) + 1
+    places = [*range(0, 200), *range(4100, 4400), *range(whole - 60, whole - (1 if postcopy else 0))]
+    await refused(data[:100], postcopy=postcopy)
+    before = len(os.listdir("/proc/self/fd"))
+    for place in places:
+        received = await refused(data[:place], postcopy=postcopy)
+        assert isinstance(received.error, StreamError | ChannelLost), (place, repr(received.error))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_source_that_stops_talking() -> None:
+    """Cancelled in each phase: nothing is left, and before RUN the source is told."""
+    places = [0, 8, 20, 60, POSTCOPY.index(BLOB) - 20, POSTCOPY.index(BLOB) + 30, len(POSTCOPY) - 40]
+    before = set(os.listdir("/proc/self/fd"))
+    for place in places:
+        ours, theirs = pair()
+        with trio.fail_after(LIMIT), HeldMachine() as machine:
+            async with Channel(ours) as channel, theirs, trio.open_nursery() as nursery:
+                incoming = Incoming(channel, machine, postcopy=True)
+                nursery.start_soon(incoming.receive)
+                await theirs.send_all(POSTCOPY[:place])
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+            incoming.close()
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_source_that_pings_and_does_not_read() -> None:
+    """The answers are bounded, and the stream is read on until then."""
+    ours, theirs = pair()
+    pings = h("08 0002 0004 00000009") * 1000
+    with trio.fail_after(LIMIT), HeldMachine() as machine:
+        async with Channel(ours) as channel, theirs, trio.open_nursery() as nursery:
+            incoming = Incoming(channel, machine, postcopy=True)
+
+            async def flood() -> None:
+                with suppress(trio.BrokenResourceError):
+                    await theirs.send_all(ADVISED)
+                    while True:
+                        await theirs.send_all(pings)
+
+            nursery.start_soon(flood)
+            with pytest.raises(StreamError, match="a PING, and the source does not read"):
+                await incoming.receive()
+        incoming.close()
+
+
+async def test_a_source_that_reads_late() -> None:
+    """It sends all of the stream before it reads a byte, with more answers than the socket takes."""
+    ours, theirs = pair()
+    count = 6_000
+    data = forged(POSTCOPY, h("08 0002 0004 00000001"), h("08 0002 0004 00000001") * count)
+    with trio.fail_after(LIMIT), HeldMachine() as machine:
+        async with Channel(ours) as channel, theirs, trio.open_nursery() as nursery:
+            incoming = Incoming(channel, machine, postcopy=True)
+            nursery.start_soon(incoming.receive)
+            await theirs.send_all(data)
+            await until(lambda: incoming.missing() == 0 and incoming.phase is Phase.RUNNING)
+            assert incoming.service.numbers().outbox_bytes > 0
+            heard = 0
+            while heard < (count + 4) * 8:
+                heard += len(await theirs.receive_some(1 << 16))
+        incoming.close()
+        assert heard == (count + 4) * 8

@@ -1,0 +1,202 @@
+"""``vhostpc endpoint``: the machine at one end of migrations, driven by QEMU's monitor commands."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import click
+import trio
+
+from vhostpc.cli.common import Failure, common_options, start_logging
+from vhostpc.endpoint import Endpoint
+from vhostpc.errors import MigrationRefused, VhostpcError
+from vhostpc.migration import uri
+from vhostpc.migration.held import HeldMachine
+from vhostpc.migration.options import Compat, Options
+from vhostpc.migration.outgoing import After
+from vhostpc.qmp import Events, Monitor
+
+log = logging.getLogger(__name__)
+
+DEFER = "defer"
+_SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+@dataclass(frozen=True)
+class Ram:
+    """``--ram``: a block's name, its bytes and those of its host pages."""
+
+    name: str
+    length: int
+    page_size: int = 4096
+
+
+def size(text: str) -> int:
+    """Bytes from a number with an optional K, M, G or T."""
+    number, suffix = text.rstrip("bB"), ""
+    if number and number[-1].lower() in _SIZES:
+        number, suffix = number[:-1], number[-1].lower()
+    if not number.isdigit():
+        raise click.BadParameter(f"{text!r} is not a size such as 256M")
+    return int(number) * _SIZES[suffix]
+
+
+def blocks(_: click.Context, __: click.Parameter, given: Sequence[str]) -> list[Ram]:
+    """``NAME=SIZE[,page=SIZE]``, each name once."""
+    found: dict[str, Ram] = {}
+    for text in given:
+        first, *rest = text.split(",")
+        name, equals, length = first.partition("=")
+        if not equals or not 0 < len(name.encode()) < 256:
+            raise click.BadParameter(f"{text!r} is not NAME=SIZE[,page=SIZE]")
+        page = 4096
+        for option in rest:
+            key, equals, value = option.partition("=")
+            if key != "page":
+                raise click.BadParameter(f"{option!r} is not page=SIZE")
+            page = size(value)
+        ram = Ram(name, size(length), page)
+        if page < 4096 or page & (page - 1):
+            raise click.BadParameter(f"page={page}: the size of a host page is a power of two from 4096 on")
+        if ram.length == 0 or ram.length % page:
+            raise click.BadParameter(f"{text!r}: {ram.length} bytes are not whole pages of {page}")
+        if name in found:
+            raise click.BadParameter(f"there are two blocks {name!r}")
+        found[name] = ram
+    return list(found.values())
+
+
+def unix_path(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
+    """``unix:PATH``."""
+    if text is None:
+        return None
+    scheme, colon, path = text.partition(":")
+    if scheme != "unix" or not colon or not path:
+        raise click.BadParameter(f"{text!r} is not unix:PATH")
+    return path.partition(",")[0]
+
+
+def monitor_place(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    """``stdio`` or ``unix:PATH``; a path in any form of its own."""
+    return text if text in (None, "stdio") else f"unix:{unix_path(context, parameter, text)}"
+
+
+async def until_told(endpoint: Endpoint, events: Events, signals: AsyncIterator[int]) -> None:
+    """A signal ends the program as QEMU's does; a second one of the kind ends it at once."""
+    async for number in signals:
+        signal.signal(number, signal.SIG_DFL)
+        events.shutdown("host-signal")
+        endpoint.quit()
+        return
+
+
+async def run(
+    endpoint: Endpoint, events: Events, qmp: str | None, monitor: str | None, incoming: str | None
+) -> None:
+    """Serve the endpoint and its monitors until it is told to quit."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with contextlib.AsyncExitStack() as stack:
+            if qmp is not None:
+                await stack.enter_async_context(Monitor(endpoint, events).listening(qmp))
+            if monitor is not None:
+                from vhostpc.qmp.terminal import TextMonitor
+
+                text = TextMonitor(endpoint, events)
+                place = text.stdio() if monitor == "stdio" else text.listening(monitor.removeprefix("unix:"))
+                await stack.enter_async_context(place)
+            nursery = await stack.enter_async_context(trio.open_nursery())
+            nursery.start_soon(until_told, endpoint, events, signals)
+            await nursery.start(endpoint.serve)
+            if incoming not in (None, DEFER):
+                assert incoming is not None
+                address = uri.parse(incoming, endpoint.options.compat, incoming=True)
+                await endpoint.incoming(address, exit_on_error=True)
+            log.info("ready on %s", ", ".join(p for p in (qmp, monitor) if p))
+            await endpoint.ended()
+            nursery.cancel_scope.cancel()
+
+
+def held(ram: Sequence[Ram]) -> HeldMachine:
+    """The machine to come, whose named blocks must be as said."""
+    return HeldMachine(
+        page_sizes={block.name: block.page_size for block in ram},
+        lengths={block.name: block.length for block in ram},
+    )
+
+
+@click.command()
+@click.option("--qmp", callback=unix_path, metavar="unix:PATH", help="Serve QMP on a unix socket.")
+@click.option(
+    "--monitor",
+    callback=monitor_place,
+    metavar="stdio|unix:PATH",
+    help="Serve the text monitor here, or on a unix socket.",
+)
+@click.option(
+    "--ram",
+    multiple=True,
+    callback=blocks,
+    metavar="NAME=SIZE[,page=SIZE]",
+    help="A RAM block; page: the size of its host pages (2M: huge ones).",
+)
+@click.option(
+    "--incoming", metavar="URI|defer", help="Wait for a machine to come from there, or for migrate-incoming."
+)
+@click.option(
+    "--compat",
+    type=click.Choice(["7.2", "10.0"]),
+    default="10.0",
+    show_default=True,
+    help="The QEMU whose manners are kept.",
+)
+@click.option("-S", "--stopped", is_flag=True, help="Do not start the machine: cont does.")
+@click.option(
+    "--postcopy-after-seconds",
+    type=click.FloatRange(min=0),
+    metavar="N",
+    help="Switch a precopy to postcopy by itself after N seconds.",
+)
+@click.option(
+    "--postcopy-after-passes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Switch a precopy to postcopy by itself after N passes.",
+)
+@common_options
+def endpoint(
+    qmp: str | None,
+    monitor: str | None,
+    ram: list[Ram],
+    incoming: str | None,
+    compat: Compat,
+    stopped: bool,
+    postcopy_after_seconds: float | None,
+    postcopy_after_passes: int | None,
+) -> int:
+    """One end of migrations: a machine that comes, is held, and is sent on.
+
+    With --incoming and without a machine of its own, it holds what comes from QEMU as it came. The monitor's commands
+    are QEMU's. SIGTERM and the monitor's quit end it with code 0; a machine that fails to come ends it with 1.
+    """
+    if qmp is None and monitor is None:
+        raise click.UsageError("give --qmp or --monitor, or nobody can drive it")
+    if incoming is None:
+        raise click.UsageError("give --incoming: there is no machine yet")
+    start_logging()
+    options = Options(compat)
+    events = Events(options)
+    after = After(postcopy_after_seconds, postcopy_after_passes)
+    with held(ram) as machine:
+        served = Endpoint(machine, options, events, incoming=True, autostart=not stopped, after=after)
+        try:
+            trio.run(run, served, events, qmp, monitor, incoming)
+        except* MigrationRefused as group:
+            raise Failure(str(group.exceptions[0])) from None
+        if served.error is not None:
+            what = served.error if isinstance(served.error, VhostpcError | OSError) else "failed"
+            raise Failure(f"the machine did not come: {what}")
+    return 0

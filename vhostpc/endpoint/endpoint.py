@@ -1,0 +1,353 @@
+"""The endpoint: one machine, and its migrations in and out, as the monitor drives them.
+
+All moves of a status are made here, each told to the listener; run states are QEMU's. Two rules hold whatever
+happens: the machine never runs at both ends, and a machine that does not run has a status that says why.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Any, Protocol
+
+import trio
+
+from vhostpc.endpoint.waits import tell_waits
+from vhostpc.errors import MigrationRefused, VhostpcError
+from vhostpc.migration.channel import Channel, connect, listen
+from vhostpc.migration.incoming import Incoming
+from vhostpc.migration.info import MigrationInfo
+from vhostpc.migration.machine import Machine
+from vhostpc.migration.options import Options
+from vhostpc.migration.outgoing import After, NeverRan, Outgoing
+from vhostpc.migration.state import BUSY, IN_POSTCOPY, Event, Status
+from vhostpc.migration.state import Machine as StatusMachine
+from vhostpc.migration.uri import Address
+
+log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Whoever is told of events: ``vhostpc.qmp.Events``. On the trio thread; nothing here waits or raises."""
+
+    def emit(self, name: str, data: dict[str, Any] | None = None) -> None: ...
+    def migration(self, status: Status) -> None: ...
+    def migration_pass(self, number: int) -> None: ...
+    def stop(self) -> None: ...
+    def resume(self) -> None: ...
+
+
+NOT_FINAL = "Migration is not finalized yet"
+# QEMU tells nothing but the status there.
+_WITHOUT_NUMBERS = frozenset({Status.NONE, Status.SETUP, Status.FAILED, Status.CANCELLED})
+
+
+class Endpoint:
+    """``machine`` and its migrations. Its methods are those of ``vhostpc.qmp.Endpoint``; :meth:`serve` does the work.
+
+    ``incoming``: it waits for a machine to come. ``autostart``: a machine that came runs. ``after``: when a precopy
+    switches to postcopy by itself.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        options: Options,
+        events: Listener,
+        *,
+        incoming: bool = False,
+        autostart: bool = True,
+        after: After | None = None,
+    ) -> None:
+        self.machine = machine
+        self.options = options
+        self.error: BaseException | None = None
+        """Why the program ends, where a machine that was waited for did not come."""
+        self._events = events
+        self._after = after
+        self._autostart = autostart
+        self._quit = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        if incoming:
+            self.run_state = "inmigrate"
+        else:
+            self.run_state = "running" if machine.running else "prelaunch"
+        self._state = StatusMachine("destination" if incoming else "source", options.compat)
+        self._error_desc: str | None = None
+        self._began = 0.0
+        self._total_ms: int | None = None
+        # As a source.
+        self._outgoing: Outgoing | None = None
+        self._channel: Channel | None = None
+        self._sending: trio.CancelScope | None = None
+        self._before = "running"  # run state before the migration stopped the machine
+        # As a destination.
+        self._incoming: Incoming | None = None
+        self._addresses: list[dict[str, Any]] = []
+
+    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until :meth:`quit`. Whatever is under way then is broken off."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await self._quit.wait()
+            nursery.cancel_scope.cancel()
+
+    def quit(self) -> None:
+        self._quit.set()
+
+    async def ended(self) -> None:
+        """Wait for :meth:`quit`."""
+        await self._quit.wait()
+
+    @property
+    def status(self) -> Status:
+        return self._state.status
+
+    def info(self) -> MigrationInfo:
+        status, old = self.status, self.options.compat == "7.2"
+        if self._state.side == "destination":
+            told = self._addresses if old or status in BUSY else []
+            return MigrationInfo(status, error_desc=self._error_desc, socket_address=told)
+        told_always = MigrationInfo(
+            status, error_desc=self._error_desc, blocked_reasons=[*self.machine.blocked()]
+        )
+        outgoing = self._outgoing
+        if outgoing is None or status in _WITHOUT_NUMBERS:
+            return told_always
+        in_postcopy, ended = status in IN_POSTCOPY, status not in BUSY
+        elapsed = self._total_ms
+        if elapsed is None:
+            elapsed = round((trio.current_time() - self._began) * 1000)
+        return replace(
+            told_always,
+            ram=outgoing.ram_info(),
+            setup_time=outgoing.setup_ms,
+            total_time=elapsed,
+            downtime=outgoing.downtime_ms if ended or (in_postcopy and not old) else None,
+            expected_downtime=None if ended or (in_postcopy and not old) else outgoing.expected_downtime_ms,
+        )
+
+    # --- running or not
+
+    async def stop(self) -> None:
+        if self.run_state == "inmigrate":
+            self._autostart = False
+        elif self.machine.running:
+            await self._stand("paused")
+
+    async def cont(self) -> None:
+        if self.run_state == "inmigrate":
+            self._autostart = True
+            return
+        if self._state.side == "source" and not self._state.may_run:
+            raise MigrationRefused(
+                f"{NOT_FINAL}: the guest may be running at the destination ({self.status})"
+            )
+        if self.run_state == "finish-migrate":
+            raise MigrationRefused(NOT_FINAL)
+        if not self.machine.running:
+            await self._go()
+
+    async def _stand(self, run_state: str) -> None:
+        """Stop the machine, if it runs."""
+        ran = self.machine.running
+        self.run_state = run_state
+        await self.machine.stop()
+        if ran:
+            self._events.stop()
+
+    async def _go(self) -> None:
+        await self.machine.cont()
+        self.run_state = "running"
+        self._events.resume()
+
+    # --- statuses
+
+    def moved(self, event: Event, error: BaseException | None = None) -> None:
+        """Apply an event to the status and tell of the change."""
+        before = self.status
+        if before is Status.CANCELLING and event is not Event.FAIL:
+            return  # what is still being done is broken off already
+        after = self._state.move(event)
+        if error is not None and after is not Status.CANCELLED:
+            self._error_desc = str(error)
+        if after is before:
+            return
+        if after not in BUSY:
+            self._total_ms = round((trio.current_time() - self._began) * 1000)
+        why = f": {error}" if error is not None else ""
+        log.log(
+            logging.ERROR if why and after is not Status.CANCELLED else logging.INFO,
+            "migration: %s%s",
+            after,
+            why,
+        )
+        self._events.migration(after)
+
+    def passed(self, number: int) -> None:
+        self._events.migration_pass(number)
+
+    # --- out
+
+    async def migrate(self, address: Address, *, resume: bool) -> None:
+        if resume:
+            raise MigrationRefused("Recovery of a paused migration is not supported")
+        if reasons := self.machine.blocked():
+            raise MigrationRefused(reasons[0])
+        if self._outgoing is not None:
+            self._outgoing = None
+        self._state = StatusMachine("source", self.options.compat)
+        self._error_desc, self._total_ms = None, None
+        self._began = trio.current_time()
+        self._early_switch = False
+        self.moved(Event.START)
+        self._start(self._send, address)
+
+    def _start(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
+        if self._nursery is None:
+            raise VhostpcError("the endpoint does not run")
+        self._nursery.start_soon(task, *args)
+
+    async def _send(self, address: Address) -> None:
+        outgoing: Outgoing | None = None
+        error: BaseException | None = None
+        try:
+            async with AsyncExitStack() as stack:
+                with trio.CancelScope() as self._sending:
+                    self._channel = await stack.enter_async_context(await connect(address))
+                self._sending = None
+                if self._channel is None:
+                    raise MigrationRefused("cancelled")
+                outgoing = Outgoing(
+                    self.machine, self._channel, self.options, _Source(self), after=self._after
+                )
+                stack.callback(outgoing.close)
+                self._outgoing = outgoing
+                if self._early_switch:
+                    outgoing.start_postcopy()
+                if self.status is Status.CANCELLING:
+                    self._channel.shut_down()
+                nursery = await stack.enter_async_context(trio.open_nursery())
+                nursery.start_soon(tell_waits, outgoing.progress)
+                try:
+                    await outgoing.send()
+                finally:
+                    nursery.cancel_scope.cancel()
+        except* (VhostpcError, OSError) as group:
+            error = group.exceptions[0]
+            if outgoing is None:
+                self.moved(Event.FAIL, error)
+        finally:
+            self._channel = None
+        await self._after_sending(outgoing, error)
+
+    async def _after_sending(self, outgoing: Outgoing | None, error: BaseException | None) -> None:
+        if self.status is Status.COMPLETED:
+            self.run_state = "postmigrate"
+            return
+        if not self._state.may_run or self.run_state != "finish-migrate":
+            return
+        if outgoing is not None and outgoing.may_run_there and not isinstance(error, NeverRan):
+            # All was sent and the destination did not say what became of it: only a person can find out.
+            self.run_state = "paused"
+            log.error(
+                "migration: the guest may be running at the destination: it is not started here by itself (cont)"
+            )
+            return
+        if self._before == "running":
+            await self._go()
+        else:
+            self.run_state = self._before
+
+    async def cancel(self) -> None:
+        if self._state.side != "source" or self.status not in BUSY:
+            return
+        if self._outgoing is not None:
+            self._outgoing.check_cancel()
+        self.moved(Event.CANCEL)
+        if self._sending is not None:
+            self._sending.cancel()
+        if self._channel is not None:
+            self._channel.shut_down()
+
+    async def start_postcopy(self) -> None:
+        self._early_switch = True
+        if self._outgoing is not None:
+            self._outgoing.start_postcopy()
+
+    def parameters_changed(self) -> None:
+        """What is under way takes its new limits."""
+        if self._outgoing is not None and self.status is Status.POSTCOPY_ACTIVE:
+            self._outgoing.set_postcopy_rate()
+
+    async def stop_to_send(self) -> None:
+        """The source's last look is over: the machine stands still until the end."""
+        self._before = self.run_state
+        await self._stand("finish-migrate")
+
+    # --- in
+
+    async def incoming(self, address: Address, *, exit_on_error: bool) -> None:
+        if self._nursery is None:
+            raise VhostpcError("the endpoint does not run")
+        await self._nursery.start(self._receive, address, exit_on_error)
+
+    async def _receive(
+        self, address: Address, exit_on_error: bool, task_status: trio.TaskStatus[None]
+    ) -> None:
+        begun = False
+        try:
+            async with AsyncExitStack() as stack:
+                async with listen(address) as listener:
+                    self._addresses = listener.socket_address
+                    self.moved(Event.START)
+                    if self.options.compat == "7.2":  # told in any case there, while the status stays none
+                        self._events.emit("MIGRATION", {"status": str(Status.SETUP)})
+                    task_status.started()
+                    begun = True  # from here on the status says what becomes of it
+                    channel = await stack.enter_async_context(await listener.accept())
+                self.moved(Event.CONNECT)
+                incoming = self._incoming = Incoming(
+                    channel,
+                    self.machine,
+                    postcopy="postcopy-ram" in self.options,
+                    report=self.moved,
+                    run=self._arrived,
+                )
+                stack.callback(incoming.close)
+                await incoming.receive()
+        except (VhostpcError, OSError) as error:
+            if not begun:
+                raise
+            if self.status in (Status.NONE, Status.SETUP):
+                self.moved(Event.FAIL, error)
+            if exit_on_error:
+                self.error = error
+                self.quit()
+
+    async def _arrived(self, postcopy: bool) -> None:
+        """The machine may run here now."""
+        machine = self.machine
+        if machine.runnable and self._autostart and (postcopy or machine.was_running):
+            await self._go()
+        else:
+            self.run_state = "paused"
+
+
+class _Source:
+    """What the source of a migration tells, for the endpoint that started it."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    def moved(self, event: Event, error: BaseException | None) -> None:
+        self._endpoint.moved(event, error)
+
+    def passed(self, number: int) -> None:
+        self._endpoint.passed(number)
+
+    async def stop(self) -> None:
+        await self._endpoint.stop_to_send()

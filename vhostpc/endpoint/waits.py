@@ -1,0 +1,32 @@
+"""A migration that waits says for whom."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+log = logging.getLogger(__name__)
+
+FIRST, LONGEST = 1.0, 60.0
+"""Seconds without progress until the first line, and between two lines at most."""
+
+
+async def tell_waits(progress: Callable[[], tuple[object, str]]) -> None:
+    """Log a line when nothing has gone on for a while, and again ever more seldom; until cancelled.
+
+    ``progress``: something that changes while it goes on, and what to say when it does not.
+    """
+    seen, _ = progress()
+    since = trio.current_time()
+    told_at = FIRST
+    while True:
+        await trio.sleep(FIRST / 2)
+        now, why = progress()
+        waited = trio.current_time() - since
+        if now != seen:
+            seen, since, told_at = now, trio.current_time(), FIRST
+        elif waited >= told_at:
+            log.warning("migration: %s, for %.0f s now", why, waited)
+            told_at = waited + min(LONGEST, told_at)
