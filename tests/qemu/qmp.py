@@ -69,8 +69,19 @@ class Qmp:
                 await self._changed_or_closed()
         await self.command("qmp_capabilities")
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     async def command(self, name: str, limit: float = WAIT, **arguments: Any) -> Any:
-        """Execute a command; underscores in argument names become dashes."""
+        """Execute a command; underscores in argument names become dashes. Raises QmpError."""
+        reply = await self.reply(name, limit, **arguments)
+        if "error" in reply:
+            raise QmpError(f"{self.name}: {name}: {reply['error']['desc']}")
+        return reply["return"]
+
+    async def reply(self, name: str, limit: float = WAIT, **arguments: Any) -> dict[str, Any]:
+        """The whole reply to a command, be it an error."""
         self._count += 1
         number = self._count
         text = {
@@ -83,10 +94,7 @@ class Qmp:
                 await self._stream.send_all(json.dumps(text).encode() + b"\n")
             while number not in self._replies:
                 await self._changed_or_closed()
-            reply = self._replies.pop(number)
-            if "error" in reply:
-                raise QmpError(f"{self.name}: {name}: {reply['error']['desc']}")
-            return reply["return"]
+            return self._replies.pop(number)
         raise AssertionError(f"{self.name}: no answer to {name} in {limit:g} s")
 
     async def hmp(self, line: str, limit: float = WAIT) -> str:

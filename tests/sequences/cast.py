@@ -1,0 +1,119 @@
+"""Who plays a scenario: a pair of QEMUs, or ours in the place of one or both; and what is compared of them."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import trio
+
+from tests.sequences.nodes import Node, Told, endpoint_node, holding_endpoint, qemu_node
+from tests.sequences.stage import Stage
+from vhostpc.migration.options import Compat
+
+Play = Callable[[Stage], Awaitable[None]]
+Who = Literal["qemu", "endpoint"]
+LIMIT = 120  # seconds for a scenario
+
+
+@dataclass(frozen=True)
+class Cast:
+    """``src``, ``dst``: who. ``running``: the machine at the source runs. ``starts``: the destination lets it run.
+
+    Only a QEMU's machine runs; an endpoint's is held, like that of a QEMU that was stopped, or begun with ``-S``.
+    """
+
+    src: Who = "qemu"
+    dst: Who = "qemu"
+    running: bool = True
+    starts: bool = True
+
+    def stand_ins(self) -> Cast:
+        """The same with a QEMU in each place."""
+        return Cast("qemu", "qemu", self.running, self.starts)
+
+
+@contextlib.asynccontextmanager
+async def _source(cast: Cast, compat: Compat, folder: Path) -> AsyncIterator[Node]:
+    if cast.src == "endpoint":
+        assert not cast.running
+        async with holding_endpoint(compat, "src", folder) as node:
+            yield node
+    else:
+        async with qemu_node(compat, "src") as node:
+            if not cast.running:
+                await node.qmp.command("stop")
+                await node.qmp.event("STOP")
+            node.begin()
+            yield node
+
+
+def _destination(
+    cast: Cast, compat: Compat, folder: Path, small: bool
+) -> contextlib.AbstractAsyncContextManager[Node]:
+    if cast.dst == "endpoint":
+        assert not cast.starts
+        return endpoint_node(compat, "dst", folder, size=32 if small else None)
+    return qemu_node(compat, "dst", size=32 if small else 64, incoming=True, stopped=not cast.starts)
+
+
+@dataclass(frozen=True)
+class Played:
+    """What each node told, and what stood in error-desc."""
+
+    src: Told
+    dst: Told
+    src_fields: dict[str, set[tuple[str, ...]]]
+    dst_fields: dict[str, set[tuple[str, ...]]]
+    errors: dict[str, list[str]]
+    """By node; with the folder of the sockets as ``FOLDER``, ports as ``PORT``."""
+
+
+async def perform(play: Play, cast: Cast, compat: Compat, *, small: bool = False) -> Played:
+    """``small``: the destination has another size of memory than the source."""
+    with tempfile.TemporaryDirectory() as name, trio.fail_after(LIMIT):
+        folder = Path(name)
+        async with _source(cast, compat, folder) as src, _destination(cast, compat, folder, small) as dst:
+            await play(Stage(src, dst, folder))
+            for node in (src, dst):
+                said = "\n".join(node.process.err.lines)
+                assert "Traceback" not in said, said
+            errors = {
+                node.name: [re.sub(r":\d+'", ":PORT'", text.replace(name, "FOLDER")) for text in node.errors]
+                for node in (src, dst)
+            }
+            return Played(src.told(), dst.told(), src.fields, dst.fields, errors)
+
+
+# --- what may differ between two runs of the same
+
+
+def plain(events: Sequence[str]) -> list[str]:
+    """Without the passes whose number is a matter of speed; each that is counted has its turn.
+
+    How often the memory is gone through before the machine stops depends on how fast it goes, so those passes
+    are left out, and the numbers of all. Where nothing tells that the machine has stopped (7.2, one that was
+    stopped before) that takes the last pass, too.
+    """
+    numbers = [int(text.removeprefix("PASS ")) for text in events if text.startswith("PASS ")]
+    assert numbers == list(range(1, len(numbers) + 1)), events
+    kept: list[str] = []
+    going = False
+    for text in events:
+        if text.startswith("PASS "):
+            if not going and kept[-1:] != ["PASS"]:
+                kept.append("PASS")
+            continue
+        if text in ("STOP", "device") and kept[-1:] == ["PASS"]:
+            kept.pop()
+        kept.append(text)
+        if text in ("active", "RESUME"):
+            going = True
+        elif not text.startswith("["):
+            going = False
+    return kept

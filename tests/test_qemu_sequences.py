@@ -1,0 +1,160 @@
+"""Our endpoint behaves at its monitor as the QEMU of the same version does, scenario by scenario.
+
+Each scenario is played by a pair of QEMUs and by a cast with ours in it; what both nodes told must be the same:
+statuses, STOP and RESUME and the passes in their order, run states in between, answers and refusals, which fields
+query-migrate has.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.qemu import peers
+from tests.sequences import plays
+from tests.sequences.cast import Cast, Play, Played, perform, plain
+from vhostpc.migration.options import Compat
+
+pytestmark = pytest.mark.qemu
+
+OURS = Cast("endpoint", "endpoint", running=False, starts=False)
+TO_OURS = Cast("qemu", "endpoint", starts=False)
+FROM_OURS = Cast("endpoint", "qemu", running=False)
+PAIRS = {"ours": OURS, "to-ours": TO_OURS, "from-ours": FROM_OURS}
+
+EVERYWHERE: tuple[Play, ...] = (
+    plays.precopy,
+    plays.precopy_with_return_path,
+    plays.postcopy_at_once,
+    plays.postcopy_before_connected,
+    plays.postcopy_in_the_middle,
+    plays.postcopy_after_the_end,
+    plays.postcopy_not_possible,
+    plays.cancel_active,
+    plays.cancel_active_with_postcopy_allowed,
+    plays.cancel_at_the_last_word,
+    plays.cancel_in_postcopy,
+    plays.cancel_nothing,
+    plays.second_migrate,
+    plays.again_after_cancel,
+    plays.after_completion,
+)
+# Where the other end has no part, or dies in it.
+SOURCE: tuple[Play, ...] = (
+    plays.stopped,
+    plays.cancel_in_setup,
+    plays.cancel_in_setup_of_tcp,
+    plays.nobody_listens,
+    plays.no_socket_there,
+    plays.nobody_listens_at_tcp,
+    plays.destination_dies,
+    plays.destination_dies_with_return_path,
+    plays.destination_dies_in_postcopy,
+    plays.another_size,
+    plays.another_size_with_return_path,
+    plays.again_after_failure,
+)
+DESTINATION: tuple[Play, ...] = (
+    plays.stopped,
+    plays.source_dies,
+    plays.source_dies_in_postcopy,
+    plays.another_size,
+    plays.another_size_with_return_path,
+    plays.another_size_outlived,
+    plays.waiting,
+)
+WHO = {
+    **{(play, who): PAIRS[who] for play in EVERYWHERE for who in PAIRS},
+    **{(play, "from-ours"): FROM_OURS for play in SOURCE},
+    **{(play, "to-ours"): TO_OURS for play in DESTINATION},
+}
+# The words of QEMU's error-desc that ours has, too.
+SAME_WORDS = {plays.nobody_listens, plays.no_socket_there, plays.nobody_listens_at_tcp}
+ONLY_10 = {plays.another_size_outlived}  # 7.2 has no exit-on-error
+
+_seen: dict[tuple[Play, Cast, Compat], Played] = {}
+
+
+async def _of_qemus(play: Play, cast: Cast, compat: Compat) -> Played:
+    """What a pair of QEMUs tells; played once."""
+    key = (play, cast.stand_ins(), compat)
+    if key not in _seen:
+        _seen[key] = await perform(play, cast.stand_ins(), compat, small=_small(play))
+    return _seen[key]
+
+
+def _small(play: Play) -> bool:
+    return "another_size" in play.__name__
+
+
+@pytest.mark.parametrize(
+    ("compat", "play", "cast"),
+    [
+        pytest.param(compat, play, cast, id=f"{compat}-{play.__name__}-{who}")
+        for compat in peers.VERSIONS
+        for (play, who), cast in WHO.items()
+        if compat == "10.0" or play not in ONLY_10
+    ],
+)
+async def test_as_a_pair_of_qemus(compat: Compat, play: Play, cast: Cast) -> None:
+    theirs = await _of_qemus(play, cast, compat)
+    ours = await perform(play, cast, compat, small=_small(play))
+    assert plain(ours.src.events) == plain(theirs.src.events)
+    assert plain(ours.dst.events) == plain(theirs.dst.events)
+    assert ours.src.answers == theirs.src.answers
+    assert ours.dst.answers == theirs.dst.answers
+    assert ours.src_fields == theirs.src_fields
+    assert ours.dst_fields == theirs.dst_fields
+    if play in SAME_WORDS:
+        assert ours.errors == theirs.errors
+
+
+@pytest.mark.parametrize("compat", peers.VERSIONS)
+async def test_a_held_machine_does_not_run(compat: Compat) -> None:
+    """Here ours differs: cont is refused in one sentence, where QEMU's machine would run. Nothing else changes."""
+    for cast, play in ((TO_OURS, plays.cont_at_one_that_waits), (OURS, plays.continued_after_completion)):
+        played = await perform(play, cast, compat)
+        answers = played.dst.answers if cast is TO_OURS else played.src.answers
+        assert len(answers) >= 1
+        for answer in answers:
+            assert "This machine is held" in answer
+        assert "RESUME" not in played.dst.events
+        assert played.dst.events[-1] == "[paused/completed]"
+        assert played.src.events[-1] == "[postmigrate/completed]"
+
+
+# --- the comparison itself
+
+
+@pytest.mark.parametrize("compat", peers.VERSIONS)
+async def test_casts_differ(compat: Compat) -> None:
+    """What is compared tells a running machine from a paused one, and one that starts from one that does not."""
+    told = [
+        (plain(played.src.events), plain(played.dst.events))
+        for cast in (TO_OURS, FROM_OURS, OURS)
+        for played in [await _of_qemus(plays.precopy, cast, compat)]
+    ]
+    assert told[0] != told[1]
+    assert told[0] != told[2]
+    at_once = [
+        plain((await _of_qemus(plays.postcopy_at_once, cast, compat)).dst.events)
+        for cast in (FROM_OURS, OURS)
+    ]
+    assert at_once[0] != at_once[1]
+
+
+def test_plain_leaves_out_passes_that_are_a_matter_of_speed() -> None:
+    start = ["setup", "PASS 1", "active"]
+    for more in ([], ["PASS 2"], ["PASS 2", "PASS 3"]):
+        last = f"PASS {len(more) + 2}"
+        assert plain([*start, *more, "STOP", last, "completed"]) == [
+            *("setup", "PASS", "active", "STOP", "PASS", "completed")
+        ]
+        assert plain([*start, *more, "device", last, "completed"]) == [
+            *("setup", "PASS", "active", "device", "PASS", "completed")
+        ]
+    assert plain([*start, "STOP", "[paused/active]", "PASS 2", "device", "PASS 3"]) == plain(
+        [*start, "STOP", "[paused/active]", "device", "PASS 2"]
+    )
+    assert plain([*start, "STOP", "completed"]) != plain([*start, "STOP", "PASS 2", "completed"])
+    with pytest.raises(AssertionError):
+        plain([*start, "PASS 3"])
