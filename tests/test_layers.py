@@ -21,7 +21,7 @@ ORDER = ["cli", "qmp", "endpoint", "frontend", "migration", "backend", "virtio",
 # ... and these not even so.
 FORBIDDEN = {("frontend", "backend"), ("frontend", "migration"), ("migration", "backend")}
 # For all to import; they import nothing of ours but this.
-FREE = {"errors": set[str](), "wire": {"errors"}, "transport": {"errors", "wire"}}
+FREE = {"errors": set[str](), "wire": {"errors"}, "transport": {"errors", "wire"}, "listener": {"errors"}}
 # Who may see the native module.
 # (migration/ends.py needs the name of a thread only.)
 NATIVE_USERS = ("memory/", "ufd/", "virtio/", "_native/", "frontend/driver.py", "migration/ends.py")

@@ -58,7 +58,7 @@ def _destination(
 ) -> contextlib.AbstractAsyncContextManager[Node]:
     if cast.dst == "endpoint":
         assert not cast.starts
-        return endpoint_node(compat, "dst", folder, size=32 if small else None)
+        return endpoint_node(compat, "dst", folder, ram="mem=32M" if small else None)
     return qemu_node(compat, "dst", size=32 if small else 64, incoming=True, stopped=not cast.starts)
 
 

@@ -149,16 +149,21 @@ async def qemu_node(
             yield node
 
 
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 @contextlib.asynccontextmanager
 async def endpoint_node(
-    compat: Compat, name: str, folder: Path, *, size: int | None = None
+    compat: Compat, name: str, folder: Path, *, ram: str | None = None
 ) -> AsyncIterator[Node]:
-    """Our endpoint, waiting for a machine; ``size`` in MiB: the only one that it takes."""
+    """Our endpoint, waiting for a machine; ``ram``: the block that it takes, as ``--ram`` says it."""
     path = folder / f"{name}.qmp"
     argv = [sys.executable, "-m", "vhostpc", "endpoint", "--qmp", f"unix:{path}", "--compat", compat]
-    argv += ["--incoming", "defer", *(["--ram", f"mem={size}M"] if size else [])]
+    argv += ["--incoming", "defer", *(["--ram", ram] if ram else [])]
     async with child(name, argv) as process:
-        await until(lambda: path.exists() or not process.alive, what=f"{name} listens")
+        await until(lambda: _listens(path) or not process.alive, what=f"{name} listens")
         async with _monitored(name, process, await trio.open_unix_socket(path)) as node:
             yield node
 

@@ -2,7 +2,8 @@
 
 from vhostpc.backend.device import Device, FrontEnd
 from vhostpc.backend.options import Options
-from vhostpc.backend.server import bind, serve, serve_connection, serve_listener
+from vhostpc.backend.server import serve, serve_connection, serve_listener
+from vhostpc.listener import bind
 from vhostpc.virtio.chain import Chain
 from vhostpc.virtio.pump import PumpStats
 from vhostpc.virtio.queue import Queue

@@ -137,6 +137,8 @@ class Endpoint:
             self._autostart = False
         elif self.machine.running:
             await self._stand("paused")
+        elif self.run_state == "postmigrate" and not self.machine.runnable:
+            self.run_state = "paused"  # a held machine is taken back, and can be sent once more
 
     async def cont(self) -> None:
         if self.run_state == "inmigrate":

@@ -18,7 +18,7 @@ from typing import Any
 
 import trio
 
-from vhostpc.errors import VhostpcError
+from vhostpc.listener import bind
 from vhostpc.qmp import commands
 from vhostpc.qmp.commands import Session
 from vhostpc.qmp.endpoint import Endpoint
@@ -45,13 +45,8 @@ class Monitor:
     async def listening(self, path: str | os.PathLike[str]) -> AsyncIterator[None]:
         """Serve at a unix socket's path for the length of a block. The socket exists when it begins and is
         removed when it ends. Raises VhostpcError if the path can not be had."""
-        listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener = trio.socket.from_stdlib_socket(bind(path))
         with listener:
-            try:
-                await listener.bind(os.fspath(path))
-            except OSError as exc:
-                raise VhostpcError(f"Failed to bind socket to {path}: {exc.strerror or exc}") from exc
-            listener.listen(CLIENTS)
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._accept, listener, nursery)
