@@ -11,8 +11,11 @@ import pytest
 import trio
 
 from tests.hugepages import hugepages
-from tests.qemu import peers, vm
+from tests.qemu import net, peers, vm
+from tests.qemu.backend import bridge
+from tests.qemu.checks import Account, Watch
 from tests.sequences.nodes import Node, endpoint_node
+from tests.until import until
 from vhostpc.migration.options import Compat
 
 pytestmark = pytest.mark.qemu
@@ -128,3 +131,54 @@ async def test_through_two_endpoints(version: Compat, tmp_path: Path) -> None:
             await completed(second)
             async with vm.vm(spec, "dst", vm.Bare(), tmp_path, incoming=True) as target:
                 await send(second, target, tmp_path / "out", "precopy", nonce)
+
+
+@pytest.mark.parametrize("version", peers.VERSIONS)
+async def test_its_network_goes_on(version: Compat, tmp_path: Path) -> None:
+    """A guest with a vhost-user card is taken by precopy, held, and sent on by postcopy to where another bridge is:
+    that one's faults go to us by way of QEMU, and every frame outside of the move comes."""
+    spec = vm.Spec(peers.qemu(version))
+    with trio.fail_after(180):
+        async with (
+            net.network() as network,
+            bridge(network, "bridge0", "tap0", tmp_path) as bridge0,
+            bridge(network, "bridge1", "tap1", tmp_path) as bridge1,
+            endpoint_node(version, "held", tmp_path) as node,
+            vm.vm(spec, "there", vm.VhostUser(bridge1.path), tmp_path, incoming=True) as there,
+            vm.vm(spec, "here", vm.VhostUser(bridge0.path), tmp_path) as here,
+        ):
+            nonce = await here.booted()
+            async with network.far() as far:
+                await far.received(500)
+                await here.beat(nonce)
+                account = await Account.open(far)
+                watch = Watch(far, account)
+                await prepare(node)
+                await prepare(here, max_bandwidth=1 << 30)
+                await node.qmp.command("migrate-incoming", uri=f"unix:{tmp_path}/in")
+                await here.qmp.command("migrate", uri=f"unix:{tmp_path}/in")
+                await here.qmp.event("STOP", 0)
+                await watch.stopped()
+                await completed(here)
+                await completed(node)
+
+                await prepare(there, "postcopy-ram")
+                await prepare(node, "postcopy-ram", max_bandwidth=4 << 20, max_postcopy_bandwidth=1 << 20)
+                await there.qmp.command("migrate-incoming", uri=f"unix:{tmp_path}/out")
+                since = len(node.qmp.events)
+                await node.qmp.command("migrate", uri=f"unix:{tmp_path}/out")
+                await node.qmp.command("migrate-start-postcopy")
+                await there.qmp.event("RESUME", 0)
+                window = await watch.heard()
+                await far.acknowledged(window.moved.next + 300)
+                await until(lambda: there.traces(vm.RESOLVED) >= 10, limit=20)
+                await node.qmp.command("migrate-set-parameters", max_postcopy_bandwidth=0)
+                await completed(node, since)
+                await completed(there)
+                await bridge1.ended(1)
+                await far.received(window.moved.high + 1000)
+                await there.beat(nonce)
+                assert await there.sweep() == 0
+                await account.close(far, there)
+            assert here.complaints() == there.complaints() == []
+            assert bridge0.complaints() == bridge1.complaints() == []
