@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import trio
 
 from vhostpc.endpoint.waits import tell_waits
-from vhostpc.errors import MigrationRefused, VhostpcError
+from vhostpc.errors import ChannelLost, MigrationRefused, VhostpcError
 from vhostpc.migration.channel import Channel, connect, listen
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.info import MigrationInfo
@@ -80,8 +80,7 @@ class Endpoint:
         self._total_ms: int | None = None
         # As a source.
         self._outgoing: Outgoing | None = None
-        self._channel: Channel | None = None
-        self._sending: trio.CancelScope | None = None
+        self._connecting: trio.CancelScope | None = None
         self._before = "running"  # run state before the migration stopped the machine
         # As a destination.
         self._incoming: Incoming | None = None
@@ -171,8 +170,10 @@ class Endpoint:
     def moved(self, event: Event, error: BaseException | None = None) -> None:
         """Apply an event to the status and tell of the change."""
         before = self.status
-        if before is Status.CANCELLING and event is not Event.FAIL:
-            return  # what is still being done is broken off already
+        if before is Status.CANCELLING:
+            if event not in (Event.FAIL, Event.NEVER_RAN):
+                return  # what is still being done is broken off already
+            event = Event.FAIL
         after = self._state.move(event)
         if error is not None and after is not Status.CANCELLED:
             self._error_desc = str(error)
@@ -218,20 +219,15 @@ class Endpoint:
         error: BaseException | None = None
         try:
             async with AsyncExitStack() as stack:
-                with trio.CancelScope() as self._sending:
-                    self._channel = await stack.enter_async_context(await connect(address))
-                self._sending = None
-                if self._channel is None:
-                    raise MigrationRefused("cancelled")
-                outgoing = Outgoing(
-                    self.machine, self._channel, self.options, _Source(self), after=self._after
+                channel = await self._connect(stack, address)
+                self._outgoing = outgoing = Outgoing(
+                    self.machine, channel, self.options, _Source(self), after=self._after
                 )
                 stack.callback(outgoing.close)
-                self._outgoing = outgoing
                 if self._early_switch:
                     outgoing.start_postcopy()
                 if self.status is Status.CANCELLING:
-                    self._channel.shut_down()
+                    outgoing.cancel()
                 nursery = await stack.enter_async_context(trio.open_nursery())
                 nursery.start_soon(tell_waits, outgoing.progress)
                 try:
@@ -242,9 +238,16 @@ class Endpoint:
             error = group.exceptions[0]
             if outgoing is None:
                 self.moved(Event.FAIL, error)
-        finally:
-            self._channel = None
         await self._after_sending(outgoing, error)
+
+    async def _connect(self, stack: AsyncExitStack, address: Address) -> Channel:
+        with trio.CancelScope() as self._connecting:
+            channel = await connect(address)
+            await stack.enter_async_context(channel)
+        self._connecting = None
+        if self.status is Status.CANCELLING:
+            raise ChannelLost("the migration was cancelled")
+        return channel
 
     async def _after_sending(self, outgoing: Outgoing | None, error: BaseException | None) -> None:
         if self.status is Status.COMPLETED:
@@ -252,7 +255,12 @@ class Endpoint:
             return
         if not self._state.may_run or self.run_state != "finish-migrate":
             return
-        if outgoing is not None and outgoing.may_run_there and not isinstance(error, NeverRan):
+        if (
+            self.status is Status.FAILED
+            and outgoing
+            and outgoing.may_run_there
+            and not isinstance(error, NeverRan)
+        ):
             # All was sent and the destination did not say what became of it: only a person can find out.
             self.run_state = "paused"
             log.error(
@@ -268,12 +276,10 @@ class Endpoint:
         if self._state.side != "source" or self.status not in BUSY:
             return
         if self._outgoing is not None:
-            self._outgoing.check_cancel()
+            self._outgoing.cancel()
         self.moved(Event.CANCEL)
-        if self._sending is not None:
-            self._sending.cancel()
-        if self._channel is not None:
-            self._channel.shut_down()
+        if self._connecting is not None:
+            self._connecting.cancel()
 
     async def start_postcopy(self) -> None:
         self._early_switch = True
