@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pty
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import trio
@@ -273,7 +274,7 @@ async def test_too_long_is_said_and_not_run(tmp_path: Path) -> None:
 
 async def test_clients_are_counted(tmp_path: Path) -> None:
     async with ours(FakeEndpoint(), tmp_path) as monitor:
-        async with contextlib.AsyncExitStack() as stack:
+        async with AsyncExitStack() as stack:
             for _ in range(CLIENTS):
                 await stack.enter_async_context(client(tmp_path))
             late = Terminal(tmp_path / "text")
@@ -322,21 +323,58 @@ async def test_on_files_and_a_reader_that_is_gone(tmp_path: Path) -> None:
         await monitor.serve_stdio(write, write)
 
 
-async def test_on_sockets_that_nobody_reads() -> None:
-    """Nothing of it waits but its own task."""
-    endpoint = FakeEndpoint()
+def pair(kind: str) -> tuple[int, int]:
+    """What is read here, what is written to there."""
+    if kind == "pipe":
+        return os.pipe()
+    if kind == "terminal":
+        return pty.openpty()
     here, there = socket.socketpair()
-    here.setblocking(False)
-    with here, there, trio.move_on_after(0.2) as scope:
+    return here.detach(), there.detach()
+
+
+@pytest.mark.parametrize(
+    ("kind", "anew"),
+    [("socket", True), ("pipe", True), ("terminal", True), ("pipe", False)],
+    ids=["socket", "pipe", "terminal", "pipe that can not be opened anew"],
+)
+async def test_output_that_nobody_reads(kind: str, anew: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its own task waits, and the mode that others share stays."""
+    endpoint = FakeEndpoint()
+    (in_r, in_w), (out_r, out_w) = os.pipe(), pair(kind)
+    os.set_blocking(in_w, False)
+    try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(
-                TextMonitor(endpoint, endpoint.events).serve_stdio, there.fileno(), there.fileno()
-            )
-            while True:
-                with contextlib.suppress(BlockingIOError):
-                    here.send(b"help\n" * 100)
-                await trio.sleep(0.001)
-    assert scope.cancelled_caught
+            with monkeypatch.context() as patch:
+                if not anew:
+                    patch.setattr("vhostpc.qmp.terminal.os.open", Mock(side_effect=PermissionError))
+                nursery.start_soon(TextMonitor(endpoint, endpoint.events).serve_stdio, in_r, out_w)
+                await trio.testing.wait_all_tasks_blocked()
+            with suppress(BlockingIOError):
+                while True:  # until nobody takes more
+                    os.write(in_w, b"x" * MAX_LINE + b"\n")
+                    await trio.testing.wait_all_tasks_blocked()
+            assert os.get_blocking(in_r)
+            assert os.get_blocking(out_w)
+            nursery.cancel_scope.cancel()
+    finally:
+        for fd in (in_r, in_w, out_r, out_w):
+            os.close(fd)
+
+
+async def test_a_terminal_that_hangs_up_ends_it() -> None:
+    """What is read from it then looks like its key for the end of a file."""
+    endpoint = FakeEndpoint()
+    window, terminal = pty.openpty()
+    try:
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(TextMonitor(endpoint, endpoint.events).serve_stdio, terminal, terminal)
+                await trio.testing.wait_all_tasks_blocked()
+                os.close(window)
+    finally:
+        os.close(terminal)
+    assert not endpoint.ended.is_set()
 
 
 PROGRAM = """

@@ -28,7 +28,7 @@ MAX_LINE = 4095
 """Bytes of the longest line, as with QEMU."""
 PROMPT = "(qemu) "
 CHUNK = 4096
-_SURE = 512  # bytes that every terminal, pipe or socket takes that is ready to be written to
+_SURE = 512  # bytes that every pipe or socket takes that is ready to be written to
 
 _CONTROL = bytes(set(range(32)) - set(b"\t\r\n")) + b"\x7f"
 
@@ -166,7 +166,8 @@ class _Socket:
 
 class _Stdio:
     """Standard input and output. Their modes are shared with other programs, so they are opened anew, non-blocking,
-    where that can be; elsewhere no more is written at a time than surely fits."""
+    where that can be; elsewhere no more is written at a time than surely fits (but for another user's terminal,
+    which may hold us up while it is stopped)."""
 
     def __init__(self, in_fd: int, out_fd: int) -> None:
         self._terminal = os.isatty(in_fd)
