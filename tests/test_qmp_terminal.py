@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import socket
@@ -350,10 +351,14 @@ async def test_output_that_nobody_reads(kind: str, anew: bool, monkeypatch: pyte
                     patch.setattr("vhostpc.qmp.terminal.os.open", Mock(side_effect=PermissionError))
                 nursery.start_soon(TextMonitor(endpoint, endpoint.events).serve_stdio, in_r, out_w)
                 await trio.testing.wait_all_tasks_blocked()
+            if kind == "pipe":  # room for less than one answer
+                os.read(out_r, MAX_LINE)
+                fcntl.fcntl(out_w, fcntl.F_SETPIPE_SZ, 4096)
             with suppress(BlockingIOError):
                 while True:  # until nobody takes more
                     os.write(in_w, b"x" * MAX_LINE + b"\n")
                     await trio.testing.wait_all_tasks_blocked()
+            assert len(nursery.child_tasks) == 1
             assert os.get_blocking(in_r)
             assert os.get_blocking(out_w)
             nursery.cancel_scope.cancel()
@@ -366,14 +371,16 @@ async def test_a_terminal_that_hangs_up_ends_it() -> None:
     """What is read from it then looks like its key for the end of a file."""
     endpoint = FakeEndpoint()
     window, terminal = pty.openpty()
+    null = os.open(os.devnull, os.O_WRONLY)  # so that no prompt tells that it has hung up
     try:
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(TextMonitor(endpoint, endpoint.events).serve_stdio, terminal, terminal)
+                nursery.start_soon(TextMonitor(endpoint, endpoint.events).serve_stdio, terminal, null)
                 await trio.testing.wait_all_tasks_blocked()
                 os.close(window)
     finally:
         os.close(terminal)
+        os.close(null)
     assert not endpoint.ended.is_set()
 
 

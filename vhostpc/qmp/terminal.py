@@ -142,8 +142,8 @@ class TextMonitor(SocketServer):
                     await say(text if session.leaving else text + PROMPT)
                     if session.leaving:
                         return True
-        except OSError:
-            return session.leaving  # also when it could not be told
+        except OSError:  # nobody is there any more
+            pass
         finally:
             session.close()
         return False
