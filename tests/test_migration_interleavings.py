@@ -154,7 +154,7 @@ Step = tuple[str, int]
 STEPS = st.one_of(
     st.tuples(st.just("forward"), st.sampled_from([1, 7, 60, 500, 5000, 70000, 400000])),
     st.tuples(st.just("back"), st.sampled_from([1, 8, 100, 5000])),
-    st.tuples(st.just("all"), st.just(0)),
+    st.tuples(st.sampled_from(["all", "all there", "until it runs there"]), st.just(0)),
     st.tuples(st.just("postcopy"), st.just(0)),
     st.tuples(st.just("cancel"), st.just(0)),
     st.tuples(
@@ -188,10 +188,11 @@ async def play(compat: Compat, capability: str, steps: list[Step]) -> None:
             wire.forward(number)
         elif name == "back":
             wire.back(number)
-        elif name == "all":
-            idle = 0
-            while idle < 10:
-                idle = 0 if wire.forward(1 << 20) or wire.back(1 << 20) else idle + 1
+        elif name in ("all", "all there", "until it runs there"):
+            idle, size = 0, 4000 if name == "until it runs there" else 1 << 20
+            while idle < 10 and not (name == "until it runs there" and "destination" in world.running):
+                moved = wire.forward(size) or (name == "all" and wire.back(1 << 20))
+                idle = 0 if moved else idle + 1
                 await trio.sleep(0.002)
         elif name == "postcopy":
             if capability == "postcopy-ram":
@@ -238,7 +239,7 @@ async def play(compat: Compat, capability: str, steps: list[Step]) -> None:
             )
             await until(lambda: source.run_state != "finish-migrate" or not may_go_on(source))
             assert not world.both
-            judge(world, source, destination, asked_to_stop)
+            judge(world, source, destination, asked_to_stop, tells[0].events)
             pumping.cancel()
             nursery.cancel_scope.cancel()
         wire.close()
@@ -253,13 +254,21 @@ def may_go_on(source: Endpoint) -> bool:
     return source.status in (Status.FAILED, Status.CANCELLED)
 
 
-def judge(world: World, source: Endpoint, destination: Endpoint, asked_to_stop: dict[str, bool]) -> None:
+def judge(
+    world: World,
+    source: Endpoint,
+    destination: Endpoint,
+    asked_to_stop: dict[str, bool],
+    events: list[str],
+) -> None:
     told = f"{source.status}/{source.run_state} {destination.status}/{destination.run_state} {world.running}"
     if "source" in world.running:
         assert source.status in (Status.FAILED, Status.CANCELLED), told
         assert "destination" not in world.running, told
     if "destination" in world.running:
         assert source.status in (Status.COMPLETED, Status.POSTCOPY_PAUSED, Status.FAILED), told
+        if source.status is Status.FAILED:  # the end of a precopy, whose last word was lost
+            assert str(Status.POSTCOPY_ACTIVE) not in events, told
         # It was not started again here, whatever was asked.
         assert source.run_state in ("postmigrate", "finish-migrate", "paused"), told
     if not world.running:
@@ -273,11 +282,11 @@ def judge(world: World, source: Endpoint, destination: Endpoint, asked_to_stop: 
     capability=st.sampled_from(["postcopy-ram", "postcopy-ram", "return-path"]),
     steps=st.lists(STEPS, max_size=25),
 )
-@example("10.0", "postcopy-ram", [("postcopy", 0), ("all", 0), ("cut", 0)])
+@example("10.0", "postcopy-ram", [("postcopy", 0), ("until it runs there", 0), ("cut", 0)])
+@example("7.2", "postcopy-ram", [("postcopy", 0), ("all there", 0), ("cut", 0), ("source cont", 0)])
+@example("10.0", "return-path", [("all there", 0), ("cut", 0)])
 @example("10.0", "postcopy-ram", [("postcopy", 0), ("forward", 1), ("cut", 0)])
-@example("7.2", "postcopy-ram", [("postcopy", 0), ("forward", 400000), ("forward", 400000), ("cut", 0)])
-@example("10.0", "return-path", [("all", 0), ("cut", 0)])
-@example("10.0", "return-path", [("forward", 400000)] * 8 + [("cancel", 0), ("source cont", 0)])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example("10.0", "return-path", [("all there", 0), ("cancel", 0), ("source cont", 0)])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 def test_it_never_runs_at_both_ends(compat: Compat, capability: str, steps: list[Step]) -> None:
     trio.run(play, compat, capability, steps)

@@ -19,10 +19,11 @@ from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.options import Compat, Options
 from vhostpc.migration.outgoing import After
 from vhostpc.qmp import Events, Monitor
+from vhostpc.qmp.terminal import TextMonitor
 
 log = logging.getLogger(__name__)
 
-DEFER = "defer"
+DEFER, STDIO = "defer", "stdio"
 _SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -82,7 +83,7 @@ def unix_path(_: click.Context, __: click.Parameter, text: str | None) -> str | 
 
 def monitor_place(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
     """``stdio`` or ``unix:PATH``; a path in any form of its own."""
-    return text if text in (None, "stdio") else f"unix:{unix_path(context, parameter, text)}"
+    return text if text in (None, STDIO) else f"unix:{unix_path(context, parameter, text)}"
 
 
 async def until_told(endpoint: Endpoint, events: Events, signals: AsyncIterator[int]) -> None:
@@ -102,15 +103,14 @@ async def run(
         async with contextlib.AsyncExitStack() as stack:
             if qmp is not None:
                 await stack.enter_async_context(Monitor(endpoint, events).listening(qmp))
-            if monitor is not None:
-                from vhostpc.qmp.terminal import TextMonitor
-
-                text = TextMonitor(endpoint, events)
-                place = text.stdio() if monitor == "stdio" else text.listening(monitor.removeprefix("unix:"))
-                await stack.enter_async_context(place)
+            text = TextMonitor(endpoint, events)
+            if monitor is not None and monitor != STDIO:
+                await stack.enter_async_context(text.listening(monitor.removeprefix("unix:")))
             nursery = await stack.enter_async_context(trio.open_nursery())
             nursery.start_soon(until_told, endpoint, events, signals)
             await nursery.start(endpoint.serve)
+            if monitor == STDIO:
+                nursery.start_soon(text.serve_stdio)
             if incoming not in (None, DEFER):
                 assert incoming is not None
                 address = uri.parse(incoming, endpoint.options.compat, incoming=True)

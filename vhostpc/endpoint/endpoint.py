@@ -24,7 +24,7 @@ from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import After, NeverRan, Outgoing
 from vhostpc.migration.state import BUSY, IN_POSTCOPY, Event, Status
 from vhostpc.migration.state import Machine as StatusMachine
-from vhostpc.migration.uri import Address
+from vhostpc.migration.uri import Address, Exec, Fd, File
 
 log = logging.getLogger(__name__)
 
@@ -200,26 +200,33 @@ class Endpoint:
             raise MigrationRefused("Recovery of a paused migration is not supported")
         if reasons := self.machine.blocked():
             raise MigrationRefused(reasons[0])
-        if self._outgoing is not None:
-            self._outgoing = None
+        channel: Channel | None = None
+        if isinstance(address, Exec | Fd | File):
+            try:  # whether that can be had is known at once
+                channel = await connect(address)
+            except ChannelLost as error:
+                raise MigrationRefused(str(error)) from None
+        self._outgoing = None
         self._state = StatusMachine("source", self.options.compat)
         self._error_desc, self._total_ms = None, None
         self._began = trio.current_time()
         self._early_switch = False
         self.moved(Event.START)
-        self._start(self._send, address)
+        self._start(self._send, address, channel)
 
     def _start(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
         if self._nursery is None:
             raise VhostpcError("the endpoint does not run")
         self._nursery.start_soon(task, *args)
 
-    async def _send(self, address: Address) -> None:
+    async def _send(self, address: Address, channel: Channel | None) -> None:
         outgoing: Outgoing | None = None
         error: BaseException | None = None
         try:
             async with AsyncExitStack() as stack:
-                channel = await self._connect(stack, address)
+                if channel is None:
+                    channel = await self._connect(address)
+                await stack.enter_async_context(channel)
                 self._outgoing = outgoing = Outgoing(
                     self.machine, channel, self.options, _Source(self), after=self._after
                 )
@@ -240,12 +247,12 @@ class Endpoint:
                 self.moved(Event.FAIL, error)
         await self._after_sending(outgoing, error)
 
-    async def _connect(self, stack: AsyncExitStack, address: Address) -> Channel:
+    async def _connect(self, address: Address) -> Channel:
+        channel: Channel | None = None
         with trio.CancelScope() as self._connecting:
             channel = await connect(address)
-            await stack.enter_async_context(channel)
         self._connecting = None
-        if self.status is Status.CANCELLING:
+        if channel is None:
             raise ChannelLost("the migration was cancelled")
         return channel
 

@@ -127,7 +127,7 @@ class Outgoing:
 
     def cancel(self) -> None:
         """Break it off: :meth:`send` fails. Raises MigrationRefused where the machine may run there already."""
-        if self._package_begun:
+        if self._package_told or self._package_begun:
             raise MigrationRefused("Postcopy migration in progress, cannot cancel.")
         if self._all_sent:
             raise MigrationRefused(

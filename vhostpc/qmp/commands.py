@@ -31,6 +31,7 @@ class Session:
     oob: bool = False
     received: list[int] = field(default_factory=list)  # descriptors that no getfd has named yet
     named: dict[str, int] = field(default_factory=dict)
+    text: bool = False  # a text monitor of its own, where ``migrate`` without -d waits
     leaving: bool = False  # the reply under way is the last: then the program ends
 
     @property
