@@ -22,7 +22,7 @@ from vhostpc.migration.machine import Machine
 from vhostpc.migration.state import Event
 from vhostpc.migration.waits import tell_waits
 from vhostpc.ufd.flags import Features
-from vhostpc.ufd.ramchannel import RamChannel
+from vhostpc.ufd.ramchannel import LoadNumbers, RamChannel
 from vhostpc.ufd.service import FaultService
 from vhostpc.ufd.uffd import Userfaultfd
 from vhostpc.wire.elements import (
@@ -111,6 +111,7 @@ class Incoming:
         self._reader = StreamReader(RamMode.PAUSE, limit=limit)
         self._events = self._reader.feed(b"")
         self._pages: RamChannel | None = None
+        self._loads: list[LoadNumbers] = []
         self._last = False
         self._return_path = False
         self._advised: PostcopyAdvise | None = None
@@ -132,6 +133,10 @@ class Incoming:
     def missing(self) -> int:
         """Host pages that have not come."""
         return self.service.missing()
+
+    def loads(self) -> list[LoadNumbers]:
+        """What came, one look at each channel that brought pages: that of precopy, then that of postcopy."""
+        return [*self._loads, *([] if self._pages is None else [self._pages.numbers()])]
 
     def close(self) -> None:
         """Let go of everything but the machine and the channel. Pages that miss will never come.
@@ -168,13 +173,21 @@ class Incoming:
             raise error from None
         finally:
             self._receiving = False
-            if self._pages is not None:
-                self._pages.close()
-                self._pages = None
+            self._close_pages()
             if self._closed:
                 self._release()
         log.info("migration: completed")
         self._report(Event.FINISH, None)
+
+    def _close_pages(self) -> int:
+        """The block that a record could have continued."""
+        if self._pages is None:
+            return -1
+        self._loads.append(self._pages.numbers())
+        block = self._pages.block
+        self._pages.close()
+        self._pages = None
+        return block
 
     def _release(self) -> None:
         if not self.service.closed:
@@ -269,10 +282,8 @@ class Incoming:
 
     async def _listen(self, package: Sequence[Inside]) -> None:
         """Our mapping may be missing pages; another channel, because this one places by ioctl."""
-        assert self._pages is not None
         self.service.arm()
-        block = self._pages.block
-        self._pages.close()
+        block = self._close_pages()
         self._pages = self.service.open_channel(self.channel.in_fd)
         self._pages.block = block
         await self.machine.listen()
@@ -326,12 +337,10 @@ class Incoming:
 
     async def _pause(self, error: BaseException) -> None:
         """The link is lost, the machine may be running: keep all that there is, until this is cancelled."""
-        assert self._pages is not None
         log.error("migration: paused in postcopy, %d host pages are missing: %s", self.missing(), error)
         self.channel.shut_down()
         self.service.set_return_path(None)  # requests wait in the outbox
-        self._pages.close()  # and with it a host page of which a part has come
-        self._pages = None
+        self._close_pages()  # and with it a host page of which a part has come
         self._paused = True
         self._report(Event.LOSE, error)
         await trio.sleep_forever()
