@@ -15,16 +15,14 @@ from enum import Enum, auto
 
 import trio
 
-from vhostpc.errors import ChannelLost, StreamError, UfdError, VhostpcError
-from vhostpc.memory.mapping import mlock_future_in_force
+from vhostpc.errors import ChannelLost, StreamError, VhostpcError
 from vhostpc.migration.channel import Channel
+from vhostpc.migration.checks import check_advise, check_discard, check_page_sizes
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.state import Event
 from vhostpc.migration.waits import tell_waits
-from vhostpc.ufd.flags import Features
 from vhostpc.ufd.ramchannel import LoadNumbers, RamChannel
 from vhostpc.ufd.service import FaultService
-from vhostpc.ufd.uffd import Userfaultfd
 from vhostpc.wire.elements import (
     BadStream,
     BitmapRequest,
@@ -43,7 +41,7 @@ from vhostpc.wire.elements import (
     StreamEvent,
     VmDescription,
 )
-from vhostpc.wire.ramrec import REASONS, TARGET_PAGE, BadRamStream
+from vhostpc.wire.ramrec import REASONS, BadRamStream
 from vhostpc.wire.return_path import Pong, Shut
 from vhostpc.wire.split import Inside, read_package
 from vhostpc.wire.stream import MAX_DEVICES, RamMode, StreamReader
@@ -462,27 +460,7 @@ class Incoming:
             log.warning("migration: the source does not know that all is here: %s", error)
 
     async def _advise(self, event: PostcopyAdvise) -> None:
-        why = None
-        if not self.postcopy:
-            why = "the source may switch to postcopy, and postcopy-ram is not enabled here"
-        elif event.page_sizes is None:
-            why = "POSTCOPY_ADVISE without page sizes: not for RAM"
-        elif event.target_page != TARGET_PAGE:
-            why = f"the source has target pages of {event.target_page} bytes, not {TARGET_PAGE}"
-        elif not self.channel.two_way:
-            why = "the source may switch to postcopy, and the channel goes one way only"
-        elif mlock_future_in_force():
-            why = (
-                "postcopy can not be done here: mlockall(MCL_FUTURE) is in force in this process, "
-                "and mapping memory would create the missing pages"
-            )
-        else:
-            try:
-                Userfaultfd.open(features=Features.MISSING_SHMEM).close()
-            except UfdError as e:
-                why = f"postcopy can not be done here: {e}"
-        if why is not None:
-            raise BadStream(event.offset, why)
+        check_advise(event, postcopy=self.postcopy, two_way=self.channel.two_way)
         self._advised = event
         await self.machine.advise(self.service)
         log.info("migration: the source may switch to postcopy")
@@ -491,15 +469,7 @@ class Incoming:
         self.machine.accept_blocks(event, postcopy=self._advised is not None)
         blocks = self.machine.ram.blocks
         if self._advised is not None:
-            ours = 0
-            for block in blocks:
-                ours |= block.page_size
-            if ours != self._advised.page_sizes:
-                raise BadStream(
-                    event.offset,
-                    f"postcopy needs pages of the same sizes: RAM here has {ours:#x} (or'ed), "
-                    f"the source advised {self._advised.page_sizes:#x}",
-                )
+            check_page_sizes(event, self._advised, blocks)
         self._pages = self.service.open_channel(self.channel.in_fd)
         log.info(
             "migration: %s: %d KiB of RAM in %d blocks",
@@ -510,11 +480,6 @@ class Incoming:
 
     def _discard(self, event: RamDiscard) -> None:
         block = self.machine.ram[event.block]
+        check_discard(event, block)
         for start, length in event.ranges:
-            if (start | length) % block.page_size:
-                raise BadStream(
-                    event.offset,
-                    f"discard of {length:#x} bytes at {start:#x} of {block.name!r}, "
-                    f"which are not whole pages of {block.page_size:#x}",
-                )
             block.discard(start, length)
