@@ -137,7 +137,7 @@ class Incoming:
         return [*self._loads, *([] if self._pages is None else [self._pages.numbers()])]
 
     def close(self) -> None:
-        """Let go of everything but the machine and the channel. Pages that miss will never come.
+        """Let go of everything but the machine and the channel, before these. Pages that miss will never come.
 
         A :meth:`receive` that goes on, or stays in a pause, ends and raises ChannelLost, or what it was paused by.
         """
@@ -272,6 +272,8 @@ class Incoming:
             raise BadStream(self._reader.offset, f"{self._reader.unread} bytes behind the end of the stream")
         await self.machine.loaded(self._description)
         log.info("migration: all is here, by precopy")
+        if missing := self.missing():  # a source may leave out what its guest called free
+            log.warning("migration: %d host pages were not sent: they are zero", missing)
         await self._stop_faults()
         if self._advised is not None:
             await self.machine.end()
@@ -360,7 +362,7 @@ class Incoming:
         try:
             if self._run is not None:
                 await self._run(postcopy)
-        except TROUBLE:
+        except Exception:
             self.phase = before
             raise
 
