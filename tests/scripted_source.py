@@ -111,8 +111,11 @@ class ScriptedSource:
             await self.discard(block)
         await self.package(devices)
 
-    async def end(self) -> None:
-        await self.send(EndOfStream().encode())
+    async def end(self, devices: Sequence[DeviceSection] = ()) -> None:
+        """The last byte; behind ``devices`` in precopy."""
+        await self.send(b"".join(device.encode() for device in devices) + EndOfStream().encode())
+        if devices:
+            await self.stream.send_eof()  # else a description could follow
 
     async def send(self, data: bytes) -> None:
         await self.stream.send_all(data)

@@ -11,11 +11,20 @@ import trio
 
 from tests.migration_ends import LIMIT, Received, pair
 from tests.peers.dpdk import needs_dpdk, net_vhost
-from tests.rig import Guest, backend_child, far_side
-from tests.scripted_source import RAM, ScriptedSource
+from tests.rig import HIGH, Guest, backend_child, far_side
+from tests.scripted_source import CLOCK, RAM, ScriptedSource
 from tests.until import until
 from vhostpc.errors import PostcopyRefused
-from vhostpc.frontend import BackendPostcopy, Driver, FrontEnd, MemoryShare, connect, start_ring
+from vhostpc.frontend import (
+    BackendPostcopy,
+    Driver,
+    FrontEnd,
+    GuestRegion,
+    MemoryShare,
+    RingLayout,
+    connect,
+    start_ring,
+)
 from vhostpc.frontend.postcopy import Phase
 from vhostpc.memory.ramblock import Bits
 from vhostpc.migration.channel import Channel
@@ -178,6 +187,47 @@ async def test_two_back_ends_and_a_local_toucher(tmp_path: Path, guest: Guest) -
                 requests = incoming.service.numbers().requests
                 assert requests == pages.numbers().requested_pages + pages.numbers().useless
                 incoming.close()
+
+
+async def test_precopy_after_all(tmp_path: Path) -> None:
+    """A back-end that was told ADVISE only: its userfaultfd is let go, and it starts as if nothing had been."""
+    received = Received()
+    ours, theirs = pair()
+    with trio.fail_after(LIMIT):
+        async with (
+            far_side(echo=False) as (far, address),
+            backend_child(tmp_path, device="bridge", far=[address]) as backend,
+            connect(backend.path) as front,
+            Channel(ours) as channel,
+            theirs,
+            trio.open_nursery() as nursery,
+        ):
+            await front.negotiate()
+            with Backed({"net0": front}) as machine:
+                incoming = Incoming(channel, machine, postcopy=True, report=received.report)
+                source = ScriptedSource(theirs, {"low.ram": (64, 4096), "high.ram": (256, 4096)})
+                nursery.start_soon(source.listen)
+                nursery.start_soon(incoming.receive)
+                await source.begin()
+                await source.pages("low.ram", *((page, bytes(4096)) for page in range(64)))
+                await source.pages("high.ram", *((page, bytes(4096)) for page in range(256)), last=True)
+                await source.end([CLOCK])
+                await source.heard(Shut(0))
+                client = machine.backends["net0"].client
+                assert client is not None
+                assert client.removed
+                low, high = machine.ram.blocks
+                regions = [GuestRegion(0, low.length, low), GuestRegion(HIGH, high.length, high)]
+                memory = MemoryShare(front, regions)
+                with Driver(machine.ram, regions, RingLayout.packed_at(0)) as tx:
+                    await tx.reset()
+                    await memory.share()
+                    await start_ring(front, memory, 1, tx)
+                    await tx.run(50, 500)
+                    await until(lambda: far.numbers().frames == 50)
+                nursery.cancel_scope.cancel()
+            incoming.close()
+    assert received.events == [Event.FINISH]
 
 
 async def test_a_back_end_that_knows_no_postcopy_is_named(tmp_path: Path) -> None:

@@ -142,6 +142,22 @@ async def test_the_order_of_things() -> None:
         assert setup.incoming.missing() == 0
 
 
+@pytest.mark.parametrize("advised", [False, True])
+async def test_the_order_of_things_in_precopy(advised: bool) -> None:
+    """Who was told ADVISE is told END too; nobody is told LISTEN."""
+    received = Received()
+    async with receiving(received) as setup:
+        await setup.source.begin(postcopy=advised)
+        await setup.source.pages("ram", *((page, A) for page in range(8)), last=True)
+        await setup.source.end([CLOCK])
+        await setup.ended.wait()
+        assert setup.raised is None
+        told = [f"blocks, postcopy={advised}", "load clk", "loaded"]
+        assert setup.machine.told == (["advise", *told, "end"] if advised else told)
+        assert setup.source.said == [Pong(1), Shut(0)]
+    assert received.events == [Event.FINISH]
+
+
 async def test_each_phase_is_told_by_one_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "vhostpc.migration"):
         async with receiving() as setup:
