@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.native import FAULTS, FLIP, run
+from tests.native import FAULTS, FLIP, LOADS, run
+from tests.native.twins import check_loads
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +28,9 @@ def test_descriptors_flip_while_they_are_read(flip: Path, mode: str, count: int)
 def test_fault_service_without_a_race(tmp_path: Path) -> None:
     """Faults, placing, waking, looking on, changing clients, and the end: no two threads at one word."""
     assert run(FAULTS.build(tmp_path), 10) == {"rounds": 10, "pages": 5120}
+
+
+@pytest.mark.ufd
+def test_loader_and_its_twin_agree(tmp_path: Path) -> None:
+    """On random and broken streams, armed and calm: the same verdict at the same byte, the same pages."""
+    assert check_loads(LOADS.build(tmp_path), range(2000)) == 2000
