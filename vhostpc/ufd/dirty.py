@@ -184,12 +184,9 @@ class DirtyTracker:
         lib.vpc_dirty_stats(self._handle, raw)
         if raw.block < 0:
             return _lacks(self.way, "the ioctl PAGEMAP_SCAN", err)
-        reasons = {
-            errno.EBUSY: "another userfaultfd watches it (it is armed for postcopy, or tracked already)",
-            errno.EINVAL: "it is no memory that can be protected (tmpfs, memfd or hugetlbfs)",
-        }
         name = self.ram.blocks[raw.block].name
-        why = reasons.get(err, os.strerror(err))
+        watched = "another userfaultfd watches it (it is armed for postcopy, or tracked already)"
+        why = watched if err == errno.EBUSY else os.strerror(err)
         return UfdError(f"writes to {name} can not be tracked: {why} [{errno.errorcode.get(err, err)}]", err)
 
     def close(self) -> None:
