@@ -100,6 +100,15 @@ struct vpc_waiter {
     uint32_t pad;
 };
 
+/* What one thread of a client waited for; only where the ufd tells its threads' ids. */
+struct vpc_thread_waits {
+    uint64_t waits;
+    uint64_t longest_ns;
+    uint32_t thread; /* kernel thread id; 0: threads of which the table had no room */
+    uint32_t pad;
+    uint64_t histogram[256];
+};
+
 struct vpc_fault *vpc_fault_new(struct vpc_ram *ram);
 void vpc_fault_free(struct vpc_fault *service);
 /* Poll ufd (we keep our own copy of it; it must be non-blocking); returns the client's number. */
@@ -121,6 +130,8 @@ int vpc_fault_client_stats(struct vpc_fault *service, int client, struct vpc_cli
 int vpc_fault_stats(struct vpc_fault *service, struct vpc_fault_stats *out);
 /* Who waits now, oldest first as read; returns how many were written. */
 int vpc_fault_waiting(struct vpc_fault *service, struct vpc_waiter *out, uint32_t max);
+/* Who of a client's threads has waited; returns how many rows were written. */
+int vpc_fault_threads(struct vpc_fault *service, int client, struct vpc_thread_waits *out, uint32_t max);
 /* Smallest number of nanoseconds that is counted in bucket i of a histogram. */
 uint64_t vpc_histogram_floor(uint32_t i);
 
