@@ -59,7 +59,7 @@ _TABLE = {
     """,
     Use.OWN_THREAD: "vpc_pump_in vpc_pump_out vpc_driver_run vpc_vcpu_run",
     Use.HOP: """
-        vpc_driver_reset vpc_driver_post vpc_driver_reap
+        vpc_driver_reset vpc_driver_post vpc_driver_reap vpc_driver_look
         vpc_ram_read vpc_ram_write vpc_ram_fill vpc_ram_verify
         vpc_vcpu_fill vpc_vcpu_sweep
     """,
@@ -92,7 +92,7 @@ _TABLE = {
         vpc_fault_threads vpc_vcpu_new vpc_vcpu_free vpc_vcpu_add_area vpc_vcpu_set_state vpc_vcpu_state
         vpc_vcpu_set_rates vpc_vcpu_arm vpc_vcpu_stop vpc_vcpu_stats
         vpc_dirty_new vpc_dirty_free vpc_dirty_start vpc_dirty_sync vpc_dirty_stop vpc_dirty_end
-        vpc_dirty_stats
+        vpc_dirty_stats vpc_driver_unseen vpc_driver_save vpc_driver_load vpc_ram_merge_log
     """,
 }
 

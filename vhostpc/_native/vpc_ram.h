@@ -36,6 +36,10 @@ int vpc_ram_discard(struct vpc_ram *ram, int block, uint64_t offset, uint64_t le
 /* RAM_DISCARD commands (QEMU's migration stream) for the block's DIRTY pages from page *at on, as many as there is room
  * for; *at gets the page to go on from, the block's number of pages when it is done. Returns bytes written. */
 int vpc_ram_discards(struct vpc_ram *ram, int block, uint64_t *at, void *to, uint32_t room);
+/* Set DIRTY for what the back-ends' dirty log in fd (size bytes, which may not shrink) says of the block, whose guest
+ * address is gpa, and clear it there. Returns how many bits were not set before. -EINVAL: gpa is no multiple of
+ * 256 KiB. -ERANGE: the log ends before the block. */
+int64_t vpc_ram_merge_log(struct vpc_ram *ram, int block, int fd, uint64_t size, uint64_t gpa);
 /* The pages of the block lie ready in fd from fd_offset (mapped private and read in, so this may take as long
  * as reading it): the fault loop places them through place_ufd (of our own mapping; we keep a copy) without
  * asking anybody. Before the loop runs. -ERANGE: the file is shorter than the block. */

@@ -130,6 +130,15 @@ class Endpoint:
             expected_downtime=None if ended or (in_postcopy and not old) else outgoing.expected_downtime_ms,
         )
 
+    def report(self) -> dict[str, Any]:
+        """How the machine is, and what came of the pages in the last migration to here."""
+        came = self._incoming.pages_came if self._incoming is not None else None
+        pages = {"placed": came.placed, "already": came.already, "runs": came.runs} if came else None
+        return {**self.machine.report(), "status": str(self.status), "came": pages}
+
+    def postcopy_refusal(self) -> str | None:
+        return self.machine.postcopy_refusal()
+
     # --- running or not
 
     async def stop(self) -> None:

@@ -22,7 +22,7 @@ from vhostpc.migration.machine import Machine
 from vhostpc.migration.state import Event
 from vhostpc.migration.waits import tell_waits
 from vhostpc.ufd.flags import Features
-from vhostpc.ufd.ramchannel import RamChannel
+from vhostpc.ufd.ramchannel import LoadNumbers, RamChannel
 from vhostpc.ufd.service import FaultService
 from vhostpc.ufd.uffd import Userfaultfd
 from vhostpc.wire.elements import (
@@ -99,6 +99,8 @@ class Incoming:
         self.phase = Phase.PRECOPY
         self.service = FaultService(machine.ram, spin_us=spin_us)
         """Over the machine's RAM; its numbers can be read until :meth:`close`."""
+        self.pages_came: LoadNumbers | None = None
+        """What the channel of pages had brought when a load of it ended last; postcopy has one of its own."""
         self._report = report
         self._run = run
         self._reader = StreamReader(RamMode.PAUSE, limit=limit)
@@ -378,6 +380,7 @@ class Incoming:
             numbers = await pages.load(section, last=self._last)
         except BadRamStream as e:
             raise BadStream(begin + e.offset - before, REASONS[e.why]) from None
+        self.pages_came = numbers
         self._last = numbers.ended
         self._reader.resume(numbers.bytes - before, pages.take(), footer=True, ended=self._last)
 
