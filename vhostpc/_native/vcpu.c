@@ -356,9 +356,9 @@ static void write_page(struct vpc_vcpu *v, uint64_t index, uint64_t generation, 
         v->page[i] = word_of(&s, i);
     uint64_t begun = now_ns();
     /* The word that never changes: others read it meanwhile. A page that is protected waits here. */
-    *(volatile uint64_t *)(void *)at = s.head[INDEX];
+    __atomic_store_n((uint64_t *)(void *)at, s.head[INDEX], __ATOMIC_RELAXED);
     *waited += now_ns() - begun;
-    memcpy(at, v->page, TARGET_PAGE);
+    memcpy(at + 8, v->page + 1, TARGET_PAGE - 8);
 }
 
 /* A step: the page is checked for the last time in this generation, and rewritten. */
@@ -380,11 +380,10 @@ static int rewrite(struct vpc_vcpu *v)
 
 static int glance(struct vpc_vcpu *v, uint64_t index, struct beat *b)
 {
-    unsigned char *at = page_at(v, &v->listed, index);
-    uint64_t found;
+    uint64_t begun = now_ns();
+    uint64_t found = __atomic_load_n((uint64_t *)(void *)page_at(v, &v->listed, index), __ATOMIC_RELAXED);
 
-    b->waited = first_touch(at);
-    found = *(volatile uint64_t *)(void *)at;
+    b->waited = now_ns() - begun;
     if (ram_lost(v->ram))
         return -EOWNERDEAD;
     b->reads = b->glances = 1;
