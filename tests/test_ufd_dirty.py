@@ -307,6 +307,8 @@ async def test_after_the_end_nobody_waits_and_nothing_is_watched(way: DirtyWay) 
                     await tracker.sync()
                 tracker.close()
                 tracker.close()
+                with pytest.raises(ValueError, match="closed"):
+                    await tracker.sync()
                 step = cpus[0].numbers().step
                 await until(lambda s=step: cpus[0].numbers().step > s + 64)  # type: ignore[misc]
             await cpus[0].stop()
