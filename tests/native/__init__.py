@@ -37,6 +37,11 @@ FLIP = Program(
     "flip", "address,undefined", ("gm", "supply", "vq", "call", "chain", "pump", "pump_in", "pump_out")
 )
 FAULTS = Program("faults", "thread", ("uffd", "fault", "waiters", "outbox", "ram", "ramload", "local"))
+VCPUS = Program(
+    "vcpus",
+    "thread",
+    ("vcpu", "dirty", "uffd", "ram", "local", "ramload", "fault", "waiters", "outbox"),
+)
 
 
 def run(program: Path, *args: object, timeout: float = 540) -> dict[str, int]:

@@ -6,16 +6,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.native import FAULTS, FLIP, run
+from tests.native import FAULTS, FLIP, VCPUS, run
 
 
 def main(times: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        flip, faults = FLIP.build(Path(folder)), FAULTS.build(Path(folder))
+        flip, faults, vcpus = (program.build(Path(folder)) for program in (FLIP, FAULTS, VCPUS))
         for seed in range(1, times + 1):
             for mode in ("pop", "out", "in"):
                 print(f"flip {mode}, seed {seed}: {run(flip, mode, 1_000_000, seed)}", flush=True)
             print(f"faults: {run(faults, 20)}", flush=True)
+            print(f"vcpus: {run(vcpus, 20)}", flush=True)
 
 
 if __name__ == "__main__":

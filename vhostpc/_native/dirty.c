@@ -190,8 +190,8 @@ static int scan_block(struct vpc_dirty *d, int i, struct found *found)
 {
     struct vpc_block *b = d->ram->blocks[i];
     uint64_t base = vpc_ram_base(d->ram, i);
-    /* With just these masks the kernel counts a page without any mark of protection as written, also one that it
-     * has taken out of the page table since. */
+    /* With just these masks the kernel counts whatever bears no mark of protection as written: also a written page
+     * that it has taken out of the page table since. */
     struct scan s = {.size = sizeof s,
                      .flags = SCAN_PROTECT | SCAN_MUST_PROTECT,
                      .start = base,

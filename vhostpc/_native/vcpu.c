@@ -35,7 +35,7 @@ struct areas {
 struct vpc_vcpu {
     struct vpc_ram *ram;
     uint32_t index, count;
-    struct areas own, touch;
+    struct areas listed, touch;
     struct vpc_vcpu_state state;
     /* The order of rewriting: place k is own page (factor * k + shift) mod mine. */
     uint64_t mine, factor, inverse, shift;
@@ -79,7 +79,7 @@ void vpc_vcpu_free(struct vpc_vcpu *v)
 
 int vpc_vcpu_add_area(struct vpc_vcpu *v, int block, uint64_t first, uint64_t count, int touch)
 {
-    struct areas *a = touch ? &v->touch : &v->own;
+    struct areas *a = touch ? &v->touch : &v->listed;
     struct vpc_block *b = ram_block(v->ram, block);
     uint64_t pages = b ? b->length >> TARGET_SHIFT : 0;
 
@@ -183,10 +183,10 @@ int vpc_vcpu_set_state(struct vpc_vcpu *v, const struct vpc_vcpu_state *state)
 {
     if (atomic_load(&v->running))
         return -EBUSY;
-    if (v->own.pages < v->count || state->step > MOST_STEPS)
+    if (v->listed.pages < v->count || state->step > MOST_STEPS)
         return -EINVAL;
     v->state = *state;
-    v->mine = (v->own.pages - v->index - 1) / v->count + 1;
+    v->mine = (v->listed.pages - v->index - 1) / v->count + 1;
     choose_order(v);
     v->stats.step = state->step;
     return 0;
@@ -277,7 +277,7 @@ static int compare(const struct vpc_vcpu *v, uint64_t index, struct vpc_vcpu_bad
     for (uint64_t i = 0; i < WORDS; i++) {
         if (v->page[i] == word_of(&s, i))
             continue;
-        const struct area *in = area_of(&v->own, index);
+        const struct area *in = area_of(&v->listed, index);
         *bad = (struct vpc_vcpu_bad){.block = in->block,
                                      .word = (uint32_t)i,
                                      .page = in->first + index - in->start,
@@ -336,7 +336,7 @@ static uint64_t first_touch(unsigned char *at)
 
 static int check_page(struct vpc_vcpu *v, uint64_t index, struct beat *b)
 {
-    unsigned char *at = page_at(v, &v->own, index);
+    unsigned char *at = page_at(v, &v->listed, index);
 
     b->waited = first_touch(at);
     memcpy(v->page, at, TARGET_PAGE);
@@ -350,15 +350,15 @@ static int check_page(struct vpc_vcpu *v, uint64_t index, struct beat *b)
 static void write_page(struct vpc_vcpu *v, uint64_t index, uint64_t generation, uint64_t *waited)
 {
     struct stamp s = stamp_of(v, index, generation);
-    unsigned char *at = page_at(v, &v->own, index);
+    unsigned char *at = page_at(v, &v->listed, index);
 
     for (uint64_t i = 0; i < WORDS; i++)
         v->page[i] = word_of(&s, i);
     uint64_t begun = now_ns();
     /* The word that never changes: others read it meanwhile. A page that is protected waits here. */
-    *(volatile uint64_t *)(void *)at = s.head[INDEX];
+    __atomic_store_n((uint64_t *)(void *)at, s.head[INDEX], __ATOMIC_RELAXED);
     *waited += now_ns() - begun;
-    memcpy(at, v->page, TARGET_PAGE);
+    memcpy(at + 8, v->page + 1, TARGET_PAGE - 8);
 }
 
 /* A step: the page is checked for the last time in this generation, and rewritten. */
@@ -380,16 +380,15 @@ static int rewrite(struct vpc_vcpu *v)
 
 static int glance(struct vpc_vcpu *v, uint64_t index, struct beat *b)
 {
-    unsigned char *at = page_at(v, &v->own, index);
-    uint64_t found;
+    uint64_t begun = now_ns();
+    uint64_t found = __atomic_load_n((uint64_t *)(void *)page_at(v, &v->listed, index), __ATOMIC_RELAXED);
 
-    b->waited = first_touch(at);
-    found = *(volatile uint64_t *)(void *)at;
+    b->waited = now_ns() - begun;
     if (ram_lost(v->ram))
         return -EOWNERDEAD;
     b->reads = b->glances = 1;
     b->bad = found != index;
-    const struct area *in = area_of(&v->own, index);
+    const struct area *in = area_of(&v->listed, index);
     b->what = (struct vpc_vcpu_bad){
         .block = in->block, .page = in->first + index - in->start, .index = index, .found_index = found};
     return 0;
@@ -406,8 +405,8 @@ static int look(struct vpc_vcpu *v)
         b.waited = first_touch(page_at(v, &v->touch, number % v->touch.pages));
         b.reads = b.touches = 1;
         rc = ram_lost(v->ram);
-    } else if (kind < 4 && number % v->own.pages % v->count != v->index) {
-        rc = glance(v, number % v->own.pages, &b);
+    } else if (kind < 4 && number % v->listed.pages % v->count != v->index) {
+        rc = glance(v, number % v->listed.pages, &b);
     } else {
         rc = check_page(v, number % v->mine * v->count + v->index, &b);
     }

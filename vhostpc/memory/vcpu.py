@@ -308,3 +308,10 @@ class VCpu:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+async def stop_all(cpus: Sequence[VCpu]) -> None:
+    """:meth:`VCpu.stop` of all, each told before the first is waited for."""
+    async with trio.open_nursery() as nursery:
+        for cpu in cpus:
+            nursery.start_soon(cpu.stop)

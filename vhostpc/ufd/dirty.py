@@ -69,9 +69,9 @@ class DirtyTracker:
         count = await tracker.sync()        # sets Bits.DIRTY
         await tracker.stop()
 
-    ``way``: one of DirtyWay, None for the best that the kernel has. Absent pages are not made by it. Blocks that
-    are added later are not tracked; no page may be discarded meanwhile; and the memory may not be armed for
-    postcopy, which is another userfaultfd. Raises UfdError, saying what the kernel lacks.
+    It is started once. ``way``: one of DirtyWay, None for the best that the kernel has. Absent pages are not made
+    by it. Blocks that are added later are not tracked; no page may be discarded meanwhile; and the memory may not be
+    armed for postcopy, which is another userfaultfd. Raises UfdError, saying what the kernel lacks.
     """
 
     def __init__(self, ram: RamSet, way: DirtyWay | None = None) -> None:
@@ -88,6 +88,13 @@ class DirtyTracker:
         self._loop_ended: trio.Event | None = None
         self._started = False
 
+    @property
+    def handle(self) -> Any:
+        """The C handle; ValueError after :meth:`close`."""
+        if self._handle is None:
+            raise ValueError("this dirty tracker is closed")
+        return self._handle
+
     async def start(self, nursery: trio.Nursery) -> None:
         """Protect all blocks; writes from here on are found.
 
@@ -98,7 +105,6 @@ class DirtyTracker:
             raise ValueError("dirty tracking was started before")
         self._started = True
         if self.way is DirtyWay.WP_SYNC:
-            self._loop_ended = trio.Event()
             await nursery.start(self._run)
         try:
             rc = await self._hop(lib.vpc_dirty_start)
@@ -131,7 +137,7 @@ class DirtyTracker:
 
     def numbers(self) -> DirtyNumbers:
         raw = ffi.new("struct vpc_dirty_stats *")
-        lib.vpc_dirty_stats(self._handle, raw)
+        lib.vpc_dirty_stats(self.handle, raw)
         return DirtyNumbers(
             syncs=int(raw.syncs),
             found=int(raw.found),
@@ -142,10 +148,10 @@ class DirtyTracker:
 
     def try_once(self) -> None:
         """Start and sync, on memory that nobody writes: does the kernel do it? Raises UfdError."""
-        rc = lib.vpc_dirty_start(self._handle)
+        rc = lib.vpc_dirty_start(self.handle)
         if rc < 0:
             raise self._start_failure(-rc)
-        rc = lib.vpc_dirty_sync(self._handle)
+        rc = lib.vpc_dirty_sync(self.handle)
         if rc < 0:
             raise self._failure(-rc)
 
@@ -155,8 +161,8 @@ class DirtyTracker:
         return UfdError(f"dirty tracking: {os.strerror(err)} [{errno.errorcode.get(err, err)}]", err)
 
     async def _run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        handle, ended = self._handle, self._loop_ended
-        assert ended is not None
+        handle = self.handle
+        ended = self._loop_ended = trio.Event()
         task_status.started()
         try:
             with self._loops.running(lambda: lib.vpc_dirty_stop(handle)):
@@ -173,7 +179,7 @@ class DirtyTracker:
 
     async def _hop(self, call: Any) -> int:
         """On a borrowed thread, since it takes as long as there is memory; it waits for nothing."""
-        handle = self._handle
+        handle = self.handle
         with self._loops.running(lambda: None):
             return await trio.to_thread.run_sync(
                 lambda: int(call(handle)), limiter=self._limiter, thread_name=Thread.DIRTY
@@ -181,7 +187,7 @@ class DirtyTracker:
 
     def _start_failure(self, err: int) -> UfdError:
         raw = ffi.new("struct vpc_dirty_stats *")
-        lib.vpc_dirty_stats(self._handle, raw)
+        lib.vpc_dirty_stats(self.handle, raw)
         if raw.block < 0:
             return _lacks(self.way, "the ioctl PAGEMAP_SCAN", err)
         name = self.ram.blocks[raw.block].name
