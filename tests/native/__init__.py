@@ -40,6 +40,11 @@ FAULTS = Program("faults", "thread", ("uffd", "fault", "waiters", "outbox", "ram
 LOADS = Program(
     "loads", "address,undefined", ("uffd", "fault", "waiters", "outbox", "ram", "ramload", "local")
 )
+VCPUS = Program(
+    "vcpus",
+    "thread",
+    ("vcpu", "dirty", "uffd", "ram", "local", "ramload", "fault", "waiters", "outbox"),
+)
 
 
 def run(program: Path, *args: object, timeout: float = 540) -> dict[str, int]:

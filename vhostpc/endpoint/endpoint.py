@@ -129,6 +129,16 @@ class Endpoint:
             expected_downtime=None if ended or (in_postcopy and not old) else outgoing.expected_downtime_ms,
         )
 
+    def report(self) -> dict[str, Any]:
+        """How the machine is, and what came of the pages in the last migration to here."""
+        loads = self._incoming.loads() if self._incoming is not None else []
+        last = loads[-1] if loads else None
+        pages = {"placed": last.placed, "already": last.already, "runs": last.runs} if last else None
+        return {**self.machine.report(), "status": str(self.status), "came": pages}
+
+    def postcopy_refusal(self) -> str | None:
+        return self.machine.postcopy_refusal()
+
     # --- running or not
 
     async def stop(self) -> None:
