@@ -191,11 +191,20 @@ static int wait_ready(struct vpc_save *s, int more, int ms)
     return fds[0].revents && room ? pull(s) : 0;
 }
 
-/* What the loops return: a broken pipe is a peer that is gone. */
+/* What the loops return: a broken pipe is a peer that is gone. Its last word may still be there to be read. */
 static int ended(struct vpc_save *s, int rc)
 {
     if (rc == -EPIPE || rc == -ECONNRESET)
-        return VPC_SAVE_PEER_CLOSED;
+        rc = VPC_SAVE_PEER_CLOSED;
+    while (rc == VPC_SAVE_PEER_CLOSED && s->in_fd >= 0 && IN_ROOM - s->in_end > 4 + RP_MAX_LEN) {
+        size_t before = s->in_end;
+        int more = pull(s) == 0 && s->in_end > before;
+        int said = vpc_save_parse(s);
+        if (said == VPC_SAVE_SHUT)
+            return said;
+        if (said || !more)
+            break;
+    }
     if (rc == VPC_SAVE_STOPPED) {
         drain(s->control);
         atomic_store(&s->stop, 0);

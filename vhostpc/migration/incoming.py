@@ -120,7 +120,7 @@ class Incoming:
         self._faults_ended: trio.Event | None = None
         self._scope = trio.CancelScope()
         self._receiving = self._closed = False
-        self._paused = False
+        self._paused = self._reads_on = False
         self._error: BaseException | None = None
         """The first trouble, which all others follow from."""
 
@@ -166,6 +166,8 @@ class Incoming:
                 raise self._error or ChannelLost("the migration was given up here")
         except BaseException as caught:
             error = self._failed(caught)
+            if self._reads_on:
+                await self._read_on()
             if error is caught:
                 raise
             raise error from None
@@ -204,7 +206,11 @@ class Incoming:
             if self._return_path and self.phase is not Phase.RUNNING:
                 with suppress(*TROUBLE):
                     self.service.send(Shut(1).encode())
-        self.channel.shut_down()
+        self._reads_on = (
+            self._return_path and self.phase is Phase.LISTENING and not (cancelled or self._closed)
+        )
+        if not self._reads_on:
+            self.channel.shut_down()
         if cancelled or self._closed:
             return error
         if self._paused:
@@ -216,6 +222,17 @@ class Incoming:
             log.error("migration: failed: %s", error)
             self._report(Event.FAIL if self.phase is Phase.PRECOPY else Event.NEVER_RAN, error)
         return error
+
+    async def _read_on(self) -> None:
+        """Our word that it never ran lets the source go on. But it sends pages now, and what is sent to a channel that
+        broke may come to its notice before our word does. So what comes is thrown away, until it hangs up."""
+        with suppress(*TROUBLE):
+            while True:
+                with trio.move_on_after(SHUT_LIMIT) as limit:
+                    data = await self.channel.receive_some(CHUNK)
+                if limit.cancelled_caught or not data:
+                    break
+        self.channel.shut_down()
 
     # --- the phases
 
