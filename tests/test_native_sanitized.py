@@ -40,6 +40,6 @@ def test_loader_and_its_twin_agree(tmp_path: Path) -> None:
 @pytest.mark.ufd
 def test_vcpus_and_dirty_tracking_without_a_race(tmp_path: Path) -> None:
     """Writers, the loop that lets them, syncs, looking on, and the end: no two threads at one word, no write lost."""
-    numbers = run(VCPUS.build(tmp_path), 5)
-    assert numbers["rounds"] == 5
-    assert numbers["steps"] > 5 * 200
+    numbers = run(VCPUS.build(tmp_path), 25)
+    assert numbers["rounds"] == 25
+    assert numbers["steps"] > 25 * 200

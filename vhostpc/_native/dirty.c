@@ -24,6 +24,7 @@
 
 #define EVENTS_A_READ 64
 #define REGIONS_A_SCAN 512
+#define WORDS_A_CALL 8 /* of a bitmap: 512 pages, so that no writer waits long for the lock */
 /* Bytes of one protecting call at the start, so that nobody's fault waits for all of a large block. */
 #define PROTECT_STEP ((uint64_t)1 << 28)
 
@@ -218,39 +219,42 @@ static int scan_block(struct vpc_dirty *d, int i, struct found *found)
     return 0;
 }
 
-static uint64_t next_written(const uint64_t *bits, uint64_t page, uint64_t pages)
-{
-    while (page < pages) {
-        uint64_t rest = bits[page >> 6] >> (page & 63);
-        if (rest)
-            return page + (uint64_t)__builtin_ctzll(rest);
-        page = (page | 63) + 1;
-    }
-    return pages;
-}
-
-/* Protect one run of written pages at or behind *page again; 0 when there is none. */
-static int collect_run(struct vpc_dirty *d, int i, uint64_t *page, struct found *found)
+/* Protect what was written in the words [word, word + WORDS_A_CALL) of the bitmap again, in one call: the pages between
+ * are protected already. */
+static int collect_words(struct vpc_dirty *d, int i, uint64_t word, uint64_t words, struct found *found)
 {
     struct vpc_block *b = d->ram->blocks[i];
-    uint64_t *bits = d->written[i];
+    uint64_t taken[WORDS_A_CALL], first = UINT64_MAX, after = 0;
     int rc = 0;
 
     pthread_mutex_lock(&d->lock);
-    uint64_t first = next_written(bits, *page, b->pages), after = first;
-    while (after < b->pages && bits[after >> 6] >> (after & 63) & 1) {
-        bits[after >> 6] &= ~((uint64_t)1 << (after & 63));
-        after++;
+    for (uint64_t w = 0; w < words; w++) {
+        taken[w] = d->written[i][word + w];
+        d->written[i][word + w] = 0;
+        if (!taken[w])
+            continue;
+        if (first == UINT64_MAX)
+            first = (word + w) * 64 + (uint64_t)__builtin_ctzll(taken[w]);
+        after = (word + w) * 64 + 64 - (uint64_t)__builtin_clzll(taken[w]);
     }
-    if (first < after) {
-        found->calls++;
+    if (after)
         rc = d->ended ? -ESHUTDOWN
                       : protect(d, vpc_ram_base(d->ram, i) + (first << b->shift), (after - first) << b->shift, 1);
-        rc = rc < 0 ? rc : 1;
-    }
     pthread_mutex_unlock(&d->lock);
-    mark(b, first, after - first, found); /* also when protecting failed: they were written */
-    *page = after;
+    found->calls += after != 0;
+    for (uint64_t w = 0; w < words; w++) /* also when protecting failed: they were written */
+        for (uint64_t rest = taken[w]; rest; rest &= rest - 1)
+            mark(b, (word + w) * 64 + (uint64_t)__builtin_ctzll(rest), 1, found);
+    return rc;
+}
+
+static int collect_block(struct vpc_dirty *d, int i, struct found *found)
+{
+    uint64_t words = (d->ram->blocks[i]->pages + 63) / 64;
+    int rc = 0;
+
+    for (uint64_t at = 0; rc == 0 && at < words; at += WORDS_A_CALL)
+        rc = collect_words(d, i, at, words - at < WORDS_A_CALL ? words - at : WORDS_A_CALL, found);
     return rc;
 }
 
@@ -265,14 +269,8 @@ int64_t vpc_dirty_sync(struct vpc_dirty *d)
     pthread_mutex_unlock(&d->lock);
     if (ended)
         return -ESHUTDOWN;
-    for (int i = 0; rc >= 0 && i < d->count; i++) {
-        uint64_t page = 0;
-        if (d->pagemap >= 0)
-            rc = scan_block(d, i, &found);
-        else
-            while ((rc = collect_run(d, i, &page, &found)) > 0)
-                ;
-    }
+    for (int i = 0; rc == 0 && i < d->count; i++)
+        rc = d->pagemap >= 0 ? scan_block(d, i, &found) : collect_block(d, i, &found);
     pthread_mutex_lock(&d->lock);
     d->stats.syncs++;
     d->stats.found += found.pages;
