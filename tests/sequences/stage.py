@@ -108,15 +108,24 @@ class Stage:
         return await (node or self.src).take(name, **arguments)
 
     async def given_up(self) -> None:
-        """The destination has failed, which QEMU's process does not outlive: what it does then is not told."""
+        """The destination has failed and its process has ended for that."""
         await self.dst.until_status("failed")
-        self.dst.over = True
+        await self.dst.ended()
 
     async def kill(self, node: Node) -> None:
         node.over = True
         node.process.popen.kill()
         await node.process.wait()
         await until(lambda: node.qmp.closed)
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[tuple[str, socket.socket]]:
+    """An address at which who connects finds a listener, which does nothing by itself."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        yield f"unix:{path}", listener
 
 
 @contextlib.contextmanager
