@@ -28,6 +28,12 @@ class FakeEndpoint:
     def info(self) -> MigrationInfo:
         return replace(self.extra, status=self.machine.status)
 
+    def report(self) -> dict[str, Any]:
+        return {"running": self.run_state == "running"}
+
+    def postcopy_refusal(self) -> str | None:
+        return None
+
     def move(self, event: Event) -> None:
         before = self.machine.status
         if self.machine.move(event) is not before:

@@ -97,10 +97,11 @@ class ScriptedSource:
         count = pages - first if count is None else count
         await self.send(RamDiscard(block, ((first * size, count * size),)).encode())
 
-    async def package(self, devices: Sequence[DeviceSection] = (CLOCK,)) -> None:
-        """LISTEN, the devices, PING 3, RUN; then PING 4."""
+    async def package(self, devices: Sequence[DeviceSection] = (CLOCK,), *, forget: bool = True) -> None:
+        """LISTEN, the devices, PING 3, RUN; then PING 4. ``forget``: the next page names its block, as QEMU's does."""
         inside = [PostcopyListen(), *devices, Ping(3), PostcopyRun()]
-        self._encoder.forget()
+        if forget:
+            self._encoder.forget()
         await self.send(Package(b"".join(element.encode() for element in inside)).encode() + Ping(4).encode())
 
     async def switch(self, devices: Sequence[DeviceSection] = (CLOCK,)) -> None:
@@ -110,8 +111,11 @@ class ScriptedSource:
             await self.discard(block)
         await self.package(devices)
 
-    async def end(self) -> None:
-        await self.send(EndOfStream().encode())
+    async def end(self, devices: Sequence[DeviceSection] = ()) -> None:
+        """The last byte; behind ``devices`` in precopy."""
+        await self.send(b"".join(device.encode() for device in devices) + EndOfStream().encode())
+        if devices:
+            await self.stream.send_eof()  # else a description could follow
 
     async def send(self, data: bytes) -> None:
         await self.stream.send_all(data)

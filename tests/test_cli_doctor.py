@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vhostpc.cli import checks
 from vhostpc.cli.checks import Level
+from vhostpc.ufd import Features, dirty, kernel_version, probe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,6 +49,7 @@ def test_json_has_a_row_for_each_look() -> None:
         "kernel",
         "userfaultfd",
         "features",
+        "dirty tracking",
         "memfd",
         "huge pages",
         "transparent huge pages",
@@ -56,6 +59,8 @@ def test_json_has_a_row_for_each_look() -> None:
     assert rows["kernel"]["facts"]["minimum"] == "5.11"
     assert set(rows["userfaultfd"]["facts"]["ways"]) == {"device", "syscall", "user_mode_only"}
     assert "MISSING_SHMEM" in rows["userfaultfd"]["facts"]["features"]
+    assert set(rows["dirty tracking"]["facts"]["ways"]) == {"wp-async", "wp-sync"}
+    assert rows["dirty tracking"]["facts"]["ways"]["wp-sync"]["works"] == (kernel_version() >= (5, 19))
 
 
 @pytest.mark.ufd
@@ -83,6 +88,23 @@ def test_an_ordinary_user_is_told_that_user_mode_is_enough() -> None:
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "0":
         assert row["facts"]["best"] == "user_mode_only"
         assert "enough for vhostpc" in row["text"]
+
+
+@pytest.mark.ufd
+def test_what_dirty_tracking_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = probe()
+    assert checks.check_dirty_tracking(replace(found, ways=())) is None, "without userfaultfd there is no row"
+    monkeypatch.setitem(dirty._FEATURES, dirty.DirtyWay.WP_ASYNC, Features(1 << 60))
+    row = checks.check_dirty_tracking(found)
+    assert row is not None
+    assert (row.level, row.mend) == (Level.NOTE, "use Linux 6.7 or later for wp-async")
+    assert "by wp-sync" in row.text
+    monkeypatch.setitem(dirty._FEATURES, dirty.DirtyWay.WP_SYNC, Features(1 << 60))
+    row = checks.check_dirty_tracking(found)
+    assert row is not None
+    assert row.level is Level.WARN
+    assert "needs Linux 5.19" in row.text
+    assert "use Linux 5.19 or later" in row.mend
 
 
 def fake_qemu(folder: Path, version: str) -> Path:

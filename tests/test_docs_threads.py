@@ -17,6 +17,9 @@ from tests.rig import Guest, backend_child, far_side, moving
 from tests.until import until
 from vhostpc._native.entries import ENTRIES, Thread, Use
 from vhostpc.frontend import Driver
+from vhostpc.memory.ramblock import TARGET_PAGE, RamSet
+from vhostpc.memory.vcpu import Area, VCpu
+from vhostpc.ufd.dirty import DirtyTracker, DirtyWay
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vhostpc"
@@ -81,7 +84,7 @@ def test_what_touches_guest_memory(graph: CallGraph) -> None:
     assert users >= ADDRESS_ONLY, "the list names functions that handle no guest pointer any more"
     touching = users - ADDRESS_ONLY
     seeds = {name for _, name in touching}
-    assert {"vpc_touch_slow", "vpc_vq_ready", "vpc_vq_publish", "vpc_ram_verify", "at"} <= seeds
+    assert {"vpc_touch_slow", "vpc_vq_ready", "vpc_vq_publish", "vpc_ram_verify", "driver_at"} <= seeds
     reaching = {name for _, name in graph.reaching(seeds) if name in ENTRIES}
     assert reaching == {name for name, use in ENTRIES.items() if use.touches}
 
@@ -330,3 +333,26 @@ async def test_threads_of_running_processes(tmp_path: Path, device: str) -> None
     assert {Thread.FAULT, Thread.LOAD, Thread.FAR} <= seen["front-end"], seen
     assert Thread.SOURCE in seen["source"], seen
     assert (Thread.PUMP in seen["back-end"]) == (device == "bridge"), seen
+
+
+@pytest.mark.ufd
+async def test_threads_of_a_machine_whose_writes_are_tracked() -> None:
+    """A vCPU tells the id of its thread, which bears its name; so does the tracker's."""
+
+    def names() -> set[str]:
+        return threads_of(os.getpid())
+
+    with RamSet() as ram:
+        areas = [Area(ram.create("ram", 64 * TARGET_PAGE), 0, 64)]
+        with VCpu(ram, areas, writes=1000) as cpu, DirtyTracker(ram, DirtyWay.WP_SYNC) as tracker:
+            await cpu.fill()
+            async with trio.open_nursery() as nursery:
+                await tracker.start(nursery)
+                await nursery.start(cpu.run)
+                await until(lambda: cpu.numbers().beats)
+                comm = Path(f"/proc/{os.getpid()}/task/{cpu.numbers().thread}/comm").read_text().strip()
+                assert comm == Thread.VCPU
+                assert {Thread.VCPU, Thread.DIRTY} <= names()
+                await cpu.stop()
+                await tracker.stop()
+            await until(lambda: not {Thread.VCPU, Thread.DIRTY} & names())

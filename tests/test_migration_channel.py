@@ -90,6 +90,19 @@ async def test_sockets_go_both_ways(uri: str, tmp_path: Path) -> None:
     assert not (tmp_path / "socket").exists()
 
 
+@pytest.mark.parametrize(("uri", "both"), [("tcp::0", True), ("tcp::0,ipv6", False), ("tcp:[::]:0", True)])
+async def test_a_wildcard_of_ipv6_stands_for_ipv4_too(uri: str, both: bool) -> None:
+    async with listen(parse(uri, "10.0", incoming=True)) as listener:
+        [six] = [told for told in listener.socket_address if "ipv6" in told]
+        four = Tcp("127.0.0.1", six["port"])
+        if both:
+            async with await connect(four), await listener.accept():
+                pass
+        else:
+            with pytest.raises(ChannelLost, match="Connection refused"):
+                await connect(four)
+
+
 async def test_a_passed_socket_goes_both_ways() -> None:
     here, there = socket.socketpair()
     async with await connect(Fd("x", here.detach())) as out:
@@ -598,12 +611,13 @@ def members(group: int) -> list[str]:
 async def test_a_command_that_brought_a_stream_is_not_waited_for_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ends, "LAST_WORD", 0.05)
     with trio.fail_after(30):
+        monkeypatch.setattr(ends, "LAST_WORD", 0.05)
         async with listen(Exec(("/bin/sh", "-c", "echo x; sleep 1000"))) as listener:
             async with await listener.accept() as channel:
                 assert await channel.receive_some(10) == b"x\n"
-        # Nobody wanted this one.
+        # Nobody wanted this one: it is not waited for at all.
+        monkeypatch.setattr(ends, "LAST_WORD", 1000)
         async with listen(Exec(("sleep", "1000"))):
             pass
 

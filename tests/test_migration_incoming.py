@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.hugepages import hugepages
 from tests.migration_ends import LIMIT, content, feed, forged, pair, receive, refused
+from tests.scripted_source import ScriptedSource
 from tests.streams import BLOB, POSTCOPY, PRECOPY, A, B, C, h
 from tests.until import until
 from vhostpc.errors import ChannelLost, MigrationRefused, StreamError, UfdError
-from vhostpc.migration import incoming as incoming_module
+from vhostpc.migration import checks
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.incoming import Incoming, Phase
 from vhostpc.migration.state import Event
+from vhostpc.migration.state import Machine as State
+from vhostpc.wire.elements import RamDiscard
 from vhostpc.wire.return_path import Pong, Shut
 
 ZERO = bytes(4096)
@@ -122,6 +129,11 @@ REFUSED: dict[str, tuple[bytes, str, list[Event]]] = {
         BEFORE,
     ),
     "advise twice": (forged(POSTCOPY, ADVISE, ADVISE * 2), "POSTCOPY_ADVISE again", BEFORE),
+    "a package without advise": (
+        forged(POSTCOPY, ADVISE, b"").replace(h("08 0006 0017"), package(BLOB) + h("08 0006 0017"), 1),
+        "a package without ADVISE",
+        BEFORE,
+    ),
     "advise behind RAM": (HEAD + ADVISE + TAIL, "POSTCOPY_ADVISE again", BEFORE),
     "advise behind RAM, the first": (
         forged(POSTCOPY, ADVISE, b"").replace(h("08 0006 0017"), ADVISE + h("08 0006 0017"), 1),
@@ -293,7 +305,7 @@ async def test_postcopy_without_a_userfaultfd(monkeypatch: pytest.MonkeyPatch) -
         def open(**_: object) -> None:
             raise UfdError("userfaultfd: not permitted; allow it with ...", 1)
 
-    monkeypatch.setattr(incoming_module, "Userfaultfd", Denied)
+    monkeypatch.setattr(checks, "Userfaultfd", Denied)
     received = await refused(POSTCOPY, postcopy=True)
     assert "postcopy can not be done here: userfaultfd: not permitted" in str(received.error)
     assert received.messages == [Pong(1), Shut(1)]
@@ -336,7 +348,64 @@ async def test_a_source_that_stops_talking() -> None:
                 await trio.testing.wait_all_tasks_blocked()
                 nursery.cancel_scope.cancel()
             incoming.close()
+            assert not {"vpc-load", "vpc-fault"} & thread_names()
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+def thread_names() -> set[str]:
+    return {Path(f"/proc/self/task/{tid}/comm").read_text().strip() for tid in os.listdir("/proc/self/task")}
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_any_change_of_a_byte_ends_in_a_status(data: st.DataObject) -> None:
+    """Flipped, doubled, left out, cut: one sentence or none, and what is reported is what a status allows."""
+    postcopy = data.draw(st.booleans())
+    stream = bytearray(POSTCOPY if postcopy else PRECOPY)
+    # Not the content of pages, of which nothing depends.
+    places = [at for at in range(len(stream)) if stream[at : at + 2] not in (A[:2], B[:2], C[:2])]
+    at, to = data.draw(st.sampled_from(places)), data.draw(st.integers(1, 12))
+    how = data.draw(st.sampled_from(["flip", "double", "leave out", "cut"]))
+    if how == "flip":
+        stream[at] ^= 1 << to % 8
+    elif how == "double":
+        stream[at:at] = stream[at : at + to]
+    else:
+        del stream[at : at + to if how == "leave out" else None]
+
+    async def run() -> None:
+        status = State("destination", "10.0")
+        status.move(Event.START)
+        status.move(Event.CONNECT)
+        with HeldMachine() as machine:
+            received = await feed(bytes(stream), machine, postcopy=postcopy)
+        for event in received.events:
+            status.move(event)
+        ended = received.events[-1]
+        assert (received.error is None) == (ended is Event.FINISH)
+        assert isinstance(received.error, StreamError | ChannelLost | None), repr(received.error)
+        assert Shut(0 if ended is not Event.FINISH else 1) not in received.messages
+
+    trio.run(run)
+
+
+async def test_a_part_of_a_huge_page_can_not_be_discarded() -> None:
+    """A source that says pages of 2 MiB discards them whole."""
+    ours, theirs = pair()
+    with hugepages(4), trio.fail_after(LIMIT), HeldMachine() as machine:
+        async with Channel(ours) as channel, theirs, trio.open_nursery() as nursery:
+            incoming = Incoming(channel, machine, postcopy=True)
+            source = ScriptedSource(theirs, {"ram": (2, 2 << 20), "rom": (2, 4096)})
+
+            async def send() -> None:
+                await source.begin()
+                await source.send(RamDiscard("ram", ((0, 4096),)).encode())
+
+            nursery.start_soon(source.listen)
+            nursery.start_soon(send)
+            with pytest.raises(StreamError, match="0x0 of 'ram', which are not whole pages of 0x200000"):
+                await incoming.receive()
+            incoming.close()
 
 
 async def test_a_source_that_pings_and_does_not_read() -> None:

@@ -142,6 +142,41 @@ async def test_the_order_of_things() -> None:
         assert setup.incoming.missing() == 0
 
 
+@pytest.mark.parametrize("advised", [False, True])
+async def test_the_order_of_things_in_precopy(advised: bool) -> None:
+    """Who was told ADVISE is told END too; nobody is told LISTEN."""
+    received = Received()
+    async with receiving(received) as setup:
+        await setup.source.begin(postcopy=advised)
+        await setup.source.pages("ram", *((page, A) for page in range(8)), last=True)
+        await setup.source.end([CLOCK])
+        await setup.ended.wait()
+        assert setup.raised is None
+        told = [f"blocks, postcopy={advised}", "load clk", "loaded"]
+        assert setup.machine.told == (["advise", *told, "end"] if advised else told)
+        assert setup.source.said == [Pong(1), Shut(0)]
+    assert received.events == [Event.FINISH]
+
+
+async def test_each_phase_is_told_by_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "vhostpc.migration"):
+        async with receiving() as setup:
+            await setup.source.switch()
+            await setup.source.heard(Pong(3))
+            await setup.source.pages("ram", *((page, A) for page in range(8)), last=True)
+            await setup.source.end()
+            await setup.ended.wait()
+    assert [record.getMessage() for record in caplog.records] == [
+        "migration: the source may switch to postcopy",
+        "migration: toyvm: 32 KiB of RAM in 1 blocks",
+        "migration: postcopy: 8 host pages to come, 4 elements to load",
+        "migration: device state is loaded",
+        "migration: the machine may run here, 8 host pages are missing",
+        "migration: all pages are here",
+        "migration: completed",
+    ]
+
+
 async def test_pages_are_served_while_a_device_is_loaded() -> None:
     """A load that waits for a page has it asked for, and others come meanwhile; PONG 4 may come before PONG 3."""
     received = Received()
@@ -349,7 +384,7 @@ async def test_a_page_of_precopy_that_was_not_discarded_stays() -> None:
         await setup.source.pages("ram", (0, A), (1, A))
         await setup.source.pages("ram", (1, B))  # precopy: the last one wins
         await setup.source.discard("ram", 2)
-        await setup.source.package()
+        await setup.source.package(forget=False)  # and the block that was named last still is
         await setup.source.heard(Pong(3))
         await setup.source.pages("ram", (0, C), *((page, C) for page in range(2, 8)), (1, C), last=True)
         await setup.source.end()

@@ -283,7 +283,7 @@ async def test_a_lost_link_before_and_behind_the_border(cut: str, compat: Compat
             assert sent.watched.status is Status.POSTCOPY_PAUSED
             assert sent.outgoing.may_run_there
             with pytest.raises(MigrationRefused, match="cannot cancel"):
-                sent.outgoing.check_cancel()
+                sent.outgoing.cancel()
             # What has not gone is still known.
             assert machine.ram["ram0"].count_bits(Bits.DIRTY) > 0
         else:

@@ -1,4 +1,5 @@
-"""The C alone, under the sanitizers: rings that change while they are read, the fault service with many threads."""
+"""The C alone, under the sanitizers: rings that change while they are read, the fault service with many threads, and
+vCPUs whose writes are tracked."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.native import FAULTS, FLIP, run
+from tests.native import FAULTS, FLIP, LOADS, VCPUS, run
+from tests.native.twins import check_loads
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +29,17 @@ def test_descriptors_flip_while_they_are_read(flip: Path, mode: str, count: int)
 def test_fault_service_without_a_race(tmp_path: Path) -> None:
     """Faults, placing, waking, looking on, changing clients, and the end: no two threads at one word."""
     assert run(FAULTS.build(tmp_path), 10) == {"rounds": 10, "pages": 5120}
+
+
+@pytest.mark.ufd
+def test_loader_and_its_twin_agree(tmp_path: Path) -> None:
+    """On random and broken streams, armed and calm: the same verdict at the same byte, the same pages."""
+    assert check_loads(LOADS.build(tmp_path), range(2000)) == 2000
+
+
+@pytest.mark.ufd
+def test_vcpus_and_dirty_tracking_without_a_race(tmp_path: Path) -> None:
+    """Writers, the loop that lets them, syncs, looking on, and the end: no two threads at one word, no write lost."""
+    numbers = run(VCPUS.build(tmp_path), 5)
+    assert numbers["rounds"] == 5
+    assert numbers["steps"] > 5 * 200

@@ -63,6 +63,8 @@ async def test_arguments_in_the_schema_are_qemus(compat: Compat) -> None:
     types = {entry["name"]: entry for entry in mine}
     real = {entry["name"]: entry for entry in theirs}
     for name in COMMANDS:
+        if name.startswith("x-vhostpc-"):
+            continue  # our own
         assert spread(mine, types[name]["arg-type"]) == spread(theirs, real[name]["arg-type"]), name
         assert types[name].get("allow-oob") == real[name].get("allow-oob"), name
     for name in ("MIGRATION", "MIGRATION_PASS", "STOP", "RESUME", "SHUTDOWN"):

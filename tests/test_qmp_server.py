@@ -21,7 +21,8 @@ from vhostpc.migration.options import Compat
 from vhostpc.migration.state import Event, Status
 from vhostpc.migration.uri import Fd, Unix
 from vhostpc.qmp import MigrationInfo, RamInfo
-from vhostpc.qmp.server import CLIENTS, UNSENT
+from vhostpc.qmp.listening import CLIENTS
+from vhostpc.qmp.server import UNSENT
 from vhostpc.wire.qmp import MAX_BYTES
 
 BOTH: tuple[Compat, ...] = ("7.2", "10.0")

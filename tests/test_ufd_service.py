@@ -451,3 +451,28 @@ async def test_closing_ends_the_loops() -> None:
         assert sorted(ended) == ["load", "run"]
         with pytest.raises(ValueError, match="closed"):
             service.numbers()
+
+
+async def test_a_return_path_may_be_a_pipe() -> None:
+    """A command's stdin, say: what it does not take at once goes when it does."""
+    there, here = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    message = b"\0\2\0\4\0\0\0\7"
+    count = 20_000  # more than a pipe holds
+    try:
+        with trio.fail_after(30), RamSet() as ram, FaultService(ram) as service:
+            service.set_return_path(here)
+            for _ in range(count):
+                service.send(message)
+            assert service.numbers().outbox_bytes > 0
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(service.run)
+                got = b""
+                while len(got) < count * len(message):
+                    await trio.lowlevel.wait_readable(there)
+                    got += os.read(there, 1 << 16)
+                nursery.cancel_scope.cancel()
+            assert got == message * count
+            assert service.numbers().send_errno == 0
+    finally:
+        os.close(there)
+        os.close(here)

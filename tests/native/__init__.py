@@ -37,14 +37,28 @@ FLIP = Program(
     "flip", "address,undefined", ("gm", "supply", "vq", "call", "chain", "pump", "pump_in", "pump_out")
 )
 FAULTS = Program("faults", "thread", ("uffd", "fault", "waiters", "outbox", "ram", "ramload", "local"))
+LOADS = Program(
+    "loads", "address,undefined", ("uffd", "fault", "waiters", "outbox", "ram", "ramload", "local")
+)
+VCPUS = Program(
+    "vcpus",
+    "thread",
+    ("vcpu", "dirty", "uffd", "ram", "local", "ramload", "fault", "waiters", "outbox"),
+)
 
 
 def run(program: Path, *args: object, timeout: float = 540) -> dict[str, int]:
     """Run it; returns the numbers of its last line. Raises AssertionError with what a sanitizer said."""
+    words = output(program, *args, timeout=timeout).split()
+    return {name: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+def output(program: Path, *args: object, data: bytes = b"", timeout: float = 540) -> str:
+    """Run it with ``data`` on stdin; returns what it says. Raises AssertionError with what a sanitizer said."""
     # Without random addresses: the thread sanitizer's layout does not go with all that kernels choose.
     command = [shutil.which("setarch") or "setarch", os.uname().machine, "-R", str(program), *map(str, args)]
     env = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, check=False)
-    assert done.returncode == 0, f"{program.name} {args} ended with {done.returncode}:\n{done.stderr[-6000:]}"
-    words = done.stdout.split()
-    return {name: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+    done = subprocess.run(command, input=data, capture_output=True, timeout=timeout, env=env, check=False)
+    said = done.stderr[-6000:].decode(errors="replace")
+    assert done.returncode == 0, f"{program.name} {args} ended with {done.returncode}:\n{said}"
+    return done.stdout.decode()

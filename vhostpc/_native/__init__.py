@@ -6,15 +6,17 @@ import os
 from typing import TYPE_CHECKING, Any, cast
 
 from vhostpc._native import _vpc
+from vhostpc._native.api_dirty import DirtyLib
 from vhostpc._native.api_driver import DriverLib
 from vhostpc._native.api_gm import GmLib
 from vhostpc._native.api_ram import RamLib
 from vhostpc._native.api_ring import RingLib
 from vhostpc._native.api_uffd import UffdLib
+from vhostpc._native.api_vcpu import VcpuLib
 
 if TYPE_CHECKING:
 
-    class Lib(UffdLib, GmLib, RingLib, RamLib, DriverLib): ...
+    class Lib(UffdLib, GmLib, RingLib, RamLib, DriverLib, VcpuLib, DirtyLib): ...
 
 
 ffi: Any = _vpc.ffi

@@ -13,7 +13,7 @@ import cffi
 
 HERE = Path(__file__).resolve().parent
 # One header per subject; later ones use the types of earlier ones.
-HEADERS = ["vpc_uffd.h", "vpc_gm.h", "vpc_ring.h", "vpc_ram.h", "vpc_driver.h"]
+HEADERS = ["vpc_uffd.h", "vpc_gm.h", "vpc_ring.h", "vpc_ram.h", "vpc_driver.h", "vpc_vcpu.h", "vpc_dirty.h"]
 BEGIN, END = "/* cdef begin */", "/* cdef end */"
 
 

@@ -5,8 +5,7 @@
  * nothing. The device is hostile: used entries are read once and checked.
  */
 #define _GNU_SOURCE
-#include "frame_internal.h"
-#include "ram_internal.h"
+#include "driver_internal.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -15,7 +14,6 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#define MAX_REGIONS 32
 #define MAX_BUFFER 65536u
 #define DESC_NEXT 1u
 #define DESC_WRITE 2u
@@ -26,29 +24,6 @@ struct desc {
     uint64_t addr;
     uint32_t len;
     uint16_t flags, next;
-};
-
-struct region {
-    uint64_t gpa, size, offset;
-    int block;
-};
-
-struct vpc_driver {
-    struct vpc_ram *ram;
-    struct vpc_driver_config c;
-    struct region regions[MAX_REGIONS];
-    int region_count;
-    int control;
-    _Atomic int stop;
-
-    uint16_t avail_idx, kicked_idx, used_idx;
-    uint32_t *free_slots; /* a queue, so that all slots are used in turn */
-    uint32_t free_head, free_count;
-    unsigned char *in_flight; /* by slot */
-    uint64_t next_number;
-    unsigned char *buffer; /* private, one frame */
-    struct vpc_frames frames;
-    struct vpc_driver_stats stats;
 };
 
 void vpc_driver_free(struct vpc_driver *d)
@@ -140,8 +115,7 @@ int vpc_driver_move(struct vpc_driver *d, struct vpc_ram *ram, int kick_fd, int 
     return 0;
 }
 
-/* Our address of guest bytes that lie in one region, or NULL. */
-static void *at(struct vpc_driver *d, uint64_t gpa, uint64_t length)
+void *driver_at(struct vpc_driver *d, uint64_t gpa, uint64_t length)
 {
     for (int i = 0; i < d->region_count; i++) {
         struct region *r = &d->regions[i];
@@ -155,9 +129,9 @@ static int ring_parts(struct vpc_driver *d, struct desc **desc, uint16_t **avail
 {
     uint64_t n = d->c.num;
 
-    *desc = at(d, d->c.desc, 16 * n);
-    *avail = at(d, d->c.avail, 6 + 2 * n);
-    *used = at(d, d->c.used, 6 + 8 * n);
+    *desc = driver_at(d, d->c.desc, 16 * n);
+    *avail = driver_at(d, d->c.avail, 6 + 2 * n);
+    *used = driver_at(d, d->c.used, 6 + 8 * n);
     return *desc && *avail && *used ? 0 : -EFAULT;
 }
 
@@ -189,7 +163,7 @@ static int describe(struct vpc_driver *d, struct desc *ring, uint32_t slot, uint
 
     if (d->c.tables) {
         uint64_t where = d->c.tables + slot * d->c.table_stride;
-        table = at(d, where, 16 * (uint64_t)all);
+        table = driver_at(d, where, 16 * (uint64_t)all);
         if (!table)
             return -EFAULT;
         ring[slot] = (struct desc){where, 16 * all, DESC_INDIRECT, 0};
@@ -238,13 +212,13 @@ int vpc_driver_post(struct vpc_driver *d, uint32_t count, uint32_t frame_len)
     for (; done < count && d->free_count; done++) {
         uint32_t slot = d->free_slots[d->free_head];
         if (!d->c.receive) {
-            unsigned char *to = at(d, d->c.buffers + slot * d->c.buffer_stride, bytes);
+            unsigned char *to = driver_at(d, d->c.buffers + slot * d->c.buffer_stride, bytes);
             if (!to)
                 return -EFAULT;
             memset(d->buffer, 0, d->c.header);
             vpc_frame_build(&d->frames, d->buffer + d->c.header, frame_len, d->c.stream, d->next_number);
             memcpy(to, d->buffer, bytes);
-        } else if (!at(d, d->c.buffers + slot * d->c.buffer_stride, bytes)) {
+        } else if (!driver_at(d, d->c.buffers + slot * d->c.buffer_stride, bytes)) {
             return -EFAULT;
         }
         int head = describe(d, desc, slot, bytes);
@@ -283,7 +257,7 @@ static void take_frame(struct vpc_driver *d, uint32_t slot, uint32_t len)
         where += d->c.buffer_len - d->c.answer_len;
         header = 0;
     }
-    unsigned char *from = at(d, where, len);
+    unsigned char *from = driver_at(d, where, len);
     if (!from || len < header) {
         d->frames.stats.bad++;
         return;

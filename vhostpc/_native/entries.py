@@ -22,6 +22,8 @@ class Thread(StrEnum):
     FAR = "vpc-far"
     BLOCKS = "vpc-blocks"
     FILE = "vpc-file"
+    VCPU = "vpc-vcpu"
+    DIRTY = "vpc-dirty"
 
 
 class Use(Enum):
@@ -55,12 +57,13 @@ _TABLE = {
     Use.GATE: """
         vpc_vq_pop vpc_vq_push vpc_vq_enable_notify vpc_chain_load vpc_chain_touch
     """,
-    Use.OWN_THREAD: "vpc_pump_in vpc_pump_out vpc_driver_run",
+    Use.OWN_THREAD: "vpc_pump_in vpc_pump_out vpc_driver_run vpc_vcpu_run",
     Use.HOP: """
-        vpc_driver_reset vpc_driver_post vpc_driver_reap
+        vpc_driver_reset vpc_driver_post vpc_driver_reap vpc_driver_look
         vpc_ram_read vpc_ram_write vpc_ram_fill vpc_ram_verify
+        vpc_vcpu_fill vpc_vcpu_sweep
     """,
-    Use.LOOP: "vpc_fault_run vpc_far_run vpc_save_wait",
+    Use.LOOP: "vpc_fault_run vpc_far_run vpc_save_wait vpc_dirty_run",
     # A page source's own blocks have all their pages; a load writes through its mapping only before LISTEN.
     Use.CALM_LOOP: "vpc_save_run vpc_save_round vpc_load_run",
     # Looks with VPC_TRY whether the used ring is there.
@@ -86,6 +89,10 @@ _TABLE = {
         vpc_save_stats vpc_save_notify_fd vpc_save_set_tail vpc_save_switch vpc_save_keep_zeros
         vpc_driver_new vpc_driver_free vpc_driver_add_region vpc_driver_move vpc_driver_stop
         vpc_driver_stats vpc_far_new vpc_far_free vpc_far_stop vpc_far_stats
+        vpc_fault_threads vpc_vcpu_new vpc_vcpu_free vpc_vcpu_add_area vpc_vcpu_set_state vpc_vcpu_state
+        vpc_vcpu_set_rates vpc_vcpu_arm vpc_vcpu_stop vpc_vcpu_stats
+        vpc_dirty_new vpc_dirty_free vpc_dirty_start vpc_dirty_sync vpc_dirty_stop vpc_dirty_end
+        vpc_dirty_stats vpc_driver_unseen vpc_driver_save vpc_driver_load vpc_ram_merge_log
     """,
 }
 

@@ -236,3 +236,19 @@ int vpc_fault_waiting(struct vpc_fault *s, struct vpc_waiter *out, uint32_t max)
     pthread_mutex_unlock(&s->lock);
     return (int)n;
 }
+
+int vpc_fault_threads(struct vpc_fault *s, int id, struct vpc_thread_waits *out, uint32_t max)
+{
+    int rc = -ENOENT;
+
+    pthread_mutex_lock(&s->lock);
+    struct client *c = vpc_client_of(s, id);
+    if (c) {
+        uint32_t n = c->thread_count < max ? c->thread_count : max;
+        if (n)
+            memcpy(out, c->threads, n * sizeof *out);
+        rc = (int)n;
+    }
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}

@@ -16,6 +16,7 @@
 #include "vpc_uffd.h"
 
 #define MAX_CLIENTS 1024
+#define MAX_THREADS 256 /* of a client; borrowed threads come and go, so the table has an end */
 
 struct client {
     int fd; /* -1: removed */
@@ -23,6 +24,8 @@ struct client {
     struct vpc_client_range *ranges; /* sorted by base */
     uint64_t **seen;                 /* a bitmap a range: host pages that faulted */
     struct vpc_client_stats stats;
+    struct vpc_thread_waits *threads;
+    uint32_t thread_count, thread_room;
 };
 
 struct vpc_fault {

@@ -15,7 +15,6 @@
 
 #define MAGIC 0x76686f73u
 #define HEAD 14u /* Ethernet */
-#define MOST_NUMBERS ((uint64_t)1 << 28)
 #define FRAME_MAX 65536u
 #define BURST 64
 
@@ -106,7 +105,7 @@ int vpc_frame_take(struct vpc_frames *f, const unsigned char *from, size_t lengt
     if (length < VPC_FRAME_MIN || length > FRAME_MAX)
         goto bad;
     memcpy(&h, from + HEAD, sizeof h);
-    if (h.magic != MAGIC || h.length != length || h.number >= MOST_NUMBERS)
+    if (h.magic != MAGIC || h.length != length || h.number >= VPC_FRAME_NUMBERS)
         goto bad;
     /* The CRC without its own four bytes, which counted as zeros. */
     uint32_t c = 0xffffffffu;

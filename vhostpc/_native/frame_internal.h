@@ -6,6 +6,8 @@
 
 #include "vpc_driver.h"
 
+#define VPC_FRAME_NUMBERS ((uint64_t)1 << 28) /* frames with higher numbers are not ours */
+
 struct vpc_frames {
     uint32_t crc[256];
     uint64_t *seen; /* a bit a number */

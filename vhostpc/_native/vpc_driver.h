@@ -70,6 +70,15 @@ int vpc_driver_reap(struct vpc_driver *d);
  * interval_ns at most. Returns 0, or 1 when stopped. */
 int vpc_driver_run(struct vpc_driver *d, uint64_t count, uint32_t frame_len, uint64_t interval_ns);
 void vpc_driver_stop(struct vpc_driver *d);
+/* Read the used index: how many entries wait to be reaped. -EBADMSG: more than chains are in flight. */
+int vpc_driver_look(struct vpc_driver *d);
+/* The rest touch nothing. Numbers from first and below end that no frame received so far had. */
+uint64_t vpc_driver_unseen(struct vpc_driver *d, uint64_t first, uint64_t end);
+/* What a driver of the same layout needs to go on; no call may run. Returns the bytes that it takes; nothing is
+ * written if there is less room. Of frames that never came the newest 65536 are told. */
+int64_t vpc_driver_save(struct vpc_driver *d, unsigned char *data, uint64_t room);
+/* -EINVAL: another ring size or number of slots. -EBADMSG: it can not be. Then nothing has changed. */
+int vpc_driver_load(struct vpc_driver *d, const unsigned char *data, uint64_t length);
 int vpc_driver_stats(struct vpc_driver *d, struct vpc_driver_stats *out);
 
 /* Receive and check frames on the datagram socket fd; echo: send each whole one back to where it came from. */

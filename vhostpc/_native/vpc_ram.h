@@ -36,6 +36,10 @@ int vpc_ram_discard(struct vpc_ram *ram, int block, uint64_t offset, uint64_t le
 /* RAM_DISCARD commands (QEMU's migration stream) for the block's DIRTY pages from page *at on, as many as there is room
  * for; *at gets the page to go on from, the block's number of pages when it is done. Returns bytes written. */
 int vpc_ram_discards(struct vpc_ram *ram, int block, uint64_t *at, void *to, uint32_t room);
+/* Set DIRTY for what the back-ends' dirty log in fd (size bytes, which may not shrink) says of the block, whose guest
+ * address is gpa, and clear it there. Returns how many bits were not set before. -EINVAL: gpa is no multiple of
+ * 256 KiB. -ERANGE: the log ends before the block. */
+int64_t vpc_ram_merge_log(struct vpc_ram *ram, int block, int fd, uint64_t size, uint64_t gpa);
 /* The pages of the block lie ready in fd from fd_offset (mapped private and read in, so this may take as long
  * as reading it): the fault loop places them through place_ufd (of our own mapping; we keep a copy) without
  * asking anybody. Before the loop runs. -ERANGE: the file is shorter than the block. */
@@ -100,6 +104,15 @@ struct vpc_waiter {
     uint32_t pad;
 };
 
+/* What one thread of a client waited for; only where the ufd tells its threads' ids. */
+struct vpc_thread_waits {
+    uint64_t waits;
+    uint64_t longest_ns;
+    uint32_t thread; /* kernel thread id; 0: threads of which the table had no room */
+    uint32_t pad;
+    uint64_t histogram[256];
+};
+
 struct vpc_fault *vpc_fault_new(struct vpc_ram *ram);
 void vpc_fault_free(struct vpc_fault *service);
 /* Poll ufd (we keep our own copy of it; it must be non-blocking); returns the client's number. */
@@ -121,6 +134,8 @@ int vpc_fault_client_stats(struct vpc_fault *service, int client, struct vpc_cli
 int vpc_fault_stats(struct vpc_fault *service, struct vpc_fault_stats *out);
 /* Who waits now, oldest first as read; returns how many were written. */
 int vpc_fault_waiting(struct vpc_fault *service, struct vpc_waiter *out, uint32_t max);
+/* Who of a client's threads has waited; returns how many rows were written. */
+int vpc_fault_threads(struct vpc_fault *service, int client, struct vpc_thread_waits *out, uint32_t max);
 /* Smallest number of nanoseconds that is counted in bucket i of a histogram. */
 uint64_t vpc_histogram_floor(uint32_t i);
 

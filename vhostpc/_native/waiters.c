@@ -8,16 +8,6 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Histogram: four buckets an octave, so a percentile is known to 25 %. */
-
-static uint32_t histogram_bucket(uint64_t ns)
-{
-    if (ns < 4)
-        return (uint32_t)ns;
-    unsigned top = 63u - (unsigned)__builtin_clzll(ns);
-    return (top - 1) * 4 + (uint32_t)(ns >> (top - 2) & 3);
-}
-
 uint64_t vpc_histogram_floor(uint32_t i)
 {
     if (i < 4)
@@ -42,6 +32,7 @@ void vpc_client_free(struct client *c)
     if (c->fd >= 0)
         close(c->fd);
     ranges_free(c);
+    free(c->threads);
     free(c);
 }
 
@@ -80,6 +71,39 @@ static void waiter_drop(struct vpc_fault *s, uint32_t i)
     memmove(&s->waiters[i], &s->waiters[i + 1], (s->waiter_count - i) * sizeof s->waiters[0]);
 }
 
+/* The row of a thread, made at its first wait; the last row is for all that come too late. NULL without memory. */
+static struct vpc_thread_waits *thread_row(struct client *c, uint32_t thread)
+{
+    for (uint32_t i = 0; i < c->thread_count; i++)
+        if (c->threads[i].thread == thread)
+            return &c->threads[i];
+    if (c->thread_count == MAX_THREADS)
+        return &c->threads[MAX_THREADS - 1];
+    if (c->thread_count == c->thread_room) {
+        uint32_t room = c->thread_room ? c->thread_room * 2 : 8;
+        struct vpc_thread_waits *more = realloc(c->threads, room * sizeof *more);
+        if (!more)
+            return NULL;
+        c->threads = more;
+        c->thread_room = room;
+    }
+    thread = c->thread_count == MAX_THREADS - 1 ? 0 : thread;
+    c->threads[c->thread_count] = (struct vpc_thread_waits){.thread = thread};
+    return &c->threads[c->thread_count++];
+}
+
+static void thread_waited(struct client *c, uint32_t thread, uint64_t ns)
+{
+    struct vpc_thread_waits *row = thread ? thread_row(c, thread) : NULL;
+
+    if (!row)
+        return;
+    row->waits++;
+    row->histogram[histogram_bucket(ns)]++;
+    if (ns > row->longest_ns)
+        row->longest_ns = ns;
+}
+
 /* Waiter i goes on: count it and forget it. */
 static void waiter_done(struct vpc_fault *s, uint32_t i)
 {
@@ -92,6 +116,7 @@ static void waiter_done(struct vpc_fault *s, uint32_t i)
     c->stats.histogram[histogram_bucket(wait)]++;
     if (wait > c->stats.longest_ns)
         c->stats.longest_ns = wait;
+    thread_waited(c, w->thread, wait);
     waiter_drop(s, i);
 }
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vhostpc.ufd import MINIMUM_KERNEL, POSTCOPY_FEATURES, Features, Probe, Way, names, probe
+from vhostpc.ufd.dirty import DirtyWay, probe_dirty
 from vhostpc.ufd.probe import explain
 
 QEMU_WAIT_SECONDS = 20
@@ -88,6 +89,23 @@ def check_features(found: Probe) -> Check | None:
         missing = names(Features(int(POSTCOPY_FEATURES) & ~int(found.features)))
         return Check("features", Level.FAIL, f"missing: {', '.join(missing)}", "use a newer kernel")
     return Check("features", Level.OK, f"{needed}, and {len(names(more))} more")
+
+
+def check_dirty_tracking(found: Probe) -> Check | None:
+    """Whether memory that our own machines write can migrate."""
+    if found.best is None:
+        return None
+    problems = probe_dirty()
+    facts = {"ways": {way.value: {"works": not p, "reason": p} for way, p in problems.items()}}
+    works = [way for way, problem in problems.items() if not problem]
+    if not works:
+        reason = problems[DirtyWay.WP_SYNC]
+        mend = "only for endpoints with machines of our own: use Linux 5.19 or later"
+        return Check("dirty tracking", Level.WARN, reason, mend, facts)
+    if works[0] is DirtyWay.WP_ASYNC:
+        return Check("dirty tracking", Level.OK, "by wp-async: no writer waits", facts=facts)
+    text = f"by wp-sync: each first write to a page waits to be noted ({problems[DirtyWay.WP_ASYNC]})"
+    return Check("dirty tracking", Level.NOTE, text, "use Linux 6.7 or later for wp-async", facts)
 
 
 def check_memfd() -> Check:
@@ -222,6 +240,7 @@ def run_checks() -> list[Check]:
         check_kernel(found),
         check_userfaultfd(found),
         check_features(found),
+        check_dirty_tracking(found),
         check_memfd(),
         check_shm(),
         check_huge_pages(),

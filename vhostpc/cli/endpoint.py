@@ -6,33 +6,27 @@ import contextlib
 import logging
 import signal
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 
 import click
 import trio
 
 from vhostpc.cli.common import Failure, common_options, start_logging
 from vhostpc.endpoint import Endpoint
-from vhostpc.errors import MigrationRefused, VhostpcError
+from vhostpc.endpoint.machine import Block, Spec, open_machine
+from vhostpc.errors import VhostpcError
 from vhostpc.migration import uri
 from vhostpc.migration.held import HeldMachine
+from vhostpc.migration.machine import Machine
 from vhostpc.migration.options import Compat, Options
 from vhostpc.migration.outgoing import After
 from vhostpc.qmp import Events, Monitor
+from vhostpc.qmp.terminal import TextMonitor
+from vhostpc.ufd.dirty import DirtyWay
 
 log = logging.getLogger(__name__)
 
-DEFER = "defer"
+DEFER, STDIO = "defer", "stdio"
 _SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-
-
-@dataclass(frozen=True)
-class Ram:
-    """``--ram``: a block's name, its bytes and those of its host pages."""
-
-    name: str
-    length: int
-    page_size: int = 4096
 
 
 def size(text: str) -> int:
@@ -45,9 +39,9 @@ def size(text: str) -> int:
     return int(number) * _SIZES[suffix]
 
 
-def blocks(_: click.Context, __: click.Parameter, given: Sequence[str]) -> list[Ram]:
+def blocks(_: click.Context, __: click.Parameter, given: Sequence[str]) -> list[Block]:
     """``NAME=SIZE[,page=SIZE]``, each name once."""
-    found: dict[str, Ram] = {}
+    found: dict[str, Block] = {}
     for text in given:
         first, *rest = text.split(",")
         name, equals, length = first.partition("=")
@@ -59,7 +53,7 @@ def blocks(_: click.Context, __: click.Parameter, given: Sequence[str]) -> list[
             if key != "page":
                 raise click.BadParameter(f"{option!r} is not page=SIZE")
             page = size(value)
-        ram = Ram(name, size(length), page)
+        ram = Block(name, size(length), page)
         if page < 4096 or page & (page - 1):
             raise click.BadParameter(f"page={page}: the size of a host page is a power of two from 4096 on")
         if ram.length == 0 or ram.length % page:
@@ -82,7 +76,7 @@ def unix_path(_: click.Context, __: click.Parameter, text: str | None) -> str | 
 
 def monitor_place(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
     """``stdio`` or ``unix:PATH``; a path in any form of its own."""
-    return text if text in (None, "stdio") else f"unix:{unix_path(context, parameter, text)}"
+    return text if text in (None, STDIO) else f"unix:{unix_path(context, parameter, text)}"
 
 
 async def until_told(endpoint: Endpoint, events: Events, signals: AsyncIterator[int]) -> None:
@@ -94,7 +88,7 @@ async def until_told(endpoint: Endpoint, events: Events, signals: AsyncIterator[
         return
 
 
-async def run(
+async def serve(
     endpoint: Endpoint, events: Events, qmp: str | None, monitor: str | None, incoming: str | None
 ) -> None:
     """Serve the endpoint and its monitors until it is told to quit."""
@@ -102,15 +96,14 @@ async def run(
         async with contextlib.AsyncExitStack() as stack:
             if qmp is not None:
                 await stack.enter_async_context(Monitor(endpoint, events).listening(qmp))
-            if monitor is not None:
-                from vhostpc.qmp.terminal import TextMonitor
-
-                text = TextMonitor(endpoint, events)
-                place = text.stdio() if monitor == "stdio" else text.listening(monitor.removeprefix("unix:"))
-                await stack.enter_async_context(place)
+            text = TextMonitor(endpoint, events)
+            if monitor is not None and monitor != STDIO:
+                await stack.enter_async_context(text.listening(monitor.removeprefix("unix:")))
             nursery = await stack.enter_async_context(trio.open_nursery())
             nursery.start_soon(until_told, endpoint, events, signals)
             await nursery.start(endpoint.serve)
+            if monitor == STDIO:
+                nursery.start_soon(text.serve_stdio)
             if incoming not in (None, DEFER):
                 assert incoming is not None
                 address = uri.parse(incoming, endpoint.options.compat, incoming=True)
@@ -120,12 +113,35 @@ async def run(
             nursery.cancel_scope.cancel()
 
 
-def held(ram: Sequence[Ram]) -> HeldMachine:
+@contextlib.asynccontextmanager
+async def held(ram: Sequence[Block]) -> AsyncIterator[Machine]:
     """The machine to come, whose named blocks must be as said."""
-    return HeldMachine(
+    with HeldMachine(
         page_sizes={block.name: block.page_size for block in ram},
         lengths={block.name: block.length for block in ram},
-    )
+    ) as machine:
+        yield machine
+
+
+async def run(
+    open_it: contextlib.AbstractAsyncContextManager[Machine],
+    options: Options,
+    after: After,
+    stopped: bool,
+    qmp: str | None,
+    monitor: str | None,
+    incoming: str | None,
+) -> BaseException | None:
+    """Make the machine and serve it; why a machine that was waited for did not come, None if all is well."""
+    events = Events(options)
+    async with open_it as machine:
+        if incoming is None and not stopped:
+            await machine.cont()
+        served = Endpoint(
+            machine, options, events, incoming=incoming is not None, autostart=not stopped, after=after
+        )
+        await serve(served, events, qmp, monitor, incoming)
+        return served.error
 
 
 @click.command()
@@ -142,6 +158,44 @@ def held(ram: Sequence[Ram]) -> HeldMachine:
     callback=blocks,
     metavar="NAME=SIZE[,page=SIZE]",
     help="A RAM block; page: the size of its host pages (2M: huge ones).",
+)
+@click.option(
+    "--vcpus", type=click.IntRange(1, 64), metavar="N", help="vCPUs of a machine of its own.  [default: 1]"
+)
+@click.option(
+    "--backend",
+    multiple=True,
+    metavar="SOCKET",
+    help="A network device of a machine of its own: the socket of its vhost-user back-end.",
+)
+@click.option(
+    "--backend-timeout",
+    type=click.FloatRange(min=0.1),
+    default=10,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a back-end's answer may take.",
+)
+@click.option(
+    "--vcpu-writes",
+    type=click.IntRange(min=0),
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Pages that each vCPU rewrites in a second.",
+)
+@click.option(
+    "--vcpu-checks",
+    type=click.IntRange(min=0),
+    default=20000,
+    show_default=True,
+    metavar="N",
+    help="Pages that each vCPU reads and checks in a second.",
+)
+@click.option(
+    "--dirty-tracking",
+    type=click.Choice(["wp-async", "wp-sync"]),
+    help="How writes are found while it leaves.  [default: the best that the kernel has]",
 )
 @click.option(
     "--incoming", metavar="URI|defer", help="Wait for a machine to come from there, or for migrate-incoming."
@@ -170,33 +224,48 @@ def held(ram: Sequence[Ram]) -> HeldMachine:
 def endpoint(
     qmp: str | None,
     monitor: str | None,
-    ram: list[Ram],
+    ram: list[Block],
+    vcpus: int | None,
+    backend: tuple[str, ...],
+    backend_timeout: float,
+    vcpu_writes: int,
+    vcpu_checks: int,
+    dirty_tracking: str | None,
     incoming: str | None,
     compat: Compat,
     stopped: bool,
     postcopy_after_seconds: float | None,
     postcopy_after_passes: int | None,
 ) -> int:
-    """One end of migrations: a machine that comes, is held, and is sent on.
+    """One end of migrations: a machine of its own that runs, or one that comes, is held, and is sent on.
 
-    With --incoming and without a machine of its own, it holds what comes from QEMU as it came. The monitor's commands
-    are QEMU's. SIGTERM and the monitor's quit end it with code 0; a machine that fails to come ends it with 1.
+    With --incoming and neither --vcpus nor --backend it holds what comes from QEMU as it came; --ram then says only
+    how large its blocks are. Else it has a machine of its own, which needs --ram; with --incoming that is empty until
+    one comes. The monitor's commands are QEMU's. SIGTERM and the monitor's quit end it with code 0; a machine that
+    fails to come ends it with 1.
     """
     if qmp is None and monitor is None:
         raise click.UsageError("give --qmp or --monitor, or nobody can drive it")
-    if incoming is None:
-        raise click.UsageError("give --incoming: there is no machine yet")
+    own = incoming is None or vcpus is not None or bool(backend)
+    if own and not ram:
+        raise click.UsageError(
+            "give --ram for a machine of its own, or --incoming alone to hold one that comes"
+        )
+    spec = Spec(
+        ram,
+        vcpus or 1,
+        backend,
+        writes=vcpu_writes,
+        checks=vcpu_checks,
+        tracking=DirtyWay(dirty_tracking) if dirty_tracking else None,
+        timeout=backend_timeout,
+    )
     start_logging()
-    options = Options(compat)
-    events = Events(options)
+    open_it: contextlib.AbstractAsyncContextManager[Machine]
+    open_it = open_machine(spec, empty=incoming is not None) if own else held(ram)
     after = After(postcopy_after_seconds, postcopy_after_passes)
-    with held(ram) as machine:
-        served = Endpoint(machine, options, events, incoming=True, autostart=not stopped, after=after)
-        try:
-            trio.run(run, served, events, qmp, monitor, incoming)
-        except* MigrationRefused as group:
-            raise Failure(str(group.exceptions[0])) from None
-        if served.error is not None:
-            what = served.error if isinstance(served.error, VhostpcError | OSError) else "failed"
-            raise Failure(f"the machine did not come: {what}")
+    error = trio.run(run, open_it, Options(compat), after, stopped, qmp, monitor, incoming)
+    if error is not None:
+        what = error if isinstance(error, VhostpcError | OSError) else "failed"
+        raise Failure(f"the machine did not come: {what}")
     return 0

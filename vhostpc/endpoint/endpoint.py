@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import trio
 
 from vhostpc.endpoint.waits import tell_waits
-from vhostpc.errors import MigrationRefused, VhostpcError
+from vhostpc.errors import ChannelLost, MigrationRefused, VhostpcError
 from vhostpc.migration.channel import Channel, connect, listen
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.info import MigrationInfo
@@ -24,7 +24,7 @@ from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import After, NeverRan, Outgoing
 from vhostpc.migration.state import BUSY, IN_POSTCOPY, Event, Status
 from vhostpc.migration.state import Machine as StatusMachine
-from vhostpc.migration.uri import Address
+from vhostpc.migration.uri import Address, Exec, Fd, File
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,7 @@ class Endpoint:
         self._total_ms: int | None = None
         # As a source.
         self._outgoing: Outgoing | None = None
-        self._channel: Channel | None = None
-        self._sending: trio.CancelScope | None = None
+        self._connecting: trio.CancelScope | None = None
         self._before = "running"  # run state before the migration stopped the machine
         # As a destination.
         self._incoming: Incoming | None = None
@@ -130,6 +129,16 @@ class Endpoint:
             expected_downtime=None if ended or (in_postcopy and not old) else outgoing.expected_downtime_ms,
         )
 
+    def report(self) -> dict[str, Any]:
+        """How the machine is, and what came of the pages in the last migration to here."""
+        loads = self._incoming.loads() if self._incoming is not None else []
+        last = loads[-1] if loads else None
+        pages = {"placed": last.placed, "already": last.already, "runs": last.runs} if last else None
+        return {**self.machine.report(), "status": str(self.status), "came": pages}
+
+    def postcopy_refusal(self) -> str | None:
+        return self.machine.postcopy_refusal()
+
     # --- running or not
 
     async def stop(self) -> None:
@@ -171,8 +180,10 @@ class Endpoint:
     def moved(self, event: Event, error: BaseException | None = None) -> None:
         """Apply an event to the status and tell of the change."""
         before = self.status
-        if before is Status.CANCELLING and event is not Event.FAIL:
-            return  # what is still being done is broken off already
+        if before is Status.CANCELLING:
+            if event not in (Event.FAIL, Event.NEVER_RAN):
+                return  # what is still being done is broken off already
+            event = Event.FAIL
         after = self._state.move(event)
         if error is not None and after is not Status.CANCELLED:
             self._error_desc = str(error)
@@ -199,39 +210,41 @@ class Endpoint:
             raise MigrationRefused("Recovery of a paused migration is not supported")
         if reasons := self.machine.blocked():
             raise MigrationRefused(reasons[0])
-        if self._outgoing is not None:
-            self._outgoing = None
+        channel: Channel | None = None
+        if isinstance(address, Exec | Fd | File):
+            try:  # whether that can be had is known at once
+                channel = await connect(address)
+            except ChannelLost as error:
+                raise MigrationRefused(str(error)) from None
+        self._outgoing = None
         self._state = StatusMachine("source", self.options.compat)
         self._error_desc, self._total_ms = None, None
         self._began = trio.current_time()
         self._early_switch = False
         self.moved(Event.START)
-        self._start(self._send, address)
+        self._start(self._send, address, channel)
 
     def _start(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
         if self._nursery is None:
             raise VhostpcError("the endpoint does not run")
         self._nursery.start_soon(task, *args)
 
-    async def _send(self, address: Address) -> None:
+    async def _send(self, address: Address, channel: Channel | None) -> None:
         outgoing: Outgoing | None = None
         error: BaseException | None = None
         try:
             async with AsyncExitStack() as stack:
-                with trio.CancelScope() as self._sending:
-                    self._channel = await stack.enter_async_context(await connect(address))
-                self._sending = None
-                if self._channel is None:
-                    raise MigrationRefused("cancelled")
-                outgoing = Outgoing(
-                    self.machine, self._channel, self.options, _Source(self), after=self._after
+                if channel is None:
+                    channel = await self._connect(address)
+                await stack.enter_async_context(channel)
+                self._outgoing = outgoing = Outgoing(
+                    self.machine, channel, self.options, _Source(self), after=self._after
                 )
                 stack.callback(outgoing.close)
-                self._outgoing = outgoing
                 if self._early_switch:
                     outgoing.start_postcopy()
                 if self.status is Status.CANCELLING:
-                    self._channel.shut_down()
+                    outgoing.cancel()
                 nursery = await stack.enter_async_context(trio.open_nursery())
                 nursery.start_soon(tell_waits, outgoing.progress)
                 try:
@@ -242,9 +255,16 @@ class Endpoint:
             error = group.exceptions[0]
             if outgoing is None:
                 self.moved(Event.FAIL, error)
-        finally:
-            self._channel = None
         await self._after_sending(outgoing, error)
+
+    async def _connect(self, address: Address) -> Channel:
+        channel: Channel | None = None
+        with trio.CancelScope() as self._connecting:
+            channel = await connect(address)
+        self._connecting = None
+        if channel is None:
+            raise ChannelLost("the migration was cancelled")
+        return channel
 
     async def _after_sending(self, outgoing: Outgoing | None, error: BaseException | None) -> None:
         if self.status is Status.COMPLETED:
@@ -252,7 +272,12 @@ class Endpoint:
             return
         if not self._state.may_run or self.run_state != "finish-migrate":
             return
-        if outgoing is not None and outgoing.may_run_there and not isinstance(error, NeverRan):
+        if (
+            self.status is Status.FAILED
+            and outgoing
+            and outgoing.may_run_there
+            and not isinstance(error, NeverRan)
+        ):
             # All was sent and the destination did not say what became of it: only a person can find out.
             self.run_state = "paused"
             log.error(
@@ -268,12 +293,10 @@ class Endpoint:
         if self._state.side != "source" or self.status not in BUSY:
             return
         if self._outgoing is not None:
-            self._outgoing.check_cancel()
+            self._outgoing.cancel()
         self.moved(Event.CANCEL)
-        if self._sending is not None:
-            self._sending.cancel()
-        if self._channel is not None:
-            self._channel.shut_down()
+        if self._connecting is not None:
+            self._connecting.cancel()
 
     async def start_postcopy(self) -> None:
         self._early_switch = True

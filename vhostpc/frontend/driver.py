@@ -7,6 +7,7 @@ found and counted.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import trio
 from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
 from vhostpc._native.loop import run_loop
+from vhostpc.errors import StreamError
 from vhostpc.frontend.share import GuestRegion
 from vhostpc.memory.ramblock import RamSet, touched
 
@@ -189,6 +191,35 @@ class Driver:
             Thread.DRIVER,
         )
         touched(rc, "driver")
+
+    async def look(self) -> int:
+        """How many entries the device has used and nobody reaped. May wait for a page.
+
+        Raises OSError (EBADMSG) when they are more than the chains in flight.
+        """
+        return await self._hop(lambda: lib.vpc_driver_look(self._handle))
+
+    def unseen(self, first: int, end: int) -> int:
+        """How many of these frame numbers no frame received so far had. Touches nothing."""
+        return int(lib.vpc_driver_unseen(self._handle, first, end))
+
+    def save(self) -> bytes:
+        """What a driver of the same layout needs to go on elsewhere. Touches nothing; no call may run."""
+        room = check(lib.vpc_driver_save(self._handle, ffi.NULL, 0), "state of a driver")
+        buffer = ffi.new("unsigned char[]", room)
+        check(lib.vpc_driver_save(self._handle, buffer, room), "state of a driver")
+        return bytes(ffi.buffer(buffer, room))
+
+    def load(self, state: bytes) -> None:
+        """Go on where another driver was when it was saved. Raises StreamError, having changed nothing."""
+        rc = lib.vpc_driver_load(self._handle, ffi.from_buffer(state), len(state))
+        if rc == -errno.EINVAL:
+            raise StreamError(
+                f"the state of a queue is that of another ring than ours of {self.layout.num} entries"
+            )
+        if rc == -errno.EBADMSG:
+            raise StreamError(f"the {len(state)} bytes of a queue's state are not such a state")
+        check(rc, "state of a driver")
 
     def move(self, ram: RamSet) -> None:
         """The guest moved: the same addresses in another RAM set, and new eventfds. Touches nothing."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from vhostpc.errors import LocalProtocolError, PostcopyRefused, RemoteProtocolError
 from vhostpc.frontend.client import FrontEnd
-from vhostpc.memory.ramblock import RamBlock, make_memfd
+from vhostpc.memory.ramblock import RamBlock
 from vhostpc.wire.vhost_user import (
     LogArea,
     MemoryRegion,
@@ -217,7 +217,23 @@ class DirtyLog:
     def __init__(self, regions: Sequence[GuestRegion]) -> None:
         end = max(r.guest_addr + r.size for r in regions)
         self.size = (end // LOG_PAGE + 63) // 64 * 8
-        self.fd = make_memfd("vhostpc-log", self.size)
+        self.fd = os.memfd_create("vhostpc-log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, self.size)
+            # A back-end that cut it short would make our next look at it fatal.
+            fcntl.fcntl(
+                self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def merge(self, regions: Sequence[GuestRegion]) -> int:
+        """Move the marks to the DIRTY bits of the regions' blocks; how many of those were not set before.
+
+        Each region is a whole block. What back-ends mark meanwhile is found by the next call.
+        """
+        return sum(r.block.merge_log(self.fd, self.size, r.guest_addr) for r in regions)
 
     def dirty_pages(self) -> set[int]:
         """Numbers of the guest's 4096-byte pages that are marked. Reads the file, clears nothing."""

@@ -109,6 +109,15 @@ class RamBlock:
             if count := check(rc, f"discards of {self.name}"):
                 yield bytes(ffi.buffer(buffer, count))
 
+    def merge_log(self, fd: int, size: int, guest_addr: int) -> int:
+        """Set DIRTY for what a dirty log of ``size`` bytes says of this block and clear it there, atomically.
+
+        The block's guest address is a multiple of 256 KiB, and nobody can shrink the log. Returns how many bits were
+        not set before.
+        """
+        rc = lib.vpc_ram_merge_log(self._ram.handle, self.index, fd, size, guest_addr)
+        return check(rc, f"dirty log of {self.name}")
+
     def holes(self) -> list[tuple[int, int]]:
         """(offset, length) of what the file does not hold: pages that nobody made. Touches nothing."""
         found = []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 from vhostpc.errors import MigrationRefused, StreamError
-from vhostpc.memory.ramblock import TARGET_PAGE, RamSet
+from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet
 from vhostpc.ufd.service import FaultService
 from vhostpc.wire.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
 
@@ -48,6 +49,21 @@ class HeldMachine:
                 return section
         raise KeyError(f"{idstr} {instance}")
 
+    def report(self) -> dict[str, Any]:
+        return {
+            "running": False,
+            "problems": [],
+            "blocks": [
+                {
+                    "name": block.name,
+                    "length": block.length,
+                    "page-size": block.page_size,
+                    "received": block.count_bits(Bits.RECEIVED),
+                }
+                for block in self.ram.blocks
+            ],
+        }
+
     # --- leaving: it does not run, so nothing of it changes
 
     @property
@@ -76,6 +92,9 @@ class HeldMachine:
         pass
 
     # --- arriving
+
+    def postcopy_refusal(self) -> str | None:
+        return None
 
     def accept(self, configuration: Configuration) -> None:
         self._configuration = configuration

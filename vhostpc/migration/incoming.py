@@ -15,16 +15,14 @@ from enum import Enum, auto
 
 import trio
 
-from vhostpc.errors import ChannelLost, StreamError, UfdError, VhostpcError
-from vhostpc.memory.mapping import mlock_future_in_force
+from vhostpc.errors import ChannelLost, StreamError, VhostpcError
 from vhostpc.migration.channel import Channel
+from vhostpc.migration.checks import check_advise, check_discard, check_page_sizes
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.state import Event
 from vhostpc.migration.waits import tell_waits
-from vhostpc.ufd.flags import Features
-from vhostpc.ufd.ramchannel import RamChannel
+from vhostpc.ufd.ramchannel import LoadNumbers, RamChannel
 from vhostpc.ufd.service import FaultService
-from vhostpc.ufd.uffd import Userfaultfd
 from vhostpc.wire.elements import (
     BadStream,
     BitmapRequest,
@@ -43,7 +41,7 @@ from vhostpc.wire.elements import (
     StreamEvent,
     VmDescription,
 )
-from vhostpc.wire.ramrec import REASONS, TARGET_PAGE, BadRamStream
+from vhostpc.wire.ramrec import REASONS, BadRamStream
 from vhostpc.wire.return_path import Pong, Shut
 from vhostpc.wire.split import Inside, read_package
 from vhostpc.wire.stream import MAX_DEVICES, RamMode, StreamReader
@@ -111,6 +109,7 @@ class Incoming:
         self._reader = StreamReader(RamMode.PAUSE, limit=limit)
         self._events = self._reader.feed(b"")
         self._pages: RamChannel | None = None
+        self._loads: list[LoadNumbers] = []
         self._last = False
         self._return_path = False
         self._advised: PostcopyAdvise | None = None
@@ -133,8 +132,12 @@ class Incoming:
         """Host pages that have not come."""
         return self.service.missing()
 
+    def loads(self) -> list[LoadNumbers]:
+        """What came, one look at each channel that brought pages: that of precopy, then that of postcopy."""
+        return [*self._loads, *([] if self._pages is None else [self._pages.numbers()])]
+
     def close(self) -> None:
-        """Let go of everything but the machine and the channel. Pages that miss will never come.
+        """Let go of everything but the machine and the channel, before these. Pages that miss will never come.
 
         A :meth:`receive` that goes on, or stays in a pause, ends and raises ChannelLost, or what it was paused by.
         """
@@ -168,13 +171,21 @@ class Incoming:
             raise error from None
         finally:
             self._receiving = False
-            if self._pages is not None:
-                self._pages.close()
-                self._pages = None
+            self._close_pages()
             if self._closed:
                 self._release()
         log.info("migration: completed")
         self._report(Event.FINISH, None)
+
+    def _close_pages(self) -> int:
+        """The block that a record could have continued."""
+        if self._pages is None:
+            return -1
+        self._loads.append(self._pages.numbers())
+        block = self._pages.block
+        self._pages.close()
+        self._pages = None
+        return block
 
     def _release(self) -> None:
         if not self.service.closed:
@@ -261,6 +272,8 @@ class Incoming:
             raise BadStream(self._reader.offset, f"{self._reader.unread} bytes behind the end of the stream")
         await self.machine.loaded(self._description)
         log.info("migration: all is here, by precopy")
+        if missing := self.missing():  # a source may leave out what its guest called free
+            log.warning("migration: %d host pages were not sent: they are zero", missing)
         await self._stop_faults()
         if self._advised is not None:
             await self.machine.end()
@@ -269,10 +282,8 @@ class Incoming:
 
     async def _listen(self, package: Sequence[Inside]) -> None:
         """Our mapping may be missing pages; another channel, because this one places by ioctl."""
-        assert self._pages is not None
         self.service.arm()
-        block = self._pages.block
-        self._pages.close()
+        block = self._close_pages()
         self._pages = self.service.open_channel(self.channel.in_fd)
         self._pages.block = block
         await self.machine.listen()
@@ -326,12 +337,10 @@ class Incoming:
 
     async def _pause(self, error: BaseException) -> None:
         """The link is lost, the machine may be running: keep all that there is, until this is cancelled."""
-        assert self._pages is not None
         log.error("migration: paused in postcopy, %d host pages are missing: %s", self.missing(), error)
         self.channel.shut_down()
         self.service.set_return_path(None)  # requests wait in the outbox
-        self._pages.close()  # and with it a host page of which a part has come
-        self._pages = None
+        self._close_pages()  # and with it a host page of which a part has come
         self._paused = True
         self._report(Event.LOSE, error)
         await trio.sleep_forever()
@@ -353,7 +362,7 @@ class Incoming:
         try:
             if self._run is not None:
                 await self._run(postcopy)
-        except TROUBLE:
+        except Exception:
             self.phase = before
             raise
 
@@ -453,27 +462,7 @@ class Incoming:
             log.warning("migration: the source does not know that all is here: %s", error)
 
     async def _advise(self, event: PostcopyAdvise) -> None:
-        why = None
-        if not self.postcopy:
-            why = "the source may switch to postcopy, and postcopy-ram is not enabled here"
-        elif event.page_sizes is None:
-            why = "POSTCOPY_ADVISE without page sizes: not for RAM"
-        elif event.target_page != TARGET_PAGE:
-            why = f"the source has target pages of {event.target_page} bytes, not {TARGET_PAGE}"
-        elif not self.channel.two_way:
-            why = "the source may switch to postcopy, and the channel goes one way only"
-        elif mlock_future_in_force():
-            why = (
-                "postcopy can not be done here: mlockall(MCL_FUTURE) is in force in this process, "
-                "and mapping memory would create the missing pages"
-            )
-        else:
-            try:
-                Userfaultfd.open(features=Features.MISSING_SHMEM).close()
-            except UfdError as e:
-                why = f"postcopy can not be done here: {e}"
-        if why is not None:
-            raise BadStream(event.offset, why)
+        check_advise(event, postcopy=self.postcopy, two_way=self.channel.two_way)
         self._advised = event
         await self.machine.advise(self.service)
         log.info("migration: the source may switch to postcopy")
@@ -482,15 +471,7 @@ class Incoming:
         self.machine.accept_blocks(event, postcopy=self._advised is not None)
         blocks = self.machine.ram.blocks
         if self._advised is not None:
-            ours = 0
-            for block in blocks:
-                ours |= block.page_size
-            if ours != self._advised.page_sizes:
-                raise BadStream(
-                    event.offset,
-                    f"postcopy needs pages of the same sizes: RAM here has {ours:#x} (or'ed), "
-                    f"the source advised {self._advised.page_sizes:#x}",
-                )
+            check_page_sizes(event, self._advised, blocks)
         self._pages = self.service.open_channel(self.channel.in_fd)
         log.info(
             "migration: %s: %d KiB of RAM in %d blocks",
@@ -501,11 +482,6 @@ class Incoming:
 
     def _discard(self, event: RamDiscard) -> None:
         block = self.machine.ram[event.block]
+        check_discard(event, block)
         for start, length in event.ranges:
-            if (start | length) % block.page_size:
-                raise BadStream(
-                    event.offset,
-                    f"discard of {length:#x} bytes at {start:#x} of {block.name!r}, "
-                    f"which are not whole pages of {block.page_size:#x}",
-                )
             block.discard(start, length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from vhostpc.memory.ramblock import RamSet
 from vhostpc.ufd.service import FaultService
@@ -45,6 +45,10 @@ class Machine(Protocol):
         """Of a machine that came: whether it ran at its source until it was stopped to be sent."""
         ...
 
+    def report(self) -> dict[str, Any]:
+        """How it is, for whoever tests it: numbers and names, of JSON's types only. Never waits."""
+        ...
+
     # --- leaving
 
     @property
@@ -79,6 +83,10 @@ class Machine(Protocol):
     async def stop_tracking(self) -> None: ...
 
     # --- arriving
+
+    def postcopy_refusal(self) -> str | None:
+        """Why it can not come by postcopy, one sentence that names the back-end; None: it can."""
+        ...
 
     def accept(self, configuration: Configuration) -> None:
         """The machine that comes. Raises StreamError, one sentence, if it is not this one."""

@@ -116,6 +116,7 @@ class Outgoing:
         self._package_told = False
         self._package_begun = False
         self._all_sent = False
+        self._cancelled = False
         self._remaining = 0
 
     # --- what may be asked while it runs
@@ -124,14 +125,22 @@ class Outgoing:
         """Switch at the next look. Harmless when it is too late."""
         self._postcopy_wanted = True
 
-    def check_cancel(self) -> None:
-        """Raises MigrationRefused where the machine may run at the destination already."""
-        if self._package_begun:
+    def cancel(self) -> None:
+        """Break it off: :meth:`send` fails. Raises MigrationRefused where the machine may run there already."""
+        if self._package_told or self._package_begun:
             raise MigrationRefused("Postcopy migration in progress, cannot cancel.")
         if self._all_sent:
             raise MigrationRefused(
                 "All has been sent and the guest may run at the destination, cannot cancel."
             )
+
+        self._cancelled = True
+        self.channel.shut_down()
+
+    def _check_cancelled(self) -> None:
+        """Just before a border from which on nothing can be cancelled."""
+        if self._cancelled:
+            raise ChannelLost("the migration was cancelled")
 
     @property
     def may_run_there(self) -> bool:
@@ -317,6 +326,7 @@ class Outgoing:
         devices, description = await self.machine.save()
         await self._say(b"".join(section.encode() for section in devices))
         # A destination waits for a description; what it says is not looked at. Its last byte may let it run.
+        self._check_cancelled()
         self._all_sent = True
         await self._say(EndOfStream().encode() + VmDescription(description or b"{}").encode())
         if self._return_path:
@@ -343,6 +353,7 @@ class Outgoing:
         blob = PostcopyListen().encode() + b"".join(section.encode() for section in devices)
         blob += Ping(LOADED).encode() + PostcopyRun().encode()
         await self._say(Ping(2).encode())
+        self._check_cancelled()
         self._package_begun = True  # from its first byte on the machine may run there
         await self._say(Package(blob).encode() + Ping(4).encode())
         self._mark("switched")

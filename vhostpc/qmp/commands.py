@@ -15,7 +15,7 @@ from vhostpc.migration.state import BUSY, IN_POSTCOPY, Status
 from vhostpc.qmp import types
 from vhostpc.qmp.endpoint import Endpoint
 from vhostpc.qmp.events import Events
-from vhostpc.qmp.schema import BOOL, NOTHING, STR, Array, Enum, Int, Introspection, Member, Struct, Type
+from vhostpc.qmp.schema import ANY, BOOL, NOTHING, STR, Array, Enum, Int, Introspection, Member, Struct, Type
 from vhostpc.wire.qmp import NOT_FOUND, QmpError
 
 VERSIONS: dict[Compat, tuple[int, int, int]] = {"7.2": (7, 2, 22), "10.0": (10, 0, 2)}
@@ -31,6 +31,7 @@ class Session:
     oob: bool = False
     received: list[int] = field(default_factory=list)  # descriptors that no getfd has named yet
     named: dict[str, int] = field(default_factory=dict)
+    text: bool = False  # a text monitor of its own, where ``migrate`` without -d waits
     leaving: bool = False  # the reply under way is the last: then the program ends
 
     @property
@@ -202,7 +203,10 @@ async def _start_postcopy(session: Session, _: dict[str, Any]) -> Any:
 async def _set_capabilities(session: Session, arguments: dict[str, Any]) -> Any:
     changes = [(item["capability"], item["state"]) for item in arguments["capabilities"]]
     status = session.endpoint.info().status
-    waits = session.endpoint.run_state == "inmigrate" and status in (Status.NONE, Status.SETUP)
+    comes = session.endpoint.run_state == "inmigrate"
+    waits = comes and status in (Status.NONE, Status.SETUP)
+    if comes and ("postcopy-ram", True) in changes and (why := session.endpoint.postcopy_refusal()):
+        raise QmpError(why)
     session.endpoint.options.set_capabilities(changes, busy=status in BUSY and not waits)
     return {}
 
@@ -225,6 +229,10 @@ async def _get_parameters(session: Session, _: dict[str, Any]) -> Any:
 
 async def _info(session: Session, _: dict[str, Any]) -> Any:
     return session.endpoint.info().as_qmp(session.compat)
+
+
+async def _report(session: Session, _: dict[str, Any]) -> Any:
+    return session.endpoint.report()
 
 
 async def _getfd(session: Session, arguments: dict[str, Any]) -> Any:
@@ -296,6 +304,8 @@ _ROWS = (
         result=lambda compat: types.parameter_set(compat, result=True),
     ),
     Command("query-migrate", _info, result=types.info),
+    # Ours, no command of QEMU.
+    Command("x-vhostpc-report", _report, result=lambda _: ANY),
     Command("getfd", _getfd, lambda _: _FD_NAME),
     Command("closefd", _closefd, lambda _: _FD_NAME),
     Command(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from vhostpc.migration.info import MigrationInfo
 from vhostpc.migration.options import Options
@@ -27,6 +27,14 @@ class Endpoint(Protocol):
         ...
 
     def info(self) -> MigrationInfo: ...
+
+    def report(self) -> dict[str, Any]:
+        """How the machine is: ``x-vhostpc-report``. JSON's types only."""
+        ...
+
+    def postcopy_refusal(self) -> str | None:
+        """Why a machine can not come here by postcopy, one sentence; None: it can."""
+        ...
 
     async def stop(self) -> None:
         """Stop the machine; nothing if it is stopped. Emits STOP."""

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import trio
+
 from vhostpc.migration.options import Options
 from vhostpc.migration.state import Status
 from vhostpc.wire import qmp
@@ -14,11 +16,12 @@ Listener = Callable[[dict[str, Any]], None]
 
 
 class Events:
-    """Where the endpoint emits and the monitors listen. On the trio thread only; nothing waits."""
+    """Where the endpoint emits and the monitors listen. On the trio thread only; emitting never waits."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._listeners: list[Listener] = []
+        self._moved = trio.Event()
 
     def listen(self, listener: Listener) -> None:
         self._listeners.append(listener)
@@ -32,10 +35,16 @@ class Events:
             listener(message)
 
     def migration(self, status: Status) -> None:
-        """MIGRATION, if the capability ``events`` is on. (7.2 tells of an incoming ``setup`` in any case:
-        there the endpoint calls ``emit`` itself.)"""
+        """The status is this now. MIGRATION, if the capability ``events`` is on. (7.2 tells of an incoming
+        ``setup`` in any case: there the endpoint calls ``emit`` itself.)"""
+        self._moved.set()
+        self._moved = trio.Event()
         if "events" in self._options:
             self.emit("MIGRATION", {"status": str(status)})
+
+    async def moved(self) -> None:
+        """Wait for the next change of the migration's status, also where no event tells it."""
+        await self._moved.wait()
 
     def migration_pass(self, number: int) -> None:
         """MIGRATION_PASS, if the capability ``events`` is on."""

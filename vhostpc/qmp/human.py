@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vhostpc.migration.options import parameters
+from vhostpc.migration.options import Compat, parameters
+from vhostpc.migration.state import BUSY, Status
 from vhostpc.qmp.commands import Session, call
 from vhostpc.wire.qmp import QmpError
 
@@ -20,6 +21,20 @@ _NO_SIZE = (
     "mega-, giga-, tera-, peta-\nand exabytes, respectively."
 )
 _WORD = re.compile(r'\s*(?:"([^"]*)"|(\S+))')
+
+
+UNDER_WAY = BUSY - {Status.POSTCOPY_PAUSED}
+"""Statuses in which ``migrate`` without -d goes on waiting."""
+
+_OWN_GLOBAL: dict[Compat, str] = {"7.2": "decompress-error-check: on", "10.0": "send-switchover-start: on"}
+# QEMU's settings of a machine type, which say how its streams look.
+_GLOBALS: dict[Compat, tuple[str, ...]] = {
+    compat: (
+        *("globals:", "store-global-state: on", "only-migratable: off", "send-configuration: on"),
+        *("send-section-footer: on", own, "clear-bitmap-shift: 18"),
+    )
+    for compat, own in _OWN_GLOBAL.items()
+}
 
 
 class _Usage(Exception):
@@ -63,12 +78,15 @@ async def _set_parameter(session: Session, words: list[str]) -> str:
         found = re.fullmatch(r"(0x[0-9a-f]+|[0-9]+(?:\.[0-9]+)?)([bkmgtpe]?)", text, re.IGNORECASE)
         if found is None:
             raise QmpError(_NO_SIZE.format(name))
-        number = int(found[1], 16) if found[1].lower().startswith("0x") else float(found[1])
-        if found[1].isdigit():
-            number = int(found[1])
         # Bandwidths that QEMU's text monitor takes without a suffix are in MiB.
         unit = "m" if name in ("max-bandwidth", "avail-switchover-bandwidth") else "b"
-        value = int(number * _SUFFIX[found[2].lower() or unit])
+        try:
+            number = int(found[1], 16) if found[1].lower().startswith("0x") else float(found[1])
+            if found[1].isdigit():
+                number = int(found[1])
+            value = int(number * _SUFFIX[found[2].lower() or unit])
+        except (ValueError, OverflowError):  # thousands of digits
+            raise QmpError(_NO_SIZE.format(name)) from None
     await call(session, "migrate-set-parameters", {name: value})
     return ""
 
@@ -85,12 +103,17 @@ async def _migrate(session: Session, words: list[str]) -> str:
     await call(session, "migrate", {"uri": words[-1], "resume": "-r" in words[:-1]})
     if "-d" in words[:-1]:
         return ""
-    return "terminal does not allow synchronous migration, continuing detached\n"
+    if not session.text:
+        return "terminal does not allow synchronous migration, continuing detached\n"
+    while (info := session.endpoint.info()).status in UNDER_WAY:
+        await session.events.moved()
+    # QEMU says it on its standard error, which who asked may not see.
+    return f"Error: {info.error_desc}\n" if info.error_desc else ""
 
 
 async def _info_migrate(session: Session, _: list[str]) -> str:
     info = await call(session, "query-migrate", {})
-    lines = []
+    lines = list(_GLOBALS[session.compat])
     if "status" in info:
         why = f" ({info['error-desc']})" if "error-desc" in info else ""
         lines.append(f"Migration status: {info['status']}{why}")
@@ -117,6 +140,15 @@ async def _info_migrate(session: Session, _: list[str]) -> str:
             f"multifd bytes: {ram['multifd-bytes'] >> 10} kbytes",
             f"pages-per-second: {ram['pages-per-second']}",
         ]
+        for name, text in (
+            ("dirty-pages-rate", "dirty pages rate: {} pages"),
+            ("postcopy-requests", "postcopy request count: {}"),
+            ("precopy-bytes", "precopy ram: {} kbytes"),
+            ("downtime-bytes", "downtime ram: {} kbytes"),
+            ("postcopy-bytes", "postcopy ram: {} kbytes"),
+        ):
+            if ram[name]:
+                lines.append(text.format(ram[name] >> 10 if name.endswith("bytes") else ram[name]))
     return "".join(line + "\n" for line in lines)
 
 

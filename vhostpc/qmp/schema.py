@@ -34,6 +34,7 @@ class Builtin:
 STR = Builtin("str", "string", "string", (str,))
 BOOL = Builtin("bool", "boolean", "boolean", (bool,))
 NULL = Builtin("null", "null", "null", (type(None),))
+ANY = Builtin("any", "value", "value", (object,))
 NUMBER = Builtin("number", "number", "number", (int, float))
 
 

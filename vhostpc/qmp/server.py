@@ -10,62 +10,34 @@ from __future__ import annotations
 import array
 import contextlib
 import logging
-import os
 import socket
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import trio
 
-from vhostpc.listener import bind
 from vhostpc.qmp import commands
 from vhostpc.qmp.commands import Session
 from vhostpc.qmp.endpoint import Endpoint
 from vhostpc.qmp.events import Events
+from vhostpc.qmp.listening import SocketServer
 from vhostpc.wire import qmp
 
 QUEUED = 8
 UNSENT = 1024
-CLIENTS = 64
 _FDS = 16  # descriptors that one message may bring; QEMU's bound
 
 log = logging.getLogger(__name__)
 
 
-class Monitor:
-    """Serves one endpoint to its clients. ``clients`` counts those connected."""
+class Monitor(SocketServer):
+    """Serves one endpoint to its clients."""
 
     def __init__(self, endpoint: Endpoint, events: Events) -> None:
+        super().__init__()
         self.endpoint = endpoint
         self.events = events
-        self.clients = 0
-
-    @contextlib.asynccontextmanager
-    async def listening(self, path: str | os.PathLike[str]) -> AsyncIterator[None]:
-        """Serve at a unix socket's path for the length of a block. The socket exists when it begins and is
-        removed when it ends. Raises VhostpcError if the path can not be had."""
-        listener = trio.socket.from_stdlib_socket(bind(path))
-        with listener:
-            try:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._accept, listener, nursery)
-                    yield
-                    nursery.cancel_scope.cancel()
-            finally:
-                Path(path).unlink(missing_ok=True)
-
-    async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
-        while True:
-            client, _ = await listener.accept()
-            if self.clients >= CLIENTS:
-                log.warning("monitor: more than %d clients, one is turned away", CLIENTS)
-                client.close()
-            else:
-                nursery.start_soon(self.serve, client)
 
     async def serve(self, client: trio.socket.SocketType) -> None:
-        """Serve one connected stream socket until it ends; closes it."""
         self.clients += 1
         session = Session(self.endpoint, self.events)
         try:

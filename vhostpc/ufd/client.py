@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 from vhostpc._native import check, ffi, lib
 from vhostpc.memory.ramblock import RamBlock
+from vhostpc.memory.waits import Waits, waits_of
+
+MOST_THREADS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,16 +24,6 @@ class ClientRange:
     length: int
     block: RamBlock
     offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Waits:
-    """How long faults waited, from being read to being woken: nanoseconds, known to 25 %."""
-
-    count: int
-    p50_ns: int
-    p99_ns: int
-    longest_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +48,7 @@ class ClientNumbers:
     error: int
     """errno that ended reading this client, 0 if it is read."""
     waits: Waits
-
-
-def waits_of(histogram: Any, longest_ns: int) -> Waits:
-    """Percentiles of a C histogram: the upper end of the bucket that holds them, at most the longest."""
-    counts = [int(n) for n in histogram]
-    total = sum(counts)
-
-    def percentile(share: float) -> int:
-        want, seen = share * total, 0
-        for i, n in enumerate(counts):
-            seen += n
-            if n and seen >= want:
-                return min(int(lib.vpc_histogram_floor(i + 1)), longest_ns)
-        return 0
-
-    return Waits(total, percentile(0.5), percentile(0.99), longest_ns)
+    """From reading a fault to waking it."""
 
 
 class Served(Protocol):
@@ -131,3 +109,13 @@ class Client:
             error=int(raw.error),
             waits=waits_of(raw.histogram, int(raw.longest_ns)),
         )
+
+    def threads(self) -> dict[int, Waits]:
+        """What each of its threads has waited, by kernel thread id; a ufd without THREAD_ID tells of none.
+
+        Under 0 stand the threads that came when the table was full (256 rows).
+        """
+        raw = ffi.new("struct vpc_thread_waits[]", MOST_THREADS)
+        rc = lib.vpc_fault_threads(self._service.handle, self.number, raw, MOST_THREADS)
+        count = check(rc, f"threads of {self.name}")
+        return {int(w.thread): waits_of(w.histogram, int(w.longest_ns)) for w in raw[0:count]}

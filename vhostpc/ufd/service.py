@@ -16,7 +16,9 @@ from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
 from vhostpc._native.loop import run_loop
 from vhostpc.memory.ramblock import Bits, RamBlock, RamSet
+from vhostpc.memory.waits import Waits
 from vhostpc.ufd.client import Client, ClientRange
+from vhostpc.ufd.flags import Features
 from vhostpc.ufd.loops import Loops
 from vhostpc.ufd.ramchannel import LoadNumbers, RamChannel
 from vhostpc.ufd.uffd import Userfaultfd
@@ -108,7 +110,7 @@ class FaultService:
 
         Opens our own ufd, through which pages are placed. Raises UfdError where that is not possible.
         """
-        ufd = Userfaultfd.open()
+        ufd = Userfaultfd.open(optional=Features.THREAD_ID)
         try:
             for block in self.ram.blocks:
                 ufd.register(block.base, block.length)
@@ -233,6 +235,10 @@ class FaultService:
             )
             for w in raw[0:count]
         ]
+
+    def threads(self) -> dict[int, Waits]:
+        """What each thread of this process has waited for pages of our own mapping, by kernel thread id."""
+        return {} if self._own is None else self._own.threads()
 
     def missing(self) -> int:
         """Host pages that were not received."""

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from vhostpc.errors import LocalProtocolError, StreamError
 
 TARGET_PAGE = 4096
+SECTION_PART, SECTION_END, SECTION_FOOTER = 2, 3, 0x7E
+"""First bytes of the frames around records."""
 _WORD = struct.Struct(">Q")
 
 
@@ -141,16 +143,30 @@ class RamDecoder:
 
     def feed(self, data: bytes) -> Iterator[RamEvent]:
         """Take bytes; yields what became whole. Raises :class:`BadRamStream`."""
-        self._buffer += data
-        while (event := self._next()) is not None:
+        self.put(data)
+        while (event := self.next()) is not None:
             yield event
+
+    def put(self, data: bytes) -> None:
+        """Take bytes, for :meth:`next`."""
+        self._buffer += data
+
+    @property
+    def unread(self) -> bytes:
+        """What was taken and is no whole record yet, or was not asked for."""
+        return bytes(self._buffer)
+
+    def skip(self, count: int) -> None:
+        """Leave out ``count`` bytes that are there and are no record."""
+        self._take(count)
 
     def eof(self) -> None:
         """The stream ended. Raises :class:`BadRamStream` inside a record."""
         if self._buffer:
             raise BadRamStream(BadRecord.TRUNCATED, self.consumed)
 
-    def _next(self) -> RamEvent | None:
+    def next(self) -> RamEvent | None:
+        """What became whole next; None needs more bytes. Raises :class:`BadRamStream`."""
         buffer = self._buffer
         if len(buffer) < 8:
             return None
@@ -193,46 +209,111 @@ class RamDecoder:
         self.consumed += count
 
 
+class _Place(enum.Enum):
+    """What a loader reads next."""
+
+    RECORDS = enum.auto()
+    FOOTER = enum.auto()
+    NEXT = enum.auto()
+    """A header, or nothing of this section."""
+
+
 class RamModel:
     """What a loader does with a stream: host pages are placed whole, once, never overwritten.
 
     ``blocks`` are name -> (length, host page size) in bytes; ``place`` is called with block, offset and the
-    bytes of a host page. Slow and simple.
+    bytes of a host page. ``section``: the frames of this RAM section are read too (its footers, and the headers of
+    further parts), from behind a header; ``last``: of the END. ``calm``: each target page is placed by itself,
+    whenever it comes. Slow and simple.
     """
 
     def __init__(
-        self, blocks: Mapping[str, tuple[int, int]], place: Callable[[str, int, bytes], None]
+        self,
+        blocks: Mapping[str, tuple[int, int]],
+        place: Callable[[str, int, bytes], None],
+        *,
+        section: int | None = None,
+        last: bool = False,
+        calm: bool = False,
     ) -> None:
         self._decoder = RamDecoder({name: length for name, (length, _) in blocks.items()})
-        self._sizes = {name: size for name, (_, size) in blocks.items()}
+        self._sizes = {name: TARGET_PAGE if calm else size for name, (_, size) in blocks.items()}
         self._place = place
+        self._calm = calm
         self._received: set[tuple[str, int]] = set()
         self._part = bytearray()
         self._part_of: tuple[str, int] = ("", 0)
+        self._section = section
+        self._last = last
+        self._at = _Place.RECORDS
+        self.sections = 0
+        """Ends of sections that were read."""
         self.ended = False
+        """All was read that belongs to it; what follows is left unread."""
 
     @property
     def received(self) -> frozenset[tuple[str, int]]:
         """(block, offset) of the host pages that were placed."""
         return frozenset(self._received)
 
+    @property
+    def consumed(self) -> int:
+        """Bytes read."""
+        return self._decoder.consumed
+
+    @property
+    def complete(self) -> bool:
+        """The END's footer was read."""
+        return self.ended and self._last and self._at is _Place.NEXT
+
     def feed(self, data: bytes) -> None:
         """Take bytes. Raises :class:`BadRamStream`."""
-        events = self._decoder.feed(data)
-        while True:
-            at = self._decoder.consumed
-            event = next(events, None)
-            if event is None:
-                return
-            if isinstance(event, EndOfSection):
-                self.ended = True
-            else:
-                self._page(event, at)
+        self._decoder.put(data)
+        while not self.ended and self._step():
+            pass
+
+    def _step(self) -> bool:
+        """One record or frame; False needs more bytes."""
+        if self._at is not _Place.RECORDS:
+            return self._frame()
+        at = self._decoder.consumed
+        event = self._decoder.next()
+        if event is None:
+            return False
+        if isinstance(event, RamPage):
+            self._page(event, at)
+            return True
+        self.sections += 1
+        self._at = _Place.FOOTER
+        self.ended = self._section is None
+        return True
+
+    def _frame(self) -> bool:
+        head = self._decoder.unread[:5]
+        if self._at is _Place.NEXT and head and head[0] not in (SECTION_PART, SECTION_END):
+            self.ended = True
+            return True
+        if len(head) < 5:
+            return False
+        ours = int.from_bytes(head[1:], "big") == self._section
+        if self._at is _Place.FOOTER:
+            if head[0] != SECTION_FOOTER or not ours:
+                raise BadRamStream(BadRecord.FOOTER, self._decoder.consumed)
+            self._decoder.skip(5)
+            self._at = _Place.NEXT
+            self.ended = self._last
+        elif not ours:
+            self.ended = True
+        else:
+            self._decoder.skip(5)
+            self._last = head[0] == SECTION_END
+            self._at = _Place.RECORDS
+        return True
 
     def eof(self) -> None:
-        """The stream ended. Raises :class:`BadRamStream` inside a record or a host page."""
+        """The stream ended. Raises :class:`BadRamStream` inside a record or a host page, or before a footer."""
         self._decoder.eof()
-        if self._part:
+        if self._part or self._at is _Place.FOOTER:
             raise BadRamStream(BadRecord.TRUNCATED, self._decoder.consumed)
 
     def _page(self, page: RamPage, at: int) -> None:
@@ -247,7 +328,7 @@ class RamModel:
         self._part += page.content
         if len(self._part) < size:
             return
-        if (block, start) not in self._received:
+        if self._calm or (block, start) not in self._received:
             self._received.add((block, start))
             self._place(block, start, bytes(self._part))
         self._part.clear()

@@ -1,0 +1,252 @@
+"""A vhost-user back-end of our own machine, for the machine's life: one connection, in QEMU's order of messages.
+
+A back-end that is killed, breaks the protocol or answers too late is left: it is named in the log and among the
+machine's problems, its userfaultfd is no longer read, and the machine goes on without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import trio
+
+from vhostpc.errors import (
+    LocalProtocolError,
+    PeerClosed,
+    PostcopyRefused,
+    RemoteProtocolError,
+    RequestFailed,
+)
+from vhostpc.frontend import BackendPostcopy, Driver, FrontEnd, GuestRegion, MemoryShare, connect, start_ring
+from vhostpc.frontend.rings import ring_addr
+from vhostpc.frontend.share import DirtyLog
+from vhostpc.ufd.client import Client, ClientNumbers
+from vhostpc.ufd.service import FaultService
+from vhostpc.wire.vhost_user import Feature, ProtocolFeature
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 10.0
+"""Seconds that an answer may take, unless the back-end waits for a page meanwhile."""
+NO_LOG = "Migration disabled: vhost lacks VHOST_F_LOG_ALL feature."
+NO_LOG_FD = "Migration disabled: vhost-user backend lacks VHOST_PROTOCOL_F_LOG_SHMFD feature."
+_TROUBLE = (PeerClosed, RequestFailed, RemoteProtocolError, PostcopyRefused, OSError)
+_WANTED = Feature.VERSION_1 | Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES
+MRG_RXBUF = 1 << 15
+
+
+@asynccontextmanager
+async def open_backend(
+    path: str, name: str, regions: Sequence[GuestRegion], *, timeout: float = TIMEOUT
+) -> AsyncIterator[BackEnd]:
+    """Connect to the socket and negotiate. Raises PeerClosed, RequestFailed, RemoteProtocolError."""
+    async with connect(path, timeout=timeout) as front:
+        await front.negotiate(features=int(_WANTED) | MRG_RXBUF)
+        yield BackEnd(front, name, path, regions, timeout)
+
+
+class BackEnd:
+    """Made by :func:`open_backend`. No method raises for what the back-end does, but where that is said."""
+
+    def __init__(
+        self, front: FrontEnd, name: str, path: str, regions: Sequence[GuestRegion], timeout: float
+    ) -> None:
+        self.front = front
+        self.name = name
+        self.path = path
+        self.features = front.features
+        """What the driver has acknowledged."""
+        self.problem: str | None = None
+        """Why it was left; None while it works."""
+        self.postcopy: BackendPostcopy | None = None
+        self._timeout = timeout
+        self._memory = MemoryShare(front, regions)
+        self._log: DirtyLog | None = None
+        self._rings: list[Driver] = []
+        self._numbers: ClientNumbers | None = None
+        front.on_closed(self._closed)
+
+    # --- what it can do
+
+    @property
+    def header(self) -> int:
+        """Bytes before each frame (virtio 1.2, 5.1.6.1)."""
+        return 12 if self.features & (int(Feature.VERSION_1) | MRG_RXBUF) else 10
+
+    def blocked(self) -> str | None:
+        """Why a machine with this back-end can not migrate, in QEMU's words."""
+        if not self.front.offered_features & Feature.LOG_ALL:
+            return NO_LOG
+        if ProtocolFeature.LOG_SHMFD not in self.front.protocol_features:
+            return NO_LOG_FD
+        return None
+
+    def postcopy_refusal(self) -> str | None:
+        if ProtocolFeature.PAGEFAULT in self.front.protocol_features:
+            return None
+        return f"Postcopy is not supported: vhost-user backend not capable of postcopy ({self.name})"
+
+    # --- trouble
+
+    @property
+    def works(self) -> bool:
+        return self.problem is None
+
+    def leave(self, why: str) -> None:
+        """It is of no more use: close the connection, read its faults no more."""
+        if self.problem is not None:
+            return
+        self.problem = f"back-end {self.name} ({self.path}): {why}"
+        log.error("%s: the machine goes on without it", self.problem)
+        self.front.close()
+        self._forget()
+
+    def _closed(self) -> None:
+        self.leave(str(self.front.error) if self.front.error else "it closed the connection")
+
+    def _forget(self) -> None:
+        if self.postcopy is not None and self.postcopy.client is not None:
+            self._numbers = self.numbers()
+            self.postcopy.forget()
+
+    async def _try(self, what: str, call: Callable[[], Awaitable[None]]) -> None:
+        if not self.works:
+            return
+        try:
+            await call()
+        except _TROUBLE as error:
+            self.leave(f"{what}: {error}")
+
+    # --- rings
+
+    def acknowledge(self, features: int) -> bool:
+        """The driver has acknowledged these; False if the back-end does not offer all of them."""
+        if features & ~self.front.offered_features:
+            return False
+        self.features = features
+        return True
+
+    async def start(self, rings: Sequence[Driver], bases: Sequence[int]) -> None:
+        """Give it the memory and start its rings, each going on at its base."""
+        self._rings = list(rings)
+        await self._try("starting", lambda: self._start(bases))
+
+    async def _start(self, bases: Sequence[int]) -> None:
+        front = self.front
+        if front.protocol_features:
+            for index in range(len(self._rings)):
+                await front.set_vring_enable(index, True)
+        await self._set_features()
+        if self.postcopy is None:  # else it has the memory since LISTEN
+            await self._memory.share()
+        if self._log is not None:
+            # QEMU says this behind the rings; before them no write can be made that is not noted.
+            await self._memory.set_log(self._log)
+        for index, driver in enumerate(self._rings):
+            await start_ring(front, self._memory, index, driver, base=bases[index], enable=False)
+            # In order: what one ring sends must find the others started.
+            await front.barrier()
+
+    async def _set_features(self) -> None:
+        await self.front.set_features(self.features | (int(Feature.LOG_ALL) if self._log else 0))
+
+    async def stop(self) -> list[int] | None:
+        """Stop its rings; where each goes on, None if it can not say. May wait for a page that the back-end needs.
+
+        It writes no guest memory when this returns, unless it was left.
+        """
+        bases: list[int] = []
+
+        async def stop_all() -> None:
+            for index in range(len(self._rings)):
+                with trio.CancelScope() as scope:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._limit, scope)
+                        bases.append(await self.front.get_vring_base(index, timeout=float("inf")))
+                        nursery.cancel_scope.cancel()
+                if scope.cancelled_caught:
+                    raise RequestFailed(f"GET_VRING_BASE: no answer within {self._timeout:g} s")
+
+        try:
+            await self._try("stopping", stop_all)
+        finally:
+            count, self._rings = len(self._rings), []
+        return bases if self.works and len(bases) == count else None
+
+    async def _limit(self, scope: trio.CancelScope) -> None:
+        """Cancel when time is up; a back-end that waits for a page may take as long as the page does."""
+        while True:
+            await trio.sleep(self._timeout)
+            if not self._waits_for_page():
+                scope.cancel()
+                return
+
+    def _waits_for_page(self) -> bool:
+        client = self._client()
+        return client is not None and not client.removed and client.numbers().waiting_now > 0
+
+    # --- dirty log
+
+    async def set_log(self, area: DirtyLog | None) -> None:
+        """From now on it marks what it writes in ``area``; None: no more."""
+        self._log = area
+        if self._rings:  # else when it starts
+            await self._try("dirty log", self._switch_log)
+
+    async def _switch_log(self) -> None:
+        if self._log is not None:
+            await self._memory.set_log(self._log)
+        await self._set_features()
+        for index, driver in enumerate(self._rings):
+            await self.front.set_vring_addr(ring_addr(self._memory, index, driver, log=self._log is not None))
+
+    # --- postcopy
+
+    async def advise(self, service: FaultService) -> None:
+        """Raises PostcopyRefused, naming it."""
+        if not self.works:
+            return
+        postcopy = BackendPostcopy(self.front, service, name=self.name)
+        try:
+            await postcopy.advise()
+        except PostcopyRefused:
+            raise
+        except _TROUBLE as error:
+            raise PostcopyRefused(f"postcopy refused: {self.name} does not answer ADVISE: {error}") from None
+        self.postcopy = postcopy
+
+    async def listen(self) -> None:
+        """Raises PostcopyRefused, naming it: the machine has not run."""
+        if not self.works or self.postcopy is None:
+            return
+        try:
+            await self.postcopy.listen()
+            await self.postcopy.share(self._memory)
+        except (*_TROUBLE, LocalProtocolError) as error:
+            raise PostcopyRefused(f"postcopy refused by {self.name}: {error}") from None
+
+    async def end(self) -> None:
+        """POSTCOPY_END, or the end of a precopy that might have become one."""
+        postcopy = self.postcopy
+        if postcopy is None:
+            return
+
+        async def end() -> None:
+            self._numbers = self.numbers()
+            await postcopy.end()
+
+        await self._try("POSTCOPY_END", end)
+        postcopy.forget()
+        self.postcopy = None
+
+    def _client(self) -> Client | None:
+        """Its place in a fault service that lives."""
+        postcopy = self.postcopy
+        return postcopy.client if postcopy is not None and not postcopy.service.closed else None
+
+    def numbers(self) -> ClientNumbers | None:
+        """Its faults in the last postcopy, None if there was none."""
+        client = self._client()
+        return self._numbers if client is None else client.numbers()

@@ -1,0 +1,434 @@
+"""Our own machine: RAM, vCPUs that check it, network devices with vhost-user back-ends; it runs, and it moves.
+
+Guest addresses: the RAM blocks one after the other, each from a multiple of 1 GiB. The devices' rings and buffers
+lie at the beginning of the first block; the vCPUs work on all the rest, and look at the devices' pages now and then,
+so that both wait for the same ones.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import trio
+
+from vhostpc.endpoint.backends import TIMEOUT, BackEnd, open_backend
+from vhostpc.endpoint.netdev import AREA, NetDevice
+from vhostpc.endpoint.sections import MACHINE, VCPU, description, globalstate, name_of, run_state_of
+from vhostpc.errors import GuestMemoryError, MemoryLost, MigrationRefused, StreamError
+from vhostpc.frontend import DirtyLog, GuestRegion
+from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet
+from vhostpc.memory.vcpu import Area, VCpu
+from vhostpc.memory.waits import Waits
+from vhostpc.ufd.client import ClientNumbers
+from vhostpc.ufd.dirty import DirtyTracker, DirtyWay
+from vhostpc.ufd.service import FaultService
+from vhostpc.wire.elements import Configuration, DeviceSection, RamBlocks
+
+log = logging.getLogger(__name__)
+
+NAME = "vhostpc-1"
+RAM_SECTION = 1
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A RAM block to be made: bytes, and bytes of a host page."""
+
+    name: str
+    length: int
+    page_size: int = TARGET_PAGE
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a machine is made of. ``backends``: sockets, one network device each.
+
+    ``writes`` and ``checks``: pages that each vCPU rewrites and reads in a second. ``tracking``: None for the best
+    that the kernel has. ``timeout``: seconds that a back-end's answer may take.
+    """
+
+    blocks: Sequence[Block]
+    vcpus: int = 1
+    backends: Sequence[str] = ()
+    writes: int = 1000
+    checks: int = 20000
+    seed: int = field(default_factory=time.time_ns)
+    tracking: DirtyWay | None = None
+    timeout: float = TIMEOUT
+
+
+@asynccontextmanager
+async def open_machine(spec: Spec, *, empty: bool = False) -> AsyncIterator[OwnMachine]:
+    """Make the machine, stopped. ``empty``: its memory and its devices' state come from elsewhere.
+
+    Raises GuestMemoryError for memory that can not be had, PeerClosed and others for back-ends.
+    """
+    async with AsyncExitStack() as stack:
+        ram = stack.enter_context(RamSet())
+        regions = make_blocks(ram, spec.blocks, len(spec.backends), spec.vcpus)
+        devices: list[NetDevice] = []
+        for i, path in enumerate(spec.backends):
+            backend = await stack.enter_async_context(
+                open_backend(path, f"net{i}", regions, timeout=spec.timeout)
+            )
+            devices.append(NetDevice(i, ram, regions, i * AREA, backend))
+            stack.callback(devices[-1].close)
+        vcpus = make_vcpus(ram, spec, len(devices) * AREA)
+        for vcpu in vcpus:
+            stack.callback(vcpu.close)
+        dirty_log = DirtyLog(regions)
+        stack.callback(dirty_log.close)
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        machine = OwnMachine(spec, ram, regions, vcpus, devices, dirty_log, nursery)
+        if not empty:
+            await machine.fill()
+        try:
+            yield machine
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+def make_blocks(ram: RamSet, blocks: Sequence[Block], devices: int, vcpus: int) -> list[GuestRegion]:
+    """Raises GuestMemoryError, one sentence."""
+    if not blocks:
+        raise GuestMemoryError("a machine of its own needs memory: give --ram NAME=SIZE")
+    if devices and blocks[0].length < devices * AREA:
+        raise GuestMemoryError(
+            f"the rings of {devices} devices need {devices * AREA >> 20} MiB of the first RAM block, "
+            f"{blocks[0].name!r}, which has {blocks[0].length >> 20}"
+        )
+    if sum(block.length for block in blocks) // TARGET_PAGE - devices * AREA // TARGET_PAGE < vcpus:
+        raise GuestMemoryError(f"{vcpus} vCPUs need a page of memory each besides the devices' areas")
+    regions = []
+    at = 0
+    for block in blocks:
+        try:
+            made = ram.create(block.name, block.length, block.page_size)
+        except OSError as e:
+            hint = ""
+            if e.errno == errno.ENOMEM and block.page_size > TARGET_PAGE:
+                need, kib = block.length // block.page_size, block.page_size >> 10
+                hint = f"; set {need} aside in /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages"
+            why = e.strerror or str(e)
+            raise GuestMemoryError(
+                f"RAM block {block.name!r}, {block.length:#x} bytes in pages of {block.page_size:#x}, can not be had: "
+                f"{why.rpartition(': ')[2]}{hint}"
+            ) from None
+        unit = max(GIB, block.page_size)
+        at = (at + unit - 1) // unit * unit
+        regions.append(GuestRegion(at, block.length, made))
+        at += block.length
+    return regions
+
+
+def make_vcpus(ram: RamSet, spec: Spec, devices: int) -> list[VCpu]:
+    """``devices``: bytes of the first block that belong to devices."""
+    skip = devices // TARGET_PAGE
+    areas = []
+    for block in ram.blocks:
+        pages = block.length // TARGET_PAGE
+        if pages > skip:
+            areas.append(Area(block, skip, pages - skip))
+        skip = 0
+    touch = [Area(ram.blocks[0], 0, devices // TARGET_PAGE)] if devices else []
+    return [
+        VCpu(ram, areas, i, spec.vcpus, seed=spec.seed, touch=touch, writes=spec.writes, reads=spec.checks)
+        for i in range(spec.vcpus)
+    ]
+
+
+class OwnMachine:
+    """Implements :class:`vhostpc.migration.machine.Machine`. Made by :func:`open_machine`."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        ram: RamSet,
+        regions: Sequence[GuestRegion],
+        vcpus: Sequence[VCpu],
+        devices: Sequence[NetDevice],
+        dirty_log: DirtyLog,
+        nursery: trio.Nursery,
+    ) -> None:
+        self.spec = spec
+        self.ram = ram
+        self.vcpus = vcpus
+        self.devices = devices
+        self.configuration = Configuration(NAME)
+        self.running = False
+        self.was_running = False
+        self.tracker: DirtyTracker | None = None
+        self._problems: list[str] = []
+        self._regions = list(regions)
+        self._log = dirty_log
+        self._nursery = nursery
+        self._whole = False
+        """There is something to run: it was filled, or it has come."""
+        self._ran = False
+        """The last stop found it running."""
+        self._stopping: trio.Event | None = None
+        self._stopped_ns = 0
+        self._left_ns = 0
+        """When it stood at the source that it came from."""
+        self._came: set[tuple[str, int]] = set()
+        self._service: FaultService | None = None
+        self._threads: dict[int, Waits] = {}
+
+    @property
+    def runnable(self) -> bool:
+        return True
+
+    @property
+    def backends(self) -> list[BackEnd]:
+        return [device.backend for device in self.devices]
+
+    @property
+    def problems(self) -> list[str]:
+        """What went wrong and did not stop the machine, one sentence each."""
+        found = list(self._problems)
+        for device in self.devices:
+            found += device.problems
+            if device.backend.problem:
+                found.append(device.backend.problem)
+        return found
+
+    async def fill(self) -> None:
+        """Make it a machine that never ran."""
+        for vcpu in self.vcpus:
+            await vcpu.fill()
+        for device in self.devices:
+            await device.reset()
+        self._whole = True
+
+    # --- running or not
+
+    async def cont(self) -> None:
+        if self._stopping is not None:
+            await self._stopping.wait()
+        if self.running:
+            return
+        if not self._whole or self.ram.lost:
+            why = "its memory is lost" if self.ram.lost else "nothing has come"
+            raise MigrationRefused(f"The machine can not run here: {why}")
+        self.running = True
+        async with trio.open_nursery() as nursery:
+            for device in self.devices:
+                nursery.start_soon(device.start, self._nursery)
+        for vcpu in self.vcpus:
+            await self._nursery.start(self._run_vcpu, vcpu)
+
+    async def _run_vcpu(self, vcpu: VCpu, *, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            await vcpu.run(task_status=task_status)
+        except MemoryLost as error:
+            self._problems.append(f"{vcpu.name} stopped: {error}")
+            log.error("%s", self._problems[-1])
+
+    async def stop(self) -> None:
+        if self._stopping is not None:
+            await self._stopping.wait()
+            return
+        self._ran = self.running
+        if not self.running:
+            return
+        self._stopping = trio.Event()
+        try:
+            for each in (self.vcpus, self.devices):
+                async with trio.open_nursery() as nursery:
+                    for one in each:
+                        nursery.start_soon(one.stop)
+            self._stopped_ns = time.monotonic_ns()
+            self.running = False
+        finally:
+            self._stopping.set()
+            self._stopping = None
+
+    # --- leaving
+
+    @property
+    def ram_section(self) -> int:
+        return RAM_SECTION
+
+    def blocked(self) -> Sequence[str]:
+        reasons = [backend.blocked() for backend in self.backends if backend.works]
+        return list(dict.fromkeys(reason for reason in reasons if reason is not None))
+
+    def postcopy_refusal(self) -> str | None:
+        """Why this machine can not come by postcopy, one sentence."""
+        reasons = [backend.postcopy_refusal() for backend in self.backends if backend.works]
+        return next((reason for reason in reasons if reason is not None), None)
+
+    async def save(self) -> tuple[Sequence[DeviceSection], bytes]:
+        counts = {"vcpus": len(self.vcpus), "net_devices": len(self.devices), "stopped_ns": self._stopped_ns}
+        number = RAM_SECTION + 1
+        sections = [MACHINE.pack(number, 0, counts)]
+        for device in self.devices:
+            sections.append(device.save(number + len(sections)))
+        for vcpu in self.vcpus:
+            sections.append(VCPU.pack(number + len(sections), vcpu.index, {"state": vcpu.save()}))
+        sections.append(globalstate(number + len(sections), "running" if self._ran else "paused"))
+        return sections, description(self.configuration, sections)
+
+    async def start_tracking(self) -> None:
+        self.tracker = DirtyTracker(self.ram, self.spec.tracking)
+        await self.tracker.start(self._nursery)
+        log.info("writes are tracked by %s", self.tracker.way.value)
+        for backend in self.backends:
+            await backend.set_log(self._log)
+
+    async def sync_dirty(self) -> int:
+        assert self.tracker is not None
+        return await self.tracker.sync() + self._log.merge(self._regions)
+
+    async def stop_tracking(self) -> None:
+        for backend in self.backends:
+            await backend.set_log(None)
+        if self.tracker is not None:
+            await self.tracker.stop()
+            self.tracker.close()
+            self.tracker = None
+
+    # --- arriving
+
+    def accept(self, configuration: Configuration) -> None:
+        if configuration.machine != NAME:
+            raise StreamError(f"Machine type received is '{configuration.machine}' and local is '{NAME}'")
+
+    async def advise(self, service: FaultService) -> None:
+        self._service = service
+        for backend in self.backends:
+            await backend.advise(service)
+
+    def accept_blocks(self, listed: RamBlocks, *, postcopy: bool) -> None:
+        if self.running or self.ram.lost:
+            raise StreamError("this machine runs, or its memory is lost: nothing can come here")
+        came = {block.name: block for block in listed.blocks}
+        for name in came:
+            if all(block.name != name for block in self.ram.blocks):
+                raise StreamError(f"RAM block {name!r} comes, and there is none of that name here")
+        for block in self.ram.blocks:
+            if block.name not in came:
+                raise StreamError(f"RAM block {block.name!r} of this machine does not come")
+            theirs = came[block.name]
+            if theirs.length != block.length:
+                raise StreamError(f"Size mismatch: {block.name}: {theirs.length:#x} != {block.length:#x}")
+            size = theirs.page_size or TARGET_PAGE
+            if postcopy and size != block.page_size:
+                raise StreamError(
+                    f"RAM block {block.name!r} has pages of {size:#x} at the source, not of {block.page_size:#x}"
+                )
+        self._came.clear()
+        self._whole = False
+        for block in self.ram.blocks:
+            if block.count_bits(Bits.RECEIVED):  # of a migration that failed
+                block.discard()
+
+    async def listen(self) -> None:
+        for backend in self.backends:
+            await backend.listen()
+
+    async def load(self, section: DeviceSection) -> None:
+        key = (section.idstr, section.instance)
+        if key not in self._expected():
+            raise StreamError(f"{name_of(section)} comes, and this machine has no such device")
+        if key in self._came:
+            raise StreamError(f"{name_of(section)} comes twice")
+        if section.idstr == "vhost-user-net":
+            await self.devices[section.instance].load(section)
+        elif section.idstr == "vcpu":
+            self.vcpus[section.instance].restore(VCPU.unpack(section)["state"])
+        elif section.idstr == "globalstate":
+            self.was_running = run_state_of(section) == "running"
+        else:
+            values = MACHINE.unpack(section)
+            for what, name, here in (
+                ("vCPUs", "vcpus", len(self.vcpus)),
+                ("network devices", "net_devices", len(self.devices)),
+            ):
+                if values[name] != here:
+                    raise StreamError(
+                        f"the machine that comes has {values[name]} {what}, this one has {here}"
+                    )
+            self._left_ns = values["stopped_ns"]
+        self._came.add(key)
+
+    def _expected(self) -> list[tuple[str, int]]:
+        return [
+            ("vhostpc-machine", 0),
+            *(("vhost-user-net", i) for i in range(len(self.devices))),
+            *(("vcpu", i) for i in range(len(self.vcpus))),
+            ("globalstate", 0),
+        ]
+
+    async def loaded(self, description: bytes) -> None:
+        for idstr, instance in self._expected():
+            if (idstr, instance) not in self._came:
+                raise StreamError(f"the state of {idstr!r} (instance {instance}) does not come")
+        self._whole = True
+
+    async def end(self) -> None:
+        if self._service is not None:
+            self._threads = self._service.threads()
+        async with trio.open_nursery() as nursery:
+            for backend in self.backends:
+                nursery.start_soon(backend.end)
+        self._service = None
+
+    # --- how it is
+
+    def report(self) -> dict[str, Any]:
+        """Numbers for whoever tests it: JSON's types only. Times in nanoseconds."""
+        live = self._service is not None and not self._service.closed
+        threads = self._service.threads() if live and self._service is not None else self._threads
+        return {
+            "running": self.running,
+            "problems": self.problems,
+            "left-ns": self._left_ns,
+            "stopped-ns": self._stopped_ns,
+            "blocks": [
+                {
+                    "name": block.name,
+                    "length": block.length,
+                    "page-size": block.page_size,
+                    "received": block.count_bits(Bits.RECEIVED),
+                }
+                for block in self.ram.blocks
+            ],
+            "vcpus": [self._vcpu_report(vcpu, threads) for vcpu in self.vcpus],
+            "devices": [
+                {**device.report(), "faults": _faults(device.backend.numbers())} for device in self.devices
+            ],
+        }
+
+    def _vcpu_report(self, vcpu: VCpu, threads: dict[int, Waits]) -> dict[str, Any]:
+        numbers = vcpu.numbers()
+        told: dict[str, Any] = {
+            "name": vcpu.name,
+            "running": vcpu.running,
+            "standstill-ns": max(0, numbers.first_beat_ns - self._left_ns) if self._left_ns else None,
+            "first-bad": str(numbers.first_bad) if numbers.first_bad else None,
+            "faults": _waits(threads.get(numbers.thread)),
+            "stalls": _waits(numbers.stalls),
+        }
+        for name in "beats reads writes checks glances touches bad step first_beat_ns last_beat_ns".split():
+            told[name.replace("_", "-")] = getattr(numbers, name)
+        return told
+
+
+def _waits(waits: Waits | None) -> dict[str, int]:
+    found = waits or Waits(0, 0, 0, 0)
+    return {name.replace("_", "-"): value for name, value in asdict(found).items()}
+
+
+def _faults(numbers: ClientNumbers | None) -> dict[str, int]:
+    told = _waits(numbers.waits if numbers else None)
+    for name in "faults distinct found_nothing received_already requested_already waiting_now".split():
+        told[name.replace("_", "-")] = getattr(numbers, name) if numbers else 0
+    return told

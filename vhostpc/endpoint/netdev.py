@@ -1,0 +1,259 @@
+"""A virtio-net device of our own machine: its driver, a back-end, and traffic whose books must balance.
+
+The driver sends frames that name themselves; the far side of the back-end sends each of them back. A frame is on its
+way, or back, or lost. When the machine moves, frames that come back while nobody has a ring are dropped by the
+network: of the frames that were on their way just then, those that never come count as lost at the switch. One of
+any other time is a failure.
+
+Frames keep their order, so a frame that came says of all before it whether they still will.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from vhostpc.endpoint.backends import BackEnd
+from vhostpc.endpoint.sections import NET, name_of
+from vhostpc.errors import MemoryLost, StreamError
+from vhostpc.frontend import Driver, GuestRegion, RingLayout
+from vhostpc.memory.ramblock import RamSet
+from vhostpc.wire.elements import DeviceSection
+from vhostpc.wire.vhost_user import Feature
+
+log = logging.getLogger(__name__)
+
+RX, TX = 0, 1
+AREA = 4 << 20
+"""Bytes of guest memory for a device's rings and buffers: whole huge pages."""
+FRAME = 1400
+WINDOW = 64
+"""Frames on their way at most, so that no socket's buffer can overflow."""
+BATCH = 16
+TICK = 0.005  # seconds between two batches
+_SLOTS = 256
+_PAGE = 4096
+
+
+def layouts(start: int) -> list[RingLayout]:
+    """Both rings in the area from guest address ``start``; each buffer on a page of its own."""
+    rx = RingLayout.packed_at(start, _SLOTS, buffer_stride=_PAGE)
+    tx = RingLayout.packed_at(rx.end, _SLOTS, buffer_stride=_PAGE)
+    assert tx.end <= start + AREA
+    return [rx, tx]
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """Frames. ``sent`` = ``received`` + ``lost_at_switch`` + ``lost`` + ``flying``."""
+
+    sent: int
+    received: int
+    lost_at_switch: int
+    lost: int
+    """At any other time."""
+    flying: int
+    damaged: int
+    doubled: int
+
+
+class NetDevice:
+    """Device ``instance``: its area begins at guest address ``start``, in the first of ``regions``."""
+
+    def __init__(
+        self, instance: int, ram: RamSet, regions: Sequence[GuestRegion], start: int, backend: BackEnd
+    ) -> None:
+        self.instance = instance
+        self.backend = backend
+        self.problems: list[str] = []
+        self._ram, self._regions = ram, regions
+        self._layouts = layouts(start)
+        self._drivers: list[Driver] = []
+        self._bases = [0, 0]
+        self._scope: trio.CancelScope | None = None
+        self._idle = trio.Event()
+        self._idle.set()
+        # Numbers of the frames that were on their way at the last switch, and the losses of those before.
+        self._flying = (0, 0)
+        self._lost_before = 0
+
+    @property
+    def name(self) -> str:
+        return f"net{self.instance}"
+
+    # --- life
+
+    def make_drivers(self) -> list[Driver]:
+        """For the features that the back-end's driver has acknowledged. Those before are freed."""
+        self.close()
+        event_idx = bool(self.backend.features & Feature.EVENT_IDX)
+        for index, layout in enumerate(self._layouts):
+            self._drivers.append(
+                Driver(
+                    self._ram,
+                    self._regions,
+                    layout,
+                    receive=index == RX,
+                    header=self.backend.header,
+                    event_idx=event_idx,
+                    stream=self.instance,
+                )
+            )
+        return self._drivers
+
+    async def reset(self) -> None:
+        """A device that never ran: rings are empty."""
+        for driver in self.make_drivers():
+            await driver.reset()
+        self._bases = [0, 0]
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        """Start the back-end's rings and the traffic, which runs in ``nursery`` until :meth:`stop`."""
+        await self.backend.start(self._drivers, self._bases)
+        for driver in self._drivers:  # what waits in the rings since they were stopped
+            os.eventfd_write(driver.kick, 1)
+        self._idle = trio.Event()
+        self._scope = trio.CancelScope()
+        nursery.start_soon(self._traffic, self._scope, self._idle)
+
+    async def stop(self) -> None:
+        """Neither the driver nor the back-end writes guest memory when this returns. May wait for a page."""
+        if self._scope is None:
+            return
+        self._scope.cancel()
+        self._scope = None
+        await self._idle.wait()
+        bases = await self.backend.stop()
+        if bases is None:
+            # As QEMU does where the back-end is gone: go on behind what it has used.
+            bases = []
+            for driver in self._drivers:
+                waiting = await driver.look()
+                bases.append((driver.numbers().used_index + waiting) & 0xFFFF)
+        self._bases = bases
+
+    def close(self) -> None:
+        for driver in self._drivers:
+            driver.close()
+        self._drivers = []
+
+    # --- traffic
+
+    async def _traffic(self, scope: trio.CancelScope, idle: trio.Event) -> None:
+        rx, tx = self._drivers
+        try:
+            with scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(rx.run)
+                    while True:
+                        await tx.reap()
+                        room = WINDOW - self._in_flight()
+                        if room > 0:
+                            await tx.post(min(BATCH, room), FRAME)
+                        await trio.sleep(TICK)
+        except* (MemoryLost, OSError) as group:
+            self._problem(f"{self.name}: its driver stopped: {group.exceptions[0]}")
+        finally:
+            idle.set()
+
+    def _problem(self, text: str) -> None:
+        self.problems.append(text)
+        log.error("%s", text)
+
+    def _in_flight(self) -> int:
+        """Frames that are on their way; those of before the last switch are the network's business."""
+        rx, tx = self._drivers
+        return tx.numbers().posted - max(rx.numbers().received.next, self._flying[1])
+
+    def books(self) -> Books:
+        if not self._drivers:
+            return Books(0, 0, 0, 0, 0, 0, 0)
+        rx, tx = (driver.numbers() for driver in self._drivers)
+        came = rx.received
+        at_switch = self._lost_at_switch()
+        return Books(
+            sent=tx.posted,
+            received=came.frames,
+            lost_at_switch=at_switch,
+            lost=came.next - came.frames - at_switch,
+            flying=tx.posted - came.next,
+            damaged=came.bad + rx.bad_used + tx.bad_used,
+            doubled=came.duplicates,
+        )
+
+    def _lost_at_switch(self) -> int:
+        rx = self._drivers[RX]
+        first, end = self._flying
+        return self._lost_before + rx.unseen(first, min(end, rx.numbers().received.next))
+
+    # --- state
+
+    def save(self, number: int) -> DeviceSection:
+        """Of the stopped device; it may go on here afterwards."""
+        rx, tx = self._drivers
+        sent = tx.numbers().posted
+        return NET.pack(
+            number,
+            self.instance,
+            {
+                "features": self.backend.features,
+                "rx_base": self._bases[RX],
+                "tx_base": self._bases[TX],
+                "lost_at_switch": self._lost_at_switch(),
+                "flying_first": min(rx.numbers().received.next, sent),
+                "flying_end": sent,
+                "rx_driver": rx.save(),
+                "tx_driver": tx.save(),
+            },
+        )
+
+    async def load(self, section: DeviceSection) -> None:
+        """Raises StreamError. Reads the rings: may wait for a page."""
+        values = NET.unpack(section)
+        what = name_of(section)
+        if not self.backend.acknowledge(values["features"]):
+            raise StreamError(
+                f"{what}: the back-end {self.backend.name} does not offer all of the features {values['features']:#x}"
+            )
+        drivers = self.make_drivers()
+        for driver, key in zip(drivers, ("rx_driver", "tx_driver"), strict=True):
+            driver.load(values[key])
+        rx, tx = drivers
+        first, end = values["flying_first"], values["flying_end"]
+        if first > rx.numbers().received.next or first > end or end != tx.numbers().posted:
+            raise StreamError(f"{what}: frames {first} to {end} can not be those that were on their way")
+        self._flying = (first, end)
+        self._lost_before = values["lost_at_switch"]
+        self._bases = [values["rx_base"], values["tx_base"]]
+        for driver, base in zip(drivers, self._bases, strict=True):
+            self._check_base(what, driver.numbers().used_index, base, await self._look(what, driver))
+
+    @staticmethod
+    async def _look(what: str, driver: Driver) -> int:
+        try:
+            return await driver.look()
+        except OSError:
+            raise StreamError(
+                f"{what}: a ring in memory says that more was used than was available"
+            ) from None
+
+    @staticmethod
+    def _check_base(what: str, reaped: int, base: int, waiting: int) -> None:
+        if (base - reaped) & 0xFFFF > _SLOTS or (base - reaped) & 0xFFFF < waiting:
+            raise StreamError(
+                f"{what}: a ring goes on at {base}, and {waiting} entries behind {reaped} are used in memory"
+            )
+
+    def report(self) -> dict[str, Any]:
+        books = self.books()
+        return {
+            "name": self.name,
+            "backend": self.backend.path,
+            "works": self.backend.works,
+            **{key.replace("_", "-"): getattr(books, key) for key in Books.__dataclass_fields__},
+        }

@@ -1,0 +1,317 @@
+"""vCPUs: threads that read, check and rewrite RAM as a guest's processors do, and find whatever is wrong with it.
+
+Each target page of the areas says its number, its owner, its generation and the seed, and every word of it follows
+from these. Which generation each page must have follows from one number, the step, which moves with the machine's
+state: so at the destination a page that is stale, torn, doubled, lost or in another's place is found and named.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import trio
+
+from vhostpc._native import check, ffi, lib
+from vhostpc._native.entries import Thread
+from vhostpc._native.loop import run_loop
+from vhostpc.errors import StreamError
+from vhostpc.memory.ramblock import RamBlock, RamSet, touched
+from vhostpc.memory.waits import Waits, waits_of
+
+UNLIMITED = int(lib.VPC_RATE_UNLIMITED)
+STATE_VERSION = 1
+_HEAD = struct.Struct(">IIIQQQHH")
+_AREA = struct.Struct(">QQ")
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """``count`` target pages (4096 bytes each) of ``block`` from page ``first``."""
+
+    block: RamBlock
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class BadPage:
+    """A page that was not as expected: where, and what it says of itself."""
+
+    block: str
+    page: int
+    """Target page in the block."""
+    word: int
+    """First word of 8 bytes in it that is wrong."""
+    index: int
+    """Its number over all areas."""
+    generation: int
+    """The one it should have."""
+    found_index: int
+    found_generation: int
+    found_owner: int
+    found_seed: int
+
+    def __str__(self) -> str:
+        return (
+            f"page {self.page} of {self.block}: number {self.index} in generation {self.generation} expected, found "
+            f"number {self.found_index} in generation {self.found_generation} (first wrong word: {self.word})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class VCpuNumbers:
+    """What a vCPU did until now, in all its runs."""
+
+    beats: int
+    """Things done, all kinds together."""
+    reads: int
+    """Pages read, all kinds together."""
+    writes: int
+    """Own pages rewritten; each was checked before."""
+    checks: int
+    """Own pages compared word by word."""
+    glances: int
+    """Pages of the other vCPUs, of which one word was read."""
+    touches: int
+    """Pages of the touch areas, of which one byte was read."""
+    bad: int
+    first_bad: BadPage | None
+    step: int
+    first_beat_ns: int
+    """CLOCK_MONOTONIC at the end of the first beat of the last run; 0 before."""
+    last_beat_ns: int
+    """CLOCK_MONOTONIC at the end of the last beat; 0 before the first."""
+    thread: int
+    """Kernel thread id of the last run, as ``FaultService.threads`` knows it; 0 before the first."""
+    stalls: Waits
+    """The first touch of each page: waiting for it happens there."""
+
+
+class VCpu:
+    """vCPU ``index`` of ``count``; all of one machine have the same ``areas``, in the same order, and ``touch``.
+
+    ``touch`` are pages that belong to others (to devices): one byte of one of them is read now and then. Per
+    second ``writes`` own pages are rewritten and ``reads`` pages read, most of them own ones that are checked;
+    each may be 0 or UNLIMITED. After a stall what was missed is not made up for.
+
+    Use::
+
+        await vcpu.fill()                   # all of them, before any runs
+        await nursery.start(vcpu.run)
+        ...
+        await vcpu.stop()                   # no thread of it touches memory any more
+        state = vcpu.save()                 # ... at the destination: restore(state), run
+
+    Raises ValueError for areas with fewer pages than vCPUs. Close it before the RAM set.
+    """
+
+    def __init__(
+        self,
+        ram: RamSet,
+        areas: Sequence[Area],
+        index: int = 0,
+        count: int = 1,
+        *,
+        seed: int = 0,
+        touch: Sequence[Area] = (),
+        writes: int = 0,
+        reads: int = 0,
+    ) -> None:
+        self.ram = ram
+        self.areas, self.touch = tuple(areas), tuple(touch)
+        self.index, self.count = index, count
+        self._limiter = trio.CapacityLimiter(1)
+        self._ended: trio.Event | None = None
+        if not 0 <= index < count:
+            raise ValueError(f"there is no vCPU {index} of {count}")
+        self._handle = lib.vpc_vcpu_new(ram.handle, index, count)
+        if self._handle == ffi.NULL:
+            raise MemoryError("vCPU")
+        try:
+            for is_touch, listed in ((0, self.areas), (1, self.touch)):
+                for a in listed:
+                    rc = lib.vpc_vcpu_add_area(self._handle, a.block.index, a.first, a.count, is_touch)
+                    check(rc, f"pages {a.first} to {a.first + a.count} of {a.block.name}")
+            if self._set_state(seed, 0, 0) < 0:
+                raise ValueError(f"{count} vCPUs need at least a page of memory each")
+        except BaseException:
+            self.close()
+            raise
+        self.set_rates(writes, reads)
+
+    @property
+    def name(self) -> str:
+        return f"vCPU {self.index}"
+
+    @property
+    def running(self) -> bool:
+        return self._ended is not None
+
+    def set_rates(self, writes: int, reads: int) -> None:
+        """Pages a second that are rewritten and read; 0: none. Also while it runs."""
+        check(lib.vpc_vcpu_set_rates(self._handle, writes, reads), self.name)
+
+    async def fill(self) -> None:
+        """Write its own pages in generation 0. Raises OSError (EINVAL) when it has rewritten some already."""
+        await self._hop(lambda: lib.vpc_vcpu_fill(self._handle))
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run until :meth:`stop` or cancelled: one C call on a borrowed thread, which may wait for a page.
+
+        A page that is waited for holds up both. Raises MemoryLost when the RAM set is given up; nothing read
+        after that has counted.
+        """
+        handle = self._handle
+        rc = lib.vpc_vcpu_arm(handle) if self._ended is None else -errno.EBUSY
+        check(rc, f"{self.name} runs already")
+        ended = self._ended = trio.Event()
+        task_status.started()
+        try:
+            rc = await run_loop(
+                lambda: lib.vpc_vcpu_run(handle),
+                lambda: lib.vpc_vcpu_stop(handle),
+                self._limiter,
+                Thread.VCPU,
+            )
+        finally:
+            self._ended = None
+            ended.set()
+        touched(rc, self.name)
+
+    async def stop(self) -> None:
+        """No thread of it touches memory any more when this returns. Nothing happens if it does not run."""
+        if self._ended is not None:
+            lib.vpc_vcpu_stop(self._handle)
+            await self._ended.wait()
+
+    async def sweep(self) -> tuple[int, BadPage | None]:
+        """Check all its own pages, stopped: how many are bad, and the first. May wait for each of them."""
+        self._must_stand()
+        raw = ffi.new("struct vpc_vcpu_bad *")
+        bad = await self._hop(lambda: lib.vpc_vcpu_sweep(self._handle, raw))
+        return bad, self._bad_page(raw)
+
+    def numbers(self) -> VCpuNumbers:
+        raw = ffi.new("struct vpc_vcpu_stats *")
+        lib.vpc_vcpu_stats(self._handle, raw)
+        return VCpuNumbers(
+            beats=int(raw.beats),
+            reads=int(raw.reads),
+            writes=int(raw.writes),
+            checks=int(raw.checks),
+            glances=int(raw.glances),
+            touches=int(raw.touches),
+            bad=int(raw.bad),
+            first_bad=self._bad_page(raw.first_bad),
+            step=int(raw.step),
+            first_beat_ns=int(raw.first_beat_ns),
+            last_beat_ns=int(raw.last_beat_ns),
+            thread=int(raw.thread),
+            stalls=waits_of(raw.histogram, int(raw.longest_ns)),
+        )
+
+    # --- state
+
+    def save(self) -> bytes:
+        """What the destination needs to go on: version, place, seed, step, draws and areas, big-endian.
+
+        Raises ValueError while it runs.
+        """
+        self._must_stand()
+        raw = ffi.new("struct vpc_vcpu_state *")
+        check(lib.vpc_vcpu_state(self._handle, raw), self.name)
+        return self._head(int(raw.seed), int(raw.step), int(raw.draws)) + self._layout()
+
+    def restore(self, data: bytes) -> None:
+        """Go on where another vCPU was when it was saved. Raises StreamError, ValueError while it runs."""
+        self._must_stand()
+        version = int.from_bytes(data[:4], "big")
+        if len(data) >= 4 and version != STATE_VERSION:
+            raise StreamError(
+                f"the state of {self.name} has version {version}, only {STATE_VERSION} is known here"
+            )
+        if len(data) < _HEAD.size:
+            raise StreamError(f"the state of {self.name} ends after {len(data)} bytes")
+        _, index, count, seed, step, draws, _, _ = _HEAD.unpack_from(data)
+        if count != self.count:
+            raise StreamError(f"the machine that comes has {count} vCPUs, this one has {self.count}")
+        if index != self.index:
+            raise StreamError(f"the state of {self.name} is that of vCPU {index}")
+        expected = self._head(seed, step, draws) + self._layout()
+        if len(data) != len(expected):
+            raise StreamError(
+                f"the state of {self.name} has {len(data)} bytes, with the areas of this machine {len(expected)}"
+            )
+        if data != expected:
+            raise StreamError(
+                f"the vCPUs of the machine that comes work on other areas than {self.name} here"
+            )
+        if self._set_state(seed, step, draws) < 0:
+            raise StreamError(f"the state of {self.name} says step {step}, which nobody can have reached")
+
+    def _head(self, seed: int, step: int, draws: int) -> bytes:
+        sizes = len(self.areas), len(self.touch)
+        return _HEAD.pack(STATE_VERSION, self.index, self.count, seed, step, draws, *sizes)
+
+    def _layout(self) -> bytes:
+        parts = []
+        for a in self.areas + self.touch:
+            name = a.block.name.encode()
+            parts += [bytes([len(name)]), name, _AREA.pack(a.first, a.count)]
+        return b"".join(parts)
+
+    def _set_state(self, seed: int, step: int, draws: int) -> int:
+        raw = ffi.new("struct vpc_vcpu_state *", {"seed": seed, "step": step, "draws": draws})
+        return lib.vpc_vcpu_set_state(self._handle, raw)
+
+    # ---
+
+    def _must_stand(self) -> None:
+        if self.running:
+            raise ValueError(f"{self.name} runs: stop it first")
+
+    def _bad_page(self, raw: Any) -> BadPage | None:
+        if raw.block < 0:
+            return None
+        return BadPage(
+            block=self.ram.blocks[raw.block].name,
+            page=int(raw.page),
+            word=int(raw.word),
+            index=int(raw.index),
+            generation=int(raw.generation),
+            found_index=int(raw.found_index),
+            found_generation=int(raw.found_generation),
+            found_owner=int(raw.found_owner) & 0xFFFFFFFF,
+            found_seed=int(raw.found_seed),
+        )
+
+    async def _hop(self, call: Callable[[], int]) -> int:
+        rc = await trio.to_thread.run_sync(call, limiter=self._limiter, thread_name=Thread.VCPU)
+        return touched(rc, self.name)
+
+    def close(self) -> None:
+        """Free it. It may not be running."""
+        if self._handle is not None:
+            self._must_stand()
+            lib.vpc_vcpu_free(self._handle)
+            self._handle = None
+
+    def __enter__(self) -> VCpu:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+async def stop_all(cpus: Sequence[VCpu]) -> None:
+    """:meth:`VCpu.stop` of all, each told before the first is waited for."""
+    async with trio.open_nursery() as nursery:
+        for cpu in cpus:
+            nursery.start_soon(cpu.stop)

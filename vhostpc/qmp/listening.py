@@ -1,0 +1,52 @@
+"""A unix socket with any number of clients, up to a bound: what the monitors are served on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import trio
+
+from vhostpc.listener import bind
+
+CLIENTS = 64
+
+log = logging.getLogger(__name__)
+
+
+class SocketServer(ABC):
+    """``clients`` counts those connected; one beyond :data:`CLIENTS` is turned away."""
+
+    def __init__(self) -> None:
+        self.clients = 0
+
+    @abstractmethod
+    async def serve(self, client: trio.socket.SocketType) -> None:
+        """Serve one connected stream socket until it ends; closes it. Counts it in ``clients``."""
+
+    @contextlib.asynccontextmanager
+    async def listening(self, path: str | os.PathLike[str]) -> AsyncIterator[None]:
+        """Serve at a unix socket's path for the length of a block. The socket exists when it begins and is
+        removed when it ends. Raises VhostpcError if the path can not be had."""
+        listener = trio.socket.from_stdlib_socket(bind(path))
+        with listener:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._accept, listener, nursery)
+                    yield
+                    nursery.cancel_scope.cancel()
+            finally:
+                Path(path).unlink(missing_ok=True)
+
+    async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
+        while True:
+            client, _ = await listener.accept()
+            if self.clients >= CLIENTS:
+                log.warning("monitor: more than %d clients, one is turned away", CLIENTS)
+                client.close()
+            else:
+                nursery.start_soon(self.serve, client)
