@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import socket
 
+import trio
+
 from tests.sequences.stage import Stage, deaf, listening, relayed
 
 EVENTS = [{"capability": "events", "state": True}]
@@ -142,12 +144,27 @@ async def cancel_at_the_last_word(stage: Stage) -> None:
     await stage.prepare("return-path")
     await stage.listen()
     with listening(stage.folder / "between") as (uri, listener):
-        async with relayed(listener, stage.path, silent=True):
+        async with relayed(listener, stage.path, back=(back := trio.Event())):
             await stage.take("migrate", uri=uri)
             await stage.moving()
             await stage.fast()
             await stage.ended(stage.dst)
-            await stage.take("migrate_cancel")
+            if not await stage.take("migrate_cancel"):
+                back.set()
+            await stage.ended(stage.src)
+
+
+async def last_word_awaited(stage: Stage) -> None:
+    """As :func:`cancel_at_the_last_word`, but for the cancel."""
+    await stage.prepare("return-path")
+    await stage.listen()
+    with listening(stage.folder / "between") as (uri, listener):
+        async with relayed(listener, stage.path, back=(back := trio.Event())):
+            await stage.take("migrate", uri=uri)
+            await stage.moving()
+            await stage.fast()
+            await stage.ended(stage.dst)
+            back.set()
             await stage.ended(stage.src)
 
 
