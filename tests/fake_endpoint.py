@@ -21,6 +21,7 @@ class FakeEndpoint:
         self.events = Events(self.options)
         self.machine = Machine("destination" if incoming else "source", compat)
         self.run_state = "inmigrate" if incoming else "prelaunch"
+        self.has_listened = False
         self.calls: list[Any] = []
         self.ended = trio.Event()
         self.extra = MigrationInfo()
@@ -55,6 +56,7 @@ class FakeEndpoint:
 
     async def incoming(self, address: Address, *, exit_on_error: bool) -> None:
         self.calls.append(("incoming", address, exit_on_error))
+        self.has_listened = True
         self.move(Event.START)
 
     async def cancel(self) -> None:

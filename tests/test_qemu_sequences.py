@@ -12,6 +12,7 @@ import pytest
 from tests.qemu import peers
 from tests.sequences import plays
 from tests.sequences.cast import Cast, Play, Played, perform, plain
+from tests.sequences.stage import Stage, deaf
 from vhostpc.migration.options import Compat
 
 pytestmark = pytest.mark.qemu
@@ -31,7 +32,7 @@ EVERYWHERE: tuple[Play, ...] = (
     plays.postcopy_not_possible,
     plays.cancel_active,
     plays.cancel_active_with_postcopy_allowed,
-    plays.cancel_at_the_last_word,
+    plays.last_word_awaited,
     plays.cancel_in_postcopy,
     plays.cancel_nothing,
     plays.second_migrate,
@@ -49,6 +50,7 @@ SOURCE: tuple[Play, ...] = (
     plays.destination_dies,
     plays.destination_dies_with_return_path,
     plays.destination_dies_in_postcopy,
+    plays.cancel_paused_postcopy,
     plays.another_size,
     plays.another_size_with_return_path,
     plays.again_after_failure,
@@ -69,7 +71,11 @@ WHO = {
 }
 # The words of QEMU's error-desc that ours has, too.
 SAME_WORDS = {plays.nobody_listens, plays.no_socket_there, plays.nobody_listens_at_tcp}
-ONLY_10 = {plays.another_size_outlived}  # 7.2 has no exit-on-error
+ONLY_10 = {
+    plays.another_size_outlived,  # 7.2 has no exit-on-error
+    plays.cancel_in_postcopy,  # 7.2 takes it, and the guest is lost: see below
+    plays.cancel_paused_postcopy,
+}
 
 _seen: dict[tuple[Play, Cast, Compat], Played] = {}
 
@@ -100,8 +106,11 @@ async def test_as_a_pair_of_qemus(compat: Compat, play: Play, cast: Cast) -> Non
     ours = await perform(play, cast, compat, small=_small(play))
     assert plain(ours.src.events) == plain(theirs.src.events)
     assert plain(ours.dst.events) == plain(theirs.dst.events)
-    assert ours.src.answers == theirs.src.answers
-    assert ours.dst.answers == theirs.dst.answers
+    for mine, model in ((ours.src, theirs.src), (ours.dst, theirs.dst)):
+        assert len(mine.answers) == len(model.answers)
+        for answer, wanted in zip(mine.answers, model.answers, strict=True):
+            # Ours may go on where QEMU's sentence ends.
+            assert answer == wanted or answer.startswith(f"{wanted}: ")
     assert ours.src_fields == theirs.src_fields
     assert ours.dst_fields == theirs.dst_fields
     if play in SAME_WORDS:
@@ -120,6 +129,45 @@ async def test_a_held_machine_does_not_run(compat: Compat) -> None:
         assert "RESUME" not in played.dst.events
         assert played.dst.events[-1] == "[paused/completed]"
         assert played.src.events[-1] == "[postmigrate/completed]"
+
+
+async def test_postcopy_is_not_cancelled() -> None:
+    """QEMU 7.2 lets it be, and nobody has the guest then. Ours refuses as 10.0 does, and the move goes on."""
+    theirs = await _of_qemus(plays.cancel_in_postcopy, FROM_OURS, "7.2")
+    assert theirs.src.events[-1] == "[postmigrate/cancelled]"
+    assert theirs.dst.events[-1] == "[running/postcopy-paused]"
+    ours = await perform(plays.cancel_in_postcopy, FROM_OURS, "7.2")
+    assert "Postcopy migration in progress, cannot cancel." in ours.src.answers[-1]
+    assert ours.src.events[-1] == "[postmigrate/completed]"
+    assert ours.dst.events[-1] == "[running/completed]"
+
+
+@pytest.mark.parametrize("compat", peers.VERSIONS)
+async def test_what_has_arrived_is_not_cancelled(compat: Compat) -> None:
+    """QEMU lets the machine run at both ends then. Ours does not, as long as it does not know what became of it."""
+    cast = Cast()
+    theirs = await _of_qemus(plays.cancel_at_the_last_word, cast, compat)
+    assert (theirs.src.events[-1], theirs.dst.events[-1]) == ("[running/cancelled]", "[running/completed]")
+    ours = await perform(plays.cancel_at_the_last_word, FROM_OURS, compat)
+    assert "cannot cancel" in ours.src.answers[-1]
+    assert ours.src.events[-1] == "[postmigrate/completed]"
+    assert ours.dst.events[-1] == "[paused/completed]"
+
+
+@pytest.mark.parametrize("compat", peers.VERSIONS)
+async def test_a_cancel_waits_for_no_connection(compat: Compat) -> None:
+    """(QEMU 7.2 does.) The attempt still stands when the migration is cancelled."""
+
+    async def play(stage: Stage) -> None:
+        await stage.prepare()
+        with deaf(stage.folder, "unix") as (uri, _):
+            await stage.take("migrate", uri=uri)
+            await stage.src.until_status("setup")
+            await stage.take("migrate_cancel")
+            await stage.ended(stage.src)
+
+    played = await perform(play, FROM_OURS, compat)
+    assert played.src.events == ("setup", "cancelling", "cancelled", "[paused/cancelled]")
 
 
 # --- the comparison itself

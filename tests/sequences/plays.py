@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import socket
 
-from tests.sequences.stage import Stage, deaf, relayed
+import trio
+
+from tests.sequences.stage import Stage, deaf, listening, relayed
 
 EVENTS = [{"capability": "events", "state": True}]
 
@@ -109,7 +111,7 @@ async def _cancel_in_setup(stage: Stage, family: str) -> None:
         await stage.src.until_status("setup")
         await stage.look()
         await stage.take("migrate_cancel")
-        await stage.look()
+        # 7.2 waits for the end of its attempt.
     await stage.ended(stage.src)
 
 
@@ -141,15 +143,28 @@ async def cancel_at_the_last_word(stage: Stage) -> None:
     """The destination has all; that it says so has not come. (10.0: status device.)"""
     await stage.prepare("return-path")
     await stage.listen()
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"{stage.folder}/between")
-        listener.listen(1)
-        async with relayed(listener, stage.path, silent=True):
-            await stage.take("migrate", uri=f"unix:{stage.folder}/between")
+    with listening(stage.folder / "between") as (uri, listener):
+        async with relayed(listener, stage.path, back=(back := trio.Event())):
+            await stage.take("migrate", uri=uri)
             await stage.moving()
             await stage.fast()
             await stage.ended(stage.dst)
-            await stage.take("migrate_cancel")
+            if not await stage.take("migrate_cancel"):
+                back.set()
+            await stage.ended(stage.src)
+
+
+async def last_word_awaited(stage: Stage) -> None:
+    """As :func:`cancel_at_the_last_word`, but for the cancel."""
+    await stage.prepare("return-path")
+    await stage.listen()
+    with listening(stage.folder / "between") as (uri, listener):
+        async with relayed(listener, stage.path, back=(back := trio.Event())):
+            await stage.take("migrate", uri=uri)
+            await stage.moving()
+            await stage.fast()
+            await stage.ended(stage.dst)
+            back.set()
             await stage.ended(stage.src)
 
 
@@ -223,6 +238,13 @@ async def destination_dies_in_postcopy(stage: Stage) -> None:
     await stage.take("migrate", uri=stage.uri)
     await stage.take("migrate-set-capabilities", capabilities=EVENTS)
     await stage.look()
+
+
+async def cancel_paused_postcopy(stage: Stage) -> None:
+    await stage.flowing("postcopy-ram")
+    await stage.switch()
+    await stage.kill(stage.dst)
+    await stage.ended(stage.src)
     await stage.take("migrate_cancel")
     await stage.look()
 
@@ -238,9 +260,6 @@ async def source_dies_in_postcopy(stage: Stage) -> None:
     await stage.switch()
     await stage.kill(stage.src)
     await stage.ended(stage.dst)
-    await stage.take("migrate_cancel", stage.dst)
-    await stage.take("migrate", stage.dst, uri=stage.uri)
-    await stage.look()
 
 
 async def another_size(stage: Stage) -> None:
@@ -263,7 +282,6 @@ async def another_size_outlived(stage: Stage) -> None:
     await stage.take("migrate", uri=stage.uri)
     await stage.ended()
     await stage.take("migrate-incoming", stage.dst, uri=stage.uri)
-    await stage.take("migrate", stage.dst, uri=stage.uri)
     await stage.take("migrate_cancel", stage.dst)
     await stage.look()
 
@@ -295,12 +313,13 @@ async def again_after_failure(stage: Stage) -> None:
 
 
 async def again_after_cancel(stage: Stage) -> None:
+    """It was cancelled while it was sent to one who reads nothing."""
     await stage.prepare("postcopy-ram")
-    with deaf(stage.folder, "unix") as (uri, _):
+    with listening(stage.folder / "mute") as (uri, _):
         await stage.take("migrate", uri=uri)
-        await stage.src.until_status("setup")
+        await stage.src.until_status("active")
         await stage.take("migrate_cancel")
-    await stage.ended(stage.src)
+        await stage.ended(stage.src)
     await stage.listen()
     await stage.take("migrate", uri=stage.uri)
     await stage.moving()

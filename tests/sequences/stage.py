@@ -108,15 +108,24 @@ class Stage:
         return await (node or self.src).take(name, **arguments)
 
     async def given_up(self) -> None:
-        """The destination has failed, which QEMU's process does not outlive: what it does then is not told."""
+        """The destination has failed and its process has ended for that."""
         await self.dst.until_status("failed")
-        self.dst.over = True
+        await self.dst.ended()
 
     async def kill(self, node: Node) -> None:
         node.over = True
         node.process.popen.kill()
         await node.process.wait()
         await until(lambda: node.qmp.closed)
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[tuple[str, socket.socket]]:
+    """An address at which who connects finds a listener, which does nothing by itself."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        yield f"unix:{path}", listener
 
 
 @contextlib.contextmanager
@@ -138,22 +147,26 @@ async def _pump(here: trio.SocketStream, there: trio.SocketStream) -> None:
         await there.send_eof()
 
 
-async def _relay(listener: socket.socket, target: Path, silent: bool) -> None:
+async def _relay(listener: socket.socket, target: Path, back: trio.Event) -> None:
     listener.setblocking(False)
     stream, _ = await trio.socket.from_stdlib_socket(listener).accept()
     async with trio.SocketStream(stream) as source, await trio.open_unix_socket(target) as there:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_pump, source, there)
-            if silent:
-                await trio.sleep_forever()
+            await back.wait()
             nursery.start_soon(_pump, there, source)
 
 
 @contextlib.asynccontextmanager
-async def relayed(listener: socket.socket, target: Path, *, silent: bool = False) -> AsyncIterator[None]:
-    """Lead the next client of ``listener`` to ``target``; ``silent``: nothing comes back, not even the end."""
+async def relayed(
+    listener: socket.socket, target: Path, *, back: trio.Event | None = None
+) -> AsyncIterator[None]:
+    """Lead the next client of ``listener`` to ``target``. Before ``back`` nothing comes back, not even the end."""
+    if back is None:
+        back = trio.Event()
+        back.set()
     with unwrapped():
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_relay, listener, target, silent)
+            nursery.start_soon(_relay, listener, target, back)
             yield
             nursery.cancel_scope.cancel()

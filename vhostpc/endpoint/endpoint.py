@@ -85,6 +85,7 @@ class Endpoint:
         # As a destination.
         self._incoming: Incoming | None = None
         self._addresses: list[dict[str, Any]] = []
+        self.has_listened = False
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until :meth:`quit`. Whatever is under way then is broken off."""
@@ -107,12 +108,13 @@ class Endpoint:
 
     def info(self) -> MigrationInfo:
         status, old = self.status, self.options.compat == "7.2"
-        if self._state.side == "destination":
+        came = self._state.side == "destination"
+        # Why a postcopy is paused is told by the source of 10.0 only; the log has it always.
+        error = self._error_desc if status is Status.FAILED or not (old or came) else None
+        if came:
             told = self._addresses if old or status in BUSY else []
-            return MigrationInfo(status, error_desc=self._error_desc, socket_address=told)
-        told_always = MigrationInfo(
-            status, error_desc=self._error_desc, blocked_reasons=[*self.machine.blocked()]
-        )
+            return MigrationInfo(status, error_desc=error, socket_address=told)
+        told_always = MigrationInfo(status, error_desc=error, blocked_reasons=[*self.machine.blocked()])
         outgoing = self._outgoing
         if outgoing is None or status in _WITHOUT_NUMBERS:
             return told_always
@@ -305,8 +307,8 @@ class Endpoint:
 
     def parameters_changed(self) -> None:
         """What is under way takes its new limits."""
-        if self._outgoing is not None and self.status is Status.POSTCOPY_ACTIVE:
-            self._outgoing.set_postcopy_rate()
+        if self._outgoing is not None and self.status in (Status.ACTIVE, Status.POSTCOPY_ACTIVE):
+            self._outgoing.limits_changed()
 
     async def stop_to_send(self) -> None:
         """The source's last look is over: the machine stands still until the end."""
@@ -331,6 +333,7 @@ class Endpoint:
                     self.moved(Event.START)
                     if self.options.compat == "7.2":  # told in any case there, while the status stays none
                         self._events.emit("MIGRATION", {"status": str(Status.SETUP)})
+                    self.has_listened = True
                     task_status.started()
                     begun = True  # from here on the status says what becomes of it
                     channel = await stack.enter_async_context(await listener.accept())

@@ -21,6 +21,7 @@ from vhostpc.errors import ChannelLost, MigrationRefused
 from vhostpc.migration import ends
 from vhostpc.migration.uri import Address, Exec, Fd, File, Tcp, Unix
 
+FULL = 0.02  # seconds between two attempts at a unix socket whose queue is full
 UNIX_PATH = 107
 """Bytes of the longest path of a unix socket."""
 
@@ -326,12 +327,19 @@ async def _connect_unix(address: Unix) -> Channel:
     name = _unix_name(address)
     with ExitStack() as unless_connected:
         try:
-            sock = unless_connected.enter_context(trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            await sock.connect(name)
+            sock = unless_connected.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            sock.setblocking(False)
+            await trio.lowlevel.checkpoint()
+            # EAGAIN: too many wait to be let in there already. That this is over is told by nothing but an attempt
+            # (trio's own connect would take the socket, which is writable, for connected).
+            while code := sock.connect_ex(name):
+                if code != errno.EAGAIN:
+                    raise OSError(code, os.strerror(code))
+                await trio.sleep(FULL)
         except OSError as e:
             raise ChannelLost(f"Failed to connect to '{address.path}': {_why(e)}") from None
         unless_connected.pop_all()
-        return Channel(trio.SocketStream(sock))
+        return Channel(trio.SocketStream(trio.socket.from_stdlib_socket(sock)))
 
 
 def _listen_unix(listener: Listener, address: Unix) -> None:

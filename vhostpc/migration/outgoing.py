@@ -379,10 +379,10 @@ class Outgoing:
 
     # --- both
 
-    def set_postcopy_rate(self) -> None:
-        """``max-postcopy-bandwidth`` was changed."""
-        if self._package_begun:
-            self.source.set_rate(self.options["max-postcopy-bandwidth"] or UNLIMITED)
+    def limits_changed(self) -> None:
+        """``max-bandwidth`` or ``max-postcopy-bandwidth`` was changed: the new one holds at once."""
+        name = "max-postcopy-bandwidth" if self._package_begun else "max-bandwidth"
+        self.source.set_rate(self.options[name] or UNLIMITED)
 
     def _failed(self, ended: Ended) -> Exception:
         numbers = self.source.numbers()

@@ -167,15 +167,11 @@ async def _migrate(session: Session, arguments: dict[str, Any]) -> Any:
 
 async def _incoming(session: Session, arguments: dict[str, Any]) -> Any:
     endpoint = session.endpoint
+    if endpoint.has_listened:
+        raise QmpError("The incoming migration has already been started")
     if endpoint.run_state != "inmigrate":
         raise QmpError("'-incoming' was not specified on the command line")
     address = _address(session, arguments, incoming=True)
-    info = endpoint.info()
-    if session.compat == "7.2":
-        if info.status is not Status.NONE or info.socket_address:
-            raise QmpError("The incoming migration has already been started")
-    elif info.status is not Status.NONE:
-        raise QmpError(f"Illegal migration incoming state: {info.status}")
     endpoint.options.check_start()
     stays = not arguments.get("exit-on-error", True)
     await endpoint.incoming(_with_descriptor(session, address, incoming=True), exit_on_error=not stays)
@@ -204,10 +200,9 @@ async def _set_capabilities(session: Session, arguments: dict[str, Any]) -> Any:
     changes = [(item["capability"], item["state"]) for item in arguments["capabilities"]]
     status = session.endpoint.info().status
     comes = session.endpoint.run_state == "inmigrate"
-    waits = comes and status in (Status.NONE, Status.SETUP)
     if comes and ("postcopy-ram", True) in changes and (why := session.endpoint.postcopy_refusal()):
         raise QmpError(why)
-    session.endpoint.options.set_capabilities(changes, busy=status in BUSY and not waits)
+    session.endpoint.options.set_capabilities(changes, busy=status in BUSY and not comes)
     return {}
 
 

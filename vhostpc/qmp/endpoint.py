@@ -26,6 +26,11 @@ class Endpoint(Protocol):
         ``postmigrate``, ``shutdown``."""
         ...
 
+    @property
+    def has_listened(self) -> bool:
+        """Whether it has listened for a machine, which it does once."""
+        ...
+
     def info(self) -> MigrationInfo: ...
 
     def report(self) -> dict[str, Any]:
