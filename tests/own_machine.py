@@ -21,7 +21,7 @@ from vhostpc.frontend import FarSide
 
 WAIT = 60.0
 STEP = 0.02  # seconds between two looks
-MIB = 1 << 20
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class End:
@@ -61,15 +61,20 @@ class End:
     async def state(self) -> str:
         return str((await self.qmp.command("query-status"))["status"])
 
-    async def until_works(self, frames: int = 200, checks: int = 500) -> dict[str, Any]:
-        """Until so many more frames came back on each device, and each vCPU read so many more pages."""
+    async def until_works(
+        self, frames: int = 200, checks: int = 500, *, without: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Until so many more frames came back on each device, and each vCPU read so many more pages.
+
+        ``without``: names of devices that need not work.
+        """
         first = await self.report()
         with trio.fail_after(WAIT):
             while True:
                 now = await self.report()
-                assert not now["problems"], now["problems"]
+                assert without or not now["problems"], now["problems"]
                 if all(
-                    b["received"] >= a["received"] + frames
+                    b["received"] >= a["received"] + frames or b["name"] in without
                     for a, b in zip(first["devices"], now["devices"], strict=True)
                 ) and all(
                     b["reads"] >= a["reads"] + checks
@@ -78,8 +83,8 @@ class End:
                     return now
                 await trio.sleep(STEP)
 
-    def held(self) -> dict[str, int]:
-        """Descriptors (userfaultfds by themselves), maps of memfds and threads of the process."""
+    def held(self) -> dict[str, Any]:
+        """Descriptors (userfaultfds by themselves), maps of memfds and names of threads of the process."""
         folder = Path(f"/proc/{self.process.pid}")
         targets = []
         for fd in (folder / "fd").iterdir():
@@ -88,6 +93,7 @@ class End:
         return {
             "fds": len(targets),
             "ufds": sum("userfaultfd" in target for target in targets),
+            "threads": {(task / "comm").read_text().strip() for task in (folder / "task").iterdir()},
             "maps": sum("memfd:" in line for line in (folder / "maps").read_text().splitlines()),
         }
 
@@ -124,10 +130,19 @@ async def far_side() -> AsyncIterator[Address]:
 
 
 @contextlib.asynccontextmanager
-async def bridge(path: Path, far: Address) -> AsyncIterator[Child]:
-    argv = [sys.executable, "-m", "vhostpc.cli.demo_bridge", str(path), far[0], str(far[1])]
-    async with child(path.stem, argv) as process:
-        await process.out.find("ready")
+async def bridge(path: Path, far: Address, *, hide: str = "") -> AsyncIterator[Child]:
+    """A bridge to the far side; ``hide``: a protocol feature that it does not offer."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    argv = [sys.executable, "examples/bridge", "--socket-path", str(path)]
+    argv += ["-l", f"127.0.0.1:{port}", "-r", f"{far[0]}:{far[1]}"]
+    argv += ["--hide-protocol-feature", hide] if hide else []
+    async with child(path.stem, argv, cwd=str(ROOT)) as process:
+        with trio.fail_after(WAIT):
+            while not path.is_socket():
+                assert process.alive, process.tail()
+                await trio.sleep(STEP)
         yield process
 
 
@@ -141,17 +156,26 @@ async def pair(
     source: Sequence[str] = (),
     destination: Sequence[str] = (),
     both: Sequence[str] = (),
+    other: dict[str, Any] | None = None,
 ) -> AsyncIterator[tuple[End, End]]:
-    """A source that runs and a destination that waits, each with bridges of its own."""
-    machine = [part for block in ram for part in ("--ram", block)] + ["--vcpus", str(vcpus), *both]
+    """A source that runs and a destination that waits, each with bridges of its own.
+
+    ``other``: ``ram``, ``vcpus`` or ``devices`` of the destination where they are not the source's.
+    """
+    machine = {"ram": ram, "vcpus": vcpus, "devices": devices}
     async with contextlib.AsyncExitStack() as stack:
         far = await stack.enter_async_context(far_side())
         ends: list[End] = []
-        for name, more in (("source", source), ("destination", (*destination, "--incoming", "defer"))):
-            paths = [folder / f"{name}-bridge{i}" for i in range(devices)]
+        for name, more, made_of in (
+            ("source", source, machine),
+            ("destination", (*destination, "--incoming", "defer"), {**machine, **(other or {})}),
+        ):
+            paths = [folder / f"{name}-bridge{i}" for i in range(made_of["devices"])]
             bridges = [await stack.enter_async_context(bridge(path, far)) for path in paths]
             sockets = [part for path in paths for part in ("--backend", str(path))]
-            made = await stack.enter_async_context(end(name, folder, *machine, *sockets, *more))
+            blocks = [part for block in made_of["ram"] for part in ("--ram", block)]
+            arguments = (*blocks, "--vcpus", str(made_of["vcpus"]), *sockets, *both, *more)
+            made = await stack.enter_async_context(end(name, folder, *arguments))
             made.bridges = bridges
             ends.append(made)
         yield ends[0], ends[1]
@@ -163,13 +187,15 @@ async def migrate(source: End, destination: End, folder: Path) -> None:
     await source.qmp.command("migrate", uri=uri)
 
 
-def check(report: dict[str, Any], *, moves: int = 1) -> None:
-    """Memory and books of a machine are as they should be."""
-    assert report["problems"] == []
+def check(report: dict[str, Any], *, moves: int = 1, without: Sequence[str] = ()) -> None:
+    """Memory and books of a machine are as they should be, but for devices whose back-end is gone."""
+    assert without or report["problems"] == []
     for vcpu in report["vcpus"]:
         assert vcpu["bad"] == 0, vcpu
     for device in report["devices"]:
-        assert device["works"]
         assert device["sent"] == sum(device[k] for k in ("received", "lost-at-switch", "lost", "flying"))
+        if device["name"] in without:
+            continue
+        assert device["works"]
         assert (device["lost"], device["damaged"], device["doubled"]) == (0, 0, 0), device
         assert device["lost-at-switch"] <= 64 * moves, device

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from tests.hugepages import hugepages
-from tests.own_machine import STEP, WAIT, End, check, migrate, pair
+from tests.own_machine import STEP, WAIT, End, bridge, check, end, far_side, migrate, pair
+from tests.qemu.qmp import QmpError
 
-SLOW = {"max_postcopy_bandwidth": 24 << 20}
+MIB = 1 << 20
+SLOW = {"max_bandwidth": 8 * MIB, "max_postcopy_bandwidth": 24 * MIB}
 
 
-async def arrived(source: End, destination: End) -> None:
-    """The move is over: the machine works there, all came once, and nothing of the move is left."""
-    await source.until_status("completed", not_these=("failed", "cancelled"))
+async def arrived(source: End, destination: End, *, left: Sequence[str] = ()) -> dict[str, Any]:
+    """The move is over, the machine works there, nothing of the move is left; its report.
+
+    ``left``: names of devices whose back-end did not live through it.
+    """
+    sent = await source.until_status("completed", not_these=("failed", "cancelled"))
     await destination.until_status("completed", not_these=("failed",))
     assert await source.state() == "postmigrate"
     assert await destination.state() == "running"
-    there, here = await source.report(), await destination.until_works()
+    there = await source.report()
+    here = await destination.until_works(without=left)
     check(there)
-    check(here)
+    check(here, without=left)
     assert not there["running"]
     assert here["running"]
     assert here["came"]["already"] == 0
@@ -29,39 +39,304 @@ async def arrived(source: End, destination: End) -> None:
         assert b["step"] > a["step"]
     for device in here["devices"]:
         assert device["faults"]["waiting-now"] == device["faults"]["found-nothing"] == 0
-    assert destination.held()["ufds"] == source.held()["ufds"] == 0
+    for one in (source, destination):
+        held = one.held()
+        assert held["ufds"] == 0
+        assert not held["threads"] & {"vpc-fault", "vpc-load", "vpc-source", "vpc-dirty"}
+    assert (await source.report()) == there  # a stopped machine does nothing
+    assert sent["status"] == "completed"
+    return here
 
 
-async def test_precopy(tmp_path: Path) -> None:
-    async with pair(tmp_path) as (source, destination):
+async def moved(folder: Path, *, when: str, **machine: Any) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Move one; the destination's report, the source's last look, and how many host pages postcopy had to bring."""
+    async with pair(folder, **machine) as (source, destination):
         await source.until_works()
-        await source.set("events")
+        postcopy = when != "never"
+        if postcopy:
+            await source.set("postcopy-ram", **SLOW)
+            await destination.set("postcopy-ram")
+        await migrate(source, destination, folder)
+        if when == "in the middle":
+            with trio.fail_after(WAIT):
+                while (await source.migration()).get("ram", {}).get("transferred", 0) < 4 * MIB:
+                    await trio.sleep(STEP)
+        if when == "at the end":
+            await source.set(max_bandwidth=0)
+            await source.until_status("completed")
+        if postcopy:
+            await source.qmp.command("migrate-start-postcopy")
+        here = await arrived(source, destination)
+        to_come = 0
+        if when in ("at once", "in the middle"):
+            to_come = int((await destination.process.err.find(r"(\d+) host pages to come"))[1])
+        return here, await source.migration(), to_come
+
+
+@pytest.mark.parametrize("vcpus", [1, 4])
+async def test_precopy(vcpus: int, tmp_path: Path) -> None:
+    await moved(tmp_path, when="never", vcpus=vcpus)
+
+
+@pytest.mark.parametrize("page", ["4K", "2M"])
+@pytest.mark.parametrize("when", ["at once", "in the middle", "at the end"])
+async def test_postcopy(when: str, page: str, tmp_path: Path) -> None:
+    """Two back-ends and two vCPUs fault on the same pages."""
+    with hugepages(128 if page == "2M" else 0):
+        here, sent, to_come = await moved(
+            tmp_path, when=when, ram=[f"pc.ram=64M,page={page}"], vcpus=2, devices=2
+        )
+    if when == "at the end":
+        assert sent["ram"]["postcopy-requests"] == 0
+        return
+    assert here["came"]["placed"] == to_come  # each page once
+    assert 0 < sent["ram"]["postcopy-requests"] <= to_come
+    assert sum(vcpu["faults"]["count"] for vcpu in here["vcpus"])
+    if page == "4K":  # of huge pages a device has two, and the load of its state needs one
+        assert all(device["faults"]["faults"] for device in here["devices"])
+
+
+@pytest.mark.parametrize("way", ["wp-async", "wp-sync"])
+async def test_blocks_of_all_kinds_and_either_tracking(way: str, tmp_path: Path) -> None:
+    ram = ["low=16M", "huge=32M,page=2M", "high=8M"]
+    with hugepages(64):
+        here, _, _ = await moved(
+            tmp_path, when="in the middle", ram=ram, vcpus=3, both=["--dirty-tracking", way]
+        )
+    assert [block["name"] for block in here["blocks"]] == ["low", "huge", "high"]
+
+
+async def test_a_load_that_needs_a_page_gets_it(tmp_path: Path) -> None:
+    """Nothing but what is asked for comes: so what came before the machine ran was asked for by the load."""
+    async with pair(tmp_path, devices=2) as (source, destination):
+        await source.until_works()
+        await source.set("postcopy-ram", max_bandwidth=8 * MIB, max_postcopy_bandwidth=1)
+        await destination.set("postcopy-ram")
+        await migrate(source, destination, tmp_path)
+        await source.qmp.command("migrate-start-postcopy")
+        to_come = int((await destination.process.err.find(r"(\d+) host pages to come"))[1])
+        missing = int((await destination.process.err.find(r"may run here, (\d+) host pages"))[1])
+        assert to_come - missing >= 4  # both rings of both devices
+        await destination.until_works(frames=50, checks=50)
+        await source.set(max_postcopy_bandwidth=0)
+        await arrived(source, destination)
+
+
+async def test_precopy_that_does_not_converge(tmp_path: Path) -> None:
+    """Dirtied faster than the link is: it goes on until postcopy is asked for."""
+    writes = ["--vcpu-writes", "100000"]
+    async with pair(tmp_path, vcpus=2, source=writes) as (source, destination):
+        await source.until_works()
+        await source.set("postcopy-ram", max_bandwidth=32 * MIB, downtime_limit=1)
+        await destination.set("postcopy-ram")
+        await migrate(source, destination, tmp_path)
+        with trio.fail_after(WAIT):
+            while (await source.migration()).get("ram", {}).get("dirty-sync-count", 0) < 4:
+                await trio.sleep(STEP)
+        found = await source.migration()
+        assert found["status"] == "active"
+        assert found["ram"]["dirty-pages-rate"] > 0
+        await source.qmp.command("migrate-start-postcopy")
+        await arrived(source, destination)
+
+
+async def test_by_itself(tmp_path: Path) -> None:
+    more = ["--vcpu-writes", "100000", "--postcopy-after-passes", "2"]
+    async with pair(tmp_path, source=more) as (source, destination):
+        await source.set("postcopy-ram", max_bandwidth=64 * MIB, downtime_limit=1)
+        await destination.set("postcopy-ram")
         await migrate(source, destination, tmp_path)
         await arrived(source, destination)
 
 
-@pytest.mark.parametrize("page", ["4K", "2M"])
-@pytest.mark.parametrize("when", ["at once", "in the middle"])
-async def test_postcopy(when: str, page: str, tmp_path: Path) -> None:
-    with hugepages(128 if page == "2M" else 0):
-        async with pair(tmp_path, ram=[f"pc.ram=64M,page={page}"], vcpus=2, devices=2) as (
-            source,
-            destination,
-        ):
-            await source.until_works()
-            await source.set("postcopy-ram", max_bandwidth=8 << 20, **SLOW)
-            await destination.set("postcopy-ram")
-            await migrate(source, destination, tmp_path)
-            if when == "in the middle":
-                with trio.fail_after(WAIT):
-                    while (await source.migration()).get("ram", {}).get("transferred", 0) < 4 << 20:
-                        await trio.sleep(STEP)
+async def test_cancelled_it_runs_on_and_can_go_later(tmp_path: Path) -> None:
+    async with pair(tmp_path) as (source, destination):
+        before = source.held()
+        await source.until_works()
+        await source.set("events", max_bandwidth=4 * MIB)
+        uri = f"unix:{tmp_path / 'migration'}"
+        await destination.qmp.command("migrate-incoming", uri=uri, exit_on_error=False)
+        await source.qmp.command("migrate", uri=uri)
+        await source.until_status("active")
+        await source.until_works()
+        await source.qmp.command("migrate_cancel")
+        await source.until_status("cancelled")
+        check(await source.until_works())
+        assert await source.state() == "running"
+        held = source.held()
+        assert (held["fds"], held["ufds"], held["maps"]) == (before["fds"], 0, before["maps"])
+        await destination.until_status("failed")
+        await destination.qmp.command("quit")
+        assert await destination.process.wait() == 0
+        machine = ["--ram", "pc.ram=64M", "--backend", str(tmp_path / "destination-bridge0")]
+        async with end("another", tmp_path, *machine, "--incoming", "defer") as another:
+            await source.set(max_bandwidth=0)
+            await migrate(source, another, tmp_path)
+            await arrived(source, another)
+
+
+@pytest.mark.parametrize("capability", ["return-path", "postcopy-ram"])
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"ram": ["other=64M"]}, "RAM block 'pc.ram' comes, and there is none of that name here"),
+        ({"ram": ["pc.ram=64M", "more=4M"]}, "RAM block 'more' of this machine does not come"),
+        ({"ram": ["pc.ram=32M"]}, "Size mismatch: pc.ram: 0x4000000 != 0x2000000"),
+        ({"vcpus": 2}, "the machine that comes has 1 vCPUs, this one has 2"),
+        ({"devices": 2}, "the machine that comes has 1 network devices, this one has 2"),
+        ({"devices": 0}, "the machine that comes has 1 network devices, this one has 0"),
+    ],
+)
+async def test_machines_that_do_not_match(
+    more: dict[str, Any], why: str, capability: str, tmp_path: Path
+) -> None:
+    """Refused with one sentence before it runs there; the source runs on."""
+    async with pair(tmp_path, other=more) as (source, destination):
+        await source.set(capability)
+        await destination.set(capability)
+        uri = f"unix:{tmp_path / 'migration'}"
+        await destination.qmp.command("migrate-incoming", uri=uri, exit_on_error=False)
+        await source.qmp.command("migrate", uri=uri)
+        if capability == "postcopy-ram":
             await source.qmp.command("migrate-start-postcopy")
-            await arrived(source, destination)
-            here = await destination.report()
-            if page == "4K":  # of huge pages a device has two, and the load of its state needs one
-                assert all(device["faults"]["faults"] for device in here["devices"])
-            assert sum(vcpu["faults"]["count"] for vcpu in here["vcpus"])
-            sent = (await source.migration())["ram"]
-            assert sent["postcopy-requests"] > 0
-            assert here["came"]["placed"] <= here["blocks"][0]["received"]
+        found = await destination.until_status("failed", not_these=("completed",))
+        assert found["error-desc"] == why
+        await source.until_status("failed", not_these=("completed", "postcopy-paused"))
+        check(await source.until_works())
+        assert not (await destination.report())["running"]
+        assert await destination.state() == "inmigrate"
+
+
+async def test_page_sizes_that_do_not_match(tmp_path: Path) -> None:
+    with hugepages(64):
+        async with pair(tmp_path, other={"ram": ["pc.ram=64M,page=2M"]}) as (source, destination):
+            await source.set("postcopy-ram")
+            await destination.set("postcopy-ram")
+            uri = f"unix:{tmp_path / 'migration'}"
+            await destination.qmp.command("migrate-incoming", uri=uri, exit_on_error=False)
+            await source.qmp.command("migrate", uri=uri)
+            found = await destination.until_status("failed")
+            assert (
+                found["error-desc"] == "RAM block 'pc.ram' has pages of 0x1000 at the source, not of 0x200000"
+            )
+            await source.until_status("failed")
+            check(await source.until_works())
+
+
+@pytest.mark.parametrize("how", ["killed", "stalled"])
+async def test_a_back_end_that_is_gone_in_mid_postcopy(how: str, tmp_path: Path) -> None:
+    """Machine and other back-end go on, the one that is gone is named, and makes no page."""
+    async with pair(tmp_path, devices=2, vcpus=2, both=["--backend-timeout", "2"]) as (source, destination):
+        await source.until_works()
+        await source.set("postcopy-ram", max_bandwidth=8 * MIB, max_postcopy_bandwidth=16 * MIB)
+        await destination.set("postcopy-ram")
+        await migrate(source, destination, tmp_path)
+        await source.qmp.command("migrate-start-postcopy")
+        await destination.until_status("postcopy-active")
+        await destination.process.err.find("may run here")
+        gone, other = destination.bridges
+        os.kill(gone.pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        try:
+            here = await arrived(source, destination, left=["net0"])
+        finally:
+            os.kill(gone.pid, signal.SIGKILL)
+        assert len(here["problems"]) == 1
+        assert here["problems"][0].startswith(f"back-end net0 ({tmp_path / 'destination-bridge0'}): ")
+        assert ("closed the connection" if how == "killed" else "no reply within 2 s") in here["problems"][0]
+        await destination.process.err.find("back-end net0 .*: the machine goes on without it")
+        for fd in Path(f"/proc/{other.pid}/fd").iterdir():  # END has reached it
+            assert "userfaultfd" not in os.readlink(fd)
+
+
+async def test_a_back_end_that_is_gone_at_the_source(tmp_path: Path) -> None:
+    """The machine goes on, and moves to where there is a back-end."""
+    async with pair(tmp_path, devices=2) as (source, destination):
+        await source.until_works()
+        source.bridges[1].popen.kill()
+        with trio.fail_after(WAIT):
+            while not (await source.report())["problems"]:
+                await trio.sleep(STEP)
+        await source.until_works(without=["net1"])
+        await migrate(source, destination, tmp_path)
+        await destination.until_status("completed", not_these=("failed",))
+        here = await destination.until_works()
+        assert all(vcpu["bad"] == 0 for vcpu in here["vcpus"])
+        assert here["devices"][1]["damaged"] == here["devices"][1]["doubled"] == 0
+
+
+async def test_a_source_that_is_gone_in_mid_postcopy(tmp_path: Path) -> None:
+    """A pause; who waits for a page waits, and the program still ends when it is told to."""
+    async with pair(tmp_path, vcpus=2) as (source, destination):
+        await source.until_works()
+        await source.set("postcopy-ram", max_postcopy_bandwidth=1)
+        await destination.set("postcopy-ram")
+        await migrate(source, destination, tmp_path)
+        await source.qmp.command("migrate-start-postcopy")
+        await destination.process.err.find("may run here")
+        source.process.popen.kill()
+        await destination.until_status("postcopy-paused")
+        with trio.fail_after(WAIT):
+            while not (await destination.report())["devices"][0]["faults"]["waiting-now"]:
+                await trio.sleep(STEP)
+        await destination.qmp.command("quit")
+        assert await destination.process.wait() == 0
+
+
+async def test_stopped_it_stays_stopped(tmp_path: Path) -> None:
+    async with pair(tmp_path, vcpus=2) as (source, destination):
+        await source.until_works()
+        await source.qmp.command("stop")
+        first = await source.report()
+        await trio.sleep(0.2)  # long enough for anything that runs to show
+        assert await source.report() == first
+        await source.qmp.command("cont")
+        check(await source.until_works())
+        await source.qmp.command("stop")
+        await migrate(source, destination, tmp_path)
+        await destination.until_status("completed")
+        assert await destination.state() == "paused"
+        assert not (await destination.report())["running"]
+        await destination.qmp.command("cont")
+        check(await destination.until_works())
+
+
+async def test_held_between_two(tmp_path: Path) -> None:
+    """A machine of ours is held as one of QEMU's is, and sent on."""
+    async with (
+        pair(tmp_path) as (source, destination),
+        end("held", tmp_path, "--incoming", "defer") as held,
+    ):
+        await source.until_works()
+        await source.set("events")
+        await migrate(source, held, tmp_path)
+        await held.until_status("completed")
+        await migrate(held, destination, tmp_path)
+        await destination.until_status("completed")
+        assert await destination.state() == "running"
+        check(await destination.until_works())
+
+
+@pytest.mark.parametrize(
+    ("hidden", "why"),
+    [
+        ("LOG_SHMFD", "Migration disabled: vhost-user backend lacks VHOST_PROTOCOL_F_LOG_SHMFD feature."),
+        ("PAGEFAULT", "Postcopy is not supported: vhost-user backend not capable of postcopy (net0)"),
+    ],
+)
+async def test_features_that_a_back_end_lacks(hidden: str, why: str, tmp_path: Path) -> None:
+    machine = ["--ram", "pc.ram=16M", "--backend", str(tmp_path / "bridge")]
+    more = ["--incoming", "defer"] if hidden == "PAGEFAULT" else []
+    async with (
+        far_side() as far,
+        bridge(tmp_path / "bridge", far, hide=hidden),
+        end("one", tmp_path, *machine, *more) as one,
+    ):
+        if hidden == "PAGEFAULT":
+            with pytest.raises(QmpError) as refused:
+                await one.set("postcopy-ram")
+        else:
+            assert (await one.migration())["blocked-reasons"] == [why]
+            with pytest.raises(QmpError) as refused:
+                await one.qmp.command("migrate", uri="tcp:127.0.0.1:1")
+            await one.until_works()
+        assert str(refused.value).endswith(why)

@@ -59,8 +59,8 @@ static void *map_aligned(struct vpc_block *b)
         munmap(room, (size_t)(at - room));
     if (room + slack > at)
         munmap(at + b->length, (size_t)(room + slack - at));
-    void *map = mmap(at, b->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, b->fd,
-                     (off_t)b->fd_offset);
+    /* Huge pages are set aside here and now: too few of them is an error, not a SIGBUS at the first touch. */
+    void *map = mmap(at, b->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, b->fd, (off_t)b->fd_offset);
     if (map == MAP_FAILED) {
         int error = errno;
         munmap(at, b->length);

@@ -44,7 +44,11 @@ async def open_backend(
     """Connect to the socket and negotiate. Raises PeerClosed, RequestFailed, RemoteProtocolError."""
     async with connect(path, timeout=timeout) as front:
         await front.negotiate(features=int(_WANTED) | MRG_RXBUF)
-        yield BackEnd(front, name, path, regions, timeout)
+        backend = BackEnd(front, name, path, regions, timeout)
+        try:
+            yield backend
+        finally:
+            backend.end_of_life()
 
 
 class BackEnd:
@@ -62,6 +66,7 @@ class BackEnd:
         """Why it was left; None while it works."""
         self.postcopy: BackendPostcopy | None = None
         self._timeout = timeout
+        self._ending = False
         self._memory = MemoryShare(front, regions)
         self._log: DirtyLog | None = None
         self._rings: list[Driver] = []
@@ -103,8 +108,13 @@ class BackEnd:
         self.front.close()
         self._forget()
 
+    def end_of_life(self) -> None:
+        """From here on a connection that ends is no trouble."""
+        self._ending = True
+
     def _closed(self) -> None:
-        self.leave(str(self.front.error) if self.front.error else "it closed the connection")
+        if not self._ending:
+            self.leave(str(self.front.error) if self.front.error else "it closed the connection")
 
     def _forget(self) -> None:
         if self.postcopy is not None and self.postcopy.client is not None:
