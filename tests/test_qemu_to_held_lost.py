@@ -103,7 +103,7 @@ async def test_a_device_that_can_not_be_loaded(version: str, tmp_path: Path) -> 
                 with pytest.raises(StreamError, match="of a newer version"):
                     await incoming.receive()
                 incoming.close()
-            # 10.0 sends all that it has, then takes our word: the guest goes on there. 7.2 breaks off at once, and stays.
+            # 10.0 sends all that it has, then takes our word, and runs the guest again; 7.2 breaks off at once.
             await source.qmp.event("MIGRATION", 0, status="failed" if version != "7.2" else "postcopy-paused")
             if version != "7.2":
                 await source.qmp.event("RESUME", 0)
