@@ -173,7 +173,6 @@ async def test_each_phase_is_told_by_one_line(caplog: pytest.LogCaptureFixture) 
         "migration: device state is loaded",
         "migration: the machine may run here, 8 host pages are missing",
         "migration: all pages are here",
-        "migration: completed",
     ]
 
 

@@ -271,6 +271,8 @@ class Endpoint:
     async def _after_sending(self, outgoing: Outgoing | None, error: BaseException | None) -> None:
         if self.status is Status.COMPLETED:
             self.run_state = "postmigrate"
+            if not self.machine.runnable:
+                log.info("the machine is still held here: stop takes it back, and it can be sent once more")
             return
         if not self._state.may_run or self.run_state != "finish-migrate":
             return

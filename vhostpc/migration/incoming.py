@@ -176,7 +176,6 @@ class Incoming:
             self._close_pages()
             if self._closed:
                 self._release()
-        log.info("migration: completed")
         self._report(Event.FINISH, None)
 
     def _close_pages(self) -> int:
@@ -216,10 +215,8 @@ class Incoming:
         if self._paused:
             log.error("migration: the pause ends: %s", error)
         elif self.phase is Phase.RUNNING:
-            log.error("migration: lost: %s", error)
             self._report(Event.LOSE, error)
         else:
-            log.error("migration: failed: %s", error)
             self._report(Event.FAIL if self.phase is Phase.PRECOPY else Event.NEVER_RAN, error)
         return error
 
@@ -354,7 +351,7 @@ class Incoming:
 
     async def _pause(self, error: BaseException) -> None:
         """The link is lost, the machine may be running: keep all that there is, until this is cancelled."""
-        log.error("migration: paused in postcopy, %d host pages are missing: %s", self.missing(), error)
+        log.warning("migration: %d host pages are missing; who waits for one goes on waiting", self.missing())
         self.channel.shut_down()
         self.service.set_return_path(None)  # requests wait in the outbox
         self._close_pages()  # and with it a host page of which a part has come
@@ -374,7 +371,8 @@ class Incoming:
     async def _start(self, postcopy: bool) -> None:
         """Where the machine is to run. It has run only if ``run`` does not say otherwise."""
         before, self.phase = self.phase, Phase.RUNNING
-        log.info("migration: the machine may run here, %d host pages are missing", self.missing())
+        if postcopy:
+            log.info("migration: the machine may run here, %d host pages are missing", self.missing())
         self._running.set()
         try:
             if self._run is not None:
