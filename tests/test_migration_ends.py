@@ -58,3 +58,55 @@ async def test_sent_on_it_is_the_same(how: str) -> None:
         assert copy.configuration == machine.configuration
         assert copy.devices == machine.devices
         assert copy.description == (b"" if how.startswith("postcopy") else machine.description)
+
+
+async def move(machine: LivelyMachine, copy: HeldMachine, *capabilities: str) -> None:
+    there, here = channels()
+    watched = Watched(on_stop=machine.stop)
+    async with there, here:
+        outgoing = Outgoing(machine, there, options(*capabilities), watched)
+        incoming = Incoming(here, copy, postcopy="postcopy-ram" in capabilities)
+        with trio.fail_after(LIMIT):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(incoming.receive)
+                await outgoing.send()
+        incoming.close()
+        outgoing.close()
+    assert watched.status is Status.COMPLETED
+
+
+async def test_what_nobody_wrote_costs_no_memory() -> None:
+    """Neither is it made by looking at it where it is sent, nor where it comes by precopy."""
+    with LivelyMachine(ram0=4000) as machine, HeldMachine() as copy:
+        for page in (0, 700, 3999):
+            await machine.write("ram0", page, b"data")
+        before = machine.ram["ram0"].holes()
+        await move(machine, copy)
+        assert machine.ram["ram0"].holes() == before == copy.ram["ram0"].holes()
+        assert len(before) == 2
+        assert await content(copy.ram) == await content(machine.ram)
+
+
+async def test_zeros_where_data_was() -> None:
+    """A page that came with data, and then is zero."""
+    with LivelyMachine(ram0=100) as machine, HeldMachine() as copy:
+        for page in range(100):
+            await machine.write("ram0", page, b"data")
+
+        async def clear() -> None:
+            for page in (0, 5, 6, 99):
+                await machine.write("ram0", page, b"")
+            machine.on_sync = None
+
+        machine.on_sync = clear
+        await move(machine, copy)
+        assert machine.on_sync is None
+        assert await content(copy.ram) == await content(machine.ram)
+
+
+async def test_where_postcopy_may_follow_zeros_are_there() -> None:
+    """A hole would be a page that is missing, and nobody sends it again."""
+    with LivelyMachine(ram0=100) as machine, HeldMachine() as copy:
+        await machine.write("ram0", 50, b"data")
+        await move(machine, copy, "postcopy-ram")
+        assert copy.ram["ram0"].holes() == []

@@ -84,7 +84,7 @@ _TABLE = {
         vpc_fault_new vpc_fault_free vpc_fault_add_client vpc_fault_set_ranges vpc_fault_remove_client
         vpc_fault_set_return_path vpc_fault_send vpc_fault_stop vpc_fault_client_stats vpc_fault_stats
         vpc_fault_waiting vpc_histogram_floor vpc_load_new vpc_load_free vpc_load_stop vpc_load_stats
-        vpc_load_feed vpc_load_take vpc_load_follow vpc_load_block vpc_load_set_block
+        vpc_load_keep_holes vpc_load_feed vpc_load_take vpc_load_follow vpc_load_block vpc_load_set_block
         vpc_save_new vpc_save_free vpc_save_stop vpc_save_kick vpc_save_set_rate vpc_save_hold_all
         vpc_save_stats vpc_save_notify_fd vpc_save_set_tail vpc_save_switch vpc_save_keep_zeros
         vpc_driver_new vpc_driver_free vpc_driver_add_region vpc_driver_move vpc_driver_stop

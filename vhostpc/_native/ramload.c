@@ -26,6 +26,7 @@ struct vpc_load {
     struct vpc_ram *ram;
     struct vpc_fault *service;
     int fd, place, control;
+    int holes; /* calm: what is zero may stay a hole of the file */
     _Atomic int stop;
 
     unsigned char *input;
@@ -150,6 +151,12 @@ int vpc_load_follow(struct vpc_load *l, uint32_t section, int last)
     return 0;
 }
 
+int vpc_load_keep_holes(struct vpc_load *l)
+{
+    l->holes = 1;
+    return 0;
+}
+
 int vpc_load_block(struct vpc_load *l)
 {
     return l->block;
@@ -175,15 +182,59 @@ static void mark_and_wake(struct vpc_load *l, int block, uint64_t first, uint64_
         bit_set(l->ram->blocks[block], VPC_BITS_RECEIVED, page);
 }
 
+/* Room for zeros, made when first needed: 0 or -ENOMEM. */
+static int need_zeros(struct vpc_load *l)
+{
+    if (!l->zeros)
+        l->zeros = private_pages(l->run_room);
+    return l->zeros ? 0 : -ENOMEM;
+}
+
+/* Into the block's file: the kernel makes pages there without a fault for each, and without clearing them first. */
+static int write_file(struct vpc_block *b, const unsigned char *from, size_t length, uint64_t at)
+{
+    while (length) {
+        ssize_t n = pwrite(b->fd, from, length, (off_t)at);
+
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return n < 0 ? -errno : -EIO;
+        from += n;
+        at += (uint64_t)n;
+        length -= (size_t)n;
+    }
+    return 0;
+}
+
+/* Zeros into the block's file, from its first data on; the hole before is zero and stays one. */
+static int zero_file(struct vpc_load *l, struct vpc_block *b, uint64_t at, uint64_t end)
+{
+    off_t data = lseek(b->fd, (off_t)at, SEEK_DATA);
+
+    if (data < 0)
+        return errno == ENXIO ? 0 : -errno;
+    /* SEEK_HOLE is not asked: it walks over all data that follows. */
+    return (uint64_t)data < end ? write_file(b, l->zeros, end - (uint64_t)data, (uint64_t)data) : 0;
+}
+
 static int place_calm(struct vpc_load *l, struct vpc_block *b)
 {
     unsigned char *to = b->map + (l->run_first << TARGET_SHIFT);
     size_t length = (size_t)l->run_count << TARGET_SHIFT;
+    uint64_t at = b->fd_offset + (l->run_first << TARGET_SHIFT);
+    int rc = l->run_zero ? need_zeros(l) : 0;
 
-    if (l->run_zero)
-        memset(to, 0, length);
+    if (rc < 0)
+        return rc;
+    if (b->page_size > TARGET_PAGE) /* hugetlbfs can not be written to, and tells no holes */
+        memcpy(to, l->run_zero ? l->zeros : l->run, length);
+    else if (l->run_zero && l->holes)
+        rc = zero_file(l, b, at, at + length);
     else
-        memcpy(to, l->run, length);
+        rc = write_file(b, l->run_zero ? l->zeros : l->run, length, at);
+    if (rc < 0)
+        return rc;
     /* A host page of which anything has come counts as received: a source discards whole ones. */
     uint64_t first = (l->run_first << TARGET_SHIFT) >> b->shift;
     uint64_t last = ((l->run_first + l->run_count - 1) << TARGET_SHIFT) >> b->shift;
@@ -251,11 +302,8 @@ static int flush_run(struct vpc_load *l)
     uint64_t count = (l->run_count << TARGET_SHIFT) >> b->shift;
     int rc = 0;
 
-    if (l->run_zero && b->page_size > TARGET_PAGE && !l->zeros) {
-        l->zeros = private_pages(l->run_room);
-        if (!l->zeros)
-            return -ENOMEM;
-    }
+    if (l->run_zero && b->page_size > TARGET_PAGE && (rc = need_zeros(l)) < 0)
+        return rc;
     unsigned char *bytes = l->run_zero && b->page_size > TARGET_PAGE ? l->zeros : l->run;
     for (uint64_t i = 0; i < count && rc == 0;) {
         uint64_t n = 0;
@@ -326,6 +374,9 @@ static int take_page(struct vpc_load *l, int block, uint64_t page, const unsigne
         tally(&l->stats.data_pages, 1);
     else
         tally(&l->stats.zero_pages, 1);
+    /* Somebody waits for it: it does not wait for what follows. (A huge page goes out only when it is whole.) */
+    if (l->place >= 0 && bit_test(b, VPC_BITS_REQUESTED, page >> (b->shift - TARGET_SHIFT)))
+        return flush_run(l);
     return 0;
 }
 

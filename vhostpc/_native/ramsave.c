@@ -238,6 +238,7 @@ int vpc_save_round(struct vpc_save *s, uint32_t section, int last, uint64_t budg
     if (s->ram->count == 0 || s->stats.eos_sent)
         return -EINVAL;
     recount(s);
+    s->extent_block = -1;
     if (s->credit_time == 0)
         s->credit_time = now_ns();
     put_head(s, last ? SECTION_END : SECTION_PART, section);
@@ -294,6 +295,7 @@ int vpc_save_run(struct vpc_save *s)
     if (s->ram->count == 0)
         return -EINVAL;
     recount(s);
+    s->extent_block = -1;
     s->credit_time = now_ns();
     while (rc == 0) {
         if (atomic_load(&s->stop)) {

@@ -7,6 +7,7 @@
 #include "ram_internal.h"
 
 #define OUT_ROOM (128u << 10)
+#define DATA_STEP (16u * TARGET_PAGE) /* taken for data behind a page that is */
 #define RECORD_MAX (8u + 256u + TARGET_PAGE)
 #define IN_ROOM (16u << 10)
 #define QUEUE 4096u /* host pages asked for and not yet looked at; more stay in the socket */
@@ -40,6 +41,10 @@ struct vpc_save {
 
     int scan_block;
     uint64_t scan_page;
+    /* A stretch of a block's file that is a hole, or is taken for data. Looked up anew in each round: what is written
+     * afterwards is found by the next look at what is dirty. */
+    int extent_block, extent_hole;
+    uint64_t extent_begin, extent_end;
     uint64_t credit, credit_time; /* bytes that the background may send */
 
     unsigned char *rest; /* what follows the EOS */

@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <string.h>
+#include <unistd.h>
 
 static int all_zero(const unsigned char *page)
 {
@@ -16,6 +17,28 @@ static int all_zero(const unsigned char *page)
     return 1;
 }
 
+/* Is the page a hole of the block's file? Then it is zero, and reading it through the mapping would make it. */
+static int is_hole(struct vpc_save *s, int block, uint64_t target)
+{
+    struct vpc_block *b = s->ram->blocks[block];
+    uint64_t at = b->fd_offset + (target << TARGET_SHIFT);
+
+    if (b->page_size > TARGET_PAGE)
+        return 0; /* hugetlbfs does not tell */
+    if (s->extent_block != block || at < s->extent_begin || at >= s->extent_end) {
+        off_t data = lseek(b->fd, (off_t)at, SEEK_DATA);
+
+        if (data < 0 && errno != ENXIO)
+            return 0;
+        s->extent_hole = data != (off_t)at;
+        s->extent_block = block;
+        s->extent_begin = at;
+        /* Where data ends is not asked: SEEK_HOLE walks over all of it. */
+        s->extent_end = !s->extent_hole ? at + DATA_STEP : data < 0 ? UINT64_MAX : (uint64_t)data;
+    }
+    return s->extent_hole;
+}
+
 /* Append records of the host page in hand while there is room. */
 static void emit(struct vpc_save *s)
 {
@@ -25,7 +48,7 @@ static void emit(struct vpc_save *s)
         const unsigned char *page = b->map + (s->now_target << TARGET_SHIFT);
         unsigned char *p = s->out + s->out_end;
         unsigned flags = s->out_block == s->now_block ? REC_CONTINUE : 0;
-        int zero = !s->keep_zeros && all_zero(page);
+        int zero = !s->keep_zeros && (is_hole(s, s->now_block, s->now_target) || all_zero(page));
 
         put_be(p, s->now_target << TARGET_SHIFT | flags | (zero ? REC_ZERO : REC_PAGE), 8);
         p += 8;

@@ -184,6 +184,8 @@ int vpc_load_follow(struct vpc_load *load, uint32_t section, int last);
 /* The block that CONTINUE means, -1: none yet. */
 int vpc_load_block(struct vpc_load *load);
 int vpc_load_set_block(struct vpc_load *load, int block);
+/* In calm mode: no page will be missing later either, so what is zero may stay a hole of its file. */
+int vpc_load_keep_holes(struct vpc_load *load);
 void vpc_load_stop(struct vpc_load *load);
 int vpc_load_stats(struct vpc_load *load, struct vpc_load_stats *out);
 

@@ -487,7 +487,7 @@ class Incoming:
         blocks = self.machine.ram.blocks
         if self._advised is not None:
             check_page_sizes(event, self._advised, blocks)
-        self._pages = self.service.open_channel(self.channel.in_fd)
+        self._pages = self.service.open_channel(self.channel.in_fd, holes=self._advised is None)
         log.info(
             "migration: %s: %d KiB of RAM in %d blocks",
             self.machine.configuration.machine,

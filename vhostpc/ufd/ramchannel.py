@@ -60,12 +60,15 @@ class Service(Protocol):
 class RamChannel:
     """One socket that brings RAM records. Not armed: plain writes, the last copy of a page wins."""
 
-    def __init__(self, service: Service, sock: trio.SocketStream | int) -> None:
+    def __init__(self, service: Service, sock: trio.SocketStream | int, *, holes: bool = False) -> None:
+        """``holes``: no page will be missing later (no postcopy), so a zero page may stay a hole of the file."""
         fd = sock if isinstance(sock, int) else sock.socket.fileno()
         self._service = service
         self._handle = lib.vpc_load_new(service.ram.handle, service.handle, fd, service.place_fd())
         if self._handle == ffi.NULL:
             raise OSError(errno.ENOMEM, "RAM channel: no memory or no descriptors left")
+        if holes:
+            lib.vpc_load_keep_holes(self._handle)
         free = self._handle
         self._loops = Loops(lambda: lib.vpc_load_free(free))
 

@@ -197,9 +197,9 @@ class FaultService:
         if self._ufd is not None and not self.ram.lost and self.missing():
             lib.vpc_ram_give_up(self.ram.handle, self._ufd.fileno())
 
-    def open_channel(self, sock: trio.SocketStream | int) -> RamChannel:
+    def open_channel(self, sock: trio.SocketStream | int, *, holes: bool = False) -> RamChannel:
         """A channel that brings RAM records; it keeps what it read too far from one section to the next."""
-        return RamChannel(self, sock)
+        return RamChannel(self, sock, holes=holes)
 
     async def load(self, sock: trio.SocketStream | int) -> LoadNumbers:
         """Load the records of ``sock`` to the end of the section; see :meth:`RamChannel.load`."""
