@@ -7,7 +7,7 @@
 #include "ram_internal.h"
 
 #define OUT_ROOM (128u << 10)
-#define DATA_STEP (16u * TARGET_PAGE) /* taken for data behind a page that is */
+#define DATA_STEP_MOST (16u * TARGET_PAGE) /* taken for data behind what is, at most */
 #define RECORD_MAX (8u + 256u + TARGET_PAGE)
 #define IN_ROOM (16u << 10)
 #define QUEUE 4096u /* host pages asked for and not yet looked at; more stay in the socket */

@@ -30,11 +30,14 @@ static int is_hole(struct vpc_save *s, int block, uint64_t target)
 
         if (data < 0 && errno != ENXIO)
             return 0;
+        int follows = s->extent_block == block && !s->extent_hole && at == s->extent_end;
         s->extent_hole = data != (off_t)at;
+        /* Where data ends is not asked: SEEK_HOLE walks over all of it. The longer it was, the longer it may be. */
+        uint64_t step = follows ? 2 * (s->extent_end - s->extent_begin) : TARGET_PAGE;
+        step = step < DATA_STEP_MOST ? step : DATA_STEP_MOST;
         s->extent_block = block;
         s->extent_begin = at;
-        /* Where data ends is not asked: SEEK_HOLE walks over all of it. */
-        s->extent_end = !s->extent_hole ? at + DATA_STEP : data < 0 ? UINT64_MAX : (uint64_t)data;
+        s->extent_end = !s->extent_hole ? at + step : data < 0 ? UINT64_MAX : (uint64_t)data;
     }
     return s->extent_hole;
 }
