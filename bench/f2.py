@@ -57,7 +57,7 @@ class Touched:
 
 @contextlib.asynccontextmanager
 async def toucher(path: Path) -> AsyncIterator[Child]:
-    argv = [tool("vhost_touch"), path, str(FIRST), str(COUNT), str(TOUCHES), str(GAP_US)]
+    argv: list[str | Path] = [tool("vhost_touch"), path, str(FIRST), str(COUNT), str(TOUCHES), str(GAP_US)]
     async with open_child(argv) as child:
         await child.until("ready\n")
         yield child
@@ -143,7 +143,8 @@ async def theirs(preempt: bool, rate: int) -> Touched:
             await source.qmp.command("migrate", uri=f"unix:{folder}/in")
             await source.reaches("active")
             await source.qmp.command("migrate-start-postcopy")
-            return await result(child)
+            touched = await result(child)
+    return touched
 
 
 async def rows(repetitions: int = REPETITIONS) -> list[Row]:
