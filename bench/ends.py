@@ -119,7 +119,7 @@ async def play(it: End, folder: Path, stream: Path, pages: int, content: str) ->
     since = len(it.qmp.events)
     await it.qmp.command("migrate-incoming", uri=f"unix:{socket}")
     head, tail = stream / "head", stream / "tail"
-    argv = [tool("stream_play"), socket, head, tail, BLOCK, str(pages), content]
+    argv: list[str | Path] = [tool("stream_play"), socket, head, tail, BLOCK, str(pages), content]
     async with open_child(argv) as player:
         done = await it.reaches("completed", since)
         said = json.loads((await player.until(r"\{.*?\}", 0, 10))[0])

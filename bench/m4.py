@@ -76,8 +76,8 @@ async def rows(repetitions: int = REPETITIONS) -> list[Row]:
     least, table = got[name(LEAST)], []
     for mib in sizes[1:]:
         costs = got[name(mib)]
-        for what, times in (("in", lambda c: c.taken), ("out", lambda c: c.sent)):
-            ours, theirs = ([Sample(times(c)) for c in costs], [Sample(times(c)) for c in least])
+        for what, field in (("in", "taken"), ("out", "sent")):
+            ours, theirs = ([Sample(getattr(c, field)) for c in side] for side in (costs, least))
             row = f"RAM {what}, {name(mib)} full of data, time a GiB"
             table.append(Row("M4", row, "ms", f"{OURS}, {name(LEAST)}", at_most(1.25), ours, theirs))
         grown = [Sample((c.memory - d.memory) / 1024) for c, d in zip(costs, least, strict=True)]
