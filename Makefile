@@ -74,8 +74,8 @@ lint-package: $(VENV)/.lint
 	@$(BIN)/python tools/check_package.py
 	@$(BIN)/python tools/check_manifest.py
 
-bench: $(VENV)/.test
-	@tools/need test bench
+bench: peers
+	@tools/need bench
 	@$(BIN)/python -m bench
 
 fuzz: $(VENV)/.test

@@ -14,11 +14,13 @@ from pathlib import Path
 import trio
 from rich.table import Table
 
+from tests.qemu.peers import PeerMissing
+
 from . import ROOT
 from .peers import PeerError, bridge_version, dpdk_version
 from .rows import HEAD, REPETITIONS, Row, console
 
-ROWS = ["n1", "n2", "n3", "n4", "f1", "m0", "d1"]
+ROWS = ["n1", "n2", "n3", "n4", "f1", "f2", "m0", "m1", "m2", "m4", "d1"]
 RESULT = ROOT / "docs" / "benchmarks.md"
 TEXT = """# Benchmarks
 
@@ -32,7 +34,7 @@ and "sender" is the sender's own rate. Less is better where the unit is a time o
 - other work on the machine when it began: load average {load:.1f} (above 0.5 the spreads are wide)
 - command: `{command}`
 - peers: vhost-user-bridge of Debian's QEMU source package {bridge}, its output thrown away
-  ("no dump": built without its dump of every frame); DPDK {dpdk}
+  ("no dump": built without its dump of every frame); DPDK {dpdk}; Debian's QEMU 10.0
 - guest: DPDK's testpmd on virtio-user, which polls on core 1; all else runs on core 0
 
 {table}
@@ -52,6 +54,15 @@ What bounds a figure:
 - F1: the kernel's fault and wake-up. p99 across two cores is the scheduler's: with other work on the machine it is
   milliseconds for both sides. The busy Python thread costs no GIL, only a processor: with two cores, where it is held
   to the handler's while the toucher has the other, some wake-ups wait for the end of its turn.
+- F2: idle, four wake-ups of sleeping threads: fault loop, source, load, and the toucher. While pages flow, what lies
+  before the page that was asked for: in the source's output, in the socket, in the load's input; a QEMU with preempt
+  has a second connection for such pages.
+- M1: the kernel's making of pages for a memfd. Touched through a mapping each costs a fault and a clearing: that is
+  nearly all of it, for pages of data as for marks of zeros.
+- M2: full pages, the copies into the socket and out of it, and the first look at each page in memory; zero pages, the
+  look. A source whose pages are not mapped yet pays a fault for each 16 of them besides.
+- M4: as M1 and M2. To make pages through a mapping takes more than twice as long a page at 4 GiB as at 1 GiB on such a
+  machine, also in a program of ten lines; to write them into the file does not.
 - M0: the interpreter and its modules.
 - D1: plain Python, a batch at a time; a device whose volume matters is a pump.
 
@@ -88,7 +99,7 @@ def main() -> int:
     try:
         for name in wanted:
             table += trio.run(importlib.import_module(f"bench.{name}").rows, args.repetitions)
-    except PeerError as err:
+    except (PeerError, PeerMissing) as err:
         print(err, file=sys.stderr)
         return 3
     shown = Table(*HEAD)

@@ -25,11 +25,17 @@ HELLO = struct.Struct("=QQ")  # base, length: struct ufd_hello in native/ufd_pas
 def ready_pages(length: int) -> int:
     """A memfd with the pages that the toucher expects: each begins with ``page_word`` of its number."""
     fd = make_memfd("pages", length)
+    write_pages(fd, 0, length // PAGE)
+    return fd
+
+
+def write_pages(fd: int, first: int, count: int) -> None:
+    """Such pages into a file, page n at n * 4096."""
     with os.fdopen(os.dup(fd), "wb") as file:
-        for page in range(length // PAGE):
+        file.seek(first * PAGE)
+        for page in range(first, first + count):
             word = (page + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
             file.write(word.to_bytes(8, sys.byteorder) + bytes([page & 0xFF]) * (PAGE - 8))
-    return fd
 
 
 def compute() -> None:

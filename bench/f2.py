@@ -1,0 +1,166 @@
+"""F2: a fault served remotely, touch to return. ``python -m bench.f2``.
+
+A vhost-user back-end (``native/vhost_touch.c``, the same program for both sides) touches pages of guest memory that
+another process on this machine still holds, in a fixed random order, one every 300 microseconds and more, and times
+each touch. 512 MiB; pages that have come unasked are passed over.
+
+Ours: our front-end with its fault service in one process, our page source in another. Peer: a pair of QEMU 10.0
+migrating by postcopy, the toucher being the destination's vhost-user-net. Their guest halts at its first instruction;
+the device is started by a few port writes over QEMU's test socket at the source. With postcopy-preempt a QEMU answers
+the faults of a back-end, but then never ends its migration: who has back-ends must run without. So both are measured
+while pages flow, and the goal is held against preempt.
+
+*Idle*: next to nothing is sent unasked (QEMU: ``max-postcopy-bandwidth`` 4096). Without preempt a QEMU has no such
+state: its limit holds up the pages that were asked for as well, for a tenth of a second and more.
+*Background pages flowing*: as many as the socket takes. What has come unasked is passed over, so the touches end with
+the flow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from tests.peers.child import Child, open_child
+
+from . import ROOT
+from .ends import End, end, memory_file, qemu_argv
+from .f1_service import write_pages
+from .f2_service import COUNT, FIRST, MIB
+from .native import tool
+from .rows import REPETITIONS, Row, Sample, at_most, in_turn, print_rows, stated
+
+OURS, PREEMPT, PLAIN = "vhostpc, two processes", "QEMU 10.0 pair, preempt", "QEMU 10.0 pair, no preempt"
+TOUCHES, GAP_US, ENOUGH = 1500, 300, 150
+UNLIMITED = (1 << 64) - 1
+WAYS = {"idle": (0, [PREEMPT]), "background pages flowing": (UNLIMITED, [PREEMPT, PLAIN])}
+HALT = bytes.fromhex("fa f4 eb fd")  # cli, hlt, again; 16 bytes before the end, where a processor begins
+PORTS, SLOT = 0xC000, 0x10  # of the virtio device: where its legacy registers are put, its place on the bus
+
+
+@dataclass(frozen=True)
+class Touched:
+    """Microseconds."""
+
+    p50: float
+    p99: float
+
+
+@contextlib.asynccontextmanager
+async def toucher(path: Path) -> AsyncIterator[Child]:
+    argv: list[str | Path] = [tool("vhost_touch"), path, str(FIRST), str(COUNT), str(TOUCHES), str(GAP_US)]
+    async with open_child(argv) as child:
+        await child.until("ready\n")
+        yield child
+
+
+async def result(child: Child) -> Touched:
+    said = json.loads((await child.until(r"\{.*?\}", 0, 60))[0])
+    if said["bad"] or said["touched"] < ENOUGH:
+        raise RuntimeError(f"touches: {said}")
+    return Touched(said["p50_ns"] / 1000, said["p99_ns"] / 1000)
+
+
+async def ours(rate: int) -> Touched:
+    with tempfile.TemporaryDirectory(prefix="vpc-bench-") as folder:
+        path = Path(folder) / "sock"
+        argv = [sys.executable, "-m", "bench.f2_service", str(path), "--rate", str(rate)]
+        async with toucher(path) as child, open_child(argv, name=OURS, cwd=ROOT):
+            return await result(child)
+
+
+@contextlib.asynccontextmanager
+async def qemu(folder: Path, name: str, *more: str) -> AsyncIterator[End]:
+    monitor = folder / f"{name}.qmp"
+    (folder / "bios").write_bytes(HALT.rjust((1 << 16) - 16 + len(HALT), b"\xff").ljust(1 << 16, b"\xff"))
+    argv = [
+        *qemu_argv(MIB),
+        *("-bios", str(folder / "bios")),
+        *(
+            "-qmp",
+            f"unix:{monitor},server=on,wait=off",
+            "-qtest",
+            f"unix:{folder / name}.qtest,server=on,wait=off",
+        ),
+        *("-chardev", f"socket,id=vu,path={folder / name}.vu", "-netdev", "vhost-user,id=n0,chardev=vu"),
+        *("-device", f"virtio-net-pci,netdev=n0,addr={SLOT:#x},romfile=,vectors=0"),
+    ]
+    async with end(name, [*argv, *more], monitor) as it:
+        yield it
+
+
+async def start_device(path: Path) -> None:
+    """What a driver of the guest would do: place the registers, give both rings a page, say DRIVER_OK."""
+    bus = 0x80000000 | SLOT << 11
+    commands = [
+        *(f"outl 0xcf8 {bus | 0x10:#x}", f"outl 0xcfc {PORTS | 1:#x}"),
+        *(f"outl 0xcf8 {bus | 0x04:#x}", "outw 0xcfc 5"),
+        *(f"outb {PORTS + 18:#x} 3", f"outl {PORTS + 4:#x} 0"),
+        *(f"outw {PORTS + 14:#x} 0", f"outl {PORTS + 8:#x} 0x200"),
+        *(f"outw {PORTS + 14:#x} 1", f"outl {PORTS + 8:#x} 0x210"),
+        f"outb {PORTS + 18:#x} 7",
+    ]
+    async with await trio.open_unix_socket(str(path)) as stream:
+        for command in commands:
+            await stream.send_all(command.encode() + b"\n")
+            answer = b""
+            while not answer.endswith(b"\n"):
+                answer += bytes(await stream.receive_some(4096))
+            if not answer.startswith(b"OK"):
+                raise RuntimeError(f"{command}: {answer!r}")
+
+
+async def theirs(preempt: bool, rate: int) -> Touched:
+    names = ("postcopy-ram", "postcopy-preempt") if preempt else ("postcopy-ram",)
+    with tempfile.TemporaryDirectory(prefix="vpc-bench-") as text:
+        folder = Path(text)
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(toucher(folder / "source.vu"))
+            source = await stack.enter_async_context(qemu(folder, "source"))
+            child = await stack.enter_async_context(toucher(folder / "target.vu"))
+            target = await stack.enter_async_context(qemu(folder, "target", "-incoming", "defer"))
+            memfd = memory_file(source.pid, MIB << 20)
+            write_pages(memfd, FIRST, COUNT)
+            os.close(memfd)
+            await start_device(folder / "source.qtest")
+            for side in (source, target):
+                await side.allow(*names)
+            await target.qmp.command("migrate-incoming", uri=f"unix:{folder}/in")
+            # Next to nothing before the switch.
+            most = 0 if rate == UNLIMITED else 4096
+            await source.qmp.command(
+                "migrate-set-parameters", max_bandwidth=1 << 20, max_postcopy_bandwidth=most
+            )
+            await source.qmp.command("migrate", uri=f"unix:{folder}/in")
+            await source.reaches("active")
+            await source.qmp.command("migrate-start-postcopy")
+            touched = await result(child)
+    return touched
+
+
+async def rows(repetitions: int = REPETITIONS) -> list[Row]:
+    table = []
+    for how, (rate, others) in WAYS.items():
+        sides = {OURS: partial(ours, rate), **{n: partial(theirs, n == PREEMPT, rate) for n in others}}
+        got = await in_turn(sides, repetitions, f"F2 {how}")
+        for peer in others:
+            goal = at_most(1.0) if peer == PREEMPT else stated()
+            for part in ("p50", "p99"):
+                mine, other = ([Sample(getattr(t, part)) for t in got[n]] for n in (OURS, peer))
+                table.append(
+                    Row("F2", f"fault served remotely, {how}, {part}", "us", peer, goal, mine, other)
+                )
+    return table
+
+
+if __name__ == "__main__":
+    print_rows(trio.run(rows))
