@@ -119,16 +119,18 @@ async def test_as_a_pair_of_qemus(compat: Compat, play: Play, cast: Cast) -> Non
 
 @pytest.mark.parametrize("compat", peers.VERSIONS)
 async def test_a_held_machine_does_not_run(compat: Compat) -> None:
-    """Here ours differs: cont is refused in one sentence, where QEMU's machine would run. Nothing else changes."""
-    for cast, play in ((TO_OURS, plays.cont_at_one_that_waits), (OURS, plays.continued_after_completion)):
-        played = await perform(play, cast, compat)
-        answers = played.dst.answers if cast is TO_OURS else played.src.answers
-        assert len(answers) >= 1
-        for answer in answers:
-            assert "This machine is held" in answer
-        assert "RESUME" not in played.dst.events
-        assert played.dst.events[-1] == "[paused/completed]"
-        assert played.src.events[-1] == "[postmigrate/completed]"
+    """QEMU's would after cont. Ours takes it while the machine is awaited, and refuses it from then on."""
+    played = await perform(plays.cont_at_one_that_waits, TO_OURS, compat)
+    *early, late = played.dst.answers
+    assert early == ["cont: taken", "cont: taken"]
+    assert "This machine is held" in late
+    assert "RESUME" not in played.dst.events
+    assert played.dst.events[-1] == "[paused/completed]"
+    played = await perform(plays.continued_after_completion, OURS, compat)
+    (answer,) = played.src.answers
+    assert "the guest may be running at the destination" in answer
+    assert "RESUME" not in played.src.events
+    assert played.src.events[-1] == "[postmigrate/completed]"
 
 
 async def test_postcopy_is_not_cancelled() -> None:
@@ -147,11 +149,29 @@ async def test_what_has_arrived_is_not_cancelled(compat: Compat) -> None:
     """QEMU lets the machine run at both ends then. Ours does not, as long as it does not know what became of it."""
     cast = Cast()
     theirs = await _of_qemus(plays.cancel_at_the_last_word, cast, compat)
-    assert (theirs.src.events[-1], theirs.dst.events[-1]) == ("[running/cancelled]", "[running/completed]")
+    assert theirs.src.events[-1].startswith("[running/")  # cancelled, or seldom failed
+    assert theirs.dst.events[-1] == "[running/completed]"
     ours = await perform(plays.cancel_at_the_last_word, FROM_OURS, compat)
     assert "cannot cancel" in ours.src.answers[-1]
     assert ours.src.events[-1] == "[postmigrate/completed]"
     assert ours.dst.events[-1] == "[paused/completed]"
+
+
+async def test_bandwidth_holds_at_once() -> None:
+    """Not from the next pass on: this one would take minutes."""
+
+    async def play(stage: Stage) -> None:
+        await stage.prepare()
+        await stage.src.qmp.command("migrate-set-parameters", max_bandwidth=64 << 10)
+        await stage.listen()
+        await stage.take("migrate", uri=stage.uri)
+        await stage.src.until_status("active")
+        await stage.look()
+        await stage.fast()
+        await stage.ended()
+
+    played = await perform(play, FROM_OURS, "10.0")
+    assert played.src.events[-1] == "[postmigrate/completed]"
 
 
 @pytest.mark.parametrize("compat", peers.VERSIONS)

@@ -22,7 +22,7 @@ from vhostpc.migration.options import Compat
 
 MIB = 1 << 20
 FILLED = 24 * MIB  # bytes of RAM that are not zero
-STARTING = 16 * MIB  # where those begin: above what the BIOS uses
+STARTING = MIB  # where those begin: above what the BIOS begins in
 FINAL = ("completed", "failed", "cancelled", "postcopy-paused")
 
 

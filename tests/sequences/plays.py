@@ -369,7 +369,7 @@ async def waiting(stage: Stage) -> None:
 
 
 async def cont_at_one_that_waits(stage: Stage) -> None:
-    """It runs then when it has come, also if it was started with -S."""
+    """A machine of QEMU's runs then when it has come, also if QEMU was started with -S."""
     await stage.take("cont", stage.dst)
     await stage.look()
     await stage.flowing()
@@ -377,3 +377,5 @@ async def cont_at_one_that_waits(stage: Stage) -> None:
     await stage.look()
     await stage.fast()
     await stage.ended()
+    await stage.take("cont", stage.dst)
+    await stage.look()
