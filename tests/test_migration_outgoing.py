@@ -368,3 +368,12 @@ async def test_the_list_of_blocks() -> None:
             ("ram0", 3 * PAGE, None),
             ("rom0", PAGE, None),
         ]
+
+
+async def test_zero_pages_are_charged_what_they_cost() -> None:
+    """At a rate at which their contents would take a minute, marks of zeros take next to nothing."""
+    with LivelyMachine(ram0=20_000) as machine:
+        with trio.fail_after(20):
+            sent = await send(machine, options(max_bandwidth=1 << 20, downtime_limit=0))
+        assert sent.error is None
+        assert sent.outgoing.numbers().zero_pages >= 20_000

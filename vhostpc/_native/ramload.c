@@ -18,6 +18,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+/* Headers older than Linux 5.14 do not name it. */
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
+
 #define INPUT_ROOM (256u << 10)
 #define RUN_PAGES 64u
 #define DONTWAKE 1u
@@ -235,6 +240,10 @@ static int place_calm(struct vpc_load *l, struct vpc_block *b)
         rc = write_file(b, l->run_zero ? l->zeros : l->run, length, at);
     if (rc < 0)
         return rc;
+    /* Into our page table at once, many for one call: who sends it on, or runs on it, would pay a fault for each few. It
+     * is no more than that: a kernel before 5.14 refuses. */
+    if (b->page_size == TARGET_PAGE && !l->run_zero)
+        (void)madvise(to, length, MADV_POPULATE_READ);
     /* A host page of which anything has come counts as received: a source discards whole ones. */
     uint64_t first = (l->run_first << TARGET_SHIFT) >> b->shift;
     uint64_t last = ((l->run_first + l->run_count - 1) << TARGET_SHIFT) >> b->shift;

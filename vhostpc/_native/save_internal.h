@@ -7,7 +7,7 @@
 #include "ram_internal.h"
 
 #define OUT_ROOM (128u << 10)
-#define DATA_STEP_MOST (16u * TARGET_PAGE) /* taken for data behind what is, at most */
+#define DATA_STEP_MOST (64u * TARGET_PAGE) /* taken for data behind what is, at most */
 #define RECORD_MAX (8u + 256u + TARGET_PAGE)
 #define IN_ROOM (16u << 10)
 #define QUEUE 4096u /* host pages asked for and not yet looked at; more stay in the socket */
@@ -37,6 +37,7 @@ struct vpc_save {
     int out_block; /* block of the last record, for CONTINUE */
 
     int now_block; /* the host page that is being sent; -1: none */
+    int now_background; /* nobody asked for it: its bytes are charged */
     uint64_t now_target, now_left;
 
     int scan_block;
@@ -45,7 +46,8 @@ struct vpc_save {
      * afterwards is found by the next look at what is dirty. */
     int extent_block, extent_hole;
     uint64_t extent_begin, extent_end;
-    uint64_t credit, credit_time; /* bytes that the background may send */
+    int64_t credit; /* bytes that the background may send; below 0 it owes them */
+    uint64_t credit_time;
 
     unsigned char *rest; /* what follows the EOS */
     size_t rest_at, rest_end;

@@ -46,6 +46,7 @@ static int is_hole(struct vpc_save *s, int block, uint64_t target)
 static void emit(struct vpc_save *s)
 {
     struct vpc_block *b = s->ram->blocks[s->now_block];
+    size_t before = s->out_end;
 
     while (s->now_left && OUT_ROOM - s->out_end >= RECORD_MAX) {
         const unsigned char *page = b->map + (s->now_target << TARGET_SHIFT);
@@ -73,6 +74,8 @@ static void emit(struct vpc_save *s)
         s->now_target++;
         s->now_left--;
     }
+    if (s->now_background)
+        s->credit -= (int64_t)(s->out_end - before);
     if (s->now_left == 0)
         s->now_block = -1;
 }
@@ -86,6 +89,7 @@ static int begin_page(struct vpc_save *s, int block, uint64_t page)
         return 0;
     save_tally(&s->stats.dirty_left, (uint64_t)-1);
     s->now_block = block;
+    s->now_background = 0;
     s->now_target = page << (b->shift - TARGET_SHIFT);
     s->now_left = b->page_size >> TARGET_SHIFT;
     s->scan_block = block;
@@ -118,14 +122,14 @@ static int scan(struct vpc_save *s)
 
 static void refill_credit(struct vpc_save *s, uint64_t rate)
 {
-    uint64_t now = now_ns(), most = rate / 20 + 2 * TARGET_PAGE;
-    uint64_t passed = now - s->credit_time;
+    uint64_t now = now_ns(), passed = now - s->credit_time;
+    int64_t most = (int64_t)(rate / 20 + 2 * TARGET_PAGE);
 
     s->credit_time = now;
     if (passed > 1000000000u)
         passed = 1000000000u;
     /* Nanoseconds times bytes a second fits up to 18 GB/s; above that the limit is none. */
-    s->credit += rate > (uint64_t)18 << 30 ? most : passed * rate / 1000000000u;
+    s->credit += rate > (uint64_t)18 << 30 ? most : (int64_t)(passed * rate / 1000000000u);
     if (s->credit > most)
         s->credit = most;
 }
@@ -155,18 +159,15 @@ int vpc_save_produce(struct vpc_save *s, uint64_t rate)
             return PRODUCE_ROOM;
         if (rate != VPC_RATE_UNLIMITED) {
             refill_credit(s, rate);
-            if (s->credit < TARGET_PAGE) {
-                uint64_t ms = TARGET_PAGE * 1000 / rate + 1;
+            if (s->credit < (int64_t)TARGET_PAGE) {
+                uint64_t ms = (uint64_t)(TARGET_PAGE - s->credit) * 1000 / rate + 1;
                 return ms > 1000 ? 1000 : (int)ms;
             }
         }
         if (!scan(s))
             return PRODUCE_NOTHING;
         save_tally(&s->stats.background_pages, 1);
-        if (rate != VPC_RATE_UNLIMITED) {
-            uint64_t cost = s->ram->blocks[s->now_block]->page_size;
-            s->credit -= cost < s->credit ? cost : s->credit;
-        }
+        s->now_background = 1;
     }
 }
 

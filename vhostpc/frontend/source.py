@@ -31,7 +31,7 @@ from vhostpc.wire.ramrec import TARGET_PAGE, RamEncoder
 from vhostpc.wire.return_path import PageRequest, ReturnPathDecoder, Shut
 
 #: A small send buffer: what is asked for must not wait behind much of the background.
-SEND_BUFFER = 128 << 10
+SEND_BUFFER = 32 << 10
 MAX_BLOCKS = 16
 
 

@@ -77,6 +77,10 @@ class Channel:
         self._shut = True
         self._ends.shut_down()
 
+    def keep_unsent_small(self) -> None:
+        """From now on little may lie in the kernel that is not on its way: what is urgent must not wait behind it."""
+        self._ends.keep_unsent_small()
+
     async def aclose(self) -> None:
         """Close the descriptors, which no loop may be using any more, and see a command to its end.
 

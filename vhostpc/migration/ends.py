@@ -30,6 +30,10 @@ LAST_WORD = 10.0
 log = logging.getLogger(__name__)
 
 
+UNSENT = 32 << 10
+"""Bytes that may lie in the kernel before a page that is asked for."""
+
+
 class Ends(Protocol):
     """Descriptors, -1 for a way that there is not; ``receive`` and ``send`` raise ChannelLost."""
 
@@ -41,6 +45,8 @@ class Ends(Protocol):
     async def send(self, data: bytes) -> None: ...
 
     def shut_down(self) -> None: ...
+
+    def keep_unsent_small(self) -> None: ...
 
     async def aclose(self) -> None: ...
 
@@ -71,6 +77,13 @@ class SocketEnds:
             await self._stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as e:
             raise _lost("write to", "socket", e.__cause__) from None
+
+    def keep_unsent_small(self) -> None:
+        with suppress(OSError):
+            if self._stream.socket.family == socket.AF_UNIX:
+                self._stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNSENT)
+            else:  # what is on its way is no queue
+                self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
 
     def shut_down(self) -> None:
         with suppress(OSError):
@@ -162,6 +175,9 @@ class PipeEnds:
             except trio.ClosedResourceError:
                 raise _lost(doing, self._what, None) from None
 
+    def keep_unsent_small(self) -> None:
+        pass  # postcopy needs a socket
+
     def shut_down(self) -> None:
         for fd in self._fds:
             trio.lowlevel.notify_closing(fd)
@@ -207,6 +223,9 @@ class FileEnds:
                 view = view[os.write(fd, view) :]
 
         await self._on_thread(write, "write to")
+
+    def keep_unsent_small(self) -> None:
+        pass  # postcopy needs a socket
 
     def shut_down(self) -> None:
         pass

@@ -366,6 +366,7 @@ class Outgoing:
         source.set_tail(footer + nothing + EndOfStream().encode())
         source.set_rate(self.options["max-postcopy-bandwidth"] or UNLIMITED)
         source.switch()
+        self.channel.keep_unsent_small()
         ended = await source.serve()
         numbers = source.numbers()
         if ended is not Ended.SHUT or numbers.shut or numbers.dirty_left:
