@@ -33,8 +33,9 @@ TIMEOUT = 10.0
 NO_LOG = "Migration disabled: vhost lacks VHOST_F_LOG_ALL feature."
 NO_LOG_FD = "Migration disabled: vhost-user backend lacks VHOST_PROTOCOL_F_LOG_SHMFD feature."
 _TROUBLE = (PeerClosed, RequestFailed, RemoteProtocolError, PostcopyRefused, OSError)
-_WANTED = Feature.VERSION_1 | Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES
 MRG_RXBUF = 1 << 15
+WANTED = int(Feature.VERSION_1 | Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES) | MRG_RXBUF
+"""Features that our driver has a use for."""
 # The device status (virtio 1.2, 2.1): ACKNOWLEDGE, DRIVER and FEATURES_OK; the same and DRIVER_OK.
 _FEATURES_OK, _DRIVER_OK = 0xB, 0xF
 
@@ -45,7 +46,7 @@ async def open_backend(
 ) -> AsyncIterator[BackEnd]:
     """Connect to the socket and negotiate. Raises PeerClosed, RequestFailed, RemoteProtocolError."""
     async with connect(path, timeout=timeout) as front:
-        await front.negotiate(features=int(_WANTED) | MRG_RXBUF)
+        await front.negotiate(features=WANTED)
         backend = BackEnd(front, name, path, regions, timeout)
         try:
             yield backend
@@ -134,8 +135,8 @@ class BackEnd:
     # --- rings
 
     def acknowledge(self, features: int) -> bool:
-        """The driver has acknowledged these; False if the back-end does not offer all of them."""
-        if features & ~self.front.offered_features:
+        """The driver has acknowledged these; False if the back-end does not offer all of them, or we know them not."""
+        if features & ~(self.front.offered_features & WANTED):
             return False
         self.features = features
         return True
