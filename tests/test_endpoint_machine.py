@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,13 +50,15 @@ async def arrived(source: End, destination: End, *, left: Sequence[str] = ()) ->
     return here
 
 
-async def moved(folder: Path, *, when: str, **machine: Any) -> tuple[dict[str, Any], dict[str, Any], int]:
+async def moved(
+    folder: Path, *, when: str, fast: bool = False, **machine: Any
+) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Move one; the destination's report, the source's last look, and how many host pages postcopy had to bring."""
     async with pair(folder, **machine) as (source, destination):
         await source.until_works()
         postcopy = when != "never"
         if postcopy:
-            await source.set("postcopy-ram", **SLOW)
+            await source.set("postcopy-ram", **({} if fast else SLOW))
             await destination.set("postcopy-ram")
         await migrate(source, destination, folder)
         if when == "in the middle":
@@ -340,3 +344,76 @@ async def test_features_that_a_back_end_lacks(hidden: str, why: str, tmp_path: P
                 await one.qmp.command("migrate", uri="tcp:127.0.0.1:1")
             await one.until_works()
         assert str(refused.value).endswith(why)
+
+
+async def test_a_back_end_that_stalls_while_the_machine_stops(tmp_path: Path) -> None:
+    """Waited for as long as was said, then left."""
+    async with pair(tmp_path, devices=2, source=["--backend-timeout", "1"]) as (source, _):
+        await source.until_works()
+        os.kill(source.bridges[0].pid, signal.SIGSTOP)
+        try:
+            await source.qmp.command("stop")
+            found = await source.report()
+            assert not found["running"]
+            assert len(found["problems"]) == 1
+            assert "net0" in found["problems"][0]
+            assert "GET_VRING_BASE: no answer within 1 s" in found["problems"][0]
+            await source.qmp.command("cont")
+            check(await source.until_works(without=["net0"]), without=["net0"])
+        finally:
+            os.kill(source.bridges[0].pid, signal.SIGCONT)
+
+
+async def test_stop_in_postcopy_waits_for_pages_and_not_for_time(tmp_path: Path) -> None:
+    """A back-end that waits for a page has all the time that the page takes."""
+    async with pair(tmp_path, vcpus=2, destination=["--backend-timeout", "0.2"]) as (source, destination):
+        await source.until_works()
+        await source.set("postcopy-ram", max_postcopy_bandwidth=1)
+        await destination.set("postcopy-ram")
+        await migrate(source, destination, tmp_path)
+        await source.qmp.command("migrate-start-postcopy")
+        await destination.process.err.find("may run here")
+        await destination.qmp.command("stop")
+        assert (await destination.report())["problems"] == []
+        assert await destination.state() == "paused"
+        await source.set(max_postcopy_bandwidth=0)
+        await source.until_status("completed")
+        await destination.until_status("completed")
+        await destination.qmp.command("cont")
+        check(await destination.until_works())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ram", [["pc.ram=1G"], ["low=1G", "high=3G"]], ids=["1G", "4G"])
+@pytest.mark.parametrize("when", ["never", "at once", "in the middle"])
+async def test_large(when: str, ram: list[str], tmp_path: Path) -> None:
+    here, _, to_come = await moved(tmp_path, when=when, ram=ram, vcpus=4, devices=2, fast=True)
+    if to_come:
+        assert here["came"]["placed"] == to_come
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "why"),
+    [
+        (["--vcpus", "1"], 2, "give --ram for a machine of its own, or --incoming alone"),
+        (["--ram", "a=64M", "--vcpus", "0"], 2, "--vcpus"),
+        (["--ram", "a=64M", "--dirty-tracking", "magic"], 2, "wp-async"),
+        (["--ram", "a=64M,page=1G"], 2, "not whole pages"),
+        (["--ram", "a=1024G,page=2M"], 1, "RAM block 'a', .* can not be had: .*; set 524288 aside in"),
+        (["--ram", "a=1M", "--backend", "x"], 1, "need 4 MiB of the first RAM block, 'a', which has 1"),
+        (
+            ["--ram", "a=64M", "--backend", "/nowhere/x", "--backend-timeout", "0.2"],
+            1,
+            "no back-end listens on /nowhere/x",
+        ),
+    ],
+)
+async def test_mistakes_get_one_sentence(arguments: list[str], code: int, why: str, tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "vhostpc", "endpoint", "--qmp", f"unix:{tmp_path / 'qmp'}", *arguments]
+    done = await trio.run_process(argv, capture_stderr=True, check=False)
+    text = done.stderr.decode()
+    assert done.returncode == code, text
+    assert re.search(why, text), text
+    assert "Traceback" not in text
+    if code == 1:
+        assert text.count("\n") == 1, text

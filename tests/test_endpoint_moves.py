@@ -16,6 +16,7 @@ import trio
 from tests.migration_ends import pair
 from tests.own_machine import STEP, WAIT, bridge, check, far_side
 from vhostpc.endpoint.machine import Block, OwnMachine, Spec, open_machine
+from vhostpc.endpoint.sections import NET
 from vhostpc.errors import ChannelLost, GuestMemoryError, StreamError
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.incoming import Incoming
@@ -195,6 +196,41 @@ def gone(section: DeviceSection) -> list[DeviceSection]:
     return []
 
 
+def packed_rings(section: DeviceSection) -> list[DeviceSection]:
+    """Offered by nobody here, and not what our driver speaks."""
+    values = NET.unpack(section)
+    return [
+        NET.pack(section.section_id, section.instance, {**values, "features": values["features"] | 1 << 34})
+    ]
+
+
+def further_on(section: DeviceSection) -> list[DeviceSection]:
+    values = NET.unpack(section)
+    return [NET.pack(section.section_id, section.instance, {**values, "rx_base": values["rx_base"] ^ 0x8000})]
+
+
+def never_sent(section: DeviceSection) -> list[DeviceSection]:
+    values = NET.unpack(section)
+    return [
+        NET.pack(section.section_id, section.instance, {**values, "flying_end": values["flying_end"] + 1})
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (packed_rings, "does not offer all of the features"),
+        (further_on, "a ring goes on at"),
+        (never_sent, "can not be those that were on their way"),
+    ],
+)
+@pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
+async def test_a_device_that_can_not_be(
+    postcopy: bool, change: Change, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await check_not_taken("vhost-user-net", change, why, tmp_path, monkeypatch, postcopy=postcopy)
+
+
 @pytest.mark.parametrize("idstr", ["vhostpc-machine", "vhost-user-net", "vcpu", "globalstate"])
 @pytest.mark.parametrize(
     ("change", "why"),
@@ -209,6 +245,12 @@ def gone(section: DeviceSection) -> list[DeviceSection]:
 @pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
 async def test_a_state_that_is_not_taken(
     postcopy: bool, change: Change, why: str, idstr: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await check_not_taken(idstr, change, why, tmp_path, monkeypatch, postcopy=postcopy)
+
+
+async def check_not_taken(
+    idstr: str, change: Change, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, postcopy: bool
 ) -> None:
     """Refused before it runs there, with one sentence; the source is told, and runs on."""
     async with (

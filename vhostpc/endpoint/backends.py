@@ -33,8 +33,11 @@ TIMEOUT = 10.0
 NO_LOG = "Migration disabled: vhost lacks VHOST_F_LOG_ALL feature."
 NO_LOG_FD = "Migration disabled: vhost-user backend lacks VHOST_PROTOCOL_F_LOG_SHMFD feature."
 _TROUBLE = (PeerClosed, RequestFailed, RemoteProtocolError, PostcopyRefused, OSError)
-_WANTED = Feature.VERSION_1 | Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES
 MRG_RXBUF = 1 << 15
+WANTED = int(Feature.VERSION_1 | Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES) | MRG_RXBUF
+"""Features that our driver has a use for."""
+# The device status (virtio 1.2, 2.1): ACKNOWLEDGE, DRIVER and FEATURES_OK; the same and DRIVER_OK.
+_FEATURES_OK, _DRIVER_OK = 0xB, 0xF
 
 
 @asynccontextmanager
@@ -43,7 +46,7 @@ async def open_backend(
 ) -> AsyncIterator[BackEnd]:
     """Connect to the socket and negotiate. Raises PeerClosed, RequestFailed, RemoteProtocolError."""
     async with connect(path, timeout=timeout) as front:
-        await front.negotiate(features=int(_WANTED) | MRG_RXBUF)
+        await front.negotiate(features=WANTED)
         backend = BackEnd(front, name, path, regions, timeout)
         try:
             yield backend
@@ -132,8 +135,8 @@ class BackEnd:
     # --- rings
 
     def acknowledge(self, features: int) -> bool:
-        """The driver has acknowledged these; False if the back-end does not offer all of them."""
-        if features & ~self.front.offered_features:
+        """The driver has acknowledged these; False if the back-end does not offer all of them, or we know them not."""
+        if features & ~(self.front.offered_features & WANTED):
             return False
         self.features = features
         return True
@@ -149,6 +152,7 @@ class BackEnd:
             for index in range(len(self._rings)):
                 await front.set_vring_enable(index, True)
         await self._set_features()
+        await self._set_status(_FEATURES_OK)
         if self.postcopy is None:  # else it has the memory since LISTEN
             await self._memory.share()
         if self._log is not None:
@@ -158,6 +162,11 @@ class BackEnd:
             await start_ring(front, self._memory, index, driver, base=bases[index], enable=False)
             # In order: what one ring sends must find the others started.
             await front.barrier()
+        await self._set_status(_DRIVER_OK)
+
+    async def _set_status(self, status: int) -> None:
+        if ProtocolFeature.STATUS in self.front.protocol_features:
+            await self.front.set_status(status)
 
     async def _set_features(self) -> None:
         await self.front.set_features(self.features | (int(Feature.LOG_ALL) if self._log else 0))
@@ -178,6 +187,7 @@ class BackEnd:
                         nursery.cancel_scope.cancel()
                 if scope.cancelled_caught:
                     raise RequestFailed(f"GET_VRING_BASE: no answer within {self._timeout:g} s")
+            await self._set_status(0)
 
         try:
             await self._try("stopping", stop_all)

@@ -173,8 +173,13 @@ class Endpoint:
             self._events.stop()
 
     async def _go(self) -> None:
-        await self.machine.cont()
-        self.run_state = "running"
+        # First the state, as QEMU does: a stop that comes while the machine is being started is one.
+        before, self.run_state = self.run_state, "running"
+        try:
+            await self.machine.cont()
+        except VhostpcError:
+            self.run_state = before
+            raise
         self._events.resume()
 
     # --- statuses

@@ -20,10 +20,10 @@ import trio
 from vhostpc.endpoint.backends import TIMEOUT, BackEnd, open_backend
 from vhostpc.endpoint.netdev import AREA, NetDevice
 from vhostpc.endpoint.sections import MACHINE, VCPU, description, globalstate, name_of, run_state_of
-from vhostpc.errors import GuestMemoryError, MemoryLost, MigrationRefused, StreamError
+from vhostpc.errors import GuestMemoryError, MemoryLost, MigrationRefused, StreamError, UfdError
 from vhostpc.frontend import DirtyLog, GuestRegion
 from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet
-from vhostpc.memory.vcpu import Area, VCpu
+from vhostpc.memory.vcpu import Area, VCpu, stop_all
 from vhostpc.memory.waits import Waits
 from vhostpc.ufd.client import ClientNumbers
 from vhostpc.ufd.dirty import DirtyTracker, DirtyWay
@@ -173,7 +173,8 @@ class OwnMachine:
         """There is something to run: it was filled, or it has come."""
         self._ran = False
         """The last stop found it running."""
-        self._stopping: trio.Event | None = None
+        self._changing: trio.Event | None = None
+        self._tracked = trio.Event()
         self._stopped_ns = 0
         self._left_ns = 0
         """When it stood at the source that it came from."""
@@ -210,19 +211,30 @@ class OwnMachine:
     # --- running or not
 
     async def cont(self) -> None:
-        if self._stopping is not None:
-            await self._stopping.wait()
-        if self.running:
-            return
-        if not self._whole or self.ram.lost:
-            why = "its memory is lost" if self.ram.lost else "nothing has come"
-            raise MigrationRefused(f"The machine can not run here: {why}")
-        self.running = True
-        async with trio.open_nursery() as nursery:
-            for device in self.devices:
-                nursery.start_soon(device.start, self._nursery)
-        for vcpu in self.vcpus:
-            await self._nursery.start(self._run_vcpu, vcpu)
+        async with self._change():
+            if self.running:
+                return
+            if not self._whole or self.ram.lost:
+                why = "its memory is lost" if self.ram.lost else "nothing has come"
+                raise MigrationRefused(f"The machine can not run here: {why}")
+            self.running = True
+            for vcpu in self.vcpus:
+                await self._nursery.start(self._run_vcpu, vcpu)
+            async with trio.open_nursery() as nursery:
+                for device in self.devices:
+                    nursery.start_soon(device.start, self._nursery)
+
+    @asynccontextmanager
+    async def _change(self) -> AsyncIterator[None]:
+        """Starting and stopping come one after the other."""
+        while self._changing is not None:
+            await self._changing.wait()
+        self._changing = trio.Event()
+        try:
+            yield
+        finally:
+            self._changing.set()
+            self._changing = None
 
     async def _run_vcpu(self, vcpu: VCpu, *, task_status: trio.TaskStatus[None]) -> None:
         try:
@@ -232,23 +244,16 @@ class OwnMachine:
             log.error("%s", self._problems[-1])
 
     async def stop(self) -> None:
-        if self._stopping is not None:
-            await self._stopping.wait()
-            return
-        self._ran = self.running
-        if not self.running:
-            return
-        self._stopping = trio.Event()
-        try:
-            for each in (self.vcpus, self.devices):
-                async with trio.open_nursery() as nursery:
-                    for one in each:
-                        nursery.start_soon(one.stop)
+        async with self._change():
+            self._ran = self.running
+            if not self.running:
+                return
+            await stop_all(self.vcpus)
+            async with trio.open_nursery() as nursery:
+                for device in self.devices:
+                    nursery.start_soon(device.stop)
             self._stopped_ns = time.monotonic_ns()
             self.running = False
-        finally:
-            self._stopping.set()
-            self._stopping = None
 
     # --- leaving
 
@@ -278,10 +283,21 @@ class OwnMachine:
 
     async def start_tracking(self) -> None:
         self.tracker = DirtyTracker(self.ram, self.spec.tracking)
-        await self.tracker.start(self._nursery)
+        await self.tracker.start(await self._nursery.start(self._host_tracking))
         log.info("writes are tracked by %s", self.tracker.way.value)
         for backend in self.backends:
             await backend.set_log(self._log)
+
+    async def _host_tracking(self, *, task_status: trio.TaskStatus[trio.Nursery]) -> None:
+        """A nursery for the tracker's loop: what ends it is the next sync's to tell, and ends nothing else."""
+        self._tracked = trio.Event()
+        try:
+            async with trio.open_nursery() as nursery:
+                task_status.started(nursery)
+                await self._tracked.wait()
+                nursery.cancel_scope.cancel()
+        except* UfdError as group:
+            self._problems.append(str(group.exceptions[0]))
 
     async def sync_dirty(self) -> int:
         assert self.tracker is not None
@@ -294,6 +310,7 @@ class OwnMachine:
             await self.tracker.stop()
             self.tracker.close()
             self.tracker = None
+        self._tracked.set()
 
     # --- arriving
 

@@ -34,8 +34,8 @@ AREA = 4 << 20
 FRAME = 1400
 WINDOW = 64
 """Frames on their way at most, so that no socket's buffer can overflow."""
-BATCH = 16
-TICK = 0.005  # seconds between two batches
+BATCH = 32
+TICK = 0.01  # seconds between two batches
 _SLOTS = 256
 _PAGE = 4096
 
