@@ -32,6 +32,15 @@ class FakeEndpoint:
     def report(self) -> dict[str, Any]:
         return {"running": self.run_state == "running"}
 
+    def trace(self, start: int) -> dict[str, Any]:
+        return {"next": start, "clients": {}, "faults": []}
+
+    def map(self, cells: int) -> dict[str, Any]:
+        return {"time-ns": 0, "blocks": [{"name": "pc.ram", "pages": cells, "received": [1] * cells}]}
+
+    async def verify(self) -> dict[str, Any]:
+        return {"pages": 1, "bad": 0, "first-bad": None}
+
     def postcopy_refusal(self) -> str | None:
         return None
 

@@ -93,6 +93,7 @@ _TABLE = {
         vpc_vcpu_set_rates vpc_vcpu_arm vpc_vcpu_stop vpc_vcpu_stats
         vpc_dirty_new vpc_dirty_free vpc_dirty_start vpc_dirty_sync vpc_dirty_stop vpc_dirty_end
         vpc_dirty_stats vpc_driver_unseen vpc_driver_save vpc_driver_load vpc_ram_merge_log
+        vpc_fault_trace vpc_fault_traced vpc_ram_count_cells
     """,
 }
 

@@ -68,6 +68,7 @@ void vpc_fault_free(struct vpc_fault *s)
     pthread_mutex_destroy(&s->lock);
     pthread_mutex_destroy(&s->out_lock);
     free(s->waiters);
+    free(s->trace);
     free(s);
 }
 
@@ -251,4 +252,35 @@ int vpc_fault_threads(struct vpc_fault *s, int id, struct vpc_thread_waits *out,
     }
     pthread_mutex_unlock(&s->lock);
     return rc;
+}
+
+int vpc_fault_trace(struct vpc_fault *s, uint32_t entries)
+{
+    struct vpc_traced *ring = entries ? calloc(entries, sizeof *ring) : NULL;
+    int rc = ring ? 0 : entries ? -ENOMEM : -EINVAL;
+
+    pthread_mutex_lock(&s->lock);
+    if (rc == 0 && s->trace)
+        rc = -EBUSY;
+    if (rc == 0) {
+        s->trace = ring;
+        s->trace_room = entries;
+    }
+    pthread_mutex_unlock(&s->lock);
+    if (rc < 0)
+        free(ring);
+    return rc;
+}
+
+int vpc_fault_traced(struct vpc_fault *s, uint64_t *next, struct vpc_traced *out, uint32_t max)
+{
+    uint32_t n = 0;
+
+    pthread_mutex_lock(&s->lock);
+    if (s->traced - *next > s->trace_room || *next > s->traced)
+        *next = s->traced > s->trace_room ? s->traced - s->trace_room : 0;
+    for (; n < max && *next < s->traced; n++)
+        out[n] = s->trace[(*next)++ % s->trace_room];
+    pthread_mutex_unlock(&s->lock);
+    return (int)n;
 }

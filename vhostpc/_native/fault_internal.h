@@ -41,6 +41,9 @@ struct vpc_fault {
     struct vpc_waiter *waiters;
     uint32_t waiter_count, waiter_room;
     struct vpc_fault_stats stats;
+    struct vpc_traced *trace; /* a ring, NULL while nothing is traced */
+    uint32_t trace_room;
+    uint64_t traced; /* entries ever made */
 
     pthread_mutex_t out_lock; /* outbox; taken after lock, never the other way round */
     int out_fd;

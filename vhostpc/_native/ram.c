@@ -175,6 +175,21 @@ int64_t vpc_ram_count_bits(struct vpc_ram *ram, int block, int which)
     return sum;
 }
 
+int vpc_ram_count_cells(struct vpc_ram *ram, int block, int which, uint32_t *out, uint32_t cells)
+{
+    struct vpc_block *b = ram_block(ram, block);
+
+    if (!pages_ok(b, which, 0, 0) || cells == 0 || cells > b->pages)
+        return -ERANGE;
+    uint64_t page = 0;
+    for (uint32_t i = 0; i < cells; i++) {
+        uint64_t end = (uint64_t)((unsigned __int128)(i + 1) * b->pages / cells);
+        for (out[i] = 0; page < end; page++)
+            out[i] += (uint32_t)bit_test(b, which, page);
+    }
+    return 0;
+}
+
 int vpc_ram_discard(struct vpc_ram *ram, int block, uint64_t offset, uint64_t length)
 {
     struct vpc_block *b = ram_block(ram, block);

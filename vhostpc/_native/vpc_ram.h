@@ -31,6 +31,8 @@ uint64_t vpc_ram_base(struct vpc_ram *ram, int block);
 int vpc_ram_set_bits(struct vpc_ram *ram, int block, int which, uint64_t first, uint64_t count, int value);
 int vpc_ram_test_bit(struct vpc_ram *ram, int block, int which, uint64_t page);
 int64_t vpc_ram_count_bits(struct vpc_ram *ram, int block, int which);
+/* The same in each of this many equal parts of the block: part i begins at page i * pages / cells. */
+int vpc_ram_count_cells(struct vpc_ram *ram, int block, int which, uint32_t *out, uint32_t cells);
 /* Punch a hole (bytes, whole host pages) and clear RECEIVED and REQUESTED. */
 int vpc_ram_discard(struct vpc_ram *ram, int block, uint64_t offset, uint64_t length);
 /* RAM_DISCARD commands (QEMU's migration stream) for the block's DIRTY pages from page *at on, as many as there is room
@@ -101,7 +103,24 @@ struct vpc_waiter {
     int32_t client;
     int32_t block;    /* -1: the address is in no range */
     uint32_t thread;  /* kernel thread id, 0 when the ufd does not tell */
-    uint32_t pad;
+    uint32_t way;     /* VPC_WAY_*, once the page is known */
+};
+
+/* How a fault was answered. */
+#define VPC_WAY_ASKED 0   /* its page was asked for because of it */
+#define VPC_WAY_JOINED 1  /* somebody had asked for it before */
+#define VPC_WAY_THERE 2   /* it had come meanwhile */
+#define VPC_WAY_LOCAL 3   /* from a file of our own */
+
+/* A fault that was answered, for a trace. */
+struct vpc_traced {
+    uint64_t read_ns;  /* CLOCK_MONOTONIC when the fault was read */
+    uint64_t woken_ns; /* and when who waited was woken */
+    uint64_t page;     /* host page in the block */
+    int32_t client;
+    int32_t block;
+    uint32_t thread;   /* as in vpc_waiter */
+    uint32_t way;      /* VPC_WAY_* */
 };
 
 /* What one thread of a client waited for; only where the ufd tells its threads' ids. */
@@ -136,6 +155,11 @@ int vpc_fault_stats(struct vpc_fault *service, struct vpc_fault_stats *out);
 int vpc_fault_waiting(struct vpc_fault *service, struct vpc_waiter *out, uint32_t max);
 /* Who of a client's threads has waited; returns how many rows were written. */
 int vpc_fault_threads(struct vpc_fault *service, int client, struct vpc_thread_waits *out, uint32_t max);
+/* Remember the last entries faults that were answered; before vpc_fault_run. -EBUSY: they are remembered already. */
+int vpc_fault_trace(struct vpc_fault *service, uint32_t entries);
+/* Those from number *next on that are still remembered, oldest first; *next becomes the number behind the last one
+ * written. Returns how many. */
+int vpc_fault_traced(struct vpc_fault *service, uint64_t *next, struct vpc_traced *out, uint32_t max);
 /* Smallest number of nanoseconds that is counted in bucket i of a histogram. */
 uint64_t vpc_histogram_floor(uint32_t i);
 

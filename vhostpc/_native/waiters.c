@@ -109,7 +109,7 @@ static void waiter_done(struct vpc_fault *s, uint32_t i)
 {
     struct vpc_waiter *w = &s->waiters[i];
     struct client *c = s->clients[w->client];
-    uint64_t wait = now_ns() - w->since_ns;
+    uint64_t now = now_ns(), wait = now - w->since_ns;
 
     c->stats.wakes++;
     s->stats.wakes++;
@@ -117,6 +117,14 @@ static void waiter_done(struct vpc_fault *s, uint32_t i)
     if (wait > c->stats.longest_ns)
         c->stats.longest_ns = wait;
     thread_waited(c, w->thread, wait);
+    if (s->trace)
+        s->trace[s->traced++ % s->trace_room] = (struct vpc_traced){.read_ns = w->since_ns,
+                                                                    .woken_ns = now,
+                                                                    .page = w->page,
+                                                                    .client = w->client,
+                                                                    .block = w->block,
+                                                                    .thread = w->thread,
+                                                                    .way = w->way};
     waiter_drop(s, i);
 }
 
@@ -162,11 +170,13 @@ int vpc_waiter_resolve(struct vpc_fault *s, uint32_t i)
     /* The waiter stands in the list: from here on the loader finds it. */
     if (bit_test(b, VPC_BITS_RECEIVED, w->page)) {
         c->stats.received_already++;
+        w->way = VPC_WAY_THERE;
         if (b->local) /* answered to a client that had mapped something else there: now it is in the block */
             (void)vpc_local_place(b, w->page);
         waiter_wake(s, i);
         return 1;
     }
+    w->way = VPC_WAY_LOCAL;
     if (b->local && c->fd >= 0 && vpc_local_answer(b, w->page, c->fd, w->address) == 0) {
         bit_set(b, VPC_BITS_RECEIVED, w->page);
         waiter_done(s, i);
@@ -177,10 +187,13 @@ int vpc_waiter_resolve(struct vpc_fault *s, uint32_t i)
         waiter_wake(s, i);
         return 1;
     }
-    if (bit_set(b, VPC_BITS_REQUESTED, w->page))
+    if (bit_set(b, VPC_BITS_REQUESTED, w->page)) {
         c->stats.requested_already++;
-    else
+        w->way = VPC_WAY_JOINED;
+    } else {
+        w->way = VPC_WAY_ASKED;
         vpc_outbox_request(s, w->block, w->page);
+    }
     return 0;
 }
 

@@ -1,109 +1,167 @@
-"""``vhostpc demo``: a postcopy migration with traffic on this machine, without QEMU."""
+"""``vhostpc demo``: a machine moves between two endpoints on this computer, without QEMU."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import trio
 
 from vhostpc.cli.common import DONE, FAILED, common_options, start_logging
-from vhostpc.cli.demo_run import FRAME, PAGE, Demo, Result, Show
-from vhostpc.ufd.client import ClientNumbers
+from vhostpc.cli.demo_books import Result
+from vhostpc.cli.demo_run import MIB, SIZE, Demo
+from vhostpc.cli.endpoint import size as size_of
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+SMALLEST = 32 * MIB
+HARM = "VHOSTPC_DEMO_CORRUPT"
+"""An environment variable for tests: one byte of one page is damaged on its way, which must be found."""
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """The numbers as one object; times in seconds unless their name says otherwise."""
-    numbers = asdict(result)
-    numbers |= {"sent": result.sent, "received": result.received, "ok": not result.problems}
-    return numbers
+    """The numbers as one object; a unit stands in the name, bytes and seconds in none."""
+    return asdict(result) | {"ok": not result.problems}
 
 
-def milliseconds(ns: int) -> str:
+def duration(ns: int) -> str:
     return f"{ns / 1e6:.2f} ms"
 
 
-def print_table(result: Result) -> None:
+def mib(count: int) -> str:
+    return f"{count / MIB:.1f} MiB"
+
+
+def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
+    """What is told of a run: titles, heads and rows, numbers as text. For the terminal and the report."""
+    p, b = result.pages, result.bytes
+    share = 100 / max(p.total, 1)
+    came = [
+        ["precopy", f"{p.precopy}", f"{p.precopy * share:.1f} %"],
+        ["postcopy, in the background", f"{p.background}", f"{p.background * share:.1f} %"],
+        ["postcopy, because somebody waited", f"{p.requested}", f"{p.requested * share:.1f} %"],
+        ["all", f"{p.total}", ""],
+        ["bad", f"{p.bad}", ""],
+    ]
+    waits = [
+        [
+            w.name,
+            str(w.faults),
+            *(duration(ns) if w.faults else "-" for ns in (w.p50_ns, w.p99_ns, w.longest_ns)),
+            "-" if w.standstill_ns is None else duration(w.standstill_ns),
+        ]
+        for w in result.waits
+    ]
+    frames = [
+        [f.name, *map(str, (f.sent, f.received, f.lost_at_switch, f.lost, f.flying))] for f in result.frames
+    ]
+    times = [
+        ["downtime, as QEMU counts it", f"{result.downtime_ms} ms"],
+        ["whole migration", f"{result.total_ms} ms"],
+        ["bytes by precopy", mib(b.precopy)],
+        ["bytes while the machine stood", mib(b.downtime)],
+        ["bytes by postcopy", mib(b.postcopy)],
+    ]
+    return [
+        ("how the pages came", ["way", "pages", "share"], came),
+        (
+            "who waited for pages",
+            ["who", "faults", "p50", "p99", "longest", "standstill at the switch"],
+            waits,
+        ),
+        (
+            "network frames",
+            ["device", "sent", "came back", "lost at the switch", "lost else", "on their way"],
+            frames,
+        ),
+        ("times and bytes", ["what", "how much"], times),
+    ]
+
+
+GOOD = "Every frame and every page is accounted for, each page came once and is what it should be."
+
+
+def print_tables(result: Result) -> None:
     """The result for people."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    frames = Table(title=f"frames of {FRAME} bytes, out of the guest and back")
-    for name in ("phase", "sent", "received"):
-        frames.add_column(name, justify="left" if name == "phase" else "right")
-    for p in result.phases:
-        frames.add_row(p.name, str(p.sent), str(p.received))
-    frames.add_row("all", str(result.sent), str(result.received), style="bold")
-    console.print(frames)
-
-    faults = Table(title="page faults served by the front-end")
-    columns = ("who", "faults", "distinct pages", "wakes", "p50", "p99", "longest")
-    for name in columns:
-        faults.add_column(name, justify="left" if name == "who" else "right")
-    rows: list[tuple[str, ClientNumbers | None]] = [("bridge", result.bridge), ("guest", result.guest)]
-    for who, c in rows:
-        if c is not None:
-            times = (milliseconds(ns) for ns in (c.waits.p50_ns, c.waits.p99_ns, c.waits.longest_ns))
-            faults.add_row(who, str(c.faults), str(c.distinct), str(c.wakes), *times)
-    console.print(faults)
-    console.print(
-        f"{result.placed} of {result.pages} pages of {PAGE} bytes moved, each once "
-        f"({result.zero_pages} of them zero); {result.requests} distinct requests; "
-        f"{result.withheld_pages} asked-for pages withheld for {result.withheld_s:.1f} s, while the bridge "
-        f"answered {result.answered_meanwhile} messages; {result.seconds:.1f} s in all.",
-        highlight=False,
-    )
+    for title, heads, rows in tables(result):
+        table = Table(title=title, title_justify="left")
+        for i, head in enumerate(heads):
+            table.add_column(head, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     if result.problems:
-        console.print("The numbers do not agree: " + "; ".join(result.problems), style="bold red")
+        console.print("The books do not balance:", style="bold red")
+        for problem in result.problems:
+            console.print(f"- {problem}", style="red", highlight=False)
     else:
-        console.print("Every frame came back whole and once, every page is what it was.", style="bold green")
+        console.print(GOOD, style="bold green")
 
 
-async def with_progress() -> Result:
-    """Run it under a progress bar."""
+async def with_progress(demo: Demo) -> Result:
+    """Run it under a bar for each phase, on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("{task.description:36}"),
+        TextColumn("{task.description:40}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
     )
+    tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=Console(stderr=True), transient=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("starting", total=1.0)
 
         def show(what: str, share: float) -> None:
-            progress.update(task, description=what, completed=share)
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=1.0)
+            progress.update(tasks[what], completed=share)
 
-        return await Demo(show).run()
-
-
-async def quietly() -> Result:
-    show: Show = lambda what, share: None  # noqa: E731
-    return await Demo(show).run()
+        demo.show = show
+        return await demo.run()
 
 
-@click.command(short_help="Show a postcopy migration with traffic, without QEMU.")
+def memory(_: click.Context, __: click.Parameter, text: str) -> int:
+    size = size_of(text)
+    if size < SMALLEST or size % 4096:
+        raise click.BadParameter(f"{text!r} is not whole pages of 4096 bytes, {SMALLEST // MIB}M at least")
+    return size
+
+
+@click.command(short_help="Show a migration by precopy and postcopy with traffic, without QEMU.")
 @click.option("--json", "as_text", is_flag=True, help="Print the numbers as one JSON object.")
+@click.option(
+    "--size",
+    default=f"{SIZE // MIB}M",
+    show_default=True,
+    callback=memory,
+    metavar="SIZE",
+    help="Memory of the machine.",
+)
 @common_options
-def demo(as_text: bool) -> int:
-    """Move a guest's memory and queues by postcopy while frames flow through a bridge.
+def demo(as_text: bool, size: int) -> int:
+    """Move a machine from one endpoint to another, by precopy and then by postcopy, while it works.
 
-    Front-end, page source and bridge are three processes on this machine. Frames flow before, during and after
-    the move; pages are withheld for a second and then served. Ends with 1 if the numbers do not agree, with 3
-    if this machine can not do it (vhostpc doctor says why).
+    Five processes: two endpoints, a bridge at each, and this one, which drives their monitors and sends back each
+    network frame that comes out of a bridge. The machine's two vCPUs rewrite and check its memory all the time. Ends
+    with 1 if the numbers do not agree, with 3 if this machine can not do it (vhostpc doctor says why).
     """
     start_logging()
-    result = trio.run(quietly if as_text else with_progress)
+    work = Demo(size=size, harm=bool(os.environ.get(HARM)))
+    result = trio.run(with_progress, work)
     if as_text:
         click.echo(json.dumps(as_json(result), indent=2))
         for problem in result.problems:
             click.echo(f"vhostpc: {problem}", err=True)
     else:
-        print_table(result)
+        print_tables(result)
     return FAILED if result.problems else DONE

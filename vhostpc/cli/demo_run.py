@@ -1,360 +1,293 @@
-"""What ``vhostpc demo`` does: a guest's queues and memory move to another place while frames flow.
+"""What ``vhostpc demo`` does: a machine of our own moves between two endpoints, by precopy and then by postcopy.
 
-Three processes: this one is the front-end (the guest's driver, its memory, QEMU's part in postcopy, and the
-far end of the bridge's UDP link), the bridge is one, the page source is one. No frame and no page passes
-through Python.
+Four other processes: a source and a destination endpoint, driven by their monitors as a user would drive them, and a
+bridge at each end. The far side of the bridges is here: a UDP socket that sends each frame back.
 """
 
 from __future__ import annotations
 
-import random
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import trio
 
-from vhostpc.errors import PeerClosed, VhostpcError
-from vhostpc.frontend import (
-    BackendPostcopy,
-    Driver,
-    FarSide,
-    FrontEnd,
-    GuestRegion,
-    MemoryShare,
-    RingLayout,
-    connect,
-    start_ring,
-    stop_ring,
-)
-from vhostpc.frontend.source import SourceProcess, start_source
-from vhostpc.memory.ramblock import Bits, RamSet
-from vhostpc.ufd.client import ClientNumbers
-from vhostpc.ufd.service import FaultService
-from vhostpc.wire.vhost_user import Feature
+from vhostpc.cli import demo_books as books
+from vhostpc.cli.demo_books import Far, Frames, Pages, Phase, Requests, Result, Traffic, Waits, judge
+from vhostpc.cli.demo_ends import STEP, End, bridge, endpoint, far_side, machine
+from vhostpc.cli.demo_relay import Relay, open_relay
+from vhostpc.errors import VhostpcError
+from vhostpc.frontend import FarSide
+from vhostpc.ufd import Userfaultfd
 
-MEMORY = 64 << 20
 PAGE = 4096
-PAGES = MEMORY // PAGE
-SEED = 2026
-FRAME = 1400
-#: Frames that may be on their way at a time: the loop is closed, so that no socket buffer can overflow.
-WINDOW = 64
-RX, TX = 0, 1
-#: Queues and buffers live in the first megabytes, each buffer on a page of its own; what is behind them names
-#: itself and is verified.
-SLOTS = 1024
-RINGS = [RingLayout.packed_at(start, SLOTS, buffer_stride=PAGE) for start in (0x10000, 0x500000)]
-WORKLOAD = 0xA00000 // PAGE
-BEFORE, WITHHOLD, AFTER = 1.5, 1.0, 1.5
-#: Bytes a second of pages that nobody asked for.
-BACKGROUND = 24 << 20
+MIB = 1 << 20
+SIZE = 128 * MIB
+VCPUS = 2
+BEFORE, PRECOPY, POSTCOPY, AFTER = 1.0, 3.0, 3.0, 1.5
+"""Seconds, about."""
+# Shares of memory a second: precopy is to be far from its end when it is left, postcopy's background takes a while.
+PRECOPY_RATE, POSTCOPY_RATE = 0.6 / PRECOPY, 0.6 / POSTCOPY
+SAMPLE = 0.05
+CELLS = 640
+"""Parts of memory whose pages are counted in each sample."""
+LIMIT = 120.0
+DEVICES_AREA = 4 * MIB
+STARTING, RUNNING, COPYING, FOLLOWING, THERE = (
+    "starting two endpoints and two bridges",
+    "before: the machine runs at its source",
+    "precopy: pages are sent while it runs",
+    "postcopy: it runs at the destination",
+    "after: all of its memory is there",
+)
 
 Show = Callable[[str, float], None]
-"""Told what is going on, and the share of memory that has moved (0 to 1)."""
+"""Told which phase it is, and how much of it is done (0 to 1)."""
+
+
+def _silent(what: str, share: float) -> None:
+    pass
+
+
+class Sample(NamedTuple):
+    """Seconds since the traffic began, and host pages present at the destination in each part of memory."""
+
+    at: float
+    cells: list[int]
+
+    @property
+    def present(self) -> int:
+        return sum(self.cells)
+
+
+class Fault(NamedTuple):
+    """An answered fault: who waited for which host page, from when to when (seconds); whether it was asked for
+    because of it."""
+
+    who: str
+    page: int
+    begin: float
+    end: float
+    asked: bool
 
 
 @dataclass
-class Phase:
-    """Frames of one phase: sent by the guest and received back by it."""
+class Story:
+    """What a report needs besides the numbers. Times in seconds since the traffic began."""
 
-    name: str
-    sent: int = 0
-    received: int = 0
-
-
-@dataclass
-class Result:
-    """The numbers of a demonstration; ``problems`` says which of them do not agree."""
-
-    phases: list[Phase] = field(default_factory=list)
-    far_frames: int = 0
-    echoed: int = 0
-    damaged: int = 0
-    duplicates: int = 0
-    pages: int = PAGES
-    placed: int = 0
-    zero_pages: int = 0
-    requests: int = 0
-    bad_pages: int = 0
-    withheld_pages: int = 0
-    withheld_s: float = 0
-    answered_meanwhile: int = 0
-    """Control messages that the bridge answered while pages were withheld."""
-    bridge: ClientNumbers | None = None
-    guest: ClientNumbers | None = None
-    seconds: float = 0
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def sent(self) -> int:
-        return sum(p.sent for p in self.phases)
-
-    @property
-    def received(self) -> int:
-        return sum(p.received for p in self.phases)
-
-
-class Traffic:
-    """A closed loop of frames: out by the sending queue, back by the receiving one."""
-
-    def __init__(self, drivers: list[Driver]) -> None:
-        self.rx, self.tx = drivers
-        self.sending = True
-        self._paused = trio.Event()
-        self._ended = (0, 0)
-
-    def end_phase(self, name: str) -> Phase:
-        """What was sent and received since the phase before ended."""
-        sent, received = self.counts()
-        phase = Phase(name, sent - self._ended[0], received - self._ended[1])
-        self._ended = sent, received
-        return phase
-
-    def counts(self) -> tuple[int, int]:
-        return self.tx.numbers().posted, self.rx.numbers().received.frames
-
-    async def run(self) -> None:
-        """Until cancelled. Python sees batches only."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.rx.run)
-            while True:
-                await self.tx.reap()
-                sent, received = self.counts()
-                if not self.sending:
-                    self._paused.set()
-                elif sent - received < WINDOW:
-                    await self.tx.post(min(16, WINDOW - (sent - received)), FRAME)
-                await trio.sleep(0.004)
-
-    async def drain(self) -> None:
-        """Stop sending and wait until every frame is back. Raises VhostpcError if some do not come."""
-        self.sending, self._paused = False, trio.Event()
-        with trio.move_on_after(5):
-            await self._paused.wait()
-            while self.counts()[0] != self.counts()[1]:
-                await trio.sleep(0.005)
-            return
-        sent, received = self.counts()
-        raise VhostpcError(f"{sent - received} of {sent} frames did not come back")
-
-
-@asynccontextmanager
-async def bridge(path: Path, far: tuple[str, int]) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """The bridge's process."""
-    process = subprocess.Popen(  # noqa: ASYNC220  not waited for
-        [sys.executable, "-m", "vhostpc.cli.demo_bridge", str(path), far[0], str(far[1])],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        process_group=0,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        with trio.move_on_after(15):
-            await trio.lowlevel.wait_readable(process.stdout.fileno())
-        if process.stdout.readline() != b"ready\n":
-            raise VhostpcError("the bridge's process did not start")
-        yield process
-    finally:
-        process.stdin.close()
-        process.stdout.close()
-        process.kill()
-        process.wait()
+    size: int = SIZE
+    cells: list[int] = field(default_factory=list)
+    """Host pages in each part of memory."""
+    samples: list[Sample] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    stood: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """By vCPU: its last beat at the source and its first at the destination."""
 
 
 class Demo:
-    """One run. ``show`` is called now and then."""
+    """One run. ``size``: bytes of memory. ``harm``: damage one byte of a page on its way."""
 
-    def __init__(self, show: Show) -> None:
+    def __init__(self, show: Show = _silent, *, size: int = SIZE, harm: bool = False) -> None:
         self.show = show
+        self.size = size
+        self.harm = harm
         self.result = Result()
-        self.source_ram, self.ram = RamSet(), RamSet()
+        self.story = Story(size)
+        self._zero_ns = 0
+        self._sampling = trio.CancelScope()
+        self._relay: Relay | None = None
 
     async def run(self) -> Result:
         """Raises UfdError where the machine can not do postcopy, VhostpcError when the work failed."""
+        Userfaultfd.open().close()  # whoever may not is told so before anything begins
         started = time.monotonic()
-        try:
-            for ram in (self.source_ram, self.ram):
-                ram.create("pc.ram", MEMORY)
-            self.show("filling the guest's memory", 0)
-            await self.source_ram["pc.ram"].fill(SEED, WORKLOAD, (PAGES - WORKLOAD) // 2)
-            with (
-                tempfile.TemporaryDirectory(prefix="vhostpc-demo-") as folder,
-                socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
-            ):
-                sock.bind(("127.0.0.1", 0))
-                with FarSide(sock, echo=True) as far:
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(far.run)
-                        async with bridge(Path(folder) / "bridge.sock", sock.getsockname()) as process:
-                            await self._guest(Path(folder) / "bridge.sock", far)
-                            if process.poll() is not None:
-                                self.result.problems.append("the bridge ended by itself")
-                        nursery.cancel_scope.cancel()
-            self.result.seconds = time.monotonic() - started
-            return self.result
-        finally:
-            self.source_ram.close()
-            self.ram.close()
+        with trio.move_on_after(LIMIT) as scope, tempfile.TemporaryDirectory(prefix="vhostpc-demo-") as name:
+            async with AsyncExitStack() as stack:
+                await self._story(Path(name), stack)
+        if scope.cancelled_caught:
+            raise VhostpcError(f"the demonstration was not over after {LIMIT:g} s")
+        self.result.seconds = time.monotonic() - started
+        return self.result
 
-    def _regions(self, ram: RamSet) -> list[GuestRegion]:
-        return [GuestRegion(0, MEMORY, ram["pc.ram"])]
+    def _now(self) -> float:
+        return self._at(time.monotonic_ns())
 
-    async def _guest(self, path: Path, far: FarSide) -> None:
-        event_idx = True
-        regions = self._regions(self.source_ram)
-        with (
-            Driver(self.source_ram, regions, RINGS[RX], receive=True, event_idx=event_idx) as rx,
-            Driver(self.source_ram, regions, RINGS[TX], event_idx=event_idx) as tx,
-        ):
-            traffic = Traffic([rx, tx])
-            for driver in (rx, tx):
-                await driver.reset()
-            self.show("before: frames flow at the source", 0)
-            bases = await self._before(path, traffic)
-            for driver in (rx, tx):
-                driver.move(self.ram)
-            await self._move(path, traffic, bases)
-            for driver in (rx, tx):
-                numbers = driver.numbers()
-                self.result.damaged += numbers.received.bad + numbers.bad_used
-                self.result.duplicates += numbers.received.duplicates
-            came = far.numbers()
-            self.result.damaged += came.bad
-            self.result.duplicates += came.duplicates
-            self.result.far_frames, self.result.echoed = came.frames, far.echoed
-        await self._verify()
+    def _at(self, ns: int) -> float:
+        return (ns - self._zero_ns) / 1e9
 
-    async def _before(self, path: Path, traffic: Traffic) -> list[int]:
-        """The session at the source; returns where each queue goes on."""
-        async with connect(path) as front:
-            await self._negotiate(front)
-            memory = MemoryShare(front, self._regions(self.source_ram))
-            await memory.share()
-            async with trio.open_nursery() as nursery:
-                await traffic.rx.post(RINGS[RX].slots)
-                await self._start(front, memory, traffic, [0, 0])
-                nursery.start_soon(traffic.run)
-                await trio.sleep(BEFORE)
-                await traffic.drain()
-                self.result.phases.append(traffic.end_phase("before"))
-                nursery.cancel_scope.cancel()
-            return [await stop_ring(front, index) for index in (RX, TX)]
+    # --- the story
 
-    async def _negotiate(self, front: FrontEnd) -> None:
-        await front.negotiate()
-        if not front.features & Feature.EVENT_IDX:
-            raise PeerClosed("the bridge does not offer the event index")
+    async def _story(self, folder: Path, stack: AsyncExitStack) -> None:
+        self.show(STARTING, 0)
+        far, address = await stack.enter_async_context(far_side())
+        paths = []
+        for i, name in enumerate(("source's bridge", "destination's bridge")):
+            paths.append(await stack.enter_async_context(bridge(name, folder, address)))
+            self.show(STARTING, (i + 1) / 4)
+        made = [machine(self.size, VCPUS, path) for path in paths]
+        source = await stack.enter_async_context(endpoint("source", folder, *made[0]))
+        self.show(STARTING, 3 / 4)
+        destination = await stack.enter_async_context(
+            endpoint("destination", folder, *made[1], "--incoming", "defer", "--trace-faults")
+        )
+        self.show(STARTING, 1)
+        self._zero_ns = time.monotonic_ns()
+        await self._pass(RUNNING, BEFORE)
+        uri = await self._wire(folder, stack, destination)
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        nursery.start_soon(self._sample, destination)
+        await self._move(source, destination, uri)
+        arrived = self._now()
+        await self._pass(THERE, AFTER)
+        self._sampling.cancel()
+        await destination.command("stop")
+        ended = self._now()
+        await self._count(source, destination, far, arrived, ended)
+        for end in (source, destination):
+            await end.command("quit")
+
+    async def _pass(self, what: str, seconds: float) -> None:
+        begin = trio.current_time()
+        while (passed := trio.current_time() - begin) < seconds:
+            self.show(what, passed / seconds)
+            await trio.sleep(STEP)
+        self.show(what, 1)
+
+    async def _wire(self, folder: Path, stack: AsyncExitStack, destination: End) -> str:
+        """The address of the destination; between it and the source there may be somebody who damages a byte."""
+        path = folder / "migration.sock"
+        await destination.set("postcopy-ram", "events")
+        await destination.command("migrate-incoming", uri=f"unix:{path}")
+        if self.harm:
+            near = folder / "relay.sock"
+            self._relay = await stack.enter_async_context(open_relay(near, path, DEVICES_AREA))
+            path = near
+        return f"unix:{path}"
+
+    async def _move(self, source: End, destination: End, uri: str) -> None:
+        await source.set(
+            "postcopy-ram",
+            "events",
+            max_bandwidth=int(self.size * PRECOPY_RATE),
+            max_postcopy_bandwidth=int(self.size * POSTCOPY_RATE),
+        )
+        await source.command("migrate", uri=uri)
+        begin = trio.current_time()
+        while (passed := trio.current_time() - begin) < PRECOPY:
+            self._must_go_on(await source.migration(), source, "active", "setup", "device")
+            self.show(COPYING, passed / PRECOPY)
+            await trio.sleep(STEP)
+        self.show(COPYING, 1)
+        await source.command("migrate-start-postcopy")
+        most = 0
+        for end, left in ((source, True), (destination, False)):
+            while (found := await end.migration())["status"] != "completed":
+                self._must_go_on(found, end, "active", "device", "postcopy-active")
+                if self._relay is not None:
+                    self._relay.harm = found["status"] == "postcopy-active"
+                if left:
+                    remaining = found["ram"]["remaining"]
+                    most = max(most, remaining)
+                    self.show(FOLLOWING, 1 - remaining / max(most, 1))
+                await trio.sleep(STEP)
+        self.show(FOLLOWING, 1)
 
     @staticmethod
-    async def _start(front: FrontEnd, memory: MemoryShare, traffic: Traffic, bases: list[int]) -> None:
-        for index, driver in ((RX, traffic.rx), (TX, traffic.tx)):
-            await start_ring(front, memory, index, driver, base=bases[index])
+    def _must_go_on(found: dict[str, Any], end: End, *statuses: str) -> None:
+        if found["status"] not in statuses:
+            why = found.get("error-desc", "")
+            raise VhostpcError(
+                f"the migration is {found['status']} at the {end.name}{': ' if why else ''}{why}"
+            )
 
-    async def _move(self, path: Path, traffic: Traffic, bases: list[int]) -> None:
-        result, block = self.result, self.ram["pc.ram"]
-        async with AsyncExitStack() as stack:
-            service = stack.enter_context(FaultService(self.ram))
-            source = await stack.enter_async_context(start_source(self.source_ram.blocks))
-            front = await stack.enter_async_context(connect(path))
-            await self._negotiate(front)
-            memory = MemoryShare(front, self._regions(self.ram))
-            postcopy = BackendPostcopy(front, service, name="bridge")
-            service.set_return_path(source.sock.fileno())
-            service.arm()
-            loaded: list[int] = []
-            async with trio.open_nursery() as nursery:
+    async def _sample(self, destination: End) -> None:
+        """How memory fills, until cancelled."""
+        with self._sampling:
+            while True:
+                found = await destination.command("x-vhostpc-map", cells=CELLS)
+                self.story.samples.append(Sample(self._at(found["time-ns"]), found["blocks"][0]["received"]))
+                await trio.sleep(SAMPLE)
 
-                async def load() -> None:
-                    numbers = await service.load(source.sock.fileno())
-                    loaded.append(numbers.placed)
-                    result.zero_pages = numbers.zero_pages
+    # --- the numbers
 
-                nursery.start_soon(service.run)
-                nursery.start_soon(load)
-                await postcopy.advise()
-                await postcopy.listen()
-                await postcopy.share(memory)
-                # What the bridge will receive into after a few hundred frames stays away for a while.
-                first, soon = RINGS[RX].buffers // PAGE, (bases[RX] + SLOTS // 2) % SLOTS
-                await source.hold("pc.ram", first + soon, min(SLOTS // 4, SLOTS - soon))
-                await self._start(front, memory, traffic, bases)
-                traffic.sending = True
-                nursery.start_soon(traffic.run)
-                nursery.start_soon(self._workload)
-                await self._withhold(front, source)
-                await source.set_rate(BACKGROUND)
-                while not loaded:
-                    self.show("during: pages follow", block.count_bits(Bits.RECEIVED) / PAGES)
-                    await trio.sleep(0.05)
-                result.phases.append(traffic.end_phase("during"))
-                self.show("after: every page has come", 1)
-                result.bridge = postcopy.client.numbers() if postcopy.client else None
-                result.guest = service.own.numbers()
-                await postcopy.end()
-                await trio.sleep(AFTER)
-                await traffic.drain()
-                result.phases.append(traffic.end_phase("after"))
-                result.placed = loaded[0]
-                result.requests = service.numbers().requests
-                nursery.cancel_scope.cancel()
-            for index in (RX, TX):
-                await stop_ring(front, index)
+    async def _count(self, source: End, destination: End, far: FarSide, arrived: float, ended: float) -> None:
+        there, here = await source.report(), await destination.report()
+        checked = await destination.command("x-vhostpc-verify")
+        moved = await source.migration()
+        await self._faults(destination, here)
+        for old, new in zip(there["vcpus"], here["vcpus"], strict=True):
+            self.story.stood[new["name"]] = (self._at(old["last-beat-ns"]), self._at(new["first-beat-ns"]))
+        begun = source.event_ns("MIGRATION", status="setup")
+        over = source.event_ns("MIGRATION", status="completed")
+        assert begun is not None
+        assert over is not None
+        stands, runs = self._at(there["stopped-ns"]), max(end for _, end in self.story.stood.values())
+        marks = [0.0, self._at(begun), stands, runs, max(self._at(over), runs), ended]
+        names = ("before", "precopy", "switch", "postcopy", "after")
+        r = self.result
+        r.phases = [Phase(*row) for row in zip(names, marks, marks[1:], strict=False)]
+        sent, asked = there["sent"], here["asked"]
+        came = here["came"] if here["kept"] is not None else dict.fromkeys(here["came"], 0)
+        arrivals = (here["came-before"] or here["came"])["placed"]
+        kept = here["kept"] if here["kept"] is not None else here["blocks"][0]["received"]
+        r.pages = Pages(
+            total=self.size // PAGE,
+            precopy=kept,
+            resent=arrivals - kept,
+            background=sent["background-pages"] - arrivals,
+            requested=sent["requested-pages"],
+            placed=came["placed"],
+            twice=came["already"],
+            checked=checked["pages"],
+            bad=checked["bad"],
+        )
+        r.requests = Requests(asked["events"], asked["wakes"], asked["requests"], sent["requests"])
+        ram = moved["ram"]
+        r.bytes = Traffic(
+            ram["precopy-bytes"], ram["downtime-bytes"], ram["postcopy-bytes"], ram["transferred"]
+        )
+        r.downtime_ms, r.total_ms = moved["downtime"], moved["total-time"]
+        r.waits = self._waits(here)
+        r.frames = [books.frames_of(device) for device in here["devices"]]
+        numbers = far.numbers()
+        r.far = Far(numbers.frames, far.echoed, numbers.bad, numbers.duplicates)
+        r.problems = judge(r, (there, here))
 
-    async def _withhold(self, front: FrontEnd, source: SourceProcess) -> None:
-        """Hold pages back until the queues stand still for them, see that the bridge answers, let go."""
-        self.show("during: pages come when asked for", 0)
-        with trio.move_on_after(10):
-            await source.wait_held(1)
-        start = trio.current_time()
-        while trio.current_time() - start < WITHHOLD:
-            await front.barrier()
-            self.result.answered_meanwhile += 1
-            share = self.ram["pc.ram"].count_bits(Bits.RECEIVED) / PAGES
-            self.show("during: pages are withheld", share)
-            await trio.sleep(0.02)
-        self.result.withheld_pages = (await source.numbers()).held
-        await source.release("pc.ram")
-        self.result.withheld_s = trio.current_time() - start
+    async def _faults(self, destination: End, here: dict[str, Any]) -> None:
+        """Every answered fault, with the name of whoever waited."""
+        vcpus = {vcpu["thread"]: vcpu["name"] for vcpu in here["vcpus"]}
+        backends = {device["name"] for device in here["devices"]}
+        following = 0
+        while True:
+            found = await destination.command("x-vhostpc-trace", from_=following)
+            if not found["faults"]:
+                return
+            following = found["next"]
+            for client, thread, _, page, way, read_ns, woken_ns in found["faults"]:
+                name = found["clients"][str(client)]
+                who = f"{name}'s bridge" if name in backends else vcpus.get(thread, "guest's drivers")
+                self.story.faults.append(Fault(who, page, self._at(read_ns), self._at(woken_ns), way == 0))
 
-    async def _workload(self) -> None:
-        """The guest's processor: reads its pages in no order, and checks each."""
-        order = list(range(WORKLOAD, WORKLOAD + (PAGES - WORKLOAD) // 2))
-        random.Random(SEED).shuffle(order)
-        for page in order[:2000]:
-            bad, _ = await self.ram["pc.ram"].verify(SEED, page, 1)
-            self.result.bad_pages += bad
-
-    async def _verify(self) -> None:
-        """All of the memory that no device writes to, and the sums."""
-        r, half = self.result, (PAGES - WORKLOAD) // 2
-        bad, _ = await self.ram["pc.ram"].verify(SEED, WORKLOAD, half)
-        rest = (WORKLOAD + half) * PAGE
-        if any(await self.ram["pc.ram"].read(rest, MEMORY - rest)):
-            bad += 1
-        r.bad_pages += bad
-        checks = [
-            (r.sent == r.received, f"{r.sent} frames sent and {r.received} received back"),
-            (r.far_frames == r.sent, f"{r.far_frames} of {r.sent} frames came out of the bridge"),
-            (len(r.phases) == 3 and all(p.received for p in r.phases), "a phase without traffic"),
-            (r.damaged == 0, f"{r.damaged} damaged frames"),
-            (r.duplicates == 0, f"{r.duplicates} frames came twice"),
-            (r.placed == r.pages, f"{r.placed} of {r.pages} pages were placed"),
-            (r.bad_pages == 0, f"{r.bad_pages} pages are not what they were"),
-            (r.withheld_pages > 0, "no page was asked for while it was withheld"),
-            (r.answered_meanwhile > 0, "the bridge answered nothing while pages were withheld"),
+    def _waits(self, here: dict[str, Any]) -> list[Waits]:
+        rows = []
+        for vcpu in here["vcpus"]:
+            row = self._row(vcpu["name"], vcpu["faults"])
+            stood, ran = self.story.stood[vcpu["name"]]
+            row.standstill_ns = round((ran - stood) * 1e9)
+            rows.append(row)
+        drivers = [round((f.end - f.begin) * 1e9) for f in self.story.faults if f.who == "guest's drivers"]
+        rows.append(books.waits_of("guest's drivers", drivers))
+        return rows + [
+            self._row(f"{device['name']}'s bridge", device["faults"]) for device in here["devices"]
         ]
-        for client in (r.bridge, r.guest):
-            if client is None or not client.faults:
-                r.problems.append("a client without faults")
-                continue
-            checks.append((client.found_nothing == 0, f"{client.found_nothing} faults found no page"))
-            checks.append((client.wakes == client.faults, f"{client.faults} faults, {client.wakes} wakes"))
-        r.problems += [text for good, text in checks if not good]
+
+    @staticmethod
+    def _row(name: str, told: dict[str, int]) -> Waits:
+        return Waits(name, told["count"], told["p50-ns"], told["p99-ns"], told["longest-ns"])
+
+
+__all__ = ["CELLS", "Demo", "Fault", "Frames", "Result", "Sample", "Show", "Story"]

@@ -26,6 +26,7 @@ from vhostpc.ufd.dirty import DirtyWay
 log = logging.getLogger(__name__)
 
 DEFER, STDIO = "defer", "stdio"
+TRACED_FAULTS = 1 << 16
 _SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -127,6 +128,7 @@ async def run(
     open_it: contextlib.AbstractAsyncContextManager[Machine],
     options: Options,
     after: After,
+    trace: int,
     stopped: bool,
     qmp: str | None,
     monitor: str | None,
@@ -138,7 +140,13 @@ async def run(
         if incoming is None and not stopped:
             await machine.cont()
         served = Endpoint(
-            machine, options, events, incoming=incoming is not None, autostart=not stopped, after=after
+            machine,
+            options,
+            events,
+            incoming=incoming is not None,
+            autostart=not stopped,
+            after=after,
+            trace=trace,
         )
         await serve(served, events, qmp, monitor, incoming)
         return served.error
@@ -198,6 +206,11 @@ async def run(
     help="How writes are found while it leaves.  [default: the best that the kernel has]",
 )
 @click.option(
+    "--trace-faults",
+    is_flag=True,
+    help="Remember the last 65536 answered page faults one by one (x-vhostpc-trace).",
+)
+@click.option(
     "--incoming", metavar="URI|defer", help="Wait for a machine to come from there, or for migrate-incoming."
 )
 @click.option(
@@ -231,6 +244,7 @@ def endpoint(
     vcpu_writes: int,
     vcpu_checks: int,
     dirty_tracking: str | None,
+    trace_faults: bool,
     incoming: str | None,
     compat: Compat,
     stopped: bool,
@@ -264,7 +278,8 @@ def endpoint(
     open_it: contextlib.AbstractAsyncContextManager[Machine]
     open_it = open_machine(spec, empty=incoming is not None) if own else held(ram)
     after = After(postcopy_after_seconds, postcopy_after_passes)
-    error = trio.run(run, open_it, Options(compat), after, stopped, qmp, monitor, incoming)
+    trace = TRACED_FAULTS if trace_faults else 0
+    error = trio.run(run, open_it, Options(compat), after, trace, stopped, qmp, monitor, incoming)
     if error is not None:
         what = error if isinstance(error, VhostpcError | OSError) else "failed"
         raise Failure(f"the machine did not come: {what}")

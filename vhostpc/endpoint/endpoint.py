@@ -7,15 +7,17 @@ happens: the machine never runs at both ends, and a machine that does not run ha
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import trio
 
 from vhostpc.endpoint.waits import tell_waits
 from vhostpc.errors import ChannelLost, MigrationRefused, VhostpcError
+from vhostpc.memory.ramblock import Bits
 from vhostpc.migration.channel import Channel, connect, listen
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.info import MigrationInfo
@@ -39,6 +41,25 @@ class Listener(Protocol):
     def resume(self) -> None: ...
 
 
+def _numbers(numbers: Any) -> dict[str, Any]:
+    """The fields of a dataclass of numbers, named as a monitor does."""
+    return {name.replace("_", "-"): value for name, value in asdict(numbers).items()}
+
+
+def came(incoming: Incoming | None) -> dict[str, Any]:
+    """What a migration to here brought: by the last channel, by the one before (precopy), and on which faults.
+
+    ``kept``: host pages of precopy that were not sent again. All None before there was such a thing.
+    """
+    loads = [] if incoming is None else incoming.loads()
+    return {
+        "came": _numbers(loads[-1]) if loads else None,
+        "came-before": _numbers(loads[-2]) if len(loads) > 1 else None,
+        "kept": None if incoming is None else incoming.kept,
+        "asked": None if incoming is None else _numbers(incoming.asked()),
+    }
+
+
 NOT_FINAL = "Migration is not finalized yet"
 # QEMU tells nothing but the status there.
 _WITHOUT_NUMBERS = frozenset({Status.NONE, Status.SETUP, Status.FAILED, Status.CANCELLED})
@@ -48,7 +69,8 @@ class Endpoint:
     """``machine`` and its migrations. Its methods are those of ``vhostpc.qmp.Endpoint``; :meth:`serve` does the work.
 
     ``incoming``: it waits for a machine to come. ``autostart``: a machine that came runs. ``after``: when a precopy
-    switches to postcopy by itself.
+    switches to postcopy by itself. ``trace``: how many answered faults of a machine that comes are remembered one by
+    one.
     """
 
     def __init__(
@@ -60,6 +82,7 @@ class Endpoint:
         incoming: bool = False,
         autostart: bool = True,
         after: After | None = None,
+        trace: int = 0,
     ) -> None:
         self.machine = machine
         self.options = options
@@ -67,6 +90,7 @@ class Endpoint:
         """Why the program ends, where a machine that was waited for did not come."""
         self._events = events
         self._after = after
+        self._trace = trace
         self._autostart = autostart
         self._quit = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -132,11 +156,47 @@ class Endpoint:
         )
 
     def report(self) -> dict[str, Any]:
-        """How the machine is, and what came of the pages in the last migration to here."""
-        loads = self._incoming.loads() if self._incoming is not None else []
-        last = loads[-1] if loads else None
-        pages = {"placed": last.placed, "already": last.already, "runs": last.runs} if last else None
-        return {**self.machine.report(), "status": str(self.status), "came": pages}
+        """How the machine is, and what came of the pages in the last migration from and to here."""
+        return {
+            **self.machine.report(),
+            "status": str(self.status),
+            "sent": None if self._outgoing is None else _numbers(self._outgoing.numbers()),
+            **came(self._incoming),
+        }
+
+    def trace(self, start: int) -> dict[str, Any]:
+        """Answered faults from number ``start`` on, at most some thousand; the names of their clients."""
+        incoming = self._incoming
+        following, rows = (start, []) if incoming is None else incoming.service.traced(start)
+        clients = {row.client for row in rows}
+        return {
+            "next": following,
+            "clients": {str(n): incoming.service.name_of(n) for n in clients} if incoming is not None else {},
+            "faults": [list(row) for row in rows],
+        }
+
+    def map(self, cells: int) -> dict[str, Any]:
+        """Host pages that have come, in each of ``cells`` equal parts of each block."""
+        blocks = self.machine.ram.blocks
+        return {
+            "time-ns": time.monotonic_ns(),
+            "blocks": [
+                {
+                    "name": b.name,
+                    "pages": b.pages,
+                    "received": b.count_cells(Bits.RECEIVED, min(cells, b.pages)),
+                }
+                for b in blocks
+            ],
+        }
+
+    async def verify(self) -> dict[str, Any]:
+        """Check every page of the machine, which stands still."""
+        if self.machine.running or self.status in BUSY or self.run_state == "inmigrate":
+            raise MigrationRefused(
+                "The machine's memory can be checked while it stands still and is all here"
+            )
+        return await self.machine.verify()
 
     def postcopy_refusal(self) -> str | None:
         return self.machine.postcopy_refusal()
@@ -351,6 +411,7 @@ class Endpoint:
                     postcopy="postcopy-ram" in self.options,
                     report=self.moved,
                     run=self._arrived,
+                    trace=self._trace,
                 )
                 stack.callback(incoming.close)
                 await incoming.receive()

@@ -424,11 +424,22 @@ class OwnMachine:
             ],
         }
 
+    async def verify(self) -> dict[str, Any]:
+        """Every page that a vCPU owns, by its owner."""
+        pages = sum(area.count for area in self.vcpus[0].areas)
+        bad, first = 0, None
+        for vcpu in self.vcpus:
+            found, where = await vcpu.sweep()
+            bad += found
+            first = first or where
+        return {"pages": pages, "bad": bad, "first-bad": str(first) if first else None}
+
     def _vcpu_report(self, vcpu: VCpu, threads: dict[int, Waits]) -> dict[str, Any]:
         numbers = vcpu.numbers()
         told: dict[str, Any] = {
             "name": vcpu.name,
             "running": vcpu.running,
+            "thread": numbers.thread,
             "standstill-ns": max(0, numbers.first_beat_ns - self._left_ns) if self._left_ns else None,
             "first-bad": str(numbers.first_bad) if numbers.first_bad else None,
             "faults": _waits(threads.get(numbers.thread)),

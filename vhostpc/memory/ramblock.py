@@ -95,6 +95,12 @@ class RamBlock:
     def count_bits(self, which: Bits) -> int:
         return check(lib.vpc_ram_count_bits(self._ram.handle, self.index, which), "RAM bits")
 
+    def count_cells(self, which: Bits, cells: int) -> list[int]:
+        """The same in each of ``cells`` equal parts, the block's pages at most: part i begins at i * pages // cells."""
+        out = ffi.new("uint32_t[]", max(cells, 1))
+        check(lib.vpc_ram_count_cells(self._ram.handle, self.index, which, out, cells), "RAM bits")
+        return [int(n) for n in out[0:cells]]
+
     def discard(self, offset: int = 0, length: int | None = None) -> None:
         """Punch a hole (whole host pages) and forget that these pages were received or requested."""
         length = self.length - offset if length is None else length

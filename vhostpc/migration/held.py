@@ -64,6 +64,9 @@ class HeldMachine:
             ],
         }
 
+    async def verify(self) -> dict[str, Any]:
+        raise MigrationRefused("This machine is held: nobody here knows what its pages should be")
+
     # --- leaving: it does not run, so nothing of it changes
 
     @property

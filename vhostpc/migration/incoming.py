@@ -16,13 +16,14 @@ from enum import Enum, auto
 import trio
 
 from vhostpc.errors import ChannelLost, StreamError, VhostpcError
+from vhostpc.memory.ramblock import Bits
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.checks import check_advise, check_discard, check_page_sizes
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.state import Event
 from vhostpc.migration.waits import tell_waits
 from vhostpc.ufd.ramchannel import LoadNumbers, RamChannel
-from vhostpc.ufd.service import FaultService
+from vhostpc.ufd.service import FaultService, ServiceNumbers
 from vhostpc.wire.elements import (
     BadStream,
     BitmapRequest,
@@ -84,7 +85,7 @@ class Incoming:
     ``postcopy``: the capability ``postcopy-ram``; both sides must have it alike where the source uses it.
     ``report`` is called on the trio thread with PACKAGE, FINISH, FAIL, NEVER_RAN or LOSE, and the error; it must
     not raise. ``run(postcopy)`` is awaited where the machine is to start; if it raises, the machine has not run.
-    ``spin_us``: see :class:`FaultService`. ``limit``: bytes of a package.
+    ``spin_us``, ``trace``: see :class:`FaultService`. ``limit``: bytes of a package.
     """
 
     def __init__(
@@ -96,14 +97,18 @@ class Incoming:
         report: Report = _no_report,
         run: Callable[[bool], Awaitable[None]] | None = None,
         spin_us: int = 0,
+        trace: int = 0,
         limit: int = MAX_DEVICES,
     ) -> None:
         self.channel = channel
         self.machine = machine
         self.postcopy = postcopy
         self.phase = Phase.PRECOPY
-        self.service = FaultService(machine.ram, spin_us=spin_us)
+        self.service = FaultService(machine.ram, spin_us=spin_us, trace=trace)
         """Over the machine's RAM; its numbers can be read until :meth:`close`."""
+        self.kept: int | None = None
+        """Host pages that had come by precopy and were not sent again, once postcopy has begun."""
+        self._asked: ServiceNumbers | None = None
         self._report = report
         self._run = run
         self._reader = StreamReader(RamMode.PAUSE, limit=limit)
@@ -135,6 +140,10 @@ class Incoming:
     def loads(self) -> list[LoadNumbers]:
         """What came, one look at each channel that brought pages: that of precopy, then that of postcopy."""
         return [*self._loads, *([] if self._pages is None else [self._pages.numbers()])]
+
+    def asked(self) -> ServiceNumbers:
+        """What its fault service did, also after :meth:`close`."""
+        return self.service.numbers() if self._asked is None else self._asked
 
     def close(self) -> None:
         """Let go of everything but the machine and the channel, before these. Pages that miss will never come.
@@ -190,6 +199,7 @@ class Incoming:
 
     def _release(self) -> None:
         if not self.service.closed:
+            self._asked = self.service.numbers()
             self.service.close()
 
     def _failed(self, caught: BaseException) -> BaseException:
@@ -297,6 +307,7 @@ class Incoming:
     async def _listen(self, package: Sequence[Inside]) -> None:
         """Our mapping may be missing pages; another channel, because this one places by ioctl."""
         self.service.arm()
+        self.kept = sum(b.count_bits(Bits.RECEIVED) for b in self.machine.ram.blocks)
         block = self._close_pages()
         self._pages = self.service.open_channel(self.channel.in_fd)
         self._pages.block = block

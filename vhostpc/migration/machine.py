@@ -49,6 +49,11 @@ class Machine(Protocol):
         """How it is, for whoever tests it: numbers and names, of JSON's types only. Never waits."""
         ...
 
+    async def verify(self) -> dict[str, Any]:
+        """Check every page of the machine, which stands and of which all has come: ``pages``, how many are ``bad``,
+        and the ``first-bad``. Raises MigrationRefused where nothing is known about its pages."""
+        ...
+
     # --- leaving
 
     @property

@@ -19,6 +19,8 @@ from vhostpc.qmp.schema import ANY, BOOL, NOTHING, STR, Array, Enum, Int, Intros
 from vhostpc.wire.qmp import NOT_FOUND, QmpError
 
 VERSIONS: dict[Compat, tuple[int, int, int]] = {"7.2": (7, 2, 22), "10.0": (10, 0, 2)}
+MOST_CELLS = 1 << 16
+"""Of a map of memory: the reply is one line."""
 
 
 @dataclass
@@ -230,6 +232,21 @@ async def _report(session: Session, _: dict[str, Any]) -> Any:
     return session.endpoint.report()
 
 
+async def _trace(session: Session, arguments: dict[str, Any]) -> Any:
+    return session.endpoint.trace(arguments.get("from", 0))
+
+
+async def _map(session: Session, arguments: dict[str, Any]) -> Any:
+    cells = arguments.get("cells", 1024)
+    if not 1 <= cells <= MOST_CELLS:
+        raise QmpError(f"Parameter 'cells' expects a number from 1 to {MOST_CELLS}")
+    return session.endpoint.map(cells)
+
+
+async def _verify(session: Session, _: dict[str, Any]) -> Any:
+    return await session.endpoint.verify()
+
+
 async def _getfd(session: Session, arguments: dict[str, Any]) -> Any:
     if not session.received:
         raise QmpError("No file descriptor supplied via SCM_RIGHTS")
@@ -299,8 +316,21 @@ _ROWS = (
         result=lambda compat: types.parameter_set(compat, result=True),
     ),
     Command("query-migrate", _info, result=types.info),
-    # Ours, no command of QEMU.
+    # Ours, no commands of QEMU.
     Command("x-vhostpc-report", _report, result=lambda _: ANY),
+    Command(
+        "x-vhostpc-trace",
+        _trace,
+        lambda _: Struct((Member("from", Int(64, False), True),)),
+        lambda _: ANY,
+    ),
+    Command(
+        "x-vhostpc-map",
+        _map,
+        lambda _: Struct((Member("cells", Int(32, False), True),)),
+        lambda _: ANY,
+    ),
+    Command("x-vhostpc-verify", _verify, result=lambda _: ANY),
     Command("getfd", _getfd, lambda _: _FD_NAME),
     Command("closefd", _closefd, lambda _: _FD_NAME),
     Command(

@@ -37,6 +37,18 @@ class Endpoint(Protocol):
         """How the machine is: ``x-vhostpc-report``. JSON's types only."""
         ...
 
+    def trace(self, start: int) -> dict[str, Any]:
+        """``x-vhostpc-trace``: answered faults from number ``start`` on, some thousand at most."""
+        ...
+
+    def map(self, cells: int) -> dict[str, Any]:
+        """``x-vhostpc-map``: host pages that have come, in each of ``cells`` parts of each RAM block."""
+        ...
+
+    async def verify(self) -> dict[str, Any]:
+        """``x-vhostpc-verify``: check every page of a machine that stands still and is all here."""
+        ...
+
     def postcopy_refusal(self) -> str | None:
         """Why a machine can not come here by postcopy, one sentence; None: it can."""
         ...

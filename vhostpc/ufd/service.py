@@ -21,6 +21,7 @@ from vhostpc.ufd.client import Client, ClientRange
 from vhostpc.ufd.flags import Features
 from vhostpc.ufd.loops import Loops
 from vhostpc.ufd.ramchannel import LoadNumbers, RamChannel
+from vhostpc.ufd.trace import Trace, Traced
 from vhostpc.ufd.uffd import Userfaultfd
 
 
@@ -67,10 +68,11 @@ class FaultService:
                 await service.load(sock)            # records until the end of the section
 
     ``spin_us`` keeps both loops polling so many microseconds after their last event instead of sleeping:
-    faults are answered faster, a core is burnt. Closing it ends its loops.
+    faults are answered faster, a core is burnt. ``trace``: how many answered faults to remember one by one, the last
+    ones (:meth:`traced`); 0 for none. Closing it ends its loops.
     """
 
-    def __init__(self, ram: RamSet, *, spin_us: int = 0) -> None:
+    def __init__(self, ram: RamSet, *, spin_us: int = 0, trace: int = 0) -> None:
         self.ram = ram
         self._handle = lib.vpc_fault_new(ram.handle)
         if self._handle == ffi.NULL:
@@ -82,6 +84,7 @@ class FaultService:
         self._ufd: Userfaultfd | None = None
         self._own: Client | None = None
         self._names: dict[int, str] = {}
+        self._trace = Trace(free, trace) if trace else None
 
     @property
     def handle(self) -> Any:
@@ -236,6 +239,13 @@ class FaultService:
             for w in raw[0:count]
         ]
 
+    def traced(self, start: int = 0, most: int = 4096) -> tuple[int, list[Traced]]:
+        """Answered faults from number ``start`` on that are still remembered, and the number of the next one.
+
+        Also after :meth:`close`. Nothing where nothing is traced.
+        """
+        return (start, []) if self._trace is None else self._trace.read(start, most)
+
     def threads(self) -> dict[int, Waits]:
         """What each thread of this process has waited for pages of our own mapping, by kernel thread id."""
         return {} if self._own is None else self._own.threads()
@@ -262,6 +272,8 @@ class FaultService:
         if self._ufd is not None:
             self._ufd.close()
             self._ufd = None
+        if self._trace is not None:
+            self._trace.keep()
         self._handle = None
         self.loops.close()
 

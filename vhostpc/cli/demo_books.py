@@ -1,0 +1,201 @@
+"""The numbers of ``vhostpc demo``, and whether they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+WINDOW = 64
+"""Frames of a device that may be on their way at a time."""
+
+
+@dataclass
+class Phase:
+    """``name``, and when it was: seconds since the traffic began."""
+
+    name: str
+    begin: float
+    end: float
+
+
+@dataclass
+class Pages:
+    """Host pages, by the way that they came."""
+
+    total: int = 0
+    precopy: int = 0
+    """Came while the machine still ran at its source, and were not sent again."""
+    resent: int = 0
+    """Arrivals in precopy that a later one, or postcopy, replaced."""
+    background: int = 0
+    requested: int = 0
+    """Sent because somebody waited for them."""
+    placed: int = 0
+    """Made at the destination in postcopy."""
+    twice: int = 0
+    """Came in postcopy although they were there."""
+    checked: int = 0
+    bad: int = 0
+
+
+@dataclass
+class Waits:
+    """What one client waited for pages, in nanoseconds."""
+
+    name: str
+    faults: int
+    p50_ns: int
+    p99_ns: int
+    longest_ns: int
+    standstill_ns: int | None = None
+    """Of a vCPU: from its last beat at the source to its first at the destination."""
+
+
+@dataclass
+class Frames:
+    """Frames of one device: ``sent`` = ``received`` + lost ones + ``flying``."""
+
+    name: str
+    sent: int
+    received: int
+    lost_at_switch: int
+    lost: int
+    flying: int
+    damaged: int
+    doubled: int
+
+
+@dataclass
+class Requests:
+    """``faults`` were read, ``wakes`` answered; ``made`` requests went out and ``read`` arrived at the source."""
+
+    faults: int = 0
+    wakes: int = 0
+    made: int = 0
+    read: int = 0
+
+
+@dataclass
+class Far:
+    """Frames at the far side of the bridges."""
+
+    came: int = 0
+    echoed: int = 0
+    damaged: int = 0
+    doubled: int = 0
+
+
+@dataclass
+class Traffic:
+    """Bytes of the migration's stream."""
+
+    precopy: int = 0
+    downtime: int = 0
+    postcopy: int = 0
+    total: int = 0
+
+
+@dataclass
+class Result:
+    """The numbers of a demonstration; ``problems`` says which of them do not agree, one sentence each."""
+
+    phases: list[Phase] = field(default_factory=list)
+    pages: Pages = field(default_factory=Pages)
+    waits: list[Waits] = field(default_factory=list)
+    frames: list[Frames] = field(default_factory=list)
+    far: Far = field(default_factory=Far)
+    requests: Requests = field(default_factory=Requests)
+    bytes: Traffic = field(default_factory=Traffic)
+    downtime_ms: int = 0
+    total_ms: int = 0
+    seconds: float = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def percentile(sorted_values: Sequence[int], share: float) -> int:
+    """0 of none."""
+    if not sorted_values:
+        return 0
+    return sorted_values[min(len(sorted_values) - 1, int(share * len(sorted_values)))]
+
+
+def waits_of(name: str, values: Iterable[int]) -> Waits:
+    found = sorted(values)
+    return Waits(name, len(found), percentile(found, 0.5), percentile(found, 0.99), found[-1] if found else 0)
+
+
+def frames_of(device: dict[str, Any]) -> Frames:
+    """From the report of an endpoint."""
+    names = "name sent received lost_at_switch lost flying damaged doubled".split()
+    return Frames(**{name: device[name.replace("_", "-")] for name in names})
+
+
+def judge(result: Result, machines: Sequence[dict[str, Any]]) -> list[str]:
+    """What does not agree, one sentence each. ``machines``: the last reports of source and destination."""
+    found = []
+
+    def must(good: bool, sentence: str) -> None:
+        if not good:
+            found.append(sentence)
+
+    for machine in machines:
+        found.extend(machine["problems"])
+        for vcpu in machine["vcpus"]:
+            must(
+                not vcpu["bad"], f"{vcpu['name']} met {vcpu['bad']} bad pages, the first: {vcpu['first-bad']}"
+            )
+        for device in machine["devices"]:
+            faults = device["faults"]
+            must(
+                not faults["found-nothing"], f"{device['name']}: {faults['found-nothing']} faults of no page"
+            )
+            must(not faults["waiting-now"], f"{device['name']}: {faults['waiting-now']} faults still wait")
+    _judge_pages(result, must)
+    for f in result.frames:
+        must(
+            f.sent == f.received + f.lost_at_switch + f.lost + f.flying,
+            f"{f.name}: {f.sent} frames were sent, and {f.received} came back, {f.lost_at_switch + f.lost} were "
+            f"lost, {f.flying} are on their way",
+        )
+        must(f.lost == 0, f"{f.name}: {f.lost} frames were lost while the machine ran")
+        must(f.lost_at_switch <= WINDOW, f"{f.name}: {f.lost_at_switch} frames were lost at the switch")
+        must(f.received > 0, f"{f.name}: no frame came back")
+        must(f.damaged == 0, f"{f.name}: {f.damaged} frames came back damaged")
+        must(f.doubled == 0, f"{f.name}: {f.doubled} frames came back twice")
+    _judge_far(result, must)
+    return found
+
+
+def _judge_pages(result: Result, must: Any) -> None:
+    p, r = result.pages, result.requests
+    must(p.bad == 0, f"{p.bad} of {p.checked} pages are not what they should be")
+    must(
+        p.precopy + p.placed == p.total,
+        f"{p.precopy} pages came by precopy and {p.placed} by postcopy, of {p.total}",
+    )
+    must(p.twice == 0, f"{p.twice} pages came twice in postcopy")
+    must(
+        p.background + p.requested == p.placed,
+        f"in postcopy {p.background} pages were sent in the background and {p.requested} on request, and {p.placed} "
+        "were placed",
+    )
+    must(r.made == r.read, f"{r.made} pages were asked for, and {r.read} requests came to the source")
+    must(r.faults == r.wakes, f"{r.faults} faults were read and {r.wakes} answered")
+    must(r.made > 0, "nobody had to wait for a page: this was no postcopy")
+
+
+def _judge_far(result: Result, must: Any) -> None:
+    far = result.far
+    sent = sum(f.sent for f in result.frames)
+    received = sum(f.received for f in result.frames)
+    away = sum(f.flying + f.lost_at_switch for f in result.frames)
+    must(far.damaged == 0, f"{far.damaged} frames came damaged out of the bridges")
+    must(far.doubled == 0, f"{far.doubled} frames came twice out of the bridges")
+    must(
+        far.came == far.echoed, f"{far.came} frames came out of the bridges, and {far.echoed} were sent back"
+    )
+    must(
+        received <= far.came <= sent and sent - far.came <= away,
+        f"{sent} frames were sent, {far.came} came out of the bridges, {received} came back",
+    )
