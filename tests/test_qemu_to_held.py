@@ -12,10 +12,14 @@ import trio
 
 from tests.hugepages import hugepages
 from tests.qemu import peers, vm
+from tests.qemu.link import link
 from vhostpc.memory.ramblock import Bits
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.incoming import Incoming
+from vhostpc.wire.elements import Package
+from vhostpc.wire.ramrec import RamPage
+from vhostpc.wire.stream import RamMode, StreamReader
 
 pytestmark = pytest.mark.qemu
 PAGE = 4096
@@ -144,3 +148,54 @@ async def test_postcopy(version: str, pages: str, tmp_path: Path) -> None:
                     check_devices(machine, version)
                     incoming.close()
             assert source.complaints() == []
+
+
+@pytest.mark.parametrize("version", peers.VERSIONS)
+async def test_what_is_asked_for_comes_next(version: str, tmp_path: Path) -> None:
+    """The stream as it came, recorded: each page that was touched comes next, and the source's scan goes on behind
+    it. (It may have gathered some pages for one write before it reads the request.)"""
+    spec = vm.Spec(peers.qemu(version))
+    asked: list[int] = []
+    async with (
+        listening(tmp_path / "to") as listener,
+        vm.vm(spec, "src", vm.Bare(), tmp_path) as source,
+        link(tmp_path / "in", tmp_path / "to", PAGE, tmp_path),
+    ):
+        with HeldMachine() as machine, trio.fail_after(120):
+            await source.booted()
+            await source.qmp.command("migrate-set-parameters", max_bandwidth=4 << 20)
+            incoming = await migrate(source, listener, tmp_path / "in", ["postcopy-ram"], machine)
+            await source.qmp.command("migrate-set-parameters", max_postcopy_bandwidth=8 << 20)
+
+            async def touch() -> None:
+                await incoming.running()
+                block = machine.ram[MAIN]
+                order = random.Random(5)
+                while len(asked) < 20:
+                    page = order.randrange(block.pages)
+                    near = range(max(page - 400, 0), min(page + 400, block.pages))
+                    if not any(block.test_bit(Bits.RECEIVED, n) for n in near):
+                        asked.append(page)
+                        await block.read(page * PAGE, 1)
+                await source.qmp.command("migrate-set-parameters", max_postcopy_bandwidth=0)
+
+            async with incoming.channel, trio.open_nursery() as nursery:
+                nursery.start_soon(touch)
+                await source.qmp.event("MIGRATION", 0, status="active")
+                nursery.start_soon(lambda: source.qmp.command("migrate-start-postcopy"))
+                await incoming.receive()
+            incoming.close()
+    reader = StreamReader(RamMode.PAGES)
+    came: list[int] = []
+    switched = False
+    for event in reader.feed((tmp_path / "forward").read_bytes()):
+        switched |= isinstance(event, Package)
+        if switched and isinstance(event, RamPage) and event.block == MAIN:
+            came.append(event.offset // PAGE)
+    places = [came.index(page) for page in asked]
+    assert places == sorted(places), "in the order in which they were asked for"
+    # The scan goes on behind it, unless the next has been asked for already.
+    behind = [came[place + 1] - page for page, place in zip(asked[:-1], places[:-1], strict=True)]
+    followed = [came[place + 1] == nxt for place, nxt in zip(places[:-1], asked[1:], strict=True)]
+    assert all(step == 1 or other for step, other in zip(behind, followed, strict=True)), behind
+    assert 1 in behind
