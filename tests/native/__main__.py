@@ -6,17 +6,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.native import FAULTS, FLIP, VCPUS, run
+from tests.native import FAULTS, FLIP, STATE, VCPUS, run
 
 
 def main(times: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        flip, faults, vcpus = (program.build(Path(folder)) for program in (FLIP, FAULTS, VCPUS))
+        flip, faults, vcpus, state = (program.build(Path(folder)) for program in (FLIP, FAULTS, VCPUS, STATE))
         for seed in range(1, times + 1):
             for mode in ("pop", "out", "in"):
                 print(f"flip {mode}, seed {seed}: {run(flip, mode, 1_000_000, seed)}", flush=True)
             print(f"faults: {run(faults, 20)}", flush=True)
             print(f"vcpus: {run(vcpus, 20)}", flush=True)
+            print(f"state, seed {seed}: {run(state, 200_000, seed)}", flush=True)
 
 
 if __name__ == "__main__":
