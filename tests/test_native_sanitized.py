@@ -1,5 +1,5 @@
-"""The C alone, under the sanitizers: rings that change while they are read, the fault service with many threads, and
-vCPUs whose writes are tracked."""
+"""The C alone, under the sanitizers: rings that change while they are read, the fault service with many threads,
+vCPUs whose writes are tracked, and the state of a queue with wrong bytes in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native import FAULTS, FLIP, LOADS, VCPUS, run
+from tests.native import FAULTS, FLIP, LOADS, STATE, VCPUS, run
 from tests.native.twins import check_loads
 
 
@@ -43,3 +43,10 @@ def test_vcpus_and_dirty_tracking_without_a_race(tmp_path: Path) -> None:
     numbers = run(VCPUS.build(tmp_path), 25)
     assert numbers["rounds"] == 25
     assert numbers["steps"] > 25 * 200
+
+
+def test_a_state_with_wrong_bytes(tmp_path: Path) -> None:
+    """Refused or taken: what is taken saves to the same bytes, and nothing out of bounds is touched."""
+    numbers = run(STATE.build(tmp_path), 20_000, 3)
+    assert numbers["rounds"] == 20_000
+    assert 1000 < numbers["taken"] < 19_000

@@ -45,6 +45,11 @@ VCPUS = Program(
     "thread",
     ("vcpu", "dirty", "uffd", "ram", "local", "ramload", "fault", "waiters", "outbox"),
 )
+STATE = Program(
+    "state",
+    "address,undefined",
+    ("driver", "driverstate", "frame", "uffd", "ram", "local", "ramload", "fault", "waiters", "outbox"),
+)
 
 
 def run(program: Path, *args: object, timeout: float = 540) -> dict[str, int]:

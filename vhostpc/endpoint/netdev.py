@@ -2,8 +2,8 @@
 
 The driver sends frames that name themselves; the far side of the back-end sends each of them back. A frame is on its
 way, or back, or lost. When the machine moves, frames that come back while nobody has a ring are dropped by the
-network: of the frames that were on their way just then, those that never come count as lost at the switch. One of
-any other time is a failure.
+network: of those that were on their way just then, or were sent before the first one came back to the new place, the
+ones that never come count as lost at the switch. One of any other time is a failure.
 
 Frames keep their order, so a frame that came says of all before it whether they still will.
 """
@@ -36,6 +36,8 @@ WINDOW = 64
 """Frames on their way at most, so that no socket's buffer can overflow."""
 BATCH = 32
 TICK = 0.01  # seconds between two batches
+PROBE, MOST = 4, 1.0
+"""Frames at a time until one has come back to a new place; seconds between two such times, at most."""
 _SLOTS = 256
 _PAGE = 4096
 
@@ -80,6 +82,7 @@ class NetDevice:
         self._idle.set()
         # Numbers of the frames that were on their way at the last switch, and the losses of those before.
         self._flying = (0, 0)
+        self._settled = False  # a frame that was sent at this place has come back to it
         self._lost_before = 0
 
     @property
@@ -111,6 +114,7 @@ class NetDevice:
         for driver in self.make_drivers():
             await driver.reset()
         self._bases = [0, 0]
+        self._flying, self._settled, self._lost_before = (0, 0), False, 0
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Start the back-end's rings and the traffic, which runs in ``nursery`` until :meth:`stop`."""
@@ -145,28 +149,44 @@ class NetDevice:
     # --- traffic
 
     async def _traffic(self, scope: trio.CancelScope, idle: trio.Event) -> None:
-        rx, tx = self._drivers
         try:
             with scope:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(rx.run)
-                    while True:
-                        await tx.reap()
-                        room = WINDOW - self._in_flight()
-                        if room > 0:
-                            await tx.post(min(BATCH, room), FRAME)
-                        await trio.sleep(TICK)
+                    nursery.start_soon(self._drivers[RX].run)
+                    await self._send()
         except* (MemoryLost, OSError) as group:
             self._problem(f"{self.name}: its driver stopped: {group.exceptions[0]}")
         finally:
             idle.set()
+
+    async def _send(self) -> None:
+        tx = self._drivers[TX]
+        due, wait = trio.current_time(), 4 * TICK
+        while True:
+            await tx.reap()
+            if self._is_settled():
+                room = WINDOW - self._in_flight()
+                if room > 0:
+                    await tx.post(min(BATCH, room), FRAME)
+            elif trio.current_time() >= due:
+                await tx.post(PROBE, FRAME)
+                due, wait = trio.current_time() + wait, min(2 * wait, MOST)
+            await trio.sleep(TICK)
+
+    def _is_settled(self) -> bool:
+        if not self._settled:
+            first, end = self._flying
+            if self._drivers[RX].numbers().received.next > end:
+                self._settled = True
+                self._flying = first, self._drivers[TX].numbers().posted
+        return self._settled
 
     def _problem(self, text: str) -> None:
         self.problems.append(text)
         log.error("%s", text)
 
     def _in_flight(self) -> int:
-        """Frames that are on their way; those of before the last switch are the network's business."""
+        """Frames that are on their way; those of the last switch are the network's business."""
         rx, tx = self._drivers
         return tx.numbers().posted - max(rx.numbers().received.next, self._flying[1])
 
@@ -227,7 +247,7 @@ class NetDevice:
         first, end = values["flying_first"], values["flying_end"]
         if first > rx.numbers().received.next or first > end or end != tx.numbers().posted:
             raise StreamError(f"{what}: frames {first} to {end} can not be those that were on their way")
-        self._flying = (first, end)
+        self._flying, self._settled = (first, end), False
         self._lost_before = values["lost_at_switch"]
         self._bases = [values["rx_base"], values["tx_base"]]
         for driver, base in zip(drivers, self._bases, strict=True):
