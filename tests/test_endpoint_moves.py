@@ -165,7 +165,7 @@ async def back_and_forth(folder: Path, times: int) -> None:
 
 
 async def test_back_and_forth(tmp_path: Path) -> None:
-    await back_and_forth(tmp_path, 10)
+    await back_and_forth(tmp_path, 50)
 
 
 @pytest.mark.long
