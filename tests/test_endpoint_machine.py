@@ -44,10 +44,7 @@ async def test_precopy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("when", ["at once", "in the middle"])
 async def test_postcopy(when: str, page: str, tmp_path: Path) -> None:
     with hugepages(128 if page == "2M" else 0):
-        async with pair(tmp_path, ram=[f"pc.ram=64M,page={page}"], vcpus=2, devices=2) as (
-            source,
-            destination,
-        ):
+        async with pair(tmp_path, ram=[f"pc.ram=64M,page={page}"], vcpus=2, devices=2) as (source, destination):
             await source.until_works()
             await source.set("postcopy-ram", max_bandwidth=8 << 20, **SLOW)
             await destination.set("postcopy-ram")
