@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -147,8 +148,15 @@ def memory(_: click.Context, __: click.Parameter, text: str) -> int:
     metavar="SIZE",
     help="Memory of the machine.",
 )
+@click.option(
+    "--report",
+    "page",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Write the run in pictures: an HTML page that needs nothing else.",
+)
 @common_options
-def demo(as_text: bool, size: int) -> int:
+def demo(as_text: bool, size: int, page: Path | None) -> int:
     """Move a machine from one endpoint to another, by precopy and then by postcopy, while it works.
 
     Five processes: two endpoints, a bridge at each, and this one, which drives their monitors and sends back each
@@ -158,6 +166,11 @@ def demo(as_text: bool, size: int) -> int:
     start_logging()
     work = Demo(size=size, harm=bool(os.environ.get(HARM)))
     result = trio.run(with_progress, work)
+    if page is not None:
+        from vhostpc.cli.report import html
+
+        page.write_text(html(result, work.story), encoding="utf-8")
+        click.echo(f"vhostpc: the report is in {page}", err=True)
     if as_text:
         click.echo(json.dumps(as_json(result), indent=2))
         for problem in result.problems:
