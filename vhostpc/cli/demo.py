@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +71,7 @@ def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
         ("how the pages came", ["way", "pages", "share"], came),
         (
             "who waited for pages",
-            ["who", "faults", "p50", "p99", "longest", "standstill at the switch"],
+            ["who", "faults", "p50", "p99", "longest", "at the switch"],
             waits,
         ),
         (
@@ -89,12 +88,13 @@ GOOD = "Every frame and every page is accounted for, each page came once and is 
 
 def print_tables(result: Result) -> None:
     """The result for people."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     for title, heads, rows in tables(result):
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for i, head in enumerate(heads):
             table.add_column(head, justify="right" if i else "left")
         for row in rows:
@@ -120,7 +120,7 @@ async def with_progress(demo: Demo) -> Result:
         TimeElapsedColumn(),
     )
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=not sys.stderr.isatty()) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
 
         def show(what: str, share: float) -> None:
             if what not in tasks:

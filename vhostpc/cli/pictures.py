@@ -26,7 +26,11 @@ font:12px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;max
 .pic .edge{stroke:var(--soft);stroke-width:1;fill:none;shape-rendering:crispEdges}
 .pic .band0{fill:var(--band0)}.pic .band1{fill:var(--band1)}.pic .gap{fill:var(--alarm);opacity:.28}
 .pic .c0{fill:var(--c0)}.pic .c1{fill:var(--c1)}.pic .c2{fill:var(--c2)}.pic .c3{fill:var(--c3)}
-.pic .c4{fill:var(--c4)}.pic .c5{fill:var(--c5)}.pic .dots{fill-opacity:.55}.pic .alarm{fill:var(--alarm)}
+.pic .c4{fill:var(--c4)}.pic .c5{fill:var(--c5)}
+.pic .dots{fill:none;stroke-width:2.6;stroke-linecap:round;stroke-opacity:.6}
+.pic .dots.c0{stroke:var(--c0)}.pic .dots.c1{stroke:var(--c1)}.pic .dots.c2{stroke:var(--c2)}
+.pic .dots.c3{stroke:var(--c3)}.pic .dots.c4{stroke:var(--c4)}.pic .dots.c5{stroke:var(--c5)}
+.pic .alarm{fill:var(--alarm)}
 """.replace("\n", "")
 
 
@@ -41,9 +45,7 @@ def text(x: float, y: float, words: str, kind: str = "") -> str:
 
 
 def rect(x: float, y: float, width: float, height: float, kind: str) -> str:
-    return (
-        f'<rect class="{kind}" x="{number(x)}" y="{number(y)}" width="{number(width)}" height="{number(height)}"/>'
-    )
+    return f'<rect class="{kind}" x="{number(x)}" y="{number(y)}" width="{number(width)}" height="{number(height)}"/>'
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -89,12 +91,14 @@ class Frame:
 
     def __post_init__(self) -> None:
         self.bottom = TOP + self.height
-        for i, band in enumerate(self.bands):
+        for i, band in enumerate(sorted(self.bands, key=lambda band: band.gap)):
             x, end = self.x(band.begin), self.x(band.end)
+            if band.end <= self.begin or band.begin >= self.end:
+                continue
             if band.gap:
                 self.parts.append(rect(x, TOP, max(end - x, 1.5), self.height, "gap"))
             else:
-                self.parts.append(rect(x, TOP, end - x, self.height, f"band{i // 2 % 2}"))
+                self.parts.append(rect(x, TOP, end - x, self.height, f"band{i % 2}"))
                 if end - x > 7 * len(band.name):
                     self.parts.append(text((x + end) / 2, TOP - 8, band.name, "m b"))
 
@@ -128,31 +132,41 @@ class Frame:
         if label:
             self.parts.append(text(8, TOP - 8, label))
 
-    def area(self, lower: Sequence[tuple[float, float]], upper: Sequence[tuple[float, float]], kind: str) -> None:
+    def area(
+        self, lower: Sequence[tuple[float, float]], upper: Sequence[tuple[float, float]], kind: str
+    ) -> None:
         """Between two lines of (x, y), both from left to right."""
         points = [*upper, *reversed(lower)]
         path = "L".join(f"{number(x)} {number(y)}" for x, y in points)
         self.parts.append(f'<path class="{kind}" d="M{path}Z"/>')
 
-    def dots(self, points: Iterable[tuple[float, float]], kind: str, size: float = 2.4) -> None:
-        """Squares, each where its middle is; those that would lie on one another are drawn once."""
-        seen = dict.fromkeys((round(x), round(y)) for x, y in points)
-        path = "".join(f"M{x - 1} {y - 1}h{size}v{size}h-{size}z" for x, y in seen)
+    def dots(self, points: Iterable[tuple[float, float]], kind: str) -> None:
+        """Those that would lie on one another are drawn once."""
+        path, at = "", (0, 0)
+        for x, y in sorted({(round(x), round(y)) for x, y in points}):
+            path += f"m{x - at[0]} {y - at[1]}h0"
+            at = x, y
         if path:
-            self.parts.append(f'<path class="{kind} dots" d="{path}"/>')
+            self.parts.append(f'<path class="{kind} dots" d="{path.replace("m", "M", 1)}"/>')
 
     def intervals(self, found: Sequence[tuple[float, float]], y: float, height: float, kind: str) -> None:
-        """Spans of time as bars, at least a pixel wide; those that touch are one."""
-        path: list[str] = []
-        at = end = -1.0
-        for left, right in sorted((self.x(a), max(self.x(b), self.x(a) + 0.7)) for a, b in found):
-            if left > end + 0.1:
-                if end >= 0:
-                    path.append(f"M{number(at)} {number(y)}h{number(end - at)}v{number(height)}H{number(at)}z")
-                at = left
-            end = max(end, right)
-        if end >= 0:
-            path.append(f"M{number(at)} {number(y)}h{number(end - at)}v{number(height)}H{number(at)}z")
+        """How much of each moment is in one of these spans of time, none of which meets another: as columns."""
+        step = 1.5
+        count = math.ceil((self.right - self.left) / step)
+        second = (self.right - self.left) / (self.end - self.begin)
+        filled = [0.0] * count
+        for begin, end in found:
+            left, right = ((at - self.begin) * second / step for at in (begin, end))
+            for i in range(max(int(left), 0), min(int(right) + 1, count)):
+                filled[i] += max(0.0, min(right, i + 1) - max(left, i))
+        path = []
+        for i, share in enumerate(filled):
+            tall = max(min(share, 1.0) * height, 1.0)
+            if share:
+                x = self.left + i * step
+                path.append(
+                    f"M{number(x)} {number(y + height)}v-{number(tall)}h{number(step)}v{number(tall)}z"
+                )
         if path:
             self.parts.append(f'<path class="{kind}" d="{"".join(path)}"/>')
 
@@ -168,7 +182,9 @@ class Frame:
         return svg(self.width, self.bottom + below, self.parts, title)
 
 
-def cells(shares: Sequence[float], columns: int, x: float, y: float, size: float, shades: int = 4) -> list[str]:
+def cells(
+    shares: Sequence[float], columns: int, x: float, y: float, size: float, shades: int = 4
+) -> list[str]:
     """A field of squares, row by row, the darker the fuller: one path for each shade."""
     rows = (len(shares) + columns - 1) // columns
     parts = [rect(x, y, columns * size, rows * size, "band0")]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from html import escape
+from math import log10
 
 from vhostpc.cli.demo import GOOD, tables
 from vhostpc.cli.demo_books import Result
 from vhostpc.cli.demo_run import MIB, PAGE, Sample, Story
-from vhostpc.cli.pictures import BOTTOM, STYLE, TOP, WIDTH, Band, Frame, cells, svg, text, ticks
+from vhostpc.cli.pictures import BOTTOM, STYLE, TOP, Band, Frame, cells, svg, text, ticks
 
 COLUMNS = 40
 MOST_DOTS = 2500
@@ -27,7 +28,8 @@ table{border-collapse:collapse;margin:.4rem 0 1.2rem;font-variant-numeric:tabula
 th,td{padding:.22rem .9rem .22rem 0;text-align:right;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child{text-align:left}th{font-weight:600;vertical-align:bottom}
 caption{text-align:left;font-weight:600;padding:.3rem 0}
-.facts{display:flex;flex-wrap:wrap;gap:.3rem 2rem;padding:0;margin:.8rem 0;list-style:none}
+.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:.5rem 1rem;padding:0;
+margin:.8rem 0;list-style:none}
 .facts b{display:block;font-size:1.25rem}
 """.replace("\n", "")
 
@@ -42,10 +44,15 @@ class Pictures:
         self.begin, self.end = self.bands[0].begin, self.bands[-1].end
         self.phase = {p.name: p for p in result.phases}
         self.samples = story.samples
-        self.colours = {w.name: f"c{i}" for i, w in enumerate(w for w in result.waits)}
+        self.colours = {w.name: f"c{i}" for i, w in enumerate(result.waits)}
 
-    def frame(self, height: float) -> Frame:
-        return Frame(self.bands, self.begin, self.end, height)
+    def frame(self, height: float, *, near: bool = False) -> Frame:
+        """``near``: only from shortly before the switch to shortly after the last page."""
+        if not near:
+            return Frame(self.bands, self.begin, self.end, height)
+        switch, post = self.phase["switch"], self.phase["postcopy"]
+        more = 0.06 * (post.end - switch.begin)
+        return Frame(self.bands, switch.begin - more, post.end + more, height)
 
     def all(self) -> dict[str, tuple[str, str, str]]:
         """Name: title, how to read it, the picture."""
@@ -65,15 +72,16 @@ class Pictures:
             ),
             "lanes": (
                 "Who stood still, and when",
-                "One lane for each vCPU and each client of memory: a bar is a time of waiting, for a page, or (the "
-                "wide one) for the switch. Waits are drawn a pixel wide at least, so a dense lane is busier than "
-                "it is long: the share at the right says how much of the postcopy phase it waited.",
+                "One lane for each vCPU and everybody else who touches memory: the higher a column, the more of that "
+                "moment was spent waiting for pages; a full one stood still. In red, the vCPUs from their last beat "
+                "at the source to their first here. At the right: the part of the postcopy phase spent waiting.",
                 self.lanes(),
             ),
             "memory": (
                 "RAM filling up",
                 f"All of memory at six moments, row by row from address 0; one square is "
-                f"{self.story.size // max(len(self.samples[-1].cells), 1) >> 10} KiB, the darker the fuller.",
+                f"{self.story.size // max(len(self.samples[-1].cells), 1) >> 10} KiB, the stronger its "
+                "colour the more of it has come.",
                 self.memory(),
             ),
         }
@@ -84,14 +92,17 @@ class Pictures:
         unit = PAGE / MIB
         asked = sorted(f.end for f in self.story.faults if f.asked)
         run = self.phase["postcopy"].begin
-        y = lambda mib: frame.bottom - mib / size * frame.height  # noqa: E731
+
+        def y(mib: float) -> float:
+            return frame.bottom - mib / size * frame.height
+
         marks = [(v, f"{v:g} MiB") for v in ticks(0, size, 5)]
         kept = self.result.pages.precopy
         lines: list[list[tuple[float, float]]] = [[], [], [], []]
         for s in self.samples:
             x, present = frame.x(s.at), s.present
-            precopy = present if s.at < self.phase["switch"].begin else min(kept, present)
-            requested = min(bisect_right(asked, s.at), present - precopy) if s.at >= run - 1 else 0
+            precopy = present if s.at < run else min(kept, present)
+            requested = min(bisect_right(asked, s.at), present - precopy)
             heights = (0, precopy, precopy + requested, present)
             for line, height in zip(lines, heights, strict=True):
                 line.append((x, y(height * unit)))
@@ -103,22 +114,23 @@ class Pictures:
         return frame.draw("Memory present at the destination over time", BOTTOM + 6)
 
     def faults(self) -> str:
-        frame = self.frame(240)
+        frame = self.frame(240, near=True)
         waits = [max((f.end - f.begin) * 1e6, 1.0) for f in self.story.faults]
         low, high = 10.0, 100.0
         while waits and low > min(waits):
             low /= 10
         while waits and high < max(waits):
             high *= 10
-        from math import log10
 
-        y = lambda us: (  # noqa: E731
-            frame.bottom - (log10(us) - log10(low)) / (log10(high) - log10(low)) * frame.height
-        )
+        def y(us: float) -> float:
+            return frame.bottom - (log10(us) - log10(low)) / (log10(high) - log10(low)) * frame.height
+
         marks = []
         at = low
         while at <= high * 1.01:
-            marks.append((at, f"{at:g} µs" if at < 1000 else f"{at / 1000:g} ms" if at < 1e6 else f"{at / 1e6:g} s"))
+            marks.append(
+                (at, f"{at:g} µs" if at < 1000 else f"{at / 1000:g} ms" if at < 1e6 else f"{at / 1e6:g} s")
+            )
             at *= 10
         frame.value_axis(marks, y)
         shown = []
@@ -134,16 +146,14 @@ class Pictures:
         return frame.draw("Time that each fault waited, over time", BOTTOM + 6)
 
     def lanes(self) -> str:
-        height, gap = 18.0, 10.0
+        height, gap = 30.0, 10.0
         names = list(self.colours)
-        frame = Frame(self.bands, self.begin, self.end, len(names) * (height + gap) + gap, width=WIDTH)
+        frame = self.frame(len(names) * (height + gap) + gap, near=True)
         post = self.phase["postcopy"]
         for i, who in enumerate(names):
             top = TOP + gap + i * (height + gap)
             frame.parts.append(text(frame.left - 8, top + height / 2 + 4, who, "e ink"))
-            frame.parts.append(
-                f'<path class="grid" d="M{frame.left} {top + height}H{frame.right}"/>'
-            )
+            frame.parts.append(f'<path class="grid" d="M{frame.left} {top + height}H{frame.right}"/>')
             found = [(f.begin, f.end) for f in self.story.faults if f.who == who]
             frame.intervals(found, top, height, self.colours[who])
             if who in self.story.stood:
@@ -165,7 +175,7 @@ class Pictures:
             ("it runs here", post.begin + 0.02),
             ("a third of postcopy", post.begin + follow / 3),
             ("two thirds", post.begin + follow * 2 / 3),
-            ("all is here", post.begin + follow),
+            ("all is here", post.begin + follow + 0.05),
         ]
 
     def at(self, when: float) -> Sample:
