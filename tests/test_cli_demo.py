@@ -1,57 +1,106 @@
-"""``vhostpc demo``: the numbers agree, for root, for an ordinary user, and not at all where it can not be."""
+"""``vhostpc demo``: the books balance, for root and for others; what does not is named; the report is whole."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
-from vhostpc.cli.demo_run import Demo, Phase, Result
+from vhostpc.cli.demo_books import Far, Frames, Pages, Requests, Result, judge, waits_of
+from vhostpc.cli.demo_relay import PAGE, Relay, find_page
+from vhostpc.cli.pictures import Band, Frame, cells, svg, ticks
+from vhostpc.wire.ramrec import RamFlag
 
 ROOT = Path(__file__).resolve().parent.parent
+SVG = "{http://www.w3.org/2000/svg}"
 pytestmark = pytest.mark.ufd
 
 
-def run(*arguments: str, profile: str = "") -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, profile: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """The command, with the rights of a profile of ``tests.confine``."""
     confined = [sys.executable, "-m", "tests.confine", profile] if profile else []
     return subprocess.run(
         [*confined, sys.executable, "-m", "vhostpc", "demo", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=180,
         check=False,
         cwd=ROOT,
+        env=os.environ | environment,
     )
 
 
-def check_numbers(text: str) -> dict[str, Any]:
+def check_numbers(text: str, mib: int = 128) -> dict[str, Any]:
     numbers: dict[str, Any] = json.loads(text)
-    assert numbers["ok"]
-    assert [p["name"] for p in numbers["phases"]] == ["before", "during", "after"]
-    assert numbers["sent"] == numbers["received"] == numbers["far_frames"] == numbers["echoed"]
-    assert numbers["bridge"]["faults"] > 100
-    assert numbers["placed"] == numbers["pages"]
-    assert numbers["withheld_pages"] >= 1
+    assert numbers["ok"], numbers["problems"]
+    assert [p["name"] for p in numbers["phases"]] == ["before", "precopy", "switch", "postcopy", "after"]
+    assert all(p["begin"] <= p["end"] for p in numbers["phases"])
+    pages = numbers["pages"]
+    assert pages["total"] == mib * 256 == pages["precopy"] + pages["background"] + pages["requested"]
+    assert pages["bad"] == pages["twice"] == 0
+    assert all(pages[way] > 0 for way in ("precopy", "background", "requested", "checked"))
+    waits = {w["name"]: w for w in numbers["waits"]}
+    assert set(waits) == {"vCPU 0", "vCPU 1", "guest's drivers", "net0's bridge"}
+    assert all(waits[name]["faults"] and waits[name]["standstill_ns"] > 0 for name in ("vCPU 0", "vCPU 1"))
+    assert waits["net0's bridge"]["faults"] > 0
+    assert all(w["p50_ns"] <= w["p99_ns"] <= w["longest_ns"] for w in waits.values())
+    assert sum(w["faults"] for w in waits.values()) == numbers["requests"]["faults"]
+    assert numbers["frames"][0]["received"] > 0
+    assert numbers["bytes"]["total"] > pages["total"] * PAGE
     return numbers
 
 
-def test_json() -> None:
-    done = run("--json")
+@pytest.fixture(scope="module")
+def with_report(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The numbers of a run, and its report."""
+    page = tmp_path_factory.mktemp("demo") / "run.html"
+    done = run("--json", "--size", "64M", "--report", str(page))
     assert done.returncode == 0, done.stderr + done.stdout
-    check_numbers(done.stdout)
+    return check_numbers(done.stdout, 64), page.read_text()
+
+
+def test_report_stands_by_itself(with_report: tuple[dict[str, Any], str]) -> None:
+    numbers, page = with_report
+    tree = ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>"))
+    assert len(page) < 400_000
+    assert set(re.findall(r"https?://[^\"' <]*", page)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"url\(|@import|<script|<link|<img| src=", page)
+    pictures = list(tree.iter(f"{SVG}svg"))
+    assert [p.findtext(f"{SVG}title") for p in pictures] == [
+        "Memory present at the destination over time",
+        "Time that each fault waited, over time",
+        "When each vCPU and each client waited",
+        "Memory at six moments",
+    ]
+    for picture in pictures:
+        width, height = float(picture.attrib["width"]), float(picture.attrib["height"])
+        for element in picture.iter():
+            assert -1 <= float(element.get("x", 0)) <= width, element.attrib
+            assert -1 <= float(element.get("y", 0)) <= height, element.attrib
+    names = {"".join(text.itertext()) for text in pictures[2].iter(f"{SVG}text")}
+    assert {w["name"] for w in numbers["waits"]} <= names
+    assert {"postcopy", "seconds"} <= names
+    cells_told = {"".join(cell.itertext()) for cell in tree.iter("td")}
+    assert str(numbers["pages"]["requested"]) in cells_told
+    assert str(numbers["frames"][0]["sent"]) in cells_told
 
 
 def test_table() -> None:
     done = run()
     assert done.returncode == 0, done.stderr + done.stdout
-    for word in ("before", "during", "after", "p50", "p99", "distinct"):
+    for word in ("precopy", "in the background", "p50", "p99", "vCPU 1", "net0's bridge", "downtime"):
         assert word in done.stdout
-    assert "every page is what it was" in done.stdout
+    assert "Every frame and every page is accounted for" in done.stdout
+    for word in ("precopy: pages are sent", "postcopy: it runs", "100%"):
+        assert word in done.stderr
 
 
 def test_ordinary_user() -> None:
@@ -69,22 +118,131 @@ def test_where_userfaultfd_is_denied() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_numbers_that_do_not_agree_are_named() -> None:
-    import trio
+def test_a_damaged_byte_is_found() -> None:
+    done = run("--json", VHOSTPC_DEMO_CORRUPT="1")
+    assert done.returncode == 1, done.stderr + done.stdout
+    numbers = json.loads(done.stdout)
+    assert not numbers["ok"]
+    assert any(
+        "bad pages, the first: page" in p or "not what they should be" in p for p in numbers["problems"]
+    )
+    for problem in numbers["problems"]:
+        assert f"vhostpc: {problem}" in done.stderr
 
-    async def judge() -> Result:
-        demo = Demo(lambda what, share: None)
-        try:
-            demo.ram.create("pc.ram", 64 << 20)
-            demo.result.phases = [Phase("before", 5, 4), Phase("during", 1, 1), Phase("after", 1, 1)]
-            demo.result.far_frames, demo.result.placed = 7, 3
-            await demo._verify()
-        finally:
-            demo.ram.close()
-            demo.source_ram.close()
-        return demo.result
 
-    problems = "; ".join(trio.run(judge).problems)
-    assert "7 frames sent and 6 received back" in problems
-    assert "3 of 16384 pages" in problems
-    assert "pages are not what they were" in problems
+@pytest.mark.parametrize("size", ["4M", "100000001", "x"])
+def test_sizes_that_can_not_be(size: str) -> None:
+    done = run("--size", size)
+    assert done.returncode == 2
+    assert "--size" in done.stderr
+
+
+def good() -> Result:
+    result = Result()
+    result.pages = Pages(total=10, precopy=4, background=4, requested=2, placed=6, checked=9)
+    result.requests = Requests(faults=3, wakes=3, made=2, read=2)
+    result.frames = [Frames("net0", 20, 15, 2, 0, 3, 0, 0)]
+    result.far = Far(came=18, echoed=18)
+    return result
+
+
+MACHINE: dict[str, Any] = {
+    "problems": [],
+    "vcpus": [{"name": "vCPU 0", "bad": 0, "first-bad": None}],
+    "devices": [{"name": "net0", "faults": {"found-nothing": 0, "waiting-now": 0}}],
+}
+
+
+def test_books_that_balance() -> None:
+    assert judge(good(), [MACHINE]) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "sentence"),
+    [
+        ("pages", "precopy", 3, "3 pages came by precopy and 6 by postcopy, of 10"),
+        ("pages", "twice", 1, "1 pages came twice"),
+        ("pages", "requested", 3, "4 pages were sent in the background and 3 on request, and 6 were placed"),
+        ("pages", "bad", 1, "1 of 9 pages are not what they should be"),
+        ("requests", "read", 1, "2 pages were asked for, and 1 requests came"),
+        ("requests", "wakes", 2, "3 faults were read and 2 answered"),
+        ("frames", "received", 14, "20 frames were sent, and 14 came back"),
+        ("frames", "lost", 1, "1 frames were lost while the machine ran"),
+        ("frames", "damaged", 1, "1 frames came back damaged"),
+        ("frames", "doubled", 1, "1 frames came back twice"),
+        ("far", "echoed", 17, "18 frames came out of the bridges, and 17 were sent back"),
+        ("far", "came", 14, "20 frames were sent, 14 came out of the bridges, 15 came back"),
+        ("far", "damaged", 1, "1 frames came damaged"),
+    ],
+)
+def test_what_does_not_agree_is_named(where: str, name: str, value: int, sentence: str) -> None:
+    result = good()
+    part = result.frames[0] if where == "frames" else getattr(result, where)
+    assert name in asdict(part)
+    setattr(part, name, value)
+    assert sentence in "; ".join(judge(result, [MACHINE]))
+
+
+def test_what_a_machine_reports_is_named() -> None:
+    machine = {
+        "problems": ["back-end net0 is gone"],
+        "vcpus": [{"name": "vCPU 1", "bad": 2, "first-bad": "page 7"}],
+        "devices": [{"name": "net0", "faults": {"found-nothing": 1, "waiting-now": 1}}],
+    }
+    found = judge(good(), [machine])
+    assert found == [
+        "back-end net0 is gone",
+        "vCPU 1 met 2 bad pages, the first: page 7",
+        "net0: 1 faults of no page",
+        "net0: 1 faults still wait",
+    ]
+
+
+def test_percentiles() -> None:
+    assert waits_of("x", range(1, 101)) == waits_of("x", reversed(range(1, 101)))
+    w = waits_of("x", range(1, 101))
+    assert (w.faults, w.p50_ns, w.p99_ns, w.longest_ns) == (100, 51, 100, 100)
+    assert waits_of("x", []).longest_ns == 0
+
+
+def record(offset: int, flags: RamFlag) -> bytes:
+    return (offset | flags).to_bytes(8, "big") + bytes(PAGE)
+
+
+def test_a_byte_of_one_page_is_damaged_once() -> None:
+    flags = RamFlag.PAGE | RamFlag.CONTINUE
+    data = b"x" * 13 + record(PAGE, flags) + record(5 * PAGE, flags) + record(6 * PAGE, flags)
+    assert find_page(data, 0) == 21
+    assert find_page(data, 2 * PAGE) == 21 + PAGE + 8
+    assert find_page(data[: 21 + PAGE - 1], 0) is None
+    relay = Relay(0)
+    assert relay.pass_on(data) == data
+    relay.harm = True
+    changed = relay.pass_on(data)
+    assert [i for i, (a, b) in enumerate(zip(data, changed, strict=True)) if a != b] == [21 + PAGE // 2]
+    assert relay.pass_on(data) == data
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 64), (3.52, 6.1), (0, 4096), (5, 5)])
+def test_ticks_are_round_and_few(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert 1 <= len(found) <= 7
+    assert all(low - 1e-9 <= t <= high + 1e-9 for t in found)
+    assert all(len(f"{t:g}") <= 4 for t in found)
+
+
+def test_a_lane_shows_how_much_of_a_moment_was_waited() -> None:
+    frame = Frame([Band("a", 0, 10)], 0, 10, 100)
+    before = len(frame.parts)
+    frame.intervals([(2.0, 3.0)], 0, 20, "c0")
+    tall = [float(t) for t in re.findall(r"v-([\d.]+)h", "".join(frame.parts[before:]))]
+    step = (frame.right - frame.left) / 10 / 1.5
+    assert tall.count(20.0) in (int(step) - 1, int(step), int(step) + 1)
+    assert sum(tall) == pytest.approx(20 * step, rel=0.02)
+
+
+def test_cells_are_shaded() -> None:
+    picture = svg(10, 10, cells([0, 0.2, 1, 1, 0.9], 3, 0, 0, 5), "x")
+    paths = ElementTree.fromstring(picture).findall(f"{SVG}path")
+    assert [p.get("fill-opacity") for p in paths] == ["0.25", "1.00"]
+    assert [p.get("d") for p in paths] == ["M5 0h5v5h-5z", "M10 0h5v5h-5zM0 5h10v5h-10z"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -71,7 +71,7 @@ def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
         ("how the pages came", ["way", "pages", "share"], came),
         (
             "who waited for pages",
-            ["who", "faults", "p50", "p99", "longest", "standstill at the switch"],
+            ["who", "faults", "p50", "p99", "longest", "at the switch"],
             waits,
         ),
         (
@@ -88,12 +88,13 @@ GOOD = "Every frame and every page is accounted for, each page came once and is 
 
 def print_tables(result: Result) -> None:
     """The result for people."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     for title, heads, rows in tables(result):
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for i, head in enumerate(heads):
             table.add_column(head, justify="right" if i else "left")
         for row in rows:
@@ -119,7 +120,7 @@ async def with_progress(demo: Demo) -> Result:
         TimeElapsedColumn(),
     )
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=not sys.stderr.isatty()) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
 
         def show(what: str, share: float) -> None:
             if what not in tasks:
@@ -147,8 +148,15 @@ def memory(_: click.Context, __: click.Parameter, text: str) -> int:
     metavar="SIZE",
     help="Memory of the machine.",
 )
+@click.option(
+    "--report",
+    "page",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Write the run in pictures: an HTML page that needs nothing else.",
+)
 @common_options
-def demo(as_text: bool, size: int) -> int:
+def demo(as_text: bool, size: int, page: Path | None) -> int:
     """Move a machine from one endpoint to another, by precopy and then by postcopy, while it works.
 
     Five processes: two endpoints, a bridge at each, and this one, which drives their monitors and sends back each
@@ -158,6 +166,11 @@ def demo(as_text: bool, size: int) -> int:
     start_logging()
     work = Demo(size=size, harm=bool(os.environ.get(HARM)))
     result = trio.run(with_progress, work)
+    if page is not None:
+        from vhostpc.cli.report import html
+
+        page.write_text(html(result, work.story), encoding="utf-8")
+        click.echo(f"vhostpc: the report is in {page}", err=True)
     if as_text:
         click.echo(json.dumps(as_json(result), indent=2))
         for problem in result.problems:

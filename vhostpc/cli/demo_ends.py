@@ -132,9 +132,9 @@ async def far_side() -> AsyncIterator[tuple[FarSide, tuple[str, int]]]:
                 nursery.cancel_scope.cancel()
 
 
-def machine(size: int, vcpus: int, *backends: Path) -> Sequence[str]:
-    """Arguments of ``vhostpc endpoint`` for a machine of its own of ``size`` bytes."""
-    made = ["--ram", f"mem={size}", "--vcpus", str(vcpus)]
+def machine(size: int, vcpus: int, checks: int, *backends: Path) -> Sequence[str]:
+    """Arguments of ``vhostpc endpoint`` for a machine of its own: bytes, vCPUs, pages that each reads a second."""
+    made = ["--ram", f"mem={size}", "--vcpus", str(vcpus), "--vcpu-checks", str(checks)]
     for path in backends:
         made += ["--backend", str(path)]
     return made

@@ -28,10 +28,12 @@ PAGE = 4096
 MIB = 1 << 20
 SIZE = 128 * MIB
 VCPUS = 2
-BEFORE, PRECOPY, POSTCOPY, AFTER = 1.0, 3.0, 3.0, 1.5
-"""Seconds, about."""
-# Shares of memory a second: precopy is to be far from its end when it is left, postcopy's background takes a while.
-PRECOPY_RATE, POSTCOPY_RATE = 0.6 / PRECOPY, 0.6 / POSTCOPY
+BEFORE, PRECOPY, AFTER = 1.0, 2.5, 1.0
+"""Seconds."""
+PRECOPY_RATE, POSTCOPY_RATE = 0.24, 0.15
+"""Shares of memory a second: precopy is left far from its end, and the background of postcopy takes a while."""
+CHECKS = 3000
+"""Pages that a vCPU reads in a second: not so many that it fetches all by itself."""
 SAMPLE = 0.05
 CELLS = 640
 """Parts of memory whose pages are counted in each sample."""
@@ -128,7 +130,7 @@ class Demo:
         for i, name in enumerate(("source's bridge", "destination's bridge")):
             paths.append(await stack.enter_async_context(bridge(name, folder, address)))
             self.show(STARTING, (i + 1) / 4)
-        made = [machine(self.size, VCPUS, path) for path in paths]
+        made = [machine(self.size, VCPUS, CHECKS, path) for path in paths]
         source = await stack.enter_async_context(endpoint("source", folder, *made[0]))
         self.show(STARTING, 3 / 4)
         destination = await stack.enter_async_context(
