@@ -77,7 +77,8 @@ class End:
                     b["received"] >= a["received"] + frames or b["name"] in without
                     for a, b in zip(first["devices"], now["devices"], strict=True)
                 ) and all(
-                    b["reads"] >= a["reads"] + checks for a, b in zip(first["vcpus"], now["vcpus"], strict=True)
+                    b["reads"] >= a["reads"] + checks
+                    for a, b in zip(first["vcpus"], now["vcpus"], strict=True)
                 ):
                     return now
                 await trio.sleep(STEP)

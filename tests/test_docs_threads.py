@@ -48,7 +48,7 @@ ADDRESS_ONLY = {
     ("ram.c", "vpc_ram_add"),
     ("ram.c", "vpc_ram_base"),
     ("ram.c", "vpc_ram_give_up"),
-    ("ramload.c", "place_pages"),
+    ("ramplace.c", "place_pages"),
     ("local.c", "vpc_local_place"),
 }
 #: In the front-end's process a RAM block that is armed makes whoever touches it wait; these touch calm ones only.

@@ -36,19 +36,35 @@ class Program:
 FLIP = Program(
     "flip", "address,undefined", ("gm", "supply", "vq", "call", "chain", "pump", "pump_in", "pump_out")
 )
-FAULTS = Program("faults", "thread", ("uffd", "fault", "waiters", "outbox", "ram", "ramload", "local"))
+FAULTS = Program(
+    "faults", "thread", ("uffd", "fault", "waiters", "outbox", "ram", "ramload", "ramplace", "local")
+)
 LOADS = Program(
-    "loads", "address,undefined", ("uffd", "fault", "waiters", "outbox", "ram", "ramload", "local")
+    "loads",
+    "address,undefined",
+    ("uffd", "fault", "waiters", "outbox", "ram", "ramload", "ramplace", "local"),
 )
 VCPUS = Program(
     "vcpus",
     "thread",
-    ("vcpu", "dirty", "uffd", "ram", "local", "ramload", "fault", "waiters", "outbox"),
+    ("vcpu", "dirty", "uffd", "ram", "local", "ramload", "ramplace", "fault", "waiters", "outbox"),
 )
 STATE = Program(
     "state",
     "address,undefined",
-    ("driver", "driverstate", "frame", "uffd", "ram", "local", "ramload", "fault", "waiters", "outbox"),
+    (
+        "driver",
+        "driverstate",
+        "frame",
+        "uffd",
+        "ram",
+        "local",
+        "ramload",
+        "ramplace",
+        "fault",
+        "waiters",
+        "outbox",
+    ),
 )
 
 

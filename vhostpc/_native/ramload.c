@@ -1,69 +1,29 @@
 /*
- * RAM records in: parse, gather runs, place them once, wake who waits.
+ * RAM records in: parse, gather runs, have them placed (ramplace.c).
  *
  * Records are parsed from a private buffer and pages are gathered in another, so what the kernel copies
  * from is never guest memory, and this loop never waits for a page (in calm mode nothing is missing).
  */
 #define _GNU_SOURCE
-#include "ram_internal.h"
-#include "vpc_uffd.h"
+#include "load_internal.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-/* Headers older than Linux 5.14 do not name it. */
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
-#endif
-
 #define INPUT_ROOM (256u << 10)
-#define RUN_PAGES 64u
-#define DONTWAKE 1u
-
-struct vpc_load {
-    struct vpc_ram *ram;
-    struct vpc_fault *service;
-    int fd, place, control;
-    int holes; /* calm: what is zero may stay a hole of the file */
-    _Atomic int stop;
-
-    unsigned char *input;
-    size_t begin, end;
-    int block; /* of the last record, for CONTINUE; -1 before the first */
-    int64_t section; /* of the RAM section whose frames we read too, -1: records only */
-    enum { RECORDS, FOOTER, NEXT } at;
-    int last; /* in the section's END */
-
-    /* The run: target pages that follow one another in one block, all data or all zero. */
-    unsigned char *run; /* room for RUN_PAGES target pages or one host page, whichever is more */
-    size_t run_room;
-    unsigned char *zeros; /* as much again, never written; made when first needed */
-    int run_block;
-    int run_zero;
-    uint64_t run_first, run_count; /* target pages */
-
-    struct vpc_load_stats stats;
-};
-
-/* The numbers: this thread alone writes them, others read them while it runs. */
-static void tally(uint64_t *what, uint64_t n)
-{
-    __atomic_store_n(what, *what + n, __ATOMIC_RELAXED);
-}
 
 static uint64_t number(const uint64_t *what)
 {
     return __atomic_load_n(what, __ATOMIC_RELAXED);
 }
 
-static void *private_pages(size_t length)
+void *vpc_load_pages(size_t length)
 {
     void *p = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     return p == MAP_FAILED ? NULL : p;
@@ -106,7 +66,7 @@ struct vpc_load *vpc_load_new(struct vpc_ram *ram, struct vpc_fault *service, in
     l->place = place_ufd < 0 ? -1 : fcntl(place_ufd, F_DUPFD_CLOEXEC, 0);
     l->control = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     l->input = malloc(INPUT_ROOM);
-    l->run = private_pages(l->run_room);
+    l->run = vpc_load_pages(l->run_room);
     if (l->fd < 0 || (place_ufd >= 0 && l->place < 0) || l->control < 0 || !l->input || !l->run) {
         vpc_load_free(l);
         return NULL;
@@ -175,161 +135,6 @@ int vpc_load_set_block(struct vpc_load *l, int block)
     return 0;
 }
 
-/* ---- placing */
-
-static void mark_and_wake(struct vpc_load *l, int block, uint64_t first, uint64_t count)
-{
-    if (l->service) {
-        vpc_fault_placed(l->service, block, first, count);
-        return;
-    }
-    for (uint64_t page = first; page < first + count; page++)
-        bit_set(l->ram->blocks[block], VPC_BITS_RECEIVED, page);
-}
-
-/* Room for zeros, made when first needed: 0 or -ENOMEM. */
-static int need_zeros(struct vpc_load *l)
-{
-    if (!l->zeros)
-        l->zeros = private_pages(l->run_room);
-    return l->zeros ? 0 : -ENOMEM;
-}
-
-/* Into the block's file: the kernel makes pages there without a fault for each, and without clearing them first. */
-static int write_file(struct vpc_block *b, const unsigned char *from, size_t length, uint64_t at)
-{
-    while (length) {
-        ssize_t n = pwrite(b->fd, from, length, (off_t)at);
-
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return n < 0 ? -errno : -EIO;
-        from += n;
-        at += (uint64_t)n;
-        length -= (size_t)n;
-    }
-    return 0;
-}
-
-/* Zeros into the block's file, from its first data on; the hole before is zero and stays one. */
-static int zero_file(struct vpc_load *l, struct vpc_block *b, uint64_t at, uint64_t end)
-{
-    off_t data = lseek(b->fd, (off_t)at, SEEK_DATA);
-
-    if (data < 0)
-        return errno == ENXIO ? 0 : -errno;
-    /* SEEK_HOLE is not asked: it walks over all data that follows. */
-    return (uint64_t)data < end ? write_file(b, l->zeros, end - (uint64_t)data, (uint64_t)data) : 0;
-}
-
-static int place_calm(struct vpc_load *l, struct vpc_block *b)
-{
-    unsigned char *to = b->map + (l->run_first << TARGET_SHIFT);
-    size_t length = (size_t)l->run_count << TARGET_SHIFT;
-    uint64_t at = b->fd_offset + (l->run_first << TARGET_SHIFT);
-    int rc = l->run_zero ? need_zeros(l) : 0;
-
-    if (rc < 0)
-        return rc;
-    if (b->page_size > TARGET_PAGE) /* hugetlbfs can not be written to, and tells no holes */
-        memcpy(to, l->run_zero ? l->zeros : l->run, length);
-    else if (l->run_zero && l->holes)
-        rc = zero_file(l, b, at, at + length);
-    else
-        rc = write_file(b, l->run_zero ? l->zeros : l->run, length, at);
-    if (rc < 0)
-        return rc;
-    /* Into our page table at once, many for one call: who sends it on, or runs on it, would pay a fault for each few. It
-     * is no more than that: a kernel before 5.14 refuses. */
-    if (b->page_size == TARGET_PAGE && !l->run_zero)
-        (void)madvise(to, length, MADV_POPULATE_READ);
-    /* A host page of which anything has come counts as received: a source discards whole ones. */
-    uint64_t first = (l->run_first << TARGET_SHIFT) >> b->shift;
-    uint64_t last = ((l->run_first + l->run_count - 1) << TARGET_SHIFT) >> b->shift;
-    tally(&l->stats.placed, last - first + 1);
-    mark_and_wake(l, l->run_block, first, last - first + 1);
-    return 0;
-}
-
-/* Place the host pages [first, first + count) of the run, whose private bytes begin at from. */
-static int place_pages(struct vpc_load *l, struct vpc_block *b, uint64_t first, uint64_t count, uint64_t from)
-{
-    int huge = b->page_size > TARGET_PAGE;
-
-    while (count) {
-        uint64_t to = (uint64_t)(uintptr_t)b->map + (first << b->shift);
-        int64_t done = 0;
-        int rc;
-
-        if (l->run_zero && !huge)
-            rc = vpc_uffd_zero(l->place, to, count << b->shift, DONTWAKE, &done);
-        else
-            rc = vpc_uffd_copy(l->place, to, from, count << b->shift, DONTWAKE, &done);
-        tally(&l->stats.runs, 1);
-        uint64_t pages = (uint64_t)done >> b->shift;
-        if (pages) {
-            tally(&l->stats.placed, pages);
-            mark_and_wake(l, l->run_block, first, pages);
-            first += pages;
-            count -= pages;
-            from += pages << b->shift;
-        }
-        if (rc == 0)
-            continue;
-        if (rc == -EEXIST) {
-            /* There already: newer than ours or the same. Never overwritten. */
-            tally(&l->stats.already, 1);
-            mark_and_wake(l, l->run_block, first, 1);
-            first++;
-            count--;
-            from += b->page_size;
-        } else if (rc == -EAGAIN) {
-            if (atomic_load(&l->stop))
-                return -ECANCELED;
-            sched_yield();
-        } else {
-            return rc;
-        }
-    }
-    return 0;
-}
-
-static int flush_run(struct vpc_load *l)
-{
-    if (l->run_count == 0)
-        return 0;
-    struct vpc_block *b = l->ram->blocks[l->run_block];
-    if (l->place < 0) {
-        int placed = place_calm(l, b);
-        l->run_count = 0;
-        return placed;
-    }
-    if (((l->run_first | l->run_count) << TARGET_SHIFT) & (b->page_size - 1))
-        return 0; /* a host page that is not whole yet */
-    uint64_t first = (l->run_first << TARGET_SHIFT) >> b->shift;
-    uint64_t count = (l->run_count << TARGET_SHIFT) >> b->shift;
-    int rc = 0;
-
-    if (l->run_zero && b->page_size > TARGET_PAGE && (rc = need_zeros(l)) < 0)
-        return rc;
-    unsigned char *bytes = l->run_zero && b->page_size > TARGET_PAGE ? l->zeros : l->run;
-    for (uint64_t i = 0; i < count && rc == 0;) {
-        uint64_t n = 0;
-        if (bit_test(b, VPC_BITS_RECEIVED, first + i)) {
-            tally(&l->stats.already, 1);
-            i++;
-            continue;
-        }
-        while (i + n < count && !bit_test(b, VPC_BITS_RECEIVED, first + i + n))
-            n++;
-        rc = place_pages(l, b, first + i, n, (uint64_t)(uintptr_t)bytes + (i << b->shift));
-        i += n;
-    }
-    l->run_count = 0;
-    return rc;
-}
-
 static int bad(struct vpc_load *l, int why)
 {
     __atomic_store_n(&l->stats.why, why, __ATOMIC_RELAXED);
@@ -356,7 +161,7 @@ static int take_page(struct vpc_load *l, int block, uint64_t page, const unsigne
         /* A huge page goes out as soon as it is whole; small ones gather. */
         uint64_t most = host > 1 ? host : RUN_PAGES;
         if (!partial && (!follows || l->run_zero != zero || l->run_count >= most)) {
-            rc = flush_run(l);
+            rc = vpc_load_flush(l);
             if (rc < 0)
                 return rc;
         }
@@ -385,7 +190,7 @@ static int take_page(struct vpc_load *l, int block, uint64_t page, const unsigne
         tally(&l->stats.zero_pages, 1);
     /* Somebody waits for it: it does not wait for what follows. (A huge page goes out only when it is whole.) */
     if (l->place >= 0 && bit_test(b, VPC_BITS_REQUESTED, page >> (b->shift - TARGET_SHIFT)))
-        return flush_run(l);
+        return vpc_load_flush(l);
     return 0;
 }
 
@@ -528,7 +333,7 @@ int vpc_load_run(struct vpc_load *l, uint64_t spin_ns)
         else if (taken == VPC_LOAD_EOS + 1)
             rc = VPC_LOAD_EOS;
         /* Nothing whole is left in the buffer: no page that came waits for one that has not. */
-        flushed = flush_run(l);
+        flushed = vpc_load_flush(l);
         if (flushed < 0 && rc >= 0)
             rc = flushed;
         if (rc == 0)
