@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 AT_SWITCH = 192
-"""Frames of a device that a switch can cost at most: what was on its way, and what was sent before the new place answered."""
+"""Frames of a device that a switch can cost at most: those on their way, and those before the new place answered."""
 
 
 @dataclass
