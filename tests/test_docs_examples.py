@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import trio
@@ -192,3 +194,116 @@ async def test_front_end(name: str, pattern: str, folder: Path) -> None:
                 assert await child.wait() == 0, child.said
                 assert re.search(pattern, child.said), child.said
             assert len(far.recv(4096)) == 1400
+
+
+def by_hand() -> list[list[str]]:
+    """The blocks of README's section about two terminals, as lines."""
+    section = (ROOT / "README.md").read_text().split("## The same by hand")[1].split("\n## ")[0]
+    return [block.strip().splitlines() for block in re.findall(r"```\n(.*?)```", section, re.DOTALL)]
+
+
+def commands_of(lines: list[str]) -> list[str]:
+    return [line.removeprefix("(qemu) ") for line in lines if line.startswith("(qemu) ")]
+
+
+@pytest.mark.ufd
+async def test_a_move_by_hand(tmp_path: Path) -> None:
+    """README's two terminals: its commands as they stand, and the lines of their answers but for the numbers."""
+    first, second, back = by_hand()
+    sock = str(tmp_path / "vm.sock")
+
+    def here(line: str) -> str:
+        return line.replace("/tmp/vm.sock", sock)
+
+    def start(line: str) -> list[str]:
+        program, *arguments = line.split()
+        assert program == "vhostpc"
+        return [sys.executable, "-m", "vhostpc", *arguments]
+
+    async def say(child: trio.Process, line: str) -> str:
+        """A command, and what is answered up to the next prompt."""
+        assert child.stdin is not None
+        await child.stdin.send_all(here(line).encode() + b"\n")
+        return await prompt(child)
+
+    async def prompt(child: trio.Process) -> str:
+        assert child.stdout is not None
+        text = ""
+        while not text.endswith("(qemu) "):
+            data = await child.stdout.receive_some()
+            assert data, text
+            text += data.decode().replace("\r", "")
+        return text
+
+    def matches(expected: str, text: str) -> bool:
+        pattern = re.sub(r"\d+", r"\\d+", re.escape(expected))
+        return re.search(f"^{pattern}$", text, re.MULTILINE) is not None
+
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            ends: list[trio.Process] = []
+            for line in (first[0], second[0]):
+                ends.append(
+                    await nursery.start(
+                        partial(
+                            trio.run_process,
+                            start(line),
+                            stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL,
+                            cwd=ROOT,
+                        )
+                    )
+                )
+            source, destination = ends
+            for end in ends:
+                await prompt(end)
+            for line in commands_of(second):
+                await say(destination, line)
+            for i, line in enumerate(back):
+                if not line.startswith("(qemu) "):
+                    continue
+                answer = await say(source, line.removeprefix("(qemu) "))
+                expected = []
+                for told in back[i + 1 :]:
+                    if told.startswith("(qemu) "):
+                        break
+                    expected.append(told)
+                while "info migrate" in line and "completed" not in answer:
+                    answer = await say(source, "info migrate")
+                for told in expected:
+                    assert told == "..." or matches(told, answer), (told, answer)
+            while "VM status: running" not in (answer := await say(destination, "info status")):
+                assert "inmigrate" in answer, answer
+            assert "`VM status: running`" in (ROOT / "README.md").read_text()
+            for end in ends:
+                assert end.stdin is not None
+                await end.stdin.send_all(b"quit\n")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_options_of_the_pages_exist(page: Path) -> None:
+    """Of ``vhostpc`` commands: those in ``code`` and in blocks."""
+    helps: dict[str, str] = {}
+    for name, rest in re.findall(r"vhostpc (demo|endpoint|doctor|inspect)\b([^\n`]*)", page.read_text()):
+        if name not in helps:
+            done = subprocess.run(
+                [sys.executable, "-m", "vhostpc", name, "--help"],
+                capture_output=True,
+                text=True,
+                timeout=LIMIT,
+                check=True,
+            )
+            helps[name] = done.stdout
+        for option in re.findall(r"(--[a-z-]+)", rest):
+            assert option in helps[name], f"{page.name}: vhostpc {name} has no {option}"
+
+
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs" / "pictures").glob("*.svg")), ids=lambda p: p.name)
+def test_pictures_of_the_pages(picture: Path) -> None:
+    """Small, whole, and used by a page."""
+    text = picture.read_text()
+    assert len(text) < 60_000
+    assert set(re.findall(r"https?://[^\"\' <]*", text)) == {"http://www.w3.org/2000/svg"}
+    assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
+    assert any(f"pictures/{picture.name}" in page.read_text() for page in PAGES)

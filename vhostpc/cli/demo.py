@@ -71,7 +71,7 @@ def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
         ("how the pages came", ["way", "pages", "share"], came),
         (
             "who waited for pages",
-            ["who", "faults", "p50", "p99", "longest", "at the switch"],
+            ["who", "faults", "p50", "p99", "longest", "stood at the switch"],
             waits,
         ),
         (

@@ -1,4 +1,4 @@
-"""A client of a QMP monitor on a unix socket: one command at a time, events with the time at which they came."""
+"""A client of a QMP monitor on a unix socket: commands of several tasks, events with the time at which they came."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class QmpClient:
         self._ended = False
         self._changed = trio.Event()
         self._count = 0
+        self._sending = trio.Lock()
 
     async def command(self, command: str, timeout: float = TIMEOUT, **arguments: Any) -> Any:
         """The result of a command; underscores in the names of arguments become dashes.
@@ -39,7 +40,8 @@ class QmpClient:
         line = json.dumps({"execute": command, "arguments": told, "id": number}) + "\n"
         with trio.move_on_after(timeout):
             try:
-                await self._stream.send_all(line.encode())
+                async with self._sending:
+                    await self._stream.send_all(line.encode())
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 raise PeerClosed(f"{self.name} closed its monitor") from None
             await self._until(lambda: number in self._replies)
