@@ -33,8 +33,8 @@ def duration(ns: int) -> str:
     return f"{ns / 1e6:.2f} ms"
 
 
-def mib(count: int) -> str:
-    return f"{count / MIB:.1f} MiB"
+def volume(count: int) -> str:
+    return f"{count / MIB:.1f} MiB" if count >= MIB else f"{count / 1024:.0f} KiB"
 
 
 def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -63,9 +63,9 @@ def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
     times = [
         ["downtime, as QEMU counts it", f"{result.downtime_ms} ms"],
         ["whole migration", f"{result.total_ms} ms"],
-        ["bytes by precopy", mib(b.precopy)],
-        ["bytes while the machine stood", mib(b.downtime)],
-        ["bytes by postcopy", mib(b.postcopy)],
+        ["bytes by precopy", volume(b.precopy)],
+        ["bytes while the machine stood", volume(b.downtime)],
+        ["bytes by postcopy", volume(b.postcopy)],
     ]
     return [
         ("how the pages came", ["way", "pages", "share"], came),
