@@ -75,6 +75,7 @@ def report(device: Bridge) -> None:
 
 async def run(device: Bridge, path: str, fd: int | None, connect: bool, options: Options) -> None:
     """Serve until SIGTERM or SIGINT; counters on SIGUSR1."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # one that comes with the end must not be the end
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
         async with trio.open_nursery() as nursery:
 
