@@ -274,7 +274,7 @@ async def test_the_back_ends_own_requests() -> None:
         # A reply on the main socket does not wait for the channel, nor the other way round.
         await channel.send(vu.encode(BackendRequest.CONFIG_CHANGE_MSG))
         await front.barrier()
-        assert [number for number, _ in front.backend_requests][:3] == [2, 5, 99]
+        assert [number for number, _ in list(front.backend_requests)][:3] == [2, 5, 99]
 
 
 async def test_anything_can_be_sent() -> None:

@@ -1,14 +1,25 @@
-"""A unix socket to listen on: made narrow, in the place of one that nobody listens on any more."""
+"""A unix socket to listen on: made narrow, in the place of one that nobody listens on any more; and who connects."""
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import socket
 import stat
 from contextlib import suppress
 from pathlib import Path
 
+import trio
+
 from vhostpc.errors import VhostpcError
+
+log = logging.getLogger(__name__)
+
+#: What accepting may fail with that passes: sessions end, and give back what they have.
+ACCEPT_LATER = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED})
+#: Seconds until it is tried again.
+ACCEPT_INTERVAL = 0.1
 
 
 def bind(path: str | os.PathLike[str], *, mode: int = 0o600, group: int | None = None) -> socket.socket:
@@ -47,3 +58,20 @@ def bind(path: str | os.PathLike[str], *, mode: int = 0o600, group: int | None =
         listener.close()
         raise
     return listener
+
+
+async def accept(listener: trio.socket.SocketType) -> trio.socket.SocketType:
+    """The next one who connects. Waits while this process or the machine can have no more descriptors or memory."""
+    told = False
+    while True:
+        try:
+            connection, _ = await listener.accept()
+        except OSError as e:
+            if e.errno not in ACCEPT_LATER:
+                raise
+            if not told:
+                log.error("who connects has to wait: %s", e.strerror)
+            told = True
+            await trio.sleep(ACCEPT_INTERVAL)
+        else:
+            return connection

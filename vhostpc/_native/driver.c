@@ -259,7 +259,9 @@ static void take_frame(struct vpc_driver *d, uint32_t slot, uint32_t len)
     }
     unsigned char *from = driver_at(d, where, len);
     if (!from || len < header) {
+        pthread_mutex_lock(&d->frames.lock);
         d->frames.stats.bad++;
+        pthread_mutex_unlock(&d->frames.lock);
         return;
     }
     memcpy(d->buffer, from, len);
@@ -285,6 +287,8 @@ int vpc_driver_reap(struct vpc_driver *d)
             d->stats.bad_used++;
             return -EBADMSG;
         }
+        if ((uint32_t)reaped >= d->c.num)
+            return reaped; /* a device that is always one ahead must not keep us: who calls looks around */
         if (there == d->used_idx) {
             /* Ask for a call at the next entry, then look once more. */
             __atomic_store_n(&avail[2 + d->c.num], d->used_idx, __ATOMIC_RELAXED);
@@ -330,6 +334,8 @@ int vpc_driver_run(struct vpc_driver *d, uint64_t count, uint32_t frame_len, uin
         rc = vpc_driver_reap(d);
         if (rc < 0)
             break;
+        if ((uint32_t)rc >= d->c.num)
+            continue; /* there may be more, and no call for it */
         uint64_t due = count ? count - posted : d->c.slots;
         if (interval_ns) {
             uint64_t by_now = (now_ns() - begun) / interval_ns + 1;
@@ -381,6 +387,8 @@ int vpc_driver_stats(struct vpc_driver *d, struct vpc_driver_stats *out)
     out->in_flight = d->c.slots - d->free_count;
     out->avail_index = d->avail_idx;
     out->used_index = d->used_idx;
+    pthread_mutex_lock(&d->frames.lock);
     out->received = d->frames.stats;
+    pthread_mutex_unlock(&d->frames.lock);
     return 0;
 }

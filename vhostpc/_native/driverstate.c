@@ -26,6 +26,7 @@ uint64_t vpc_driver_unseen(struct vpc_driver *d, uint64_t first, uint64_t end)
 {
     uint64_t count = 0;
 
+    pthread_mutex_lock(&d->frames.lock);
     for (uint64_t n = first; n < end; n++) {
         if ((n & 63) == 0 && end - n >= 64) {
             uint64_t word = n < d->frames.room ? d->frames.seen[n >> 6] : 0;
@@ -35,6 +36,7 @@ uint64_t vpc_driver_unseen(struct vpc_driver *d, uint64_t first, uint64_t end)
             count += !is_seen(&d->frames, n);
         }
     }
+    pthread_mutex_unlock(&d->frames.lock);
     return count;
 }
 

@@ -27,6 +27,7 @@ struct head {
 int vpc_frames_init(struct vpc_frames *f)
 {
     memset(f, 0, sizeof *f);
+    pthread_mutex_init(&f->lock, NULL);
     for (uint32_t i = 0; i < 256; i++) {
         uint32_t c = i;
         for (int bit = 0; bit < 8; bit++)
@@ -41,6 +42,7 @@ int vpc_frames_init(struct vpc_frames *f)
 void vpc_frames_free(struct vpc_frames *f)
 {
     free(f->seen);
+    pthread_mutex_destroy(&f->lock);
 }
 
 static uint32_t crc_of(const struct vpc_frames *f, const unsigned char *p, size_t length)
@@ -101,12 +103,13 @@ int vpc_frame_take(struct vpc_frames *f, const unsigned char *from, size_t lengt
 {
     struct head h;
     unsigned char zero[4] = {0};
+    int good = 0;
 
     if (length < VPC_FRAME_MIN || length > FRAME_MAX)
-        goto bad;
+        goto counted;
     memcpy(&h, from + HEAD, sizeof h);
     if (h.magic != MAGIC || h.length != length || h.number >= VPC_FRAME_NUMBERS)
-        goto bad;
+        goto counted;
     /* The CRC without its own four bytes, which counted as zeros. */
     uint32_t c = 0xffffffffu;
     size_t at = HEAD + offsetof(struct head, crc);
@@ -114,13 +117,16 @@ int vpc_frame_take(struct vpc_frames *f, const unsigned char *from, size_t lengt
         unsigned char byte = i >= at && i < at + sizeof zero ? 0 : from[i];
         c = f->crc[(c ^ byte) & 255] ^ (c >> 8);
     }
-    if (~c != h.crc || !book(f, h.number))
-        goto bad;
-    f->stats.bytes += length;
-    return 1;
-bad:
-    f->stats.bad++;
-    return 0;
+    good = ~c == h.crc;
+counted:
+    pthread_mutex_lock(&f->lock);
+    good = good && book(f, h.number);
+    if (good)
+        f->stats.bytes += length;
+    else
+        f->stats.bad++;
+    pthread_mutex_unlock(&f->lock);
+    return good;
 }
 
 /* ---- the far side */
@@ -214,7 +220,9 @@ int vpc_far_run(struct vpc_far *f)
 
 int vpc_far_stats(struct vpc_far *f, struct vpc_frame_stats *out, uint64_t *echoed)
 {
+    pthread_mutex_lock(&f->frames.lock);
     *out = f->frames.stats;
+    pthread_mutex_unlock(&f->frames.lock);
     *echoed = f->echoed;
     return 0;
 }

@@ -1,6 +1,7 @@
 #ifndef FRAME_INTERNAL_H
 #define FRAME_INTERNAL_H
 /* Frames that name themselves, and the book of those that came. */
+#include <pthread.h>
 #include <stdint.h>
 #include <stddef.h>
 
@@ -10,6 +11,7 @@
 
 struct vpc_frames {
     uint32_t crc[256];
+    pthread_mutex_t lock; /* seen, room and stats: they are looked at while frames come */
     uint64_t *seen; /* a bit a number */
     uint64_t room;  /* numbers that seen has bits for */
     struct vpc_frame_stats stats;

@@ -174,7 +174,7 @@ static int wait_ready(struct vpc_save *s, int more, int ms)
     int room = IN_ROOM - s->in_end > 4 + RP_MAX_LEN && s->ask_count == 0;
     struct pollfd fds[3] = {
         {.fd = s->in_fd, .events = (short)(room ? POLLIN : 0)},
-        {.fd = more ? s->fd : -1, .events = POLLOUT},
+        {.fd = more || s->in_fd < 0 ? s->fd : -1, .events = (short)(more ? POLLOUT : 0)},
         {.fd = s->control, .events = POLLIN},
     };
     int ready = poll(fds, 3, ms);

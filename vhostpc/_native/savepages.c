@@ -129,7 +129,7 @@ static void refill_credit(struct vpc_save *s, uint64_t rate)
     if (passed > 1000000000u)
         passed = 1000000000u;
     /* Nanoseconds times bytes a second fits up to 18 GB/s; above that the limit is none. */
-    s->credit += rate > (uint64_t)18 << 30 ? most : (int64_t)(passed * rate / 1000000000u);
+    s->credit += rate > 18000000000u ? most : (int64_t)(passed * rate / 1000000000u);
     if (s->credit > most)
         s->credit = most;
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import socket
@@ -16,14 +15,9 @@ from vhostpc.backend.options import Options
 from vhostpc.backend.postcopy import refusal
 from vhostpc.backend.session import Session, one_sentence
 from vhostpc.errors import VhostpcError
-from vhostpc.listener import bind
+from vhostpc.listener import accept, bind
 
 log = logging.getLogger(__name__)
-
-#: What accepting may fail with that passes: sessions end, and give back what they have.
-ACCEPT_LATER = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED})
-#: Seconds until it is tried again.
-ACCEPT_INTERVAL = 0.1
 
 DeviceSource = Device | Callable[[], Device]
 
@@ -82,7 +76,7 @@ async def serve_listener(
             task_status.started()
             number = 0
             while True:
-                connection = await _accept(sock)
+                connection = await accept(sock)
                 number += 1
                 if options.once:
                     await _serve_one(device, connection, options, f"front-end {number}", pagefault)
@@ -90,23 +84,6 @@ async def serve_listener(
                 nursery.start_soon(_serve_one, device, connection, options, f"front-end {number}", pagefault)
     finally:
         sock.close()
-
-
-async def _accept(listener: trio.socket.SocketType) -> trio.socket.SocketType:
-    """The next front-end. Waits while this process or the machine can have no more descriptors or memory."""
-    told = False
-    while True:
-        try:
-            connection, _ = await listener.accept()
-        except OSError as e:
-            if e.errno not in ACCEPT_LATER:
-                raise
-            if not told:
-                log.error("a front-end has to wait: %s", e.strerror)
-            told = True
-            await trio.sleep(ACCEPT_INTERVAL)
-        else:
-            return connection
 
 
 async def serve_connection(

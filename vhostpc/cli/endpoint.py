@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import signal
 from collections.abc import AsyncIterator, Sequence
 
@@ -35,7 +36,7 @@ def size(text: str) -> int:
     number, suffix = text.rstrip("bB"), ""
     if number and number[-1].lower() in _SIZES:
         number, suffix = number[:-1], number[-1].lower()
-    if not number.isdigit():
+    if not re.fullmatch(r"[0-9]{1,18}", number):
         raise click.BadParameter(f"{text!r} is not a size such as 256M")
     return int(number) * _SIZES[suffix]
 

@@ -7,6 +7,7 @@ happens: the machine never runs at both ends, and a machine that does not run ha
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -22,7 +23,7 @@ from vhostpc.migration.channel import Channel, connect, listen
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.info import MigrationInfo
 from vhostpc.migration.machine import Machine
-from vhostpc.migration.options import Options
+from vhostpc.migration.options import IN_PROGRESS, Options
 from vhostpc.migration.outgoing import After, NeverRan, Outgoing
 from vhostpc.migration.state import BUSY, IN_POSTCOPY, Event, Status
 from vhostpc.migration.state import Machine as StatusMachine
@@ -106,6 +107,10 @@ class Endpoint:
         self._outgoing: Outgoing | None = None
         self._connecting: trio.CancelScope | None = None
         self._before = "running"  # run state before the migration stopped the machine
+        self._switching = False  # the migration has the machine: it alone starts it again
+        self._starting = trio.Lock()  # one migrate at a time
+        self._sent = trio.Event()  # nothing of the last one is under way any more
+        self._sent.set()
         # As a destination.
         self._incoming: Incoming | None = None
         self._addresses: list[dict[str, Any]] = []
@@ -206,6 +211,8 @@ class Endpoint:
     async def stop(self) -> None:
         if self.run_state == "inmigrate":
             self._autostart = False
+        elif self._switching:
+            self._before = "paused"  # it stands, or is about to; it stays so should the migration fail
         elif self.machine.running:
             await self._stand("paused")
         elif self.run_state == "postmigrate" and not self.machine.runnable:
@@ -219,7 +226,7 @@ class Endpoint:
             raise MigrationRefused(
                 f"{NOT_FINAL}: the guest may be running at the destination ({self.status})"
             )
-        if self.run_state == "finish-migrate":
+        if self._switching:
             raise MigrationRefused(NOT_FINAL)
         if not self.machine.running:
             await self._go()
@@ -237,7 +244,7 @@ class Endpoint:
         before, self.run_state = self.run_state, "running"
         try:
             await self.machine.cont()
-        except VhostpcError:
+        except BaseException:
             self.run_state = before
             raise
         self._events.resume()
@@ -256,6 +263,8 @@ class Endpoint:
             self._error_desc = str(error)
         if after is before:
             return
+        if after is Status.COMPLETED and self._state.side == "source":
+            self.run_state = "postmigrate"
         if after not in BUSY:
             self._total_ms = round((trio.current_time() - self._began) * 1000)
         why = f": {error}" if error is not None else ""
@@ -273,23 +282,37 @@ class Endpoint:
     # --- out
 
     async def migrate(self, address: Address, *, resume: bool) -> None:
+        async with self._starting:
+            try:
+                self._check_migrate(resume)
+                await self._sent.wait()  # after a failure the last one may still be putting things back
+                self._check_migrate(resume)
+            except BaseException:
+                if isinstance(address, Fd) and address.fd >= 0:
+                    os.close(address.fd)
+                raise
+            channel: Channel | None = None
+            if isinstance(address, Exec | Fd | File):
+                try:  # whether that can be had is known at once
+                    channel = await connect(address)
+                except ChannelLost as error:
+                    raise MigrationRefused(str(error)) from None
+            self._outgoing = None
+            self._state = StatusMachine("source", self.options.compat)
+            self._error_desc, self._total_ms = None, None
+            self._began = trio.current_time()
+            self._early_switch = False
+            self._sent = trio.Event()
+            self.moved(Event.START)
+            self._start(self._send, address, channel)
+
+    def _check_migrate(self, resume: bool) -> None:
         if resume:
             raise MigrationRefused("Recovery of a paused migration is not supported")
+        if self.status in BUSY:
+            raise MigrationRefused(IN_PROGRESS)
         if reasons := self.machine.blocked():
             raise MigrationRefused(reasons[0])
-        channel: Channel | None = None
-        if isinstance(address, Exec | Fd | File):
-            try:  # whether that can be had is known at once
-                channel = await connect(address)
-            except ChannelLost as error:
-                raise MigrationRefused(str(error)) from None
-        self._outgoing = None
-        self._state = StatusMachine("source", self.options.compat)
-        self._error_desc, self._total_ms = None, None
-        self._began = trio.current_time()
-        self._early_switch = False
-        self.moved(Event.START)
-        self._start(self._send, address, channel)
 
     def _start(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
         if self._nursery is None:
@@ -322,7 +345,12 @@ class Endpoint:
             error = group.exceptions[0]
             if outgoing is None:
                 self.moved(Event.FAIL, error)
-        await self._after_sending(outgoing, error)
+        finally:
+            try:
+                await self._after_sending(outgoing, error)
+            finally:
+                self._switching = False
+                self._sent.set()
 
     async def _connect(self, address: Address) -> Channel:
         channel: Channel | None = None
@@ -335,11 +363,10 @@ class Endpoint:
 
     async def _after_sending(self, outgoing: Outgoing | None, error: BaseException | None) -> None:
         if self.status is Status.COMPLETED:
-            self.run_state = "postmigrate"
             if not self.machine.runnable:
                 log.info("the machine is still held here: stop takes it back, and it can be sent once more")
             return
-        if not self._state.may_run or self.run_state != "finish-migrate":
+        if not self._state.may_run or not self._switching:
             return
         if (
             self.status is Status.FAILED
@@ -379,7 +406,7 @@ class Endpoint:
 
     async def stop_to_send(self) -> None:
         """The source's last look is over: the machine stands still until the end."""
-        self._before = self.run_state
+        self._before, self._switching = self.run_state, True
         await self._stand("finish-migrate")
 
     # --- in
@@ -387,7 +414,12 @@ class Endpoint:
     async def incoming(self, address: Address, *, exit_on_error: bool) -> None:
         if self._nursery is None:
             raise VhostpcError("the endpoint does not run")
-        await self._nursery.start(self._receive, address, exit_on_error)
+        self.has_listened = True  # or is about to: a second one is refused
+        try:
+            await self._nursery.start(self._receive, address, exit_on_error)
+        except BaseException:
+            self.has_listened = False
+            raise
 
     async def _receive(
         self, address: Address, exit_on_error: bool, task_status: trio.TaskStatus[None]
@@ -400,7 +432,6 @@ class Endpoint:
                     self.moved(Event.START)
                     if self.options.compat == "7.2":  # told in any case there, while the status stays none
                         self._events.emit("MIGRATION", {"status": str(Status.SETUP)})
-                    self.has_listened = True
                     task_status.started()
                     begun = True  # from here on the status says what becomes of it
                     channel = await stack.enter_async_context(await listener.accept())
@@ -418,7 +449,7 @@ class Endpoint:
         except (VhostpcError, OSError) as error:
             if not begun:
                 raise
-            if self.status in (Status.NONE, Status.SETUP):
+            if self._incoming is None:  # else it has told
                 self.moved(Event.FAIL, error)
             if exit_on_error:
                 self.error = error

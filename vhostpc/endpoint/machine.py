@@ -218,11 +218,16 @@ class OwnMachine:
                 why = "its memory is lost" if self.ram.lost else "nothing has come"
                 raise MigrationRefused(f"The machine can not run here: {why}")
             self.running = True
-            for vcpu in self.vcpus:
-                await self._nursery.start(self._run_vcpu, vcpu)
-            async with trio.open_nursery() as nursery:
-                for device in self.devices:
-                    nursery.start_soon(device.start, self._nursery)
+            try:
+                for vcpu in self.vcpus:
+                    await self._nursery.start(self._run_vcpu, vcpu)
+                async with trio.open_nursery() as nursery:
+                    for device in self.devices:
+                        nursery.start_soon(device.start, self._nursery)
+            except BaseException:  # it does not run half: whoever asked may let it run elsewhere
+                with trio.CancelScope(shield=True):
+                    await self._stand()
+                raise
 
     @asynccontextmanager
     async def _change(self) -> AsyncIterator[None]:
@@ -248,10 +253,15 @@ class OwnMachine:
             self._ran = self.running
             if not self.running:
                 return
+            await self._stand()
+
+    async def _stand(self) -> None:
+        try:
             await stop_all(self.vcpus)
             async with trio.open_nursery() as nursery:
                 for device in self.devices:
                     nursery.start_soon(device.stop)
+        finally:
             self._stopped_ns = time.monotonic_ns()
             self.running = False
 

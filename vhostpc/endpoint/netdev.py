@@ -137,7 +137,11 @@ class NetDevice:
             # As QEMU does where the back-end is gone: go on behind what it has used.
             bases = []
             for driver in self._drivers:
-                waiting = await driver.look()
+                try:
+                    waiting = await driver.look()
+                except (MemoryLost, OSError) as error:  # it left nonsense behind
+                    self._problem(f"{self.name}: what its back-end used last is not known: {error}")
+                    waiting = 0
                 bases.append((driver.numbers().used_index + waiting) & 0xFFFF)
         self._bases = bases
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
@@ -53,6 +54,10 @@ REPLY_FLAGS = VERSION | FLAG_REPLY
 OnBackendRequest = Callable[[Frame], int]
 
 
+LAST_REQUESTS = 256
+"""Requests of a back-end that are remembered."""
+
+
 class FrontEnd:
     """One session. Made by :func:`connect`, :func:`listen` or :func:`over`, which own its tasks."""
 
@@ -69,7 +74,7 @@ class FrontEnd:
         self.closed = trio.Event()
         """The back-end closed the connection, or broke the protocol: ``error`` says why."""
         self.error: Exception | None = None
-        self.backend_requests: list[tuple[int, bytes]] = []
+        self.backend_requests: deque[tuple[int, bytes]] = deque(maxlen=LAST_REQUESTS)
         """What came on the back-end's channel: (BackendRequest, payload)."""
         self.on_backend_request: OnBackendRequest = lambda frame: 0
         self._stream = MessageSocket(sock)

@@ -236,6 +236,10 @@ async def _resolve(address: Tcp, *, passive: bool) -> _Found:
     if address.numeric:
         flags |= socket.AI_NUMERICHOST
     host = address.host if address.host or not passive else None
+    if address.port.isdecimal() and (len(address.port) > 5 or int(address.port) > 65535):
+        raise ChannelLost(
+            f"address resolution failed for {address.host}:{address.port}: there is no such port"
+        )
     try:
         found = await trio.socket.getaddrinfo(host, address.port, family, socket.SOCK_STREAM, flags=flags)
     except socket.gaierror as e:

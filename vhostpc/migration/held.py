@@ -11,6 +11,9 @@ from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet
 from vhostpc.ufd.service import FaultService
 from vhostpc.wire.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
 
+MOST_RAM = 1 << 42
+"""Bytes of a block, at most: its bitmaps take a part in six thousand, whether anything has come or not."""
+
 
 class HeldMachine:
     """RAM blocks in memfds, device sections as bytes, in the order in which they came.
@@ -113,6 +116,10 @@ class HeldMachine:
             if came[name] != length:
                 raise StreamError(f"Size mismatch: {name}: {came[name]:#x} != {length:#x}")
         for block in listed.blocks:
+            if block.length > MOST_RAM:
+                raise StreamError(
+                    f"RAM block {block.name!r} has {block.length:#x} bytes, more than can be held"
+                )
             size = self._page_size(block, postcopy)
             try:
                 self.ram.create(block.name, block.length, size)

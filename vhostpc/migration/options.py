@@ -1,6 +1,7 @@
 """Capabilities and parameters of a migration: QEMU's names, defaults, ranges, and its words of refusal.
 
 What the table names and this package does not do can not be switched on: it is refused, never ignored.
+(The parameters announce-* and block-bitmap-mapping are about devices that no machine here has.)
 Source: QEMU, docs/devel/migration and its QMP reference; defaults and sentences as recorded from 7.2 and 10.0.
 """
 

@@ -136,6 +136,7 @@ class Outgoing:
 
         self._cancelled = True
         self.channel.shut_down()
+        self.source.stop()  # a pipe wakes nobody
 
     def _check_cancelled(self) -> None:
         """Just before a border from which on nothing can be cancelled."""
@@ -204,23 +205,26 @@ class Outgoing:
         NEVER_RAN where the destination said that it could not run it; LOSE where only the destination knows. The same
         error is raised: ChannelLost, StreamError, OSError. Cancelled, it tells the watcher as for a lost link.
         """
+        error: BaseException | None = None
         try:
             await self._send()
-        except BaseException as error:
-            self._mark("ended")
+        except BaseException as caught:
+            error = caught
             self.channel.shut_down()  # the destination is told, whoever else still holds the descriptor
-            if not self._package_begun:
-                # 7.2's status said postcopy before anything of the package had been sent.
-                self._watcher.moved(Event.NEVER_RAN if self._package_told else Event.FAIL, error)
-            else:
-                self._tell_package()
-                self._watcher.moved(Event.NEVER_RAN if isinstance(error, NeverRan) else Event.LOSE, error)
-            raise
-        finally:
-            with trio.CancelScope(shield=True):
-                await self.machine.stop_tracking()
+        # First things are put back, then it is told: whoever hears of it may begin another one.
+        with trio.CancelScope(shield=True):
+            await self.machine.stop_tracking()
         self._mark("ended")
-        self._watcher.moved(Event.FINISH, None)
+        if error is None:
+            self._watcher.moved(Event.FINISH, None)
+        elif not self._package_begun:
+            # 7.2's status said postcopy before anything of the package had been sent.
+            self._watcher.moved(Event.NEVER_RAN if self._package_told else Event.FAIL, error)
+        else:
+            self._tell_package()
+            self._watcher.moved(Event.NEVER_RAN if isinstance(error, NeverRan) else Event.LOSE, error)
+        if error is not None:
+            raise error
 
     def close(self) -> None:
         """Let go of the copy of the channel. Not while :meth:`send` runs."""
@@ -241,6 +245,10 @@ class Outgoing:
         self._watcher.moved(Event.CONNECT, None)
         total = sum(block.length for block in machine.ram.blocks)
         log.info("migration: %s, %d MiB of RAM", machine.configuration.machine, total >> 20)
+        if not self._postcopy and self.after != After():
+            log.warning(
+                "migration: it can not switch to postcopy by itself: the capability postcopy-ram is off"
+            )
         if await self._precopy():
             await self._switch()
         else:
@@ -323,6 +331,8 @@ class Outgoing:
         more = await self.source.round(self.machine.ram_section, last=True)
         if isinstance(more, Ended):
             raise self._failed(more)
+        if more:
+            raise StreamError("pages that are withheld can not be left out of the last pass")
         devices, description = await self.machine.save()
         await self._say(b"".join(section.encode() for section in devices))
         # A destination waits for a description; what it says is not looked at. Its last byte may let it run.
@@ -387,6 +397,8 @@ class Outgoing:
 
     def _failed(self, ended: Ended) -> Exception:
         numbers = self.source.numbers()
+        if ended is Ended.STOPPED:
+            return ChannelLost("the migration was cancelled")
         if ended is Ended.SHUT and numbers.shut and not numbers.pongs >> LOADED & 1:
             return NeverRan("the destination says that it failed, and did not run the machine")
         left = total_pages(self.machine.ram.blocks, Bits.DIRTY)

@@ -68,6 +68,8 @@ Address = Tcp | Unix | Fd | Exec | File
 _TCP = re.compile(
     r"(?P<v6>\[(?P<host6>[^\]]*)\])?(?(v6)|(?!\[)(?P<host>[^:]*)):(?P<port>[^,]+)(?P<rest>,.*)?", re.DOTALL
 )
+MOST_DIGITS = 64
+"""Of a number that may still fit; QEMU takes leading zeros."""
 _SIZES = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 
 
@@ -107,7 +109,7 @@ def _tcp(text: str) -> Tcp:
     for option in (found["rest"] or "").split(","):
         name, _, value = option.partition("=")
         if name == "to":
-            if not value.isdigit():
+            if not re.fullmatch(r"[0-9]{1,5}", value):
                 raise MigrationRefused("error parsing to= argument")
             to = int(value)
         elif name in ("ipv4", "ipv6", "keep-alive", "mptcp"):
@@ -122,8 +124,8 @@ def _file(text: str) -> File:
     if not _:
         return File(path)
     found = re.fullmatch(r"\s*(\+?)(0x[0-9a-fA-F]+|[0-9]+)([bkmgtpe]?)", offset, re.IGNORECASE)
-    if found is None:
-        negative = re.fullmatch(r"\s*-[0-9]+[bkmgtpe]?", offset, re.IGNORECASE)
+    if found is None or len(found[2]) > MOST_DIGITS:
+        negative = found or re.fullmatch(r"\s*-[0-9]+[bkmgtpe]?", offset, re.IGNORECASE)
         why = "Numerical result out of range" if negative else "Invalid argument"
         raise MigrationRefused(f"file URI has bad offset {offset}: {why}")
     number = int(found[2], 0) if found[2].lower().startswith("0x") else int(found[2])

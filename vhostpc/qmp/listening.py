@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trio
 
-from vhostpc.listener import bind
+from vhostpc.listener import accept, bind
 
 CLIENTS = 64
 
@@ -44,7 +44,7 @@ class SocketServer(ABC):
 
     async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         while True:
-            client, _ = await listener.accept()
+            client = await accept(listener)
             if self.clients >= CLIENTS:
                 log.warning("monitor: more than %d clients, one is turned away", CLIENTS)
                 client.close()

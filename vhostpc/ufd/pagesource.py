@@ -99,13 +99,13 @@ class PageSource:
         Raises :class:`~vhostpc.errors.StreamError` for a request that is none, OSError when sending fails.
         """
         handle = self.handle
-        rc = await run_loop(lambda: lib.vpc_save_run(handle), self._stop, self._limiter, Thread.SOURCE)
+        rc = await run_loop(lambda: lib.vpc_save_run(handle), self.stop, self._limiter, Thread.SOURCE)
         return self._ended(rc)
 
     async def wait(self) -> Ended:
         """Read what the peer says until it closes or says that it is done. Raises as :meth:`serve`."""
         handle = self.handle
-        rc = await run_loop(lambda: lib.vpc_save_wait(handle), self._stop, self._limiter, Thread.SOURCE)
+        rc = await run_loop(lambda: lib.vpc_save_wait(handle), self.stop, self._limiter, Thread.SOURCE)
         return self._ended(rc)
 
     async def round(self, section: int, *, last: bool = False, budget_ms: int = 50) -> bool | Ended:
@@ -118,7 +118,7 @@ class PageSource:
         handle, budget = self.handle, budget_ms * 1_000_000
         rc = await run_loop(
             lambda: lib.vpc_save_round(handle, section, last, budget),
-            self._stop,
+            self.stop,
             self._limiter,
             Thread.SOURCE,
         )
@@ -132,7 +132,8 @@ class PageSource:
         """Send pages of zeros as data. Before a call that sends."""
         lib.vpc_save_keep_zeros(self.handle, on)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """End what runs, or the next call, where it stands: it returns STOPPED."""
         lib.vpc_save_stop(self.handle)
 
     def _ended(self, rc: int) -> Ended:

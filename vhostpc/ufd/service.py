@@ -6,6 +6,7 @@ wake. Each page is placed once, through our own ufd into our own mapping; every 
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -76,7 +77,7 @@ class FaultService:
         self.ram = ram
         self._handle = lib.vpc_fault_new(ram.handle)
         if self._handle == ffi.NULL:
-            raise MemoryError("fault service")
+            raise OSError(errno.ENOMEM, "fault service: no memory or no descriptors left")
         free = self._handle
         self.loops = Loops(lambda: lib.vpc_fault_free(free))
         self._spin_ns = spin_us * 1000
