@@ -323,7 +323,10 @@ async def test_held_between_two(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hidden", "why"),
     [
-        ("LOG_SHMFD", "Migration disabled: vhost-user backend lacks VHOST_PROTOCOL_F_LOG_SHMFD feature."),
+        (
+            "LOG_SHMFD",
+            "Migration disabled: vhost-user backend lacks VHOST_USER_PROTOCOL_F_LOG_SHMFD feature.",
+        ),
         ("PAGEFAULT", "Postcopy is not supported: vhost-user backend not capable of postcopy (net0)"),
     ],
 )
