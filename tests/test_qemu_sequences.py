@@ -104,7 +104,13 @@ def _small(play: Play) -> bool:
 @pytest.mark.parametrize(
     ("compat", "play", "cast"),
     [
-        pytest.param(compat, play, cast, id=f"{compat}-{play.__name__}-{who}")
+        pytest.param(
+            compat,
+            play,
+            cast,
+            id=f"{compat}-{play.__name__}-{who}",
+            marks=[] if cast == OWN else pytest.mark.long,
+        )
         for compat in peers.VERSIONS
         for who, (cast, played) in WHO.items()
         for play in played
@@ -143,6 +149,20 @@ async def test_a_held_machine_does_not_run(compat: Compat) -> None:
     assert played.src.events[-1] == "[postmigrate/completed]"
 
 
+@pytest.mark.parametrize("compat", peers.VERSIONS)
+async def test_a_machine_that_was_sent_does_not_run_again(compat: Compat) -> None:
+    """QEMU's does after cont, at both ends then. Ours refuses, and says why."""
+    theirs = await _of_qemus(plays.continued_after_completion, OWN, compat)
+    assert theirs.src.answers == ("cont: taken",)
+    assert theirs.src.events[-2:] == ("RESUME", "[running/completed]")
+    assert theirs.dst.events[-1] == "[running/completed]"
+    ours = await perform(plays.continued_after_completion, OWN, compat)
+    (answer,) = ours.src.answers
+    assert "the guest may be running at the destination (completed)" in answer
+    assert ours.src.events[-1] == "[postmigrate/completed]"
+    assert ours.dst.events[-1] == "[running/completed]"
+
+
 async def test_postcopy_is_not_cancelled() -> None:
     """QEMU 7.2 lets it be, and nobody has the guest then. Ours refuses as 10.0 does, and the move goes on."""
     theirs = await _of_qemus(plays.cancel_in_postcopy, FROM_HELD, "7.2")
@@ -165,6 +185,10 @@ async def test_what_has_arrived_is_not_cancelled(compat: Compat) -> None:
     assert "cannot cancel" in ours.src.answers[-1]
     assert ours.src.events[-1] == "[postmigrate/completed]"
     assert ours.dst.events[-1] == "[paused/completed]"
+    own = await perform(plays.cancel_at_the_last_word, OWN, compat)
+    assert "cannot cancel" in own.src.answers[-1]
+    assert own.src.events[-1] == "[postmigrate/completed]"
+    assert own.dst.events[-1] == "[running/completed]"
 
 
 async def test_bandwidth_holds_at_once() -> None:

@@ -158,7 +158,10 @@ async def qemu_node(
     stopped: bool = False,
     more: Sequence[str] = (),
 ) -> AsyncIterator[Node]:
-    """A QEMU whose BIOS finds nothing to start. ``size`` in MiB; ``stopped``: begun with ``-S``; ``more``: arguments."""
+    """A QEMU whose BIOS finds nothing to start. ``size`` in MiB; ``stopped``: begun with ``-S``.
+
+    ``more``: further arguments.
+    """
     program = peers.qemu(version)
     ours, theirs = socket.socketpair()
     argv = [*program.argv, "-name", name, "-nodefaults", "-no-user-config", "-display", "none"]

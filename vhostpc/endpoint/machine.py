@@ -314,7 +314,7 @@ class OwnMachine:
 
     def accept(self, configuration: Configuration) -> None:
         if configuration.machine != NAME:
-            raise StreamError(f"Machine type received is '{configuration.machine}' and local is '{NAME}'")
+            raise StreamError(f"Machine type received is {configuration.machine!r} and local is '{NAME}'")
 
     async def advise(self, service: FaultService) -> None:
         self._service = service
