@@ -436,14 +436,13 @@ async def test_one_that_stops_reading(tmp_path: Path) -> None:
         check(await one.until_works())
 
 
-async def test_one_that_stops_reading_in_postcopy(tmp_path: Path) -> None:
-    """The wait is told; that it hung up is told as the pause."""
+async def test_one_that_closes_its_ear_in_postcopy(tmp_path: Path) -> None:
+    """It takes nothing more, and stays connected: a pause, and why is told."""
     async with source(tmp_path) as one:
         async with sends(one, tmp_path, "postcopy-ram", max_postcopy_bandwidth=MIB) as peer:
             await one.qmp.command("migrate-start-postcopy")
             await one.until_status("postcopy-active")
             at = len(one.process.err)
-            # A reader that is left to itself reads: it is another that stops.
             peer.stream.socket.shutdown(socket.SHUT_RD)
             info = await one.until_status("postcopy-paused")
         assert one_sentence(info)
