@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,19 @@ import pytest
 
 HUGE = 2 << 20
 POOL = Path("/proc/sys/vm/nr_hugepages")
+
+
+@contextlib.contextmanager
+def none_free() -> Iterator[None]:
+    """For the length of a block no huge page of 2 MiB can be had: those that are free are spoken for."""
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+    free = int((pool / "free_hugepages").read_text()) - int((pool / "resv_hugepages").read_text())
+    if not free:
+        yield
+        return
+    huge = 0x40000 | 21 << 26  # MAP_HUGETLB | MAP_HUGE_2MB: a mapping reserves its pages
+    with mmap.mmap(-1, free * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | huge):
+        yield
 
 
 @contextlib.contextmanager

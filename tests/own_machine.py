@@ -99,11 +99,11 @@ class End:
 
 
 @contextlib.asynccontextmanager
-async def end(name: str, folder: Path, *arguments: str) -> AsyncIterator[End]:
-    """Run it; ``arguments`` besides those of its monitor."""
+async def end(name: str, folder: Path, *arguments: str, through: Sequence[str] = ()) -> AsyncIterator[End]:
+    """Run it; ``arguments`` besides those of its monitor; ``through``: a command that runs it."""
     path = folder / f"{name}.qmp"
-    argv = [sys.executable, "-m", "vhostpc", "endpoint", "--qmp", f"unix:{path}", *arguments]
-    async with child(name, argv) as process:
+    argv = [*through, sys.executable, "-m", "vhostpc", "endpoint", "--qmp", f"unix:{path}", *arguments]
+    async with child(name, argv, cwd=str(ROOT)) as process:
         await process.err.find("ready on")
         async with await trio.open_unix_socket(path) as stream, trio.open_nursery() as nursery:
             qmp = Qmp(stream, name)
@@ -130,14 +130,16 @@ async def far_side() -> AsyncIterator[Address]:
 
 
 @contextlib.asynccontextmanager
-async def bridge(path: Path, far: Address, *, hide: str = "") -> AsyncIterator[Child]:
-    """A bridge to the far side; ``hide``: a protocol feature that it does not offer."""
+async def bridge(
+    path: Path, far: Address, *, hide: str = "", more: Sequence[str] = ()
+) -> AsyncIterator[Child]:
+    """A bridge to the far side; ``hide``: a protocol feature that it does not offer; ``more``: arguments."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     argv = [sys.executable, "examples/bridge", "--socket-path", str(path)]
     argv += ["-l", f"127.0.0.1:{port}", "-r", f"{far[0]}:{far[1]}"]
-    argv += ["--hide-protocol-feature", hide] if hide else []
+    argv += [*(["--hide-protocol-feature", hide] if hide else []), *more]
     async with child(path.stem, argv, cwd=str(ROOT)) as process:
         with trio.fail_after(WAIT):
             while not path.is_socket():

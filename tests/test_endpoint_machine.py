@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.hugepages import hugepages
+from tests.hugepages import hugepages, none_free
 from tests.own_machine import STEP, WAIT, End, bridge, check, end, far_side, migrate, pair
 from tests.qemu.qmp import QmpError
 
@@ -323,7 +323,10 @@ async def test_held_between_two(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hidden", "why"),
     [
-        ("LOG_SHMFD", "Migration disabled: vhost-user backend lacks VHOST_PROTOCOL_F_LOG_SHMFD feature."),
+        (
+            "LOG_SHMFD",
+            "Migration disabled: vhost-user backend lacks VHOST_USER_PROTOCOL_F_LOG_SHMFD feature.",
+        ),
         ("PAGEFAULT", "Postcopy is not supported: vhost-user backend not capable of postcopy (net0)"),
     ],
 )
@@ -381,6 +384,49 @@ async def test_stop_in_postcopy_waits_for_pages_and_not_for_time(tmp_path: Path)
         await destination.until_status("completed")
         await destination.qmp.command("cont")
         check(await destination.until_works())
+
+
+async def test_no_huge_page_is_free(tmp_path: Path) -> None:
+    """Small ones do not take their place, in a machine of its own nor in one that is held."""
+    mend = "; set 32 aside in /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
+    huge = ["--ram", "mem=64M,page=2M"]
+    with none_free():
+        argv = [sys.executable, "-m", "vhostpc", "endpoint", "--qmp", f"unix:{tmp_path / 'qmp'}", *huge]
+        done = await trio.run_process(argv, capture_stderr=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.decode().endswith(f"{mend}\n")
+        async with (
+            end("source", tmp_path, "--ram", "mem=64M") as source,
+            end("held", tmp_path, *huge, "--incoming", "defer") as held,
+        ):
+            uri = f"unix:{tmp_path / 'migration'}"
+            await held.qmp.command("migrate-incoming", uri=uri, exit_on_error=False)
+            await source.set("return-path")
+            await source.qmp.command("migrate", uri=uri)
+            found = await held.until_status("failed", not_these=("completed",))
+            assert found["error-desc"].endswith(mend)
+            await source.until_status("failed")
+            check(await source.until_works())
+
+
+async def test_a_file_takes_no_postcopy(tmp_path: Path) -> None:
+    """Refused at once where only postcopy needs the way back; with return-path it fails. The machine runs on."""
+    async with end("one", tmp_path, "--ram", "mem=16M") as one:
+        uri = f"file:{tmp_path / 'stream'}"
+        await one.set("postcopy-ram")
+        with pytest.raises(
+            QmpError, match="Postcopy requires a migration channel that goes both ways, a file"
+        ):
+            await one.qmp.command("migrate", uri=uri)
+        assert "status" not in await one.migration()
+        assert not (tmp_path / "stream").exists()
+        off = [{"capability": "postcopy-ram", "state": False}, {"capability": "return-path", "state": True}]
+        await one.qmp.command("migrate-set-capabilities", capabilities=off)
+        await one.qmp.command("migrate", uri=uri)
+        found = await one.until_status("failed", not_these=("completed",))
+        assert "goes both ways" in found["error-desc"]
+        assert await one.state() == "running"
+        check(await one.until_works())
 
 
 @pytest.mark.long

@@ -16,7 +16,7 @@ import trio
 from tests.migration_ends import pair
 from tests.own_machine import STEP, WAIT, bridge, check, far_side
 from vhostpc.endpoint.machine import Block, OwnMachine, Spec, open_machine
-from vhostpc.endpoint.sections import NET
+from vhostpc.endpoint.sections import NET, globalstate
 from vhostpc.errors import ChannelLost, GuestMemoryError, StreamError
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.incoming import Incoming
@@ -247,6 +247,13 @@ async def test_a_state_that_is_not_taken(
     postcopy: bool, change: Change, why: str, idstr: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await check_not_taken(idstr, change, why, tmp_path, monkeypatch, postcopy=postcopy)
+
+
+async def test_a_run_state_that_it_can_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def debug(section: DeviceSection) -> list[DeviceSection]:
+        return [globalstate(section.section_id, "debug")]
+
+    await check_not_taken("globalstate", debug, "comes 'debug'", tmp_path, monkeypatch, postcopy=False)
 
 
 async def check_not_taken(

@@ -168,7 +168,7 @@ async def test_each_phase_is_told_by_one_line(caplog: pytest.LogCaptureFixture) 
             await setup.ended.wait()
     assert [record.getMessage() for record in caplog.records] == [
         "migration: the source may switch to postcopy",
-        "migration: toyvm: 32 KiB of RAM in 1 blocks",
+        "migration: 'toyvm': 32 KiB of RAM in 1 blocks",
         "migration: postcopy: 8 host pages to come, 4 elements to load",
         "migration: device state is loaded",
         "migration: the machine may run here, 8 host pages are missing",

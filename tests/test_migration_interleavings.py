@@ -74,7 +74,8 @@ class There(HeldMachine):
     def __init__(self, world: World) -> None:
         super().__init__()
         self.world = world
-        self.runnable = self.was_running = True
+        self.runnable = True
+        self.came_as = "running"
 
     async def stop(self) -> None:
         self.running = False

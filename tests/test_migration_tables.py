@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from vhostpc.errors import MigrationRefused
-from vhostpc.migration.options import CAPABILITIES, SUPPORTED, Compat, Options
+from vhostpc.migration.options import CAPABILITIES, SUPPORTED, Compat, Options, parameters
 from vhostpc.migration.state import DESTINATION, SOURCE, Event, Machine, Status, WrongMove
 from vhostpc.migration.uri import Exec, Fd, File, Tcp, Unix, parse
 
@@ -49,6 +49,27 @@ def test_parameters_are_set_all_or_none() -> None:
     options.set_parameters({"tls-creds": "x"})
     with pytest.raises(MigrationRefused, match="^No TLS credentials with id 'x'$"):
         options.check_start()
+
+
+@pytest.mark.parametrize("compat", BOTH)
+def test_no_value_that_we_do_not_do_can_be_set(compat: Compat) -> None:
+    limited = [row for row in parameters(compat).values() if row.accepted is not None]
+    assert [row.name for row in limited] == (
+        ["block-incremental"] if compat == "7.2" else ["mode", "direct-io"]
+    )
+    for row in limited:
+        assert row.accepted is not None
+        for value in row.values or (False, True):
+            options = Options(compat)
+            if value in row.accepted:
+                options.set_parameters({row.name: value})
+                continue
+            spelt = str(value).lower()
+            words = rf"^(Parameter '{row.name}' does not accept value '{spelt}'|No build-time support for {row.name})$"
+            with pytest.raises(MigrationRefused, match=words):
+                options.set_parameters({"max-bandwidth": 7, row.name: value})
+            assert options[row.name] == row.default
+            assert options["max-bandwidth"] != 7
 
 
 # The statuses that QEMU shows on its way, as its events told them.

@@ -17,11 +17,13 @@ from vhostpc.migration.options import Compat
 
 pytestmark = pytest.mark.qemu
 
-OURS = Cast("endpoint", "endpoint", running=False, starts=False)
-TO_OURS = Cast("qemu", "endpoint", starts=False)
-FROM_OURS = Cast("endpoint", "qemu", running=False)
-PAIRS = {"ours": OURS, "to-ours": TO_OURS, "from-ours": FROM_OURS}
-
+HELD = Cast("held", "held", "came", starts=False)
+TO_HELD = Cast("qemu", "held", starts=False)
+FROM_HELD = Cast("held", "qemu", "came")
+OWN = Cast("own", "own")
+OWN_STOPPED = Cast("own", "own", "prelaunch")
+OWN_TO_STOPPED = Cast("own", "own", starts=False)
+OWN_STOPPED_TO_STOPPED = Cast("own", "own", "prelaunch", starts=False)
 EVERYWHERE: tuple[Play, ...] = (
     plays.precopy,
     plays.precopy_with_return_path,
@@ -64,10 +66,17 @@ DESTINATION: tuple[Play, ...] = (
     plays.another_size_outlived,
     plays.waiting,
 )
-WHO = {
-    **{(play, who): PAIRS[who] for play in EVERYWHERE for who in PAIRS},
-    **{(play, "from-ours"): FROM_OURS for play in SOURCE},
-    **{(play, "to-ours"): TO_OURS for play in DESTINATION},
+# Of a machine that can run at both ends.
+RUNNING: tuple[Play, ...] = (plays.stopped_and_continued, plays.cont_at_one_that_waits)
+ALL = tuple(dict.fromkeys(EVERYWHERE + SOURCE + DESTINATION + RUNNING))
+WHO: dict[str, tuple[Cast, tuple[Play, ...]]] = {
+    "held": (HELD, EVERYWHERE),
+    "to-held": (TO_HELD, EVERYWHERE + DESTINATION),
+    "from-held": (FROM_HELD, EVERYWHERE + SOURCE),
+    "own": (OWN, ALL),
+    "own-stopped": (OWN_STOPPED, ALL),
+    "own-to-stopped": (OWN_TO_STOPPED, ALL),
+    "own-stopped-to-stopped": (OWN_STOPPED_TO_STOPPED, ALL),
 }
 # The words of QEMU's error-desc that ours has, too.
 SAME_WORDS = {plays.nobody_listens, plays.no_socket_there, plays.nobody_listens_at_tcp}
@@ -84,7 +93,14 @@ async def _of_qemus(play: Play, cast: Cast, compat: Compat) -> Played:
     """What a pair of QEMUs tells; played once."""
     key = (play, cast.stand_ins(), compat)
     if key not in _seen:
-        _seen[key] = await perform(play, cast.stand_ins(), compat, small=_small(play))
+        played = await perform(play, cast.stand_ins(), compat, small=_small(play))
+        for _ in range(
+            3
+        ):  # now and then a 10.0 that is cancelled says failed: its channel broke before it looked
+            if "cancel" not in play.__name__ or "failed" not in played.src.events:
+                break
+            played = await perform(play, cast.stand_ins(), compat, small=_small(play))
+        _seen[key] = played
     return _seen[key]
 
 
@@ -95,9 +111,16 @@ def _small(play: Play) -> bool:
 @pytest.mark.parametrize(
     ("compat", "play", "cast"),
     [
-        pytest.param(compat, play, cast, id=f"{compat}-{play.__name__}-{who}")
+        pytest.param(
+            compat,
+            play,
+            cast,
+            id=f"{compat}-{play.__name__}-{who}",
+            marks=[] if cast == OWN else pytest.mark.long,
+        )
         for compat in peers.VERSIONS
-        for (play, who), cast in WHO.items()
+        for who, (cast, played) in WHO.items()
+        for play in played
         if compat == "10.0" or play not in ONLY_10
     ],
 )
@@ -120,25 +143,39 @@ async def test_as_a_pair_of_qemus(compat: Compat, play: Play, cast: Cast) -> Non
 @pytest.mark.parametrize("compat", peers.VERSIONS)
 async def test_a_held_machine_does_not_run(compat: Compat) -> None:
     """QEMU's would after cont. Ours takes it while the machine is awaited, and refuses it from then on."""
-    played = await perform(plays.cont_at_one_that_waits, TO_OURS, compat)
+    played = await perform(plays.cont_at_one_that_waits, TO_HELD, compat)
     *early, late = played.dst.answers
     assert early == ["cont: taken", "cont: taken"]
     assert "This machine is held" in late
     assert "RESUME" not in played.dst.events
     assert played.dst.events[-1] == "[paused/completed]"
-    played = await perform(plays.continued_after_completion, OURS, compat)
+    played = await perform(plays.continued_after_completion, HELD, compat)
     (answer,) = played.src.answers
     assert "the guest may be running at the destination" in answer
     assert "RESUME" not in played.src.events
     assert played.src.events[-1] == "[postmigrate/completed]"
 
 
+@pytest.mark.parametrize("compat", peers.VERSIONS)
+async def test_a_machine_that_was_sent_does_not_run_again(compat: Compat) -> None:
+    """QEMU's does after cont, at both ends then. Ours refuses, and says why."""
+    theirs = await _of_qemus(plays.continued_after_completion, OWN, compat)
+    assert theirs.src.answers == ("cont: taken",)
+    assert theirs.src.events[-2:] == ("RESUME", "[running/completed]")
+    assert theirs.dst.events[-1] == "[running/completed]"
+    ours = await perform(plays.continued_after_completion, OWN, compat)
+    (answer,) = ours.src.answers
+    assert "the guest may be running at the destination (completed)" in answer
+    assert ours.src.events[-1] == "[postmigrate/completed]"
+    assert ours.dst.events[-1] == "[running/completed]"
+
+
 async def test_postcopy_is_not_cancelled() -> None:
     """QEMU 7.2 lets it be, and nobody has the guest then. Ours refuses as 10.0 does, and the move goes on."""
-    theirs = await _of_qemus(plays.cancel_in_postcopy, FROM_OURS, "7.2")
+    theirs = await _of_qemus(plays.cancel_in_postcopy, FROM_HELD, "7.2")
     assert theirs.src.events[-1] == "[postmigrate/cancelled]"
     assert theirs.dst.events[-1] == "[running/postcopy-paused]"
-    ours = await perform(plays.cancel_in_postcopy, FROM_OURS, "7.2")
+    ours = await perform(plays.cancel_in_postcopy, FROM_HELD, "7.2")
     assert "Postcopy migration in progress, cannot cancel." in ours.src.answers[-1]
     assert ours.src.events[-1] == "[postmigrate/completed]"
     assert ours.dst.events[-1] == "[running/completed]"
@@ -151,10 +188,14 @@ async def test_what_has_arrived_is_not_cancelled(compat: Compat) -> None:
     theirs = await _of_qemus(plays.cancel_at_the_last_word, cast, compat)
     assert theirs.src.events[-1].startswith("[running/")  # cancelled, or seldom failed
     assert theirs.dst.events[-1] == "[running/completed]"
-    ours = await perform(plays.cancel_at_the_last_word, FROM_OURS, compat)
+    ours = await perform(plays.cancel_at_the_last_word, FROM_HELD, compat)
     assert "cannot cancel" in ours.src.answers[-1]
     assert ours.src.events[-1] == "[postmigrate/completed]"
     assert ours.dst.events[-1] == "[paused/completed]"
+    own = await perform(plays.cancel_at_the_last_word, OWN, compat)
+    assert "cannot cancel" in own.src.answers[-1]
+    assert own.src.events[-1] == "[postmigrate/completed]"
+    assert own.dst.events[-1] == "[running/completed]"
 
 
 async def test_bandwidth_holds_at_once() -> None:
@@ -170,7 +211,7 @@ async def test_bandwidth_holds_at_once() -> None:
         await stage.fast()
         await stage.ended()
 
-    played = await perform(play, FROM_OURS, "10.0")
+    played = await perform(play, FROM_HELD, "10.0")
     assert played.src.events[-1] == "[postmigrate/completed]"
 
 
@@ -186,7 +227,7 @@ async def test_a_cancel_waits_for_no_connection(compat: Compat) -> None:
             await stage.take("migrate_cancel")
             await stage.ended(stage.src)
 
-    played = await perform(play, FROM_OURS, compat)
+    played = await perform(play, FROM_HELD, compat)
     assert played.src.events == ("setup", "cancelling", "cancelled", "[paused/cancelled]")
 
 
@@ -198,14 +239,14 @@ async def test_casts_differ(compat: Compat) -> None:
     """What is compared tells a running machine from a paused one, and one that starts from one that does not."""
     told = [
         (plain(played.src.events), plain(played.dst.events))
-        for cast in (TO_OURS, FROM_OURS, OURS)
+        for cast in (TO_HELD, FROM_HELD, HELD)
         for played in [await _of_qemus(plays.precopy, cast, compat)]
     ]
     assert told[0] != told[1]
     assert told[0] != told[2]
     at_once = [
         plain((await _of_qemus(plays.postcopy_at_once, cast, compat)).dst.events)
-        for cast in (FROM_OURS, OURS)
+        for cast in (FROM_HELD, HELD)
     ]
     assert at_once[0] != at_once[1]
 

@@ -1,4 +1,4 @@
-"""A destination that may not use userfaultfd: it says so before anything is lost, and QEMU's machine runs on."""
+"""A destination that may not use userfaultfd: it says so before anything is lost, and the machine runs on."""
 
 from __future__ import annotations
 
@@ -12,18 +12,32 @@ from pathlib import Path
 import pytest
 import trio
 
+from tests.own_machine import check, end
 from tests.qemu import peers, vm
 
 pytestmark = pytest.mark.qemu
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("profile", ["denied", "denied-nobody"])
-@pytest.mark.parametrize("version", peers.VERSIONS)
-async def test_userfaultfd_is_denied(version: str, profile: str, tmp_path: Path) -> None:
-    """A seccomp filter and no device node, as root and as an ordinary user."""
+PROFILES = ["denied", "denied-nobody"]
+"""A seccomp filter and no device node, as root and as an ordinary user."""
+
+
+def needs_root() -> None:
     if os.geteuid() != 0:
         pytest.fail("needs root") if os.environ.get("CI") else pytest.skip("needs root")
+
+
+def names_the_mend(text: str) -> None:
+    assert "postcopy can not be done here" in text
+    assert "to mend it, give this process read and write access to /dev/userfaultfd" in text
+    assert "seccomp" in text
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("version", peers.VERSIONS)
+async def test_userfaultfd_is_denied(version: str, profile: str, tmp_path: Path) -> None:
+    needs_root()
     command = [sys.executable, "-m", "tests.confine", profile, sys.executable, "-m", "tests.incoming_child"]
     # pytest's own folder is closed to others.
     with tempfile.TemporaryDirectory() as folder:
@@ -47,9 +61,42 @@ async def refused(child: subprocess.Popen[str], path: Path, version: str, tmp_pa
             await source.qmp.command("migrate", uri=f"unix:{path}")
             said = json.loads(await trio.to_thread.run_sync(child.stdout.readline))
             assert said["events"] == ["fail"]
-            assert "postcopy can not be done here" in said["error"]
-            assert "to mend it, give this process read and write access to /dev/userfaultfd" in said["error"]
-            assert "seccomp" in said["error"]
+            names_the_mend(said["error"])
             await source.qmp.event("MIGRATION", 0, status="failed")
             assert (await source.qmp.command("query-status"))["status"] == "running"
             await source.beat(nonce)
+
+
+@pytest.mark.parametrize("stays", [True, False], ids=["stays", "exits"])
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("machine", [("--ram", "mem=64M", "--vcpus", "1"), ()], ids=["own", "held"])
+async def test_the_endpoint_is_denied(machine: tuple[str, ...], profile: str, stays: bool) -> None:
+    """It fails where postcopy is announced. The machine at the source runs on."""
+    needs_root()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.chmod(folder, 0o777)
+        through = [sys.executable, "-m", "tests.confine", profile]
+        async with (
+            end("source", folder, "--ram", "mem=64M", "--vcpus", "1") as source,
+            end("destination", folder, *machine, "--incoming", "defer", through=through) as destination,
+        ):
+            await source.until_works()
+            held = destination.held()
+            for one in (source, destination):
+                await one.set("postcopy-ram")
+            uri = f"unix:{folder}/in"
+            await destination.qmp.command("migrate-incoming", uri=uri, exit_on_error=not stays)
+            await source.qmp.command("migrate", uri=uri)
+            await source.until_status("failed", not_these=("completed", "postcopy-active"))
+            assert await source.state() == "running"
+            check(await source.until_works())
+            if not stays:
+                assert await destination.process.wait() == 1
+                (line,) = [line for line in destination.process.err.lines if "did not come" in line]
+                names_the_mend(line)
+                return
+            names_the_mend((await destination.until_status("failed"))["error-desc"])
+            now = destination.held()
+            assert (now["fds"], now["ufds"], now["maps"]) == (held["fds"], 0, held["maps"])
+            assert await destination.state() == "inmigrate"

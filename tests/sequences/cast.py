@@ -12,56 +12,62 @@ from typing import Literal
 
 import trio
 
-from tests.sequences.nodes import Node, Told, endpoint_node, qemu_node, take_a_machine
+from tests.sequences.nodes import Node, Told, endpoint_node, own_node, qemu_node, take_a_machine
 from tests.sequences.stage import Stage
 from vhostpc.migration.options import Compat
 
 Play = Callable[[Stage], Awaitable[None]]
-Who = Literal["qemu", "endpoint"]
+Who = Literal["qemu", "held", "own"]
+"""A QEMU; our endpoint, with a machine that it only holds; our endpoint, with a machine of its own that runs."""
+Before = Literal["running", "prelaunch", "came"]
+"""The machine at the source runs; it was begun with ``-S``; it has come, stopped, from a QEMU."""
 LIMIT = 120  # seconds for a scenario
 
 
 @dataclass(frozen=True)
 class Cast:
-    """``src``, ``dst``: who. ``running``: the machine at the source runs. ``starts``: the destination lets it run.
+    """``src``, ``dst``: who. ``before``: the machine at the source. ``starts``: the destination lets it run.
 
-    Only a QEMU's machine runs; an endpoint's is held, like that of a QEMU that was begun with ``-S``, to which it came.
+    A machine that is held does not run: it is like that of a QEMU that was begun with ``-S``, to which it came.
     """
 
     src: Who = "qemu"
     dst: Who = "qemu"
-    running: bool = True
+    before: Before = "running"
     starts: bool = True
 
     def stand_ins(self) -> Cast:
         """The same with a QEMU in each place."""
-        return Cast("qemu", "qemu", self.running, self.starts)
+        return Cast("qemu", "qemu", self.before, self.starts)
 
 
 @contextlib.asynccontextmanager
 async def _source(cast: Cast, compat: Compat, folder: Path) -> AsyncIterator[Node]:
-    if cast.running:
-        assert cast.src == "qemu"
-        async with qemu_node(compat, "src") as node:
-            yield node
-        return
-    # A QEMU that stands in for ours has taken its machine as ours has.
-    if cast.src == "endpoint":
-        node_of_its_kind = endpoint_node(compat, "src", folder)
+    stopped = cast.before != "running"
+    if cast.src == "own":
+        assert cast.before != "came"
+        made = own_node(compat, "src", folder, stopped=stopped)
+    elif cast.src == "held":
+        assert cast.before == "came"
+        made = endpoint_node(compat, "src", folder)
     else:
-        node_of_its_kind = qemu_node(compat, "src", incoming=True, stopped=True)
-    async with node_of_its_kind as node:
-        await take_a_machine(node, compat, folder)
+        made = qemu_node(compat, "src", incoming=cast.before == "came", stopped=stopped)
+    async with made as node:
+        if cast.before == "came":  # a QEMU that stands in for ours has taken its machine as ours has
+            await take_a_machine(node, compat, folder)
         yield node
 
 
 def _destination(
     cast: Cast, compat: Compat, folder: Path, small: bool
 ) -> contextlib.AbstractAsyncContextManager[Node]:
-    if cast.dst == "endpoint":
+    size = 32 if small else 64
+    if cast.dst == "own":
+        return own_node(compat, "dst", folder, size=size, incoming=True, stopped=not cast.starts)
+    if cast.dst == "held":
         assert not cast.starts
         return endpoint_node(compat, "dst", folder, ram="mem=32M" if small else None)
-    return qemu_node(compat, "dst", size=32 if small else 64, incoming=True, stopped=not cast.starts)
+    return qemu_node(compat, "dst", size=size, incoming=True, stopped=not cast.starts)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 import random
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,16 +150,25 @@ async def _monitored(name: str, process: Child, stream: trio.abc.Stream) -> Asyn
 
 @contextlib.asynccontextmanager
 async def qemu_node(
-    version: Compat, name: str, *, size: int = 64, incoming: bool = False, stopped: bool = False
+    version: Compat,
+    name: str,
+    *,
+    size: int = 64,
+    incoming: bool = False,
+    stopped: bool = False,
+    more: Sequence[str] = (),
 ) -> AsyncIterator[Node]:
-    """A QEMU whose BIOS finds nothing to start. ``size`` in MiB; ``stopped``: begun with ``-S``."""
+    """A QEMU whose BIOS finds nothing to start. ``size`` in MiB; ``stopped``: begun with ``-S``.
+
+    ``more``: further arguments.
+    """
     program = peers.qemu(version)
     ours, theirs = socket.socketpair()
     argv = [*program.argv, "-name", name, "-nodefaults", "-no-user-config", "-display", "none"]
     argv += ["-accel", "tcg", "-M", "pc,memory-backend=mem", "-m", f"{size}M"]
     argv += ["-object", f"memory-backend-memfd,id=mem,size={size}M,share=on"]
     argv += ["-chardev", f"socket,id=q,fd={theirs.fileno()}", "-mon", "chardev=q,mode=control"]
-    argv += [*(["-incoming", "defer"] if incoming else []), *(["-S"] if stopped else [])]
+    argv += [*(["-incoming", "defer"] if incoming else []), *(["-S"] if stopped else []), *more]
     async with child(name, argv, env=program.env, pass_fds=[theirs.fileno()]) as process:
         theirs.close()
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
@@ -175,17 +184,36 @@ def _listens(path: Path) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def endpoint_node(
-    compat: Compat, name: str, folder: Path, *, ram: str | None = None
-) -> AsyncIterator[Node]:
-    """Our endpoint, waiting for a machine; ``ram``: the block that it takes, as ``--ram`` says it."""
+async def _endpoint(compat: Compat, name: str, folder: Path, *more: str) -> AsyncIterator[Node]:
     path = folder / f"{name}.qmp"
-    argv = [sys.executable, "-m", "vhostpc", "endpoint", "--qmp", f"unix:{path}", "--compat", compat]
-    argv += ["--incoming", "defer", *(["--ram", ram] if ram else [])]
+    argv = [sys.executable, "-m", "vhostpc", "endpoint", "--qmp", f"unix:{path}", "--compat", compat, *more]
     async with child(name, argv) as process:
         await until(lambda: _listens(path) or not process.alive, what=f"{name} listens")
         async with _monitored(name, process, await trio.open_unix_socket(path)) as node:
             yield node
+
+
+def endpoint_node(
+    compat: Compat, name: str, folder: Path, *, ram: str | None = None
+) -> contextlib.AbstractAsyncContextManager[Node]:
+    """Our endpoint, waiting for a machine to hold; ``ram``: the block that it takes, as ``--ram`` says it."""
+    return _endpoint(compat, name, folder, "--incoming", "defer", *(["--ram", ram] if ram else []))
+
+
+def own_node(
+    compat: Compat,
+    name: str,
+    folder: Path,
+    *,
+    size: int = 64,
+    incoming: bool = False,
+    stopped: bool = False,
+    more: Sequence[str] = (),
+) -> contextlib.AbstractAsyncContextManager[Node]:
+    """Our endpoint with a machine of its own; all as of :func:`qemu_node`."""
+    argv = ["--ram", f"mem={size}M", "--vcpus", "1"]
+    argv += [*(["--incoming", "defer"] if incoming else []), *(["-S"] if stopped else []), *more]
+    return _endpoint(compat, name, folder, *argv)
 
 
 async def take_a_machine(node: Node, compat: Compat, folder: Path) -> None:

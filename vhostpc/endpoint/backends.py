@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 TIMEOUT = 10.0
 """Seconds that an answer may take, unless the back-end waits for a page meanwhile."""
 NO_LOG = "Migration disabled: vhost lacks VHOST_F_LOG_ALL feature."
-NO_LOG_FD = "Migration disabled: vhost-user backend lacks VHOST_PROTOCOL_F_LOG_SHMFD feature."
+NO_LOG_FD = "Migration disabled: vhost-user backend lacks VHOST_USER_PROTOCOL_F_LOG_SHMFD feature."
 _TROUBLE = (PeerClosed, RequestFailed, RemoteProtocolError, PostcopyRefused, OSError)
 MRG_RXBUF = 1 << 15
 WANTED = int(Feature.VERSION_1 | Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES) | MRG_RXBUF

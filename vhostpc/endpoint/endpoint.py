@@ -140,10 +140,10 @@ class Endpoint:
         came = self._state.side == "destination"
         # Why a postcopy is paused is told by the source of 10.0 only; the log has it always.
         error = self._error_desc if status is Status.FAILED or not (old or came) else None
+        told_always = MigrationInfo(status, error_desc=error, blocked_reasons=[*self.machine.blocked()])
         if came:
             told = self._addresses if old or status in BUSY else []
-            return MigrationInfo(status, error_desc=error, socket_address=told)
-        told_always = MigrationInfo(status, error_desc=error, blocked_reasons=[*self.machine.blocked()])
+            return replace(told_always, socket_address=told)
         outgoing = self._outgoing
         if outgoing is None or status in _WITHOUT_NUMBERS:
             return told_always
@@ -458,10 +458,11 @@ class Endpoint:
     async def _arrived(self, postcopy: bool) -> None:
         """The machine may run here now."""
         machine = self.machine
-        if machine.runnable and self._autostart and (postcopy or machine.was_running):
+        to_run = postcopy or machine.came_as == "running"
+        if machine.runnable and self._autostart and to_run:
             await self._go()
         else:
-            self.run_state = "paused"
+            self.run_state = "paused" if to_run else machine.came_as
 
 
 class _Source:

@@ -7,7 +7,6 @@ so that both wait for the same ones.
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -22,7 +21,7 @@ from vhostpc.endpoint.netdev import AREA, NetDevice
 from vhostpc.endpoint.sections import MACHINE, VCPU, description, globalstate, name_of, run_state_of
 from vhostpc.errors import GuestMemoryError, MemoryLost, MigrationRefused, StreamError, UfdError
 from vhostpc.frontend import DirtyLog, GuestRegion
-from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet
+from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet, refusal
 from vhostpc.memory.vcpu import Area, VCpu, stop_all
 from vhostpc.memory.waits import Waits
 from vhostpc.ufd.client import ClientNumbers
@@ -34,6 +33,8 @@ log = logging.getLogger(__name__)
 
 NAME = "vhostpc-1"
 RAM_SECTION = 1
+RUN_STATES = ("running", "paused", "prelaunch")
+"""How it leaves, in QEMU's words: prelaunch is before it first ran."""
 GIB = 1 << 30
 
 
@@ -112,14 +113,9 @@ def make_blocks(ram: RamSet, blocks: Sequence[Block], devices: int, vcpus: int) 
         try:
             made = ram.create(block.name, block.length, block.page_size)
         except OSError as e:
-            hint = ""
-            if e.errno == errno.ENOMEM and block.page_size > TARGET_PAGE:
-                need, kib = block.length // block.page_size, block.page_size >> 10
-                hint = f"; set {need} aside in /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages"
-            why = e.strerror or str(e)
             raise GuestMemoryError(
                 f"RAM block {block.name!r}, {block.length:#x} bytes in pages of {block.page_size:#x}, can not be had: "
-                f"{why.rpartition(': ')[2]}{hint}"
+                f"{refusal(e, block.length, block.page_size)}"
             ) from None
         unit = max(GIB, block.page_size)
         at = (at + unit - 1) // unit * unit
@@ -163,7 +159,7 @@ class OwnMachine:
         self.devices = devices
         self.configuration = Configuration(NAME)
         self.running = False
-        self.was_running = False
+        self.came_as = "prelaunch"
         self.tracker: DirtyTracker | None = None
         self._problems: list[str] = []
         self._regions = list(regions)
@@ -171,8 +167,8 @@ class OwnMachine:
         self._nursery = nursery
         self._whole = False
         """There is something to run: it was filled, or it has come."""
-        self._ran = False
-        """The last stop found it running."""
+        self._leaves_as = "prelaunch"
+        """Its run state before the last stop."""
         self._changing: trio.Event | None = None
         self._tracked = trio.Event()
         self._stopped_ns = 0
@@ -250,9 +246,11 @@ class OwnMachine:
 
     async def stop(self) -> None:
         async with self._change():
-            self._ran = self.running
             if not self.running:
+                if self._leaves_as == "running":
+                    self._leaves_as = "paused"
                 return
+            self._leaves_as = "running"
             await self._stand()
 
     async def _stand(self) -> None:
@@ -288,7 +286,7 @@ class OwnMachine:
             sections.append(device.save(number + len(sections)))
         for vcpu in self.vcpus:
             sections.append(VCPU.pack(number + len(sections), vcpu.index, {"state": vcpu.save()}))
-        sections.append(globalstate(number + len(sections), "running" if self._ran else "paused"))
+        sections.append(globalstate(number + len(sections), self._leaves_as))
         return sections, description(self.configuration, sections)
 
     async def start_tracking(self) -> None:
@@ -326,7 +324,7 @@ class OwnMachine:
 
     def accept(self, configuration: Configuration) -> None:
         if configuration.machine != NAME:
-            raise StreamError(f"Machine type received is '{configuration.machine}' and local is '{NAME}'")
+            raise StreamError(f"Machine type received is {configuration.machine!r} and local is '{NAME}'")
 
     async def advise(self, service: FaultService) -> None:
         self._service = service
@@ -372,7 +370,9 @@ class OwnMachine:
         elif section.idstr == "vcpu":
             self.vcpus[section.instance].restore(VCPU.unpack(section)["state"])
         elif section.idstr == "globalstate":
-            self.was_running = run_state_of(section) == "running"
+            self.came_as = self._leaves_as = run_state_of(section)
+            if self.came_as not in RUN_STATES:
+                raise StreamError(f"the machine comes {self.came_as!r}: it can be {', '.join(RUN_STATES)}")
         else:
             values = MACHINE.unpack(section)
             for what, name, here in (

@@ -53,6 +53,15 @@ def make_memfd(name: str, length: int, page_size: int = TARGET_PAGE) -> int:
     return fd
 
 
+def refusal(error: OSError, length: int, page_size: int) -> str:
+    """Why such a block can not be had; for want of huge pages also what to write where."""
+    why = (error.strerror or str(error)).rpartition(": ")[2]
+    if error.errno != errno.ENOMEM or page_size <= mmap.PAGESIZE:
+        return why
+    pool = f"/sys/kernel/mm/hugepages/hugepages-{page_size >> 10}kB/nr_hugepages"
+    return f"{why}; set {length // page_size} aside in {pool}"
+
+
 def touched(rc: int, what: str) -> int:
     """Result of a call that touches a RAM set. Raises MemoryLost when the set was given up, OSError else."""
     if rc == -errno.EOWNERDEAD:

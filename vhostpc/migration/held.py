@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from vhostpc.errors import MigrationRefused, StreamError
-from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet
+from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet, refusal
 from vhostpc.ufd.service import FaultService
 from vhostpc.wire.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
 
@@ -37,7 +37,8 @@ class HeldMachine:
         self.devices: list[DeviceSection] = []
         self.description = b""
         """JSON about the device sections; a machine that came by postcopy has none."""
-        self.running = self.runnable = self.was_running = False
+        self.running = self.runnable = False
+        self.came_as = "paused"
 
     @property
     def configuration(self) -> Configuration:
@@ -125,7 +126,8 @@ class HeldMachine:
                 self.ram.create(block.name, block.length, size)
             except OSError as e:
                 raise StreamError(
-                    f"RAM block {block.name!r}, {block.length:#x} bytes in pages of {size:#x}: {e.strerror or e}"
+                    f"RAM block {block.name!r}, {block.length:#x} bytes in pages of {size:#x}, can not be had: "
+                    f"{refusal(e, block.length, size)}"
                 ) from None
 
     def _page_size(self, block: BlockInfo, postcopy: bool) -> int:

@@ -500,7 +500,7 @@ class Incoming:
             check_page_sizes(event, self._advised, blocks)
         self._pages = self.service.open_channel(self.channel.in_fd, holes=self._advised is None)
         log.info(
-            "migration: %s: %d KiB of RAM in %d blocks",
+            "migration: %r: %d KiB of RAM in %d blocks",
             self.machine.configuration.machine,
             event.total >> 10,
             len(blocks),

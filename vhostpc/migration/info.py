@@ -58,7 +58,7 @@ class RamInfo:
 class MigrationInfo:
     """A look at a migration: what ``query-migrate`` tells. Times in milliseconds; None is not told.
 
-    A destination fills ``status`` and ``socket_address`` only.
+    A destination fills ``status``, ``error_desc``, ``blocked_reasons`` and ``socket_address`` only.
     """
 
     status: Status = Status.NONE

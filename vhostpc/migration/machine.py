@@ -41,8 +41,9 @@ class Machine(Protocol):
         ...
 
     @property
-    def was_running(self) -> bool:
-        """Of a machine that came: whether it ran at its source until it was stopped to be sent."""
+    def came_as(self) -> str:
+        """Of a machine that came: its run state at its source until it was stopped to be sent; ``running``, or how
+        it stands here too."""
         ...
 
     def report(self) -> dict[str, Any]:

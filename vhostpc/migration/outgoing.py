@@ -244,7 +244,7 @@ class Outgoing:
         self._mark("active")
         self._watcher.moved(Event.CONNECT, None)
         total = sum(block.length for block in machine.ram.blocks)
-        log.info("migration: %s, %d MiB of RAM", machine.configuration.machine, total >> 20)
+        log.info("migration: %r, %d MiB of RAM", machine.configuration.machine, total >> 20)
         if not self._postcopy and self.after != After():
             log.warning(
                 "migration: it can not switch to postcopy by itself: the capability postcopy-ram is off"
