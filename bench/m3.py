@@ -10,8 +10,8 @@ memory; ``native/beat_watch.c`` sees it in the memfds of both processes, late by
 *STOP to RESUME*: between the two monitors' events, by their own timestamps. QEMU tells RESUME before it starts its
 back-ends and its vCPUs, and STOP when both have stopped; ours tells RESUME when all has been started.
 
-A device blob of equal size it is not: that of QEMU's ``pc`` has about 13 KB, ours a few hundred bytes. Both go over a unix
-socket in one piece; what is behind them is how long a device's state takes to be loaded.
+A device blob of equal size it is not: that of QEMU's ``pc`` has about 13 KB, ours some 3 KB with a device and a few
+hundred bytes without. Both go over a unix socket in one piece; what matters is how long loading takes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.own_machine import Address, bridge, far_side
 from tests.peers.child import open_child
 
 from .ends import BLOCK, OURS, PEER, End, end, memory_file, qemu_argv
-from .f1_service import PAGE, write_pages
+from .f1_service import write_pages
 from .f2 import SLOT, start_device
 from .native import tool
 from .rows import REPETITIONS, Row, Sample, in_turn, print_rows, stated
