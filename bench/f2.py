@@ -4,16 +4,19 @@ A vhost-user back-end (``native/vhost_touch.c``, the same program for both sides
 another process on this machine still holds, in a fixed random order, one every 300 microseconds and more, and times
 each touch. 512 MiB; pages that have come unasked are passed over.
 
-Ours: our front-end with its fault service in one process, our page source in another. Peer: a pair of QEMU 10.0
-migrating by postcopy, the toucher being the destination's vhost-user-net. Their guest halts at its first instruction;
-the device is started by a few port writes over QEMU's test socket at the source. With postcopy-preempt a QEMU answers
+Ours: two ``vhostpc endpoint`` with a machine of our own, migrating by postcopy; the toucher is the back-end of the
+destination's network device, the vCPU does nothing. Peers: a pair of QEMU 10.0, the toucher being the destination's
+vhost-user-net; their guest halts at its first instruction, the device is started by a few port writes over QEMU's test
+socket at the source. And what the machine adds: our front-end with its fault service in one process, our page source in
+another, and nothing else. With postcopy-preempt a QEMU answers
 the faults of a back-end, but then never ends its migration: who has back-ends must run without. So both are measured
 while pages flow, and the goal is held against preempt.
 
 *Idle*: next to nothing is sent unasked (QEMU: ``max-postcopy-bandwidth`` 4096). Without preempt a QEMU has no such
 state: its limit holds up the pages that were asked for as well, for a tenth of a second and more.
 *Background pages flowing*: as many as the socket takes. What has come unasked is passed over, so the touches end with
-the flow.
+the flow. *Spinning*: ours against itself with ``--spin-us`` longer than the gap between touches; and what that costs
+the destination in processor time a touch, user and system, all of its threads.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,26 +36,32 @@ import trio
 from tests.peers.child import Child, open_child
 
 from . import ROOT
-from .ends import End, end, memory_file, qemu_argv
+from .d1 import cpu_seconds
+from .ends import BLOCK, OURS, End, end, memory_file, qemu_argv
 from .f1_service import write_pages
 from .f2_service import COUNT, FIRST, MIB
 from .native import tool
-from .rows import REPETITIONS, Row, Sample, at_most, in_turn, print_rows, stated
+from .rows import REPETITIONS, Goal, Row, Sample, at_most, in_turn, print_rows, stated
 
-OURS, PREEMPT, PLAIN = "vhostpc, two processes", "QEMU 10.0 pair, preempt", "QEMU 10.0 pair, no preempt"
+PAIR, BARE = "vhostpc endpoints", "vhostpc, front-end and page source only"
+PREEMPT, PLAIN = "QEMU 10.0 pair, preempt", "QEMU 10.0 pair, no preempt"
+SPIN_US = 500
 TOUCHES, GAP_US, ENOUGH = 1500, 300, 150
 UNLIMITED = (1 << 64) - 1
-WAYS = {"idle": (0, [PREEMPT]), "background pages flowing": (UNLIMITED, [PREEMPT, PLAIN])}
+IDLE, FLOWING = "idle", "background pages flowing"
+WAYS = {IDLE: (0, [PREEMPT, BARE]), FLOWING: (UNLIMITED, [PREEMPT, PLAIN, BARE])}
 HALT = bytes.fromhex("fa f4 eb fd")  # cli, hlt, again; 16 bytes before the end, where a processor begins
 PORTS, SLOT = 0xC000, 0x10  # of the virtio device: where its legacy registers are put, its place on the bus
 
 
 @dataclass(frozen=True)
 class Touched:
-    """Microseconds."""
+    """Microseconds. ``processor``: of our destination, a touch."""
 
     p50: float
     p99: float
+    count: int
+    processor: float = 0
 
 
 @contextlib.asynccontextmanager
@@ -67,14 +76,15 @@ async def result(child: Child) -> Touched:
     said = json.loads((await child.until(r"\{.*?\}", 0, 60))[0])
     if said["bad"] or said["touched"] < ENOUGH:
         raise RuntimeError(f"touches: {said}")
-    return Touched(said["p50_ns"] / 1000, said["p99_ns"] / 1000)
+    return Touched(said["p50_ns"] / 1000, said["p99_ns"] / 1000, said["touched"])
 
 
-async def ours(rate: int) -> Touched:
+async def bare(rate: int) -> Touched:
+    """Our front-end and our page source."""
     with tempfile.TemporaryDirectory(prefix="vpc-bench-") as folder:
         path = Path(folder) / "sock"
         argv = [sys.executable, "-m", "bench.f2_service", str(path), "--rate", str(rate)]
-        async with toucher(path) as child, open_child(argv, name=OURS, cwd=ROOT):
+        async with toucher(path) as child, open_child(argv, name=BARE, cwd=ROOT):
             return await result(child)
 
 
@@ -128,38 +138,100 @@ async def theirs(preempt: bool, rate: int) -> Touched:
             source = await stack.enter_async_context(qemu(folder, "source"))
             child = await stack.enter_async_context(toucher(folder / "target.vu"))
             target = await stack.enter_async_context(qemu(folder, "target", "-incoming", "defer"))
-            memfd = memory_file(source.pid, MIB << 20)
-            write_pages(memfd, FIRST, COUNT)
-            os.close(memfd)
+            fill(source)
             await start_device(folder / "source.qtest")
-            for side in (source, target):
-                await side.allow(*names)
-            await target.qmp.command("migrate-incoming", uri=f"unix:{folder}/in")
-            # Next to nothing before the switch.
-            most = 0 if rate == UNLIMITED else 4096
-            await source.qmp.command(
-                "migrate-set-parameters", max_bandwidth=1 << 20, max_postcopy_bandwidth=most
-            )
-            await source.qmp.command("migrate", uri=f"unix:{folder}/in")
-            await source.reaches("active")
-            await source.qmp.command("migrate-start-postcopy")
-            touched = await result(child)
-    return touched
+            return await switch(source, target, folder, child, names, rate)
+
+
+def fill(source: End) -> None:
+    """Give the machine's memory what the toucher expects."""
+    memfd = memory_file(source.pid, MIB << 20)
+    write_pages(memfd, FIRST, COUNT)
+    os.close(memfd)
+
+
+async def switch(
+    source: End, target: End, folder: Path, child: Child, names: Sequence[str], rate: int
+) -> Touched:
+    """Postcopy before precopy has brought anything; what the toucher says."""
+    for side in (source, target):
+        await side.allow(*names)
+    await target.qmp.command("migrate-incoming", uri=f"unix:{folder}/in")
+    # Next to nothing before the switch.
+    most = 0 if rate == UNLIMITED else 4096
+    await source.qmp.command("migrate-set-parameters", max_bandwidth=1 << 20, max_postcopy_bandwidth=most)
+    await source.qmp.command("migrate", uri=f"unix:{folder}/in")
+    await source.reaches("active")
+    await source.qmp.command("migrate-start-postcopy")
+    return await result(child)
+
+
+@contextlib.asynccontextmanager
+async def endpoint(folder: Path, name: str, *more: str, module: str = "vhostpc") -> AsyncIterator[End]:
+    """A machine of our own, whose vCPU leaves the memory alone."""
+    monitor = folder / f"{name}.qmp"
+    argv = [sys.executable, "-m", module, "endpoint", "--qmp", f"unix:{monitor}", "--ram", f"{BLOCK}={MIB}M"]
+    argv += ["--vcpus", "1", "--vcpu-writes", "0", "--vcpu-checks", "0", "--backend", f"{folder / name}.vu"]
+    async with end(OURS, [*argv, *more], monitor) as it:
+        yield it
+
+
+async def pair(rate: int, *, spin_us: int = 0, module: str = "vhostpc") -> Touched:
+    """Ours. ``module``: what the destination runs."""
+    with tempfile.TemporaryDirectory(prefix="vpc-bench-") as text:
+        folder = Path(text)
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(toucher(folder / "source.vu"))
+            source = await stack.enter_async_context(endpoint(folder, "source"))
+            child = await stack.enter_async_context(toucher(folder / "target.vu"))
+            more = ("--spin-us", str(spin_us), "--incoming", "defer")
+            target = await stack.enter_async_context(endpoint(folder, "target", *more, module=module))
+            fill(source)
+            before = cpu_seconds(target.pid)
+            touched = await switch(source, target, folder, child, ("postcopy-ram",), rate)
+            used = cpu_seconds(target.pid) - before
+    return replace(touched, processor=used * 1e6 / touched.count)
+
+
+def compare(what: str, mine: list[Touched], other: list[Touched], peer: str, goal: Goal) -> list[Row]:
+    """A row each for p50 and p99."""
+    return [
+        Row(
+            "F2",
+            f"fault served remotely, {what}, {part}",
+            "us",
+            peer,
+            goal,
+            *([Sample(getattr(t, part)) for t in side] for side in (mine, other)),
+        )
+        for part in ("p50", "p99")
+    ]
+
+
+async def spinning(repetitions: int) -> list[Row]:
+    """Ours against itself, only what is asked for."""
+    sides = {"spins": partial(pair, 0, spin_us=SPIN_US), "sleeps": partial(pair, 0)}
+    got = await in_turn(sides, repetitions, f"F2 spinning {SPIN_US} us")
+    what, peer = f"{IDLE}, spinning {SPIN_US} us", f"{PAIR}, not spinning"
+    cost = [[Sample(t.processor) for t in got[name]] for name in sides]
+    row = f"processor of the destination, {what}"
+    return [
+        *compare(what, got["spins"], got["sleeps"], peer, stated()),
+        Row("F2", row, "us/touch", peer, stated(), *cost),
+    ]
 
 
 async def rows(repetitions: int = REPETITIONS) -> list[Row]:
     table = []
     for how, (rate, others) in WAYS.items():
-        sides = {OURS: partial(ours, rate), **{n: partial(theirs, n == PREEMPT, rate) for n in others}}
+        sides = {PAIR: partial(pair, rate)}
+        for name in others:
+            sides[name] = partial(bare, rate) if name == BARE else partial(theirs, name == PREEMPT, rate)
         got = await in_turn(sides, repetitions, f"F2 {how}")
         for peer in others:
             goal = at_most(1.0) if peer == PREEMPT else stated()
-            for part in ("p50", "p99"):
-                mine, other = ([Sample(getattr(t, part)) for t in got[n]] for n in (OURS, peer))
-                table.append(
-                    Row("F2", f"fault served remotely, {how}, {part}", "us", peer, goal, mine, other)
-                )
-    return table
+            table += compare(how, got[PAIR], got[peer], peer, goal)
+    return table + await spinning(repetitions)
 
 
 if __name__ == "__main__":

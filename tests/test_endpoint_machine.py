@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,10 @@ import trio
 from tests.hugepages import hugepages, none_free
 from tests.own_machine import STEP, WAIT, End, bridge, check, end, far_side, migrate, pair
 from tests.qemu.qmp import QmpError
+from vhostpc.cli.common import Failure
+from vhostpc.cli.endpoint import endpoint
+from vhostpc.memory.ramblock import RamSet
+from vhostpc.ufd.service import FaultService
 
 MIB = 1 << 20
 SLOW = {"max_bandwidth": 8 * MIB, "max_postcopy_bandwidth": 24 * MIB}
@@ -463,3 +468,22 @@ async def test_mistakes_get_one_sentence(arguments: list[str], code: int, why: s
     assert "Traceback" not in text
     if code == 1:
         assert text.count("\n") == 1, text
+
+
+def test_how_long_it_looks_on_reaches_both_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--spin-us`` is the fault service's, from which the load has it."""
+    seen: list[int] = []
+    made = FaultService.__init__
+
+    def recorded(self: FaultService, ram: RamSet, **options: int) -> None:
+        made(self, ram, **options)
+        seen.append(self.spin_ns)
+
+    monkeypatch.setattr(FaultService, "__init__", recorded)
+    here, there = socket.socketpair()
+    there.close()  # the stream ends at once
+    here.set_inheritable(True)
+    arguments = ["--qmp", f"unix:{tmp_path / 'qmp'}", "--ram", "a=64M", "--vcpus", "1", "--spin-us", "70"]
+    with pytest.raises(Failure, match="the machine did not come"):
+        endpoint([*arguments, "--incoming", f"fd:{here.detach()}"], standalone_mode=False)
+    assert seen == [70_000]

@@ -71,7 +71,7 @@ class Endpoint:
 
     ``incoming``: it waits for a machine to come. ``autostart``: a machine that came runs. ``after``: when a precopy
     switches to postcopy by itself. ``trace``: how many answered faults of a machine that comes are remembered one by
-    one.
+    one. ``spin_us``: how long its fault loop and its load look on before they sleep.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Endpoint:
         autostart: bool = True,
         after: After | None = None,
         trace: int = 0,
+        spin_us: int = 0,
     ) -> None:
         self.machine = machine
         self.options = options
@@ -92,6 +93,7 @@ class Endpoint:
         self._events = events
         self._after = after
         self._trace = trace
+        self._spin_us = spin_us
         self._autostart = autostart
         self._quit = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -443,6 +445,7 @@ class Endpoint:
                     report=self.moved,
                     run=self._arrived,
                     trace=self._trace,
+                    spin_us=self._spin_us,
                 )
                 stack.callback(incoming.close)
                 await incoming.receive()
