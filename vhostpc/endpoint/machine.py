@@ -248,8 +248,8 @@ class OwnMachine:
             self._ran = self.running
             if not self.running:
                 return
-            await stop_all(self.vcpus)
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(stop_all, self.vcpus)
                 for device in self.devices:
                     nursery.start_soon(device.stop)
             self._stopped_ns = time.monotonic_ns()
