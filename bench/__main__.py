@@ -54,13 +54,22 @@ What bounds a figure:
 - F1: the kernel's fault and wake-up. p99 across two cores is the scheduler's: with other work on the machine it is
   milliseconds for both sides. The busy Python thread costs no GIL, only a processor: with two cores, where it is held
   to the handler's while the toucher has the other, some wake-ups wait for the end of its turn.
-- F2: idle, four wake-ups of sleeping threads: fault loop, source, load, and the toucher. While pages flow, what lies
-  before the page that was asked for: in the source's output, in the socket, in the load's input; a QEMU with preempt
-  has a second connection for such pages.
+- F2: idle, four wake-ups of sleeping threads: fault loop, source, load, and the toucher; `python -m bench.stages` says
+  where each microsecond goes. While pages flow, what lies before the page that was asked for: in the source's output,
+  in the socket, in the load's input, and the two threads that carry the flow want both cores; a QEMU with preempt has
+  a second connection for such pages. Spinning saves the wake-ups of two of the four while faults come faster than it,
+  and only where cores are free: on two cores with other work it takes them from those who have something to do.
+- F3: a processor, not the GIL. The flow and the busy thread are three for two cores.
+- F4: together, the making of a thread for each chain, some 0.2 ms in Python; the pages themselves come in less than two
+  milliseconds. One after the other, a whole F2 for each chain and the way through the device's loop.
 - M1: the kernel's making of pages for a memfd. Touched through a mapping each costs a fault and a clearing: that is
   nearly all of it, for pages of data as for marks of zeros.
 - M2: full pages, the copies into the socket and out of it, and the first look at each page in memory; zero pages, the
   look. A source whose pages are not mapped yet pays a fault for each 16 of them besides.
+- M3: at the source, the back-end's word for where its rings stopped, and the last look at what was written; at the
+  destination, forgetting what was written meanwhile (a system call a stretch), the exchange of addresses with the
+  back-end, and two pages that are waited for while the device's state is loaded, by then beside the flow of the others.
+  QEMU's reported downtime ends when the package has been sent: what its destination does with it is not in it.
 - M4: as M1 and M2. To make pages through a mapping takes more than twice as long a page at 4 GiB as at 1 GiB on such a
   machine, also in a program of ten lines; to write them into the file does not.
 - M0: the interpreter and its modules.

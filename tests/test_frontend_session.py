@@ -518,3 +518,41 @@ async def test_get_vring_base_of_another_ring() -> None:
             await front.get_vring_base(1)
     async with session() as (front, _):
         assert await front.get_vring_base(1) == 7
+
+
+async def test_rings_are_stopped_with_one_wait_for_all() -> None:
+    """The second request is sent before the first is answered; answers go to the rings they are for."""
+    asked: list[int] = []
+
+    def change(frame: Frame) -> list[Answer] | None:
+        if frame.request != Request.GET_VRING_BASE:
+            return None
+        asked.append(vu.VringState.unpack(frame.payload).index)
+        if len(asked) < 2:
+            return []
+        return [(frame.request, REPLY, vu.VringState(i, 10 + i).pack(), []) for i in asked]
+
+    async with session(change) as (front, _):
+        assert await front.get_vring_bases([4, 1]) == [14, 11]
+    assert asked == [4, 1]
+
+
+async def test_descriptors_of_answers_are_closed_when_a_later_one_fails() -> None:
+    """What came with the first answer is not left open when the second is wrong."""
+    ends: list[int] = []
+
+    def change(frame: Frame) -> list[Answer] | None:
+        if frame.request != Request.GET_VRING_BASE:
+            return None
+        state = vu.VringState.unpack(frame.payload)
+        if state.index == 1:
+            return [(frame.request, vu.VERSION, frame.payload, [])]
+        read, write = os.pipe()
+        ends.append(read)
+        return [(frame.request, REPLY, frame.payload, [write])]
+
+    async with session(change) as (front, _):
+        with pytest.raises(RemoteProtocolError, match="flags"):
+            await front.get_vring_bases([0, 1])
+        assert os.read(ends[0], 1) == b""  # nobody has the other end
+        os.close(ends[0])

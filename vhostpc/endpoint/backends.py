@@ -179,14 +179,14 @@ class BackEnd:
         bases: list[int] = []
 
         async def stop_all() -> None:
-            for index in range(len(self._rings)):
-                with trio.CancelScope() as scope:
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(self._limit, scope)
-                        bases.append(await self.front.get_vring_base(index, timeout=float("inf")))
-                        nursery.cancel_scope.cancel()
-                if scope.cancelled_caught:
-                    raise RequestFailed(f"GET_VRING_BASE: no answer within {self._timeout:g} s")
+            rings = range(len(self._rings))
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._limit, scope)
+                    bases.extend(await self.front.get_vring_bases(rings, timeout=float("inf")))
+                    nursery.cancel_scope.cancel()
+            if scope.cancelled_caught:
+                raise RequestFailed(f"GET_VRING_BASE: no answer within {self._timeout:g} s")
             await self._set_status(0)
 
         try:

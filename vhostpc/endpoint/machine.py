@@ -255,8 +255,8 @@ class OwnMachine:
 
     async def _stand(self) -> None:
         try:
-            await stop_all(self.vcpus)
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(stop_all, self.vcpus)
                 for device in self.devices:
                     nursery.start_soon(device.stop)
         finally:

@@ -189,6 +189,26 @@ class FrontEnd:
             raise RemoteProtocolError(f"{name}: {problem}")
         return frame
 
+    async def request_all(
+        self, asked: Sequence[tuple[Request, bytes]], *, size: int, timeout: float | None = None
+    ) -> list[Frame]:
+        """Send several requests at once and return their verified replies, in order; as :meth:`request` for each.
+
+        The back-end does one after the other; what is saved is a way there and back for each.
+        """
+        frames: list[Frame] = []
+        async with self._one:
+            for request, payload in asked:
+                await self.send(request, payload)
+            try:
+                for request, _ in asked:
+                    frames.append(await self.reply_to(request, size=size, timeout=timeout))
+            except BaseException:
+                for frame in frames:
+                    frame.close_fds()
+                raise
+        return frames
+
     async def ask_u64(self, request: Request, *, flags: int = 0, timeout: float | None = None) -> int:
         """A request whose reply is a number."""
         frame = await self.request(request, flags=flags, size=8, timeout=timeout)
@@ -307,13 +327,23 @@ class FrontEnd:
 
     async def get_vring_base(self, index: int, *, timeout: float | None = None) -> int:
         """Stop the ring; returns the next available index."""
-        payload = VringState(index, 0).pack()
-        frame = await self.request(Request.GET_VRING_BASE, payload, size=8, timeout=timeout)
-        frame.close_fds()
-        state = VringState.unpack(frame.payload)
-        if state.index != index:
-            raise RemoteProtocolError(f"GET_VRING_BASE of ring {index} was answered for ring {state.index}")
-        return state.num
+        return (await self.get_vring_bases([index], timeout=timeout))[0]
+
+    async def get_vring_bases(self, rings: Sequence[int], *, timeout: float | None = None) -> list[int]:
+        """Stop these rings, asked for all at once; the next available index of each. ``timeout``: for each answer."""
+        asked = [(Request.GET_VRING_BASE, VringState(index, 0).pack()) for index in rings]
+        frames = await self.request_all(asked, size=8, timeout=timeout)
+        for frame in frames:
+            frame.close_fds()
+        bases = []
+        for index, frame in zip(rings, frames, strict=True):
+            state = VringState.unpack(frame.payload)
+            if state.index != index:
+                raise RemoteProtocolError(
+                    f"GET_VRING_BASE of ring {index} was answered for ring {state.index}"
+                )
+            bases.append(state.num)
+        return bases
 
     async def _vring_fd(self, request: Request, index: int, fd: int | None) -> None:
         no_fd = 0x100 if fd is None else 0
