@@ -18,7 +18,7 @@ from typing import Protocol
 
 import trio
 
-from vhostpc.errors import ChannelLost, MigrationRefused, StreamError
+from vhostpc.errors import ChannelLost, MigrationRefused, StreamError, VhostpcError
 from vhostpc.memory.ramblock import TARGET_PAGE, Bits, total_pages
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.info import RamInfo
@@ -213,7 +213,10 @@ class Outgoing:
             self.channel.shut_down()  # the destination is told, whoever else still holds the descriptor
         # First things are put back, then it is told: whoever hears of it may begin another one.
         with trio.CancelScope(shield=True):
-            await self.machine.stop_tracking()
+            try:
+                await self.machine.stop_tracking()
+            except (VhostpcError, OSError) as trouble:  # it changes nothing about where the machine is
+                log.warning("migration: writes may still be tracked: %s", trouble)
         self._mark("ended")
         if error is None:
             self._watcher.moved(Event.FINISH, None)
