@@ -445,3 +445,21 @@ async def test_a_source_that_reads_late() -> None:
                 heard += len(await theirs.receive_some(1 << 16))
         incoming.close()
         assert heard == (count + 4) * 8
+
+
+@pytest.mark.parametrize("name", [b"\xf2om0", b"a" * 255, b"\xff" * 255])
+async def test_names_of_blocks_are_bytes(name: bytes) -> None:
+    """Of any length, and no text perhaps; sent on it is the same."""
+    data = PRECOPY.replace(h("04 726f6d30"), bytes([len(name)]) + name)
+    assert data != PRECOPY
+    machine, _ = await receive(data)
+    with machine:
+        block = machine.ram.blocks[1]
+        assert block.name.encode("utf-8", "surrogateescape") == name
+        assert await content(machine) == {"ram0": [A, ZERO, B], block.name: [ZERO]}
+
+
+async def test_a_name_with_a_nul_is_refused() -> None:
+    error = (await refused(PRECOPY.replace(h("04 726f6d30"), h("04 726f0030")))).error
+    assert isinstance(error, StreamError)
+    assert "no NUL" in str(error)

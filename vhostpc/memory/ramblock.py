@@ -22,6 +22,8 @@ from vhostpc._native.entries import Thread
 from vhostpc.errors import BadAddress, MemoryLost
 
 TARGET_PAGE = 4096
+MEMFD_NAME = 200
+"""Bytes of a memfd's name that are kept; the kernel takes 249."""
 _HUGE_SHIFT = 26
 _MFD_HUGETLB = 0x4
 
@@ -44,7 +46,9 @@ def make_memfd(name: str, length: int, page_size: int = TARGET_PAGE) -> int:
     flags = os.MFD_CLOEXEC
     if page_size > mmap.PAGESIZE:
         flags |= _MFD_HUGETLB | (page_size.bit_length() - 1) << _HUGE_SHIFT
-    fd = os.memfd_create(name, flags)
+    # The name is for people who look into /proc: a peer's may be longer than the kernel takes, or be no text.
+    label = name.encode("utf-8", "surrogateescape").replace(b"\0", b"?")[:MEMFD_NAME]
+    fd = os.memfd_create(os.fsdecode(label), flags)
     try:
         os.ftruncate(fd, length)
     except BaseException:
@@ -223,8 +227,11 @@ class RamSet:
 
         Raises OSError: EINVAL (not whole pages), ERANGE (longer than the file), EEXIST (name taken).
         """
+        raw = name.encode("utf-8", "surrogateescape")
+        if b"\0" in raw:
+            raise OSError(errno.EINVAL, "a block's name has no NUL in it")
         index = check(
-            lib.vpc_ram_add(self.handle, name.encode(), fd, fd_offset, length, page_size),
+            lib.vpc_ram_add(self.handle, raw, fd, fd_offset, length, page_size),
             f"RAM block {name}",
         )
         own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
