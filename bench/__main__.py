@@ -59,9 +59,9 @@ What bounds a figure:
   in the socket, in the load's input, and the two threads that carry the flow want both cores; a QEMU with preempt has
   a second connection for such pages. Spinning needs cores that are free: on two it takes them from those who have
   something to do, so p50 stays and p99 grows; each touch costs the destination both cores until the next.
-- F3: a processor. The fault loop and the load need no GIL, but with two cores a wake-up may wait for the end of the busy
-  thread's turn, some 3 ms: p99 is that in some runs and not in others. With the busy thread at nice 19 no run of three
-  had it. While pages flow, the busy thread and the two that carry the flow are three for two cores.
+- F3: a processor. The fault loop and the load need no GIL, but with two cores a wake-up may wait for the end of the
+  busy thread's turn, some 3 ms: p99 is that in some runs and not in others. With the busy thread at nice 19 no run of
+  three had it. While pages flow, the busy thread and the two that carry the flow are three for two cores.
 - F4: together, the making of a thread for each chain, some 0.2 ms each in Python: that is nearly all of it, the pages
   have come by then. So it helps where a page takes longer than a thread (a network in between), and not on one machine.
 - M1: the kernel's making of pages for a memfd. Touched through a mapping each costs a fault and a clearing: that is
