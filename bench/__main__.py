@@ -57,11 +57,13 @@ What bounds a figure:
 - F2: idle, four wake-ups of sleeping threads: fault loop, source, load, and the toucher; `python -m bench.stages` says
   where each microsecond goes. While pages flow, what lies before the page that was asked for: in the source's output,
   in the socket, in the load's input, and the two threads that carry the flow want both cores; a QEMU with preempt has
-  a second connection for such pages. Spinning saves the wake-ups of two of the four while faults come faster than it,
-  and only where cores are free: on two cores with other work it takes them from those who have something to do.
-- F3: a processor, not the GIL. The flow and the busy thread are three for two cores.
-- F4: together, the making of a thread for each chain, some 0.2 ms in Python; the pages themselves come in less than two
-  milliseconds. One after the other, a whole F2 for each chain and the way through the device's loop.
+  a second connection for such pages. Spinning needs cores that are free: on two it takes them from those who have
+  something to do, so p50 stays and p99 grows; each touch costs the destination both cores until the next.
+- F3: a processor. The fault loop and the load need no GIL, but with two cores a wake-up may wait for the end of the
+  busy thread's turn, some 3 ms: p99 is that in some runs and not in others. With the busy thread at nice 19 no run of
+  three had it. While pages flow, the busy thread and the two that carry the flow are three for two cores.
+- F4: together, the making of a thread for each chain, some 0.2 ms each in Python: that is nearly all of it, the pages
+  have come by then. So it helps where a page takes longer than a thread (a network in between), and not on one machine.
 - M1: the kernel's making of pages for a memfd. Touched through a mapping each costs a fault and a clearing: that is
   nearly all of it, for pages of data as for marks of zeros.
 - M2: full pages, the copies into the socket and out of it, and the first look at each page in memory; zero pages, the

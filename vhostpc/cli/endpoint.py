@@ -219,8 +219,8 @@ async def run(
     default=0,
     show_default=True,
     metavar="N",
-    help="Look on for N microseconds after each fault and each page of a postcopy before sleeping: answers "
-    "come sooner, up to two cores are busy meanwhile.",
+    help="Look on for N microseconds after each fault and each page of a postcopy before sleeping: keeps up to two "
+    "cores busy, and only helps where these are free.",
 )
 @click.option(
     "--incoming", metavar="URI|defer", help="Wait for a machine to come from there, or for migrate-incoming."
