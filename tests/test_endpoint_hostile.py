@@ -217,7 +217,7 @@ async def in_process(machine: str, folder: Path) -> AsyncIterator[Qmp]:
     with unwrapped():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(
-                cli.run, opened, Options("10.0"), After(), 0, False, str(path), None, cli.DEFER
+                cli.run, opened, Options("10.0"), After(), 0, 0, False, str(path), None, cli.DEFER
             )
             await until(path.is_socket)
             async with await trio.open_unix_socket(path) as stream, trio.open_nursery() as inner:
