@@ -1,6 +1,6 @@
 # make demo   shows it at work on this machine, without QEMU
 # make test   fetches what the tests need and runs them
-# On Debian, what is missing is installed (as root, or by sudo). PYTHON=... chooses the interpreter.
+# On Debian, what is missing is installed (as root, or by sudo). PYTHON=python3.13 make ... takes another interpreter.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -17,18 +17,38 @@ export PYTHON
 .PHONY: build peers demo demo-qemu test test-long lint lint-c lint-package bench fuzz sanitize clean help
 .DEFAULT_GOAL := build
 
+# What it needs of the interpreter: its version, and where it is at home (also of one in a virtual environment).
+WHICH := 'import sys, zlib; print("%d.%d.%d" % sys.version_info[:3], zlib.crc32(sys.base_prefix.encode()), sep="-")'
+# An environment stays as it is until another interpreter is asked for.
+MADE := $(if $(wildcard $(BIN)/python),$(firstword $(wildcard $(VENV)/.python-*)))
+ifneq ($(and $(filter file,$(origin PYTHON)),$(MADE)),)
+INTERPRETER := $(MADE)
+else
+INTERPRETER := $(VENV)/.python-$(shell $(PYTHON) -c $(WHICH) 2>/dev/null)
+endif
+ifeq ($(wildcard $(BIN)/python),)
+.PHONY: $(INTERPRETER)
+endif
+
+# Its first lines.
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^#/!q;s/^# //p' Makefile
 	@echo "targets: build demo demo-qemu test test-long lint bench fuzz sanitize clean"
 
 build: $(VENV)/.built
 
-$(BIN)/python:
+$(INTERPRETER):
 	@tools/need build
-	@$(PYTHON) -m venv $(VENV)
+	@wanted=$$($(PYTHON) -c $(WHICH)); found=$$($(BIN)/python -c $(WHICH) 2>/dev/null); \
+	if [ -e $(VENV) ] && [ "$$found" != "$$wanted" ] && ! [ "$$found" -a $(origin PYTHON) = file ]; then \
+		echo "$(VENV) is of another Python than $(PYTHON), which is $${wanted%-*}: making it anew"; \
+		rm -rf $(VENV); \
+	fi
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.python-*; touch $(VENV)/.python-$$($(BIN)/python -c $(WHICH))
 
 # Editable: a changed Python file needs no new build, a changed C file does.
-$(VENV)/.built: $(BIN)/python pyproject.toml setup.py $(NATIVE)
+$(VENV)/.built: $(INTERPRETER) pyproject.toml setup.py $(NATIVE)
 	@tools/need build
 	@echo "building vhostpc in $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
@@ -48,6 +68,7 @@ demo: build
 peers: $(VENV)/.test
 	@tools/need test
 	@$(BIN)/python -m tests.qemu.peers
+	@$(BIN)/python -m tests.peers.packages
 
 demo-qemu: peers
 	@$(BIN)/python -m tests.qemu.demo

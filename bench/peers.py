@@ -18,6 +18,9 @@ import tempfile
 import venv
 from pathlib import Path
 
+from tests.peers.packages import dpdk
+from tests.qemu.peers import PeerMissing
+
 from . import CACHE
 
 STOCK = CACHE / "vhost-user-bridge"
@@ -41,7 +44,7 @@ DUMP = re.compile(r"^#define VHOST_USER_BRIDGE_DEBUG 1$", re.M)
 
 
 class PeerError(Exception):
-    """A peer can not be built; the text says what is missing."""
+    """A peer cannot be built; the text says what is missing."""
 
 
 def run(argv: list[str], cwd: Path, **env: str) -> str:
@@ -88,7 +91,7 @@ def source_entries(folder: Path) -> None:
             (folder / f"{path.stem}.list").write_text("\n".join(wanted) + "\n")
             found += 1
     if not found:
-        raise PeerError("no Debian mirror is configured in /etc/apt, so QEMU's source can not be fetched")
+        raise PeerError("no Debian mirror is configured in /etc/apt, so QEMU's source cannot be fetched")
 
 
 def fetch_source(work: Path) -> Path:
@@ -180,11 +183,11 @@ def bridge_version() -> str:
 
 
 def dpdk_version() -> str:
-    """The version of the installed DPDK package."""
-    shown = subprocess.run(
-        ["dpkg-query", "-W", "-f", "${Version}", "dpdk"], capture_output=True, text=True, check=False
-    )
-    return shown.stdout.strip() or "unknown"
+    """The version of the DPDK that the tests use, too."""
+    try:
+        return dpdk().version
+    except PeerMissing:
+        return "unknown"
 
 
 if __name__ == "__main__":

@@ -25,10 +25,16 @@ PR_SET_NO_NEW_PRIVS = 38
 SECCOMP_MODE_FILTER = 2
 SECCOMP_RET_ALLOW = 0x7FFF0000
 SECCOMP_RET_ERRNO = 0x00050000
-BPF_LD_W_ABS, BPF_JEQ_K, BPF_RET_K = 0x20, 0x15, 0x06
+BPF_LD_W_ABS, BPF_JEQ_K, BPF_RET_K, BPF_AND_K = 0x20, 0x15, 0x06, 0x54
 CLONE_NEWNS = 0x00020000
 MS_BIND, MS_MOVE, MS_REC, MS_PRIVATE = 0x1000, 0x2000, 0x4000, 0x40000
-NR_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
+NUMBERS = {
+    "userfaultfd": {"x86_64": 323, "aarch64": 282},
+    "io_setup": {"x86_64": 206, "aarch64": 0},
+    "mmap": {"x86_64": 9, "aarch64": 222},
+}
+MMAP_FLAGS = 16 + 8 * 3  # of struct seccomp_data: the low half of the fourth argument
+MAP_PRIVATE, MAP_FIXED = 0x02, 0x10
 NOBODY = 65534
 
 #: Not empty once this process has a mount namespace of its own.
@@ -46,20 +52,37 @@ def die_with_parent() -> None:
     _check(LIBC.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0), "PR_SET_PDEATHSIG")
 
 
-def deny_userfaultfd(err: int) -> None:
-    """A seccomp filter: the system call userfaultfd gives ``err``, everything else works (seccomp(2))."""
-    number = NR_USERFAULTFD[platform.machine()]
-    program = b"".join(
-        struct.pack("=HBBI", *line)
-        for line in (
-            (BPF_LD_W_ABS, 0, 0, 0),
-            (BPF_JEQ_K, 0, 1, number),
-            (BPF_RET_K, 0, 0, SECCOMP_RET_ERRNO | err),
-            (BPF_RET_K, 0, 0, SECCOMP_RET_ALLOW),
-        )
+def deny(call: str, err: int = errno.EPERM) -> None:
+    """A seccomp filter: this system call gives ``err``, everything else works (seccomp(2))."""
+    _filter(
+        (BPF_LD_W_ABS, 0, 0, 0),
+        (BPF_JEQ_K, 0, 1, NUMBERS[call][platform.machine()]),
+        (BPF_RET_K, 0, 0, SECCOMP_RET_ERRNO | err),
+        (BPF_RET_K, 0, 0, SECCOMP_RET_ALLOW),
     )
+
+
+def deny_mapping_over(err: int, *, private_only: bool = False) -> None:
+    """From now on ``mmap`` with MAP_FIXED gives ``err`` to this thread and those it starts, else works.
+
+    ``private_only``: that of private memory only.
+    """
+    flags = MAP_FIXED | MAP_PRIVATE if private_only else MAP_FIXED
+    _filter(
+        (BPF_LD_W_ABS, 0, 0, 0),
+        (BPF_JEQ_K, 0, 4, NUMBERS["mmap"][platform.machine()]),
+        (BPF_LD_W_ABS, 0, 0, MMAP_FLAGS),
+        (BPF_AND_K, 0, 0, flags),
+        (BPF_JEQ_K, 0, 1, flags),
+        (BPF_RET_K, 0, 0, SECCOMP_RET_ERRNO | err),
+        (BPF_RET_K, 0, 0, SECCOMP_RET_ALLOW),
+    )
+
+
+def _filter(*lines: tuple[int, int, int, int]) -> None:
+    program = b"".join(struct.pack("=HBBI", *line) for line in lines)
     text = ctypes.create_string_buffer(program)
-    header = ctypes.create_string_buffer(struct.pack("@HxxxxxxP", 4, ctypes.addressof(text)))
+    header = ctypes.create_string_buffer(struct.pack("@HxxxxxxP", len(lines), ctypes.addressof(text)))
     _check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
     rc = LIBC.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.c_void_p(ctypes.addressof(header)), 0, 0)
     _check(rc, "PR_SET_SECCOMP")
@@ -75,8 +98,19 @@ def private_mounts() -> None:
         return
     before = os.readlink("/proc/self/ns/mnt")
     _check(LIBC.unshare(CLONE_NEWNS), "unshare")
-    what = "private mounts (is / a mount point? in a plain chroot it is not)"
-    _check(LIBC.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), what)
+    # Only a mount point can be made private, and / is none in a plain chroot. So from the root of our namespace, to
+    # which setns(2) brings whoever enters one, and back.
+    root, here = (os.open(path, os.O_PATH | os.O_DIRECTORY) for path in ("/", "."))
+    space = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+    try:
+        _check(LIBC.setns(space, CLONE_NEWNS), "the root of the mount namespace")
+        _check(LIBC.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "private mounts")
+        os.fchdir(root)
+        os.chroot(".")
+        os.fchdir(here)
+    finally:
+        for fd in (root, here, space):
+            os.close(fd)
     if os.readlink("/proc/self/ns/mnt") == before:
         raise RuntimeError("this is still the machine's own mount namespace")
     _private.append(os.getpid())
@@ -135,7 +169,7 @@ def main(profile: str, command: list[str]) -> None:
         expose(Path(sys.base_prefix), Path(sys.prefix), Path(__file__).parent.parent)
         become_nobody()
     if profile.startswith("denied"):
-        deny_userfaultfd(errno.ENOSYS if profile == "denied-nosys" else errno.EPERM)
+        deny("userfaultfd", errno.ENOSYS if profile == "denied-nosys" else errno.EPERM)
     # Last, because the kernel forgets it when the user changes.
     die_with_parent()
     os.execvp(command[0], command)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from tests.hugepages import HUGE, hugepages
+from vhostpc.logs import ration
 
 try:
     from hypothesis import settings
@@ -22,6 +24,10 @@ else:
     settings.load_profile("fuzz" if "FUZZ_EXAMPLES" in os.environ else "default")
 
 
+# Under nohup SIGHUP is ignored, and programs that tests start would do the same.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A test with QEMU needs its peers; what is promised is not skipped where CI is set."""
     if item.get_closest_marker("qemu"):
@@ -31,7 +37,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if os.geteuid() != 0:
                 raise peers.PeerMissing("needs root: a network namespace, huge pages")
             guest.initrd(peers.kernel())
-            for version in peers.VERSIONS:
+            for version in (*peers.VERSIONS, peers.NEWEST):
                 peers.qemu(version)
         except peers.PeerMissing as exc:
             pytest.fail(str(exc)) if os.environ.get("CI") else pytest.skip(str(exc))
@@ -42,6 +48,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             item.add_marker("fuzz")
+
+
+@pytest.fixture(autouse=True)
+def all_lines() -> Iterator[None]:
+    """What one test has logged takes no line from another."""
+    ration.forget()
+    yield
+    ration.forget()
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ from typing import Any
 
 import trio
 
-from vhostpc.migration.options import Compat, Options
-from vhostpc.migration.state import Event, Machine, Status
+from vhostpc.dialect import DIALECTS, Compat
+from vhostpc.errors import MigrationRefused
+from vhostpc.migration.options import Options
+from vhostpc.migration.state import IN_POSTCOPY, Event, Machine, Status
 from vhostpc.migration.uri import Address
 from vhostpc.qmp import Events, MigrationInfo
 
@@ -19,7 +21,7 @@ class FakeEndpoint:
     def __init__(self, compat: Compat = "10.0", *, incoming: bool = False) -> None:
         self.options = Options(compat)
         self.events = Events(self.options)
-        self.machine = Machine("destination" if incoming else "source", compat)
+        self.machine = Machine("destination" if incoming else "source", DIALECTS[compat])
         self.run_state = "inmigrate" if incoming else "prelaunch"
         self.has_listened = False
         self.calls: list[Any] = []
@@ -46,8 +48,10 @@ class FakeEndpoint:
 
     def move(self, event: Event) -> None:
         before = self.machine.status
-        if self.machine.move(event) is not before:
-            self.events.migration(self.machine.status)
+        if (after := self.machine.move(event)) is not before:
+            self.events.migration(after)
+        if after is Status.FAILING:
+            self.move(Event.FAIL)
 
     async def stop(self) -> None:
         if self.run_state == "running":
@@ -69,6 +73,8 @@ class FakeEndpoint:
         self.move(Event.START)
 
     async def cancel(self) -> None:
+        if self.machine.status in IN_POSTCOPY:
+            raise MigrationRefused("Postcopy migration in progress, cannot cancel.")
         if self.machine.status in (Status.SETUP, Status.ACTIVE):
             self.move(Event.CANCEL)
             self.move(Event.CANCELLED)
@@ -79,5 +85,5 @@ class FakeEndpoint:
     def parameters_changed(self) -> None:
         self.calls.append("parameters-changed")
 
-    def quit(self) -> None:
+    def quit(self, why: str = "quit") -> None:
         self.ended.set()

@@ -14,6 +14,7 @@ import pytest
 
 from tests.raw_front_end import Guest, RawFrontEnd
 from vhostpc.backend import Device, Queue
+from vhostpc.logs import ration
 from vhostpc.wire import vhost_user as vu
 from vhostpc.wire.vhost_user import Feature, ProtocolFeature, Request
 
@@ -22,6 +23,7 @@ class Net(Device):
     """Has everything that a device can have, so that every request is offered."""
 
     num_queues = 2
+    queue_size = 1024
     config_size = 24
 
     async def handle_queue(self, queue: Queue) -> None:
@@ -59,6 +61,12 @@ def guest_mappings() -> int:
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+def all_lines_from_here(caplog: pytest.LogCaptureFixture) -> None:
+    """Forget what was logged; what is logged from here on has all its lines."""
+    caplog.clear()
+    ration.forget()
 
 
 def state(index: int, num: int) -> bytes:

@@ -17,6 +17,7 @@ import trio
 
 from tests.qemu.proc import Child, child
 from tests.qemu.qmp import Qmp
+from tests.thread_names import thread_names
 from vhostpc.frontend import FarSide
 
 WAIT = 60.0
@@ -93,7 +94,7 @@ class End:
         return {
             "fds": len(targets),
             "ufds": sum("userfaultfd" in target for target in targets),
-            "threads": {(task / "comm").read_text().strip() for task in (folder / "task").iterdir()},
+            "threads": set(thread_names(self.process.pid).values()),
             "maps": sum("memfd:" in line for line in (folder / "maps").read_text().splitlines()),
         }
 
@@ -141,10 +142,7 @@ async def bridge(
     argv += ["-l", f"127.0.0.1:{port}", "-r", f"{far[0]}:{far[1]}"]
     argv += [*(["--hide-protocol-feature", hide] if hide else []), *more]
     async with child(path.stem, argv, cwd=str(ROOT)) as process:
-        with trio.fail_after(WAIT):
-            while not path.is_socket():
-                assert process.alive, process.tail()
-                await trio.sleep(STEP)
+        await process.err.find("ready on")
         yield process
 
 

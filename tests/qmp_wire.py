@@ -16,7 +16,7 @@ import trio
 from tests.fake_endpoint import FakeEndpoint
 from tests.qemu import peers
 from tests.qemu.proc import child, unwrapped
-from vhostpc.migration.options import Compat
+from vhostpc.dialect import Compat
 from vhostpc.qmp import Monitor
 
 WAIT = 30
@@ -104,7 +104,7 @@ async def qemu(version: Compat, *more: str) -> AsyncIterator[Wire]:
     here, there = socket.socketpair()
     argv = [*program.argv, "-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]
     argv += ["-M", "pc", "-m", "16", "-S", "-chardev", f"socket,id=q,fd={there.fileno()}"]
-    argv += ["-mon", "chardev=q,mode=control", *more]
+    argv += ["-qmp", "chardev:q", *more]
     async with child("qemu", argv, env=program.env, pass_fds=[there.fileno()]):
         there.close()
         wire = Wire(here)

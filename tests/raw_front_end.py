@@ -191,13 +191,16 @@ class Ring:
 
 
 class Guest:
-    """``size`` bytes of guest memory on a memfd, at GUEST_BASE for the guest; rings are laid out in it."""
+    """``size`` bytes of guest memory on a memfd, at GUEST_BASE for the guest; rings are laid out in it.
 
-    def __init__(self, size: int = 1 << 20) -> None:
+    ``fd``: another file of that size, ours from now on. ``mapped``: so many of its first bytes are touched here.
+    """
+
+    def __init__(self, size: int = 1 << 20, fd: int = -1, mapped: int = 0) -> None:
         self.size = size
-        self.fd = os.memfd_create("guest", os.MFD_CLOEXEC)
+        self.fd = fd if fd >= 0 else os.memfd_create("guest", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, size)
-        self.mem = mmap.mmap(self.fd, size)
+        self.mem = mmap.mmap(self.fd, mapped or size)
         self.rings: list[Ring] = []
         self._next = 0x1000
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 import trio
 
+from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.errors import ChannelLost
 from vhostpc.memory.ramblock import Bits, RamSet
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
-from vhostpc.migration.options import Compat, Options
+from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import After, Outgoing
 from vhostpc.migration.state import Event, Status
 from vhostpc.migration.state import Machine as StatusMachine
@@ -41,7 +42,7 @@ class Watched:
     on_stop: Callable[[], Awaitable[None]] | None = None
 
     def __post_init__(self) -> None:
-        self.state = StatusMachine("source", self.compat)
+        self.state = StatusMachine("source", DIALECTS[self.compat])
         self.state.move(Event.START)
 
     @property
@@ -53,6 +54,8 @@ class Watched:
         after = self.state.move(event)
         if after is not before:
             self.told.append(str(after))
+        if after is Status.FAILING:
+            self.moved(Event.FAIL, None)
         if error is not None:
             self.errors.append(error)
 

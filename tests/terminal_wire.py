@@ -13,7 +13,7 @@ from tests.fake_endpoint import FakeEndpoint
 from tests.qemu import peers
 from tests.qemu.proc import child, unwrapped
 from tests.until import until
-from vhostpc.migration.options import Compat
+from vhostpc.dialect import Compat
 from vhostpc.qmp import TextMonitor
 
 WAIT = 30

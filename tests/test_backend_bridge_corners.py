@@ -15,6 +15,8 @@ from tests.raw_front_end import Guest, RawFrontEnd, connected
 from tests.until import until
 from vhostpc.backend.net import Bridge
 from vhostpc.virtio.features import NetFeature
+from vhostpc.wire import vhost_user as vu
+from vhostpc.wire.vhost_user import Request
 
 UDP_SEGMENT, UDP_GRO = 103, 104
 
@@ -201,7 +203,7 @@ async def test_a_frame_longer_than_the_whole_ring(guest: Guest, network: Network
 
 
 async def test_a_frame_that_waits_for_more_buffers(guest: Guest, network: Network) -> None:
-    """It stays in the pump until the driver offers enough, however often it kicks for less."""
+    """It stays in the pump until the driver offers enough, however often it kicks for less in the meantime."""
     card = Card(guest, rx_size=2048, rx_count=2)
     data = frame(7, 9000)
     came: list[bytes] = []
@@ -215,7 +217,7 @@ async def test_a_frame_that_waits_for_more_buffers(guest: Guest, network: Networ
     async with connected(network.bridge) as front:
         await start(front, guest, network)
         network.send(data)
-        for _ in range(20):
+        for _ in range(5):
             for _ in range(200):
                 card.rx.offer()  # a kick and nothing new: the pump is woken soon after it fell asleep
             await until(lambda: not kick.poll(0), 10, "the pump to take the kick")
@@ -224,6 +226,74 @@ async def test_a_frame_that_waits_for_more_buffers(guest: Guest, network: Networ
         await until(all_came, 10, "the frame")
         assert came == [data]
         assert network.bridge.counters()["in"].dropped == 0
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["at once", "behind one that fits"])
+async def test_a_frame_that_waits_for_buffers_in_vain(guest: Guest, network: Network, before: int) -> None:
+    """A driver that never offers enough: the frame is dropped and counted after a second, and the next one comes."""
+    card = Card(guest, rx_size=2048, rx_count=2 + before)
+    wanted = [frame(8, 100)] * before + [frame(9, 200)]
+    came: list[bytes] = []
+
+    def all_came() -> bool:
+        used = card.rx.used_idx  # take() would offer the buffers again
+        return used == len(wanted)
+
+    async with connected(network.bridge) as front:
+        await start(front, guest, network)
+        for data in wanted[:before]:
+            network.send(data)
+        network.send(frame(7, 9000))
+        network.send(wanted[-1])
+        await until(all_came, 10, "the frames that fit")
+        came = card.take()
+        assert came == wanted
+        assert network.bridge.counters()["in"].dropped == 1
+
+
+async def test_a_stop_drops_a_frame_that_lacks_buffers(guest: Guest, network: Network) -> None:
+    """It is not first in line in the next run, whose buffers may be as few."""
+    card = Card(guest, rx_size=2048, rx_count=2)
+    async with connected(network.bridge) as front:
+        await start(front, guest, network)
+        network.send(frame(7, 9000))
+        await until(lambda: network.bridge.queue_counters()[0].syscalls > 2, 10, "the pump to wait for more")
+        await front.barrier()
+        for _ in range(2):
+            reply = await front.ask(Request.GET_VRING_BASE, vu.VringState(0, 0).pack())
+            assert vu.VringState.unpack(reply.payload).num == 0
+            await card.rx.send_setup(front)
+        assert network.bridge.counters()["in"].dropped == 1
+        network.send(frame(9, 200))
+        await until(lambda: card.rx.used_idx == 1, 10, "the next frame")
+        assert card.take() == [frame(9, 200)]
+
+
+async def test_a_reset_drops_all_that_is_held(guest: Guest, network: Network) -> None:
+    """Frames that came before RESET_DEVICE, held or still in the socket, are not for the guest's next life."""
+    card = Card(guest, rx_count=0)
+    async with connected(network.bridge) as front:
+        await start(front, guest, network)
+        stale = network.bridge.counters()["in"].discarded
+        card.offer_more(1)
+        for i in range(4):
+            network.send(frame(i, 100))
+        await until(lambda: card.rx.used_idx == 1, 10, "the first frame")
+        await front.send(Request.RESET_DEVICE)
+        await front.barrier()
+        network.send(frame(5, 100))
+        guest.mem[card.rx.avail : card.rx.avail + 4] = bytes(4)
+        guest.mem[card.rx.used : card.rx.used + 4] = bytes(4)
+        card.rx.avail_idx = card._rx_seen = 0
+        card._in.clear()
+        card.offer_more(4)
+        await card.rx.send_setup(front)
+        await until(
+            lambda: network.bridge.counters()["in"].discarded == stale + 4, 10, "what is stale to be dropped"
+        )
+        network.send(frame(6, 100))
+        await until(lambda: card.rx.used_idx == 1, 10, "a frame of the next life")
+        assert card.take() == [frame(6, 100)]
 
 
 async def test_a_frame_longer_than_any_datagram(guest: Guest, network: Network) -> None:

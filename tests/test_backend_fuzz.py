@@ -15,7 +15,7 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.hostile import Net
+from tests.hostile import Net, Scripts
 from tests.raw_front_end import GUEST_BASE, USER_BASE, Guest, RawFrontEnd, connected
 from vhostpc.wire import vhost_user as vu
 from vhostpc.wire.vhost_user import Request
@@ -188,6 +188,39 @@ def test_any_ring(
                 await front.barrier()
                 await front.ask(Request.GET_VRING_BASE, vu.VringState(0, 0).pack())
         finally:
+            guest.close()
+
+    run(scenario)
+
+
+@settings(suppress_health_check=list(HealthCheck))
+@given(st.booleans(), st.integers(0, 40), st.integers(0, 40), st.sampled_from([4, 8]), NUMBER, st.booleans())
+def test_any_number_in_any_message(
+    postcopy: bool, which: int, field: int, size: int, number: int, need_reply: bool
+) -> None:
+    """In the midst of a whole session one number of one message is another; the rest comes all the same."""
+
+    async def scenario() -> None:
+        guest = Guest()
+        guest.ring(0, 16)
+        scripts = Scripts(guest)
+        try:
+            messages = scripts.postcopy if postcopy else scripts.calm
+            numbered = [i for i, m in enumerate(messages) if len(m.payload) >= size]
+            changed = numbered[which % len(numbered)]
+            async with connected(Net()) as front:
+                for i, message in enumerate(messages):
+                    payload = bytearray(message.payload)
+                    if i == changed:
+                        at = size * (field % (len(payload) // size))
+                        payload[at : at + size] = (number & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+                    flags = message.flags | (vu.FLAG_NEED_REPLY if need_reply and i == changed else 0)
+                    data = vu.encode(message.request, bytes(payload), flags=flags)
+                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                        await front.send_bytes(data, message.fds)
+                await drain(front)
+        finally:
+            scripts.close()
             guest.close()
 
     run(scenario)

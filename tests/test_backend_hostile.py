@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.hostile import Net, guest_mappings, lines, open_fds, state
+from tests.hostile import Net, all_lines_from_here, guest_mappings, lines, open_fds, state
 from tests.raw_front_end import GUEST_BASE, Guest, connected
 from vhostpc.backend import Device, Options
 from vhostpc.wire import vhost_user as vu
@@ -31,7 +31,7 @@ async def refused(
     null = os.open("/dev/null", os.O_RDWR)
     async with connected(device or Net(), Options(inband=True)) as front:
         await front.negotiate()
-        caplog.clear()
+        all_lines_from_here(caplog)
         await front.send(request, payload, [null] * fds)
         assert await front.ended()
     os.close(null)
@@ -43,9 +43,11 @@ async def refused(
 
 def wrong_sizes() -> Iterator[tuple[Request, int]]:
     for spec in vu.REQUESTS.values():
-        for size in {spec.min_size - 1, spec.max_size + 1, 4096}:
-            if size >= 0 and not spec.min_size <= size <= spec.max_size:
-                yield spec.request, size
+        if spec.min_size:
+            yield spec.request, spec.min_size - 1
+        if not spec.padded:
+            yield spec.request, spec.max_size + 1
+            yield spec.request, vu.MAX_PAYLOAD
 
 
 @pytest.mark.parametrize(("request_", "size"), list(wrong_sizes()))
@@ -84,9 +86,9 @@ async def test_missing_descriptor(caplog: pytest.LogCaptureFixture, request_: Re
         (Request.VRING_KICK, state(9, 0), 0, "ring 9"),
         (Request.SET_VRING_ADDR, vu.VringAddr(5, 0, 0, 0, 0, 0).pack(), 0, "ring 5"),
         (Request.SET_VRING_KICK, vu.pack_u64(0xFF), 1, "ring 255"),
-        (Request.SET_VRING_KICK, vu.pack_u64(0), 1, "not an eventfd"),
-        (Request.SET_VRING_CALL, vu.pack_u64(0), 1, "not an eventfd"),
-        (Request.SET_VRING_ERR, vu.pack_u64(1), 1, "not an eventfd"),
+        (Request.SET_VRING_KICK, vu.pack_u64(0), 1, "no eventfd"),
+        (Request.SET_VRING_CALL, vu.pack_u64(0), 1, "no eventfd"),
+        (Request.SET_VRING_ERR, vu.pack_u64(1), 1, "no eventfd"),
         (Request.SET_VRING_KICK, vu.pack_u64(vu.VRING_NOFD), 1, "no-descriptor bit"),
         (Request.SET_VRING_CALL, vu.pack_u64(0), 0, "no-descriptor bit"),
         (Request.SET_BACKEND_REQ_FD, b"", 1, "not a socket"),
@@ -114,7 +116,7 @@ async def test_wrong_content(
     null = os.open("/dev/null", os.O_RDWR)
     async with connected(Net(), Options(inband=True)) as front:
         await front.negotiate()
-        caplog.clear()
+        all_lines_from_here(caplog)
         await front.send(request_, payload, [null] * fds)
         assert await front.ended()
     os.close(null)
@@ -133,17 +135,15 @@ SIZE = 1 << 20
         ([R(0, 0, 0, 0)], "empty"),
         ([R(0, SIZE + 4096, 0, 0)], "after the end"),
         ([R(0, SIZE, 0, 4096)], "after the end"),
-        ([R(0, 2**64 - 4096, 0, 8192)], "empty, unaligned"),
-        ([R(0, 4096, 0, 2**64 - 4096)], "empty, unaligned"),
-        ([R(0, 4095, 0, 0)], "unaligned"),
-        ([R(1, 4096, 0, 0)], "unaligned"),
-        ([R(0, 4096, 1, 0)], "unaligned"),
-        ([R(0, 4096, 0, 1)], "unaligned"),
+        ([R(0, 2**64 - 4096, 0, 8192)], "empty, wrapping"),
+        ([R(0, 4096, 0, 2**64 - 4096)], "empty, wrapping"),
+        ([R(0, SIZE, 0, 1)], "after the end"),
         ([R(2**64 - 4096, 8192, 0, 0)], "wrapping"),
         ([R(0, 8192, 2**64 - 4096, 0)], "wrapping"),
         ([R(0, 8192, 0, 0), R(4096, 8192, 0x10000, 0)], "overlaps"),
         ([R(0, 8192, 0, 0), R(0x10000, 8192, 4096, 0)], "overlaps"),
         ([R(0, 8192, 0, 0), R(0, 8192, 0, 0)], "overlaps"),
+        ([R(0, 4097, 0, 0), R(4096, 4096, 0x10000, 0)], "overlaps"),
     ],
 )
 @pytest.mark.parametrize("slots", [False, True])
@@ -262,7 +262,7 @@ async def test_broken_chains(
         other.offer(0)
         await other.until_used(1)
         # Set up again, the ring works.
-        caplog.clear()
+        all_lines_from_here(caplog)
         await front.ask(Request.GET_VRING_BASE, state(0, 0))
         ring.set_desc(3, BUFFER, 16, WRITE)
         ring.avail_idx = 0
@@ -294,7 +294,7 @@ async def test_header_that_is_none(caplog: pytest.LogCaptureFixture) -> None:
         (vu.HEADER.pack(1, 1, 2**32 - 1), "4294967295 bytes"),
         (vu.HEADER.pack(1, 5, 0), "a reply"),
     ):
-        caplog.clear()
+        all_lines_from_here(caplog)
         async with connected(Net()) as front:
             await front.send_bytes(data)
             assert await front.ended()
@@ -320,7 +320,7 @@ async def test_not_offered_is_declined() -> None:
     async with connected(Net()) as front:
         await front.negotiate()
         before = open_fds()
-        for number in (0, 22, 23, 26, 27, 31, 32, 33, 35, 41, 42, 43, 44, 99, 2**32 - 1):
+        for number in (0, 22, 23, 26, 27, 33, 35, 41, 42, 43, 44, 99, 2**32 - 1):
             assert await front.ack(number, bytes(8), [null, null]) == 1
         assert open_fds() == before
         # Without NEED_REPLY nothing is said, and the session goes on.

@@ -8,14 +8,25 @@ import os
 import resource
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.hostile import Message, Net, Scripts, guest_mappings, lines, open_fds, quiet
-from tests.raw_front_end import GUEST_BASE, WRITE, Guest, RawFrontEnd, connected
+from tests.hostile import (
+    Message,
+    Net,
+    Scripts,
+    all_lines_from_here,
+    guest_mappings,
+    lines,
+    open_fds,
+    quiet,
+    state,
+)
+from tests.raw_front_end import GUEST_BASE, WRITE, Guest, RawFrontEnd, connected, store16
+from tests.shortages import descriptors_left
 from tests.until import until
 from vhostpc.backend import Options, serve, serve_connection
 from vhostpc.wire import vhost_user as vu
@@ -59,7 +70,7 @@ async def test_disconnect_at_every_byte(
     fds: dict[str, str] = {}
     maps = 0
     for whole, part, part_fds in cuts(getattr(scripts, kind)):
-        caplog.clear()
+        all_lines_from_here(caplog)
         async with connected(device) as front:
             if not fds:
                 await front.barrier()
@@ -126,6 +137,73 @@ async def test_a_thousand_sessions_leak_nothing(guest: Guest, scripts: Scripts, 
     assert not path.exists()
 
 
+def tasks() -> int:
+    """All that trio runs."""
+    count, found = 0, [trio.lowlevel.current_root_task()]
+    while found and (task := found.pop()) is not None:
+        count += 1
+        for nursery in task.child_nurseries:
+            found.extend(nursery.child_tasks)
+    return count
+
+
+async def test_errors_in_band_that_nobody_reads(caplog: pytest.LogCaptureFixture) -> None:
+    """A ring that is broken and set up again without end; the front-end is told on a channel that it does not read."""
+    guest = Guest()
+    ring = guest.ring(0)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, quiet():
+        async with connected(Net(), Options(inband=True)) as front:
+            await front.negotiate()
+            await front.send(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
+            await guest.send_memory(front)
+            await ring.send_setup(front)
+            await front.barrier()
+            before = tasks()
+            for _ in range(50):
+                store16(guest.mem, ring.avail + 2, ring.used_idx + 1000)
+                os.eventfd_write(ring.kick, 1)
+                with trio.fail_after(10):
+                    await trio.lowlevel.wait_readable(ring.err)
+                os.eventfd_read(ring.err)
+                (await front.ask(Request.GET_VRING_BASE, state(0, 0))).close_fds()
+                store16(guest.mem, ring.avail + 2, ring.used_idx)
+                await ring.send_setup(front)
+                await front.barrier()
+            assert tasks() <= before + 2
+            # One was told, and one is for all that followed.
+            channel = RawFrontEnd(ours)
+            for _ in range(2):
+                frame = await channel.receive()
+                assert frame is not None
+                assert (frame.request, frame.payload) == (vu.BackendRequest.VRING_ERR, state(0, 0))
+                await channel.send(frame.request, vu.pack_u64(0), flags=vu.FLAG_REPLY)
+            await until(lambda: tasks() == before)
+            with pytest.raises(BlockingIOError):
+                ours.recv(1)
+            channel.close()
+    guest.close()
+
+
+async def test_a_dirty_log_on_huge_pages_is_unmapped(guest: Guest, huge_pages: int) -> None:
+    """Whatever part of a huge page it takes: the kernel unmaps whole ones."""
+    fd = os.memfd_create("huge-log", os.MFD_CLOEXEC | 0x4 | 21 << 26)  # MFD_HUGETLB | MFD_HUGE_2MB
+    os.ftruncate(fd, huge_pages)
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("huge")
+
+    before = mapped()
+    async with connected(Net()) as front:
+        await front.negotiate()
+        for offset in (0, 8192):
+            log = vu.LogArea(4096, offset).pack()
+            (await front.ask(Request.SET_LOG_BASE, log, [fd])).close_fds()
+            assert mapped() == before + 1
+    os.close(fd)
+    assert mapped() == before
+
+
 # NUM, ADDR, KICK and SET_FEATURES make a ring; it starts with the last of them, and then memory must be there.
 NEEDED = (Request.SET_VRING_NUM, Request.SET_VRING_ADDR, Request.SET_VRING_KICK, Request.SET_FEATURES)
 
@@ -139,7 +217,7 @@ async def test_set_up_in_any_order(caplog: pytest.LogCaptureFixture, scripts: Sc
     works = ends = 0
     for order in itertools.permutations(steps):
         requests = [m.request for m in order]
-        caplog.clear()
+        all_lines_from_here(caplog)
         guest.put(guest.rings[0].used, bytes(4))
         async with connected(Net()) as front:
             for message in order:
@@ -270,19 +348,6 @@ async def test_log_area_too_small(
         assert await front.ended()
     (line,) = lines(caplog)
     assert "does not cover all memory" in line
-
-
-@contextmanager
-def descriptors_left(count: int) -> Iterator[None]:
-    """This process can have ``count`` more."""
-    used = set(map(int, open_fds()))
-    limit = list(itertools.islice((n for n in itertools.count() if n not in used), count + 1))[count]
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_no_descriptors_left_for_a_connection(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

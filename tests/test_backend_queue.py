@@ -129,7 +129,7 @@ async def test_stop_gives_back_what_was_not_answered(guest: Guest) -> None:
 
 
 async def test_stop_waits_for_the_gap_in_the_answers(guest: Guest) -> None:
-    """A younger chain is answered: the older one can not be given back, the device must answer it."""
+    """A younger chain is answered: the older one cannot be given back, the device must answer it."""
     ring = guest.ring(0, 16)
     device = Holder()
     device.expect = 2

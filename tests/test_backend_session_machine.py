@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.hostile import Net, guest_mappings, open_fds, state
 from tests.raw_front_end import GUEST_BASE, USER_BASE
 from vhostpc.backend import Options, serve_connection
+from vhostpc.logs import ration
 from vhostpc.wire import vhost_user as vu
 from vhostpc.wire.vhost_user import Feature, ProtocolFeature, Request
 
@@ -64,6 +65,7 @@ class RingModel:
     size: int = 0
     where: str | None = None
     started: bool = False
+    enabled: bool = False
     running: bool = False
     base: int = 0
     ran: bool = False
@@ -121,6 +123,7 @@ class Session(RuleBasedStateMachine):
         super().__init__()
         self.before = (open_fds(), guest_mappings())
         self.lines: list[str] = []
+        ration.forget()
         self.handler = logging.Handler(logging.ERROR)
         self.handler.emit = lambda r: self.lines.append(logging.Formatter().format(r))  # type: ignore[method-assign]
         logging.getLogger("vhostpc").addHandler(self.handler)
@@ -273,9 +276,14 @@ class Session(RuleBasedStateMachine):
             first, model.features_set = not model.features_set, True
             if not first and old != bits:
                 for ring in model.rings:
-                    if ring.running and (old ^ bits) & ~Feature.LOG_ALL:
-                        raise Ended
+                    if (old ^ bits) & ~Feature.LOG_ALL:
+                        if ring.running and ring.enabled:
+                            raise Ended
+                        ring.started = ring.running = False
+                for _ in model.rings:
                     model.check_log()
+            for ring in model.rings:
+                ring.enabled |= not bits & Feature.PROTOCOL_FEATURES
             model.update_all()
 
         self.expect(change)
@@ -370,8 +378,10 @@ class Session(RuleBasedStateMachine):
     def set_vring_num(self, index: int, num: int, ack: bool) -> None:
         def change() -> None:
             ring = self.model.ring(index)
-            if ring.running or num not in (16, 64, 1024):
+            if num not in (16, 64, 1024):
                 raise Ended
+            ring.started &= not ring.running
+            ring.running = False
             ring.size = num
             self.model.update(ring)
 
@@ -396,8 +406,10 @@ class Session(RuleBasedStateMachine):
     def set_vring_base(self, index: int, base: int, ack: bool) -> None:
         def change() -> None:
             ring = self.model.ring(index)
-            if ring.running or base > 0xFFFF:
+            if base > 0xFFFF:
                 raise Ended
+            ring.started &= not ring.running
+            ring.running = False
             ring.base, ring.ran = base, False
 
         self.expect(change)
@@ -422,13 +434,23 @@ class Session(RuleBasedStateMachine):
     @rule(index=RING, value=usually([0, 1], [2]), ack=ACK)
     def set_vring_enable(self, index: int, value: int, ack: bool) -> None:
         def change() -> None:
+            if value == 0 and index >= len(self.model.rings):
+                return
             ring = self.model.ring(index)
             if value > 1:
                 raise Ended
+            ring.enabled = bool(value)
             self.model.update(ring)
 
         self.expect(change)
         self.play(Request.SET_VRING_ENABLE, state(index, value), ack=ack)
+
+    @precondition(lambda self: not self.ended)
+    @rule(ack=ACK)
+    def reset_owner(self, ack: bool) -> None:
+        for ring in self.model.rings:
+            ring.started = ring.enabled = ring.running = False
+        self.tell(Request.RESET_OWNER, ack=ack)
 
     @precondition(lambda self: not self.ended)
     @rule(index=RING)

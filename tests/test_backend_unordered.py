@@ -13,7 +13,9 @@ import trio.testing
 from tests.absent_guest import PAGE, AbsentGuest, answer_of, prepare
 from tests.raw_front_end import GUEST_BASE, INDIRECT, NEXT, WRITE, RawFrontEnd, Ring, connected
 from tests.until import until
-from vhostpc.backend import Device, Queue
+from vhostpc.backend import Chain, Device, Queue
+from vhostpc.virtio import late as late_module
+from vhostpc.virtio.late import Late
 from vhostpc.wire import vhost_user as vu
 from vhostpc.wire.vhost_user import Request
 
@@ -104,8 +106,7 @@ async def test_one_request_waits_and_the_others_do_not(guest: AbsentGuest, held:
     async with connected(device) as front, trio.open_nursery() as nursery:
         ring = await start(guest, front)
         nursery.start_soon(pages.run)
-        await until(lambda: used(guest, ring) == CHAINS - 1)
-        assert held in pages.waiting
+        await until(lambda: used(guest, ring) == CHAINS - 1 and held in pages.waiting)
         assert [answer_of(guest, 0, i, len(t)) for i, t in enumerate(texts)][1:] == [
             t[::-1] for t in texts[1:]
         ]
@@ -118,6 +119,41 @@ async def test_one_request_waits_and_the_others_do_not(guest: AbsentGuest, held:
         guest.place_rest()
         await guest.end(front)
         nursery.cancel_scope.cancel()
+
+
+async def test_a_few_are_taken_before_their_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large ring full of chains whose pages have not come: a batch more than the limit become tasks at most."""
+    guest = AbsentGuest(2048 * PAGE)
+    most = 0
+    real = Late.await_chain
+
+    def counted(late: Late, chain: Chain) -> None:
+        nonlocal most
+        real(late, chain)
+        most = max(most, late._count)
+
+    monkeypatch.setattr(Late, "await_chain", counted)
+    monkeypatch.setattr(late_module, "MOST_LATE", 128)
+    try:
+        ring = guest.ring(0, 1024)
+        texts = [b"chain %d" % i for i in range(1024)]
+        for i, text in enumerate(texts):
+            ring.set_desc(i, guest.put((512 + i) * PAGE, text), len(text))
+            struct.pack_into("<H", guest.image, ring.avail + 4 + 2 * i, i)
+        struct.pack_into("<H", guest.image, ring.avail + 2, 1024)
+        device = Echo()
+        async with connected(device) as front, trio.open_nursery() as nursery:
+            await start(guest, front)
+            nursery.start_soon(guest.serve)
+            await until(lambda: used(guest, ring) == 1024, 30)
+            assert sorted(device.seen) == sorted(texts)
+            assert 128 <= most < 128 + 64
+            await front.barrier()
+            guest.place_rest()
+            await guest.end(front)
+            nursery.cancel_scope.cancel()
+    finally:
+        guest.close()
 
 
 async def test_many_wait_at_once(guest: AbsentGuest) -> None:
@@ -140,7 +176,7 @@ async def test_many_wait_at_once(guest: AbsentGuest) -> None:
 
 @pytest.mark.parametrize("held", [TEXT, ANSWER], ids=["text", "answer"])
 async def test_stop_waits_for_what_is_older_than_an_answer(guest: AbsentGuest, held: int) -> None:
-    """The first chain can not be given back: the others are answered. The stop brings it to the device."""
+    """The first chain cannot be given back: the others are answered. The stop brings it to the device."""
     texts = prepare(guest, 0, CHAINS)
     device = Echo()
     pages = Selective(guest, held)

@@ -230,7 +230,7 @@ async def test_without_userfaultfd_only_postcopy_is_missing(profile: str) -> Non
             assert ProtocolFeature.PAGEFAULT not in bits
             assert ProtocolFeature.CONFIGURE_MEM_SLOTS in bits
             assert features & Feature.VERSION_1
-            await child.until("postcopy is not offered: userfaultfd can not be opened")
+            await child.until("postcopy is not offered: userfaultfd cannot be opened")
             await guest.send_memory(front)
             for ring in (rx, tx):
                 await ring.send_setup(front)

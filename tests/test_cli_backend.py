@@ -16,6 +16,9 @@ import pytest
 import trio
 
 from tests.peers.child import Child, open_child
+from vhostpc.backend import serve
+from vhostpc.cli.own_device import load_file
+from vhostpc.errors import VhostpcError
 from vhostpc.wire.vhost_user import Feature, FrameReader, ProtocolFeature, Request, encode, unpack_u64
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,6 +196,20 @@ def test_a_socket_in_use_is_left_alone(tmp_path: Path) -> None:
         assert path.exists()
 
 
+async def test_a_second_one_does_not_end_the_first(tmp_path: Path) -> None:
+    """Which serves one front-end, and takes no look for one."""
+    path = tmp_path / "b.sock"
+    async with program(RNG, "--once", "--socket-path", str(path)) as first:
+        await first.until("ready on")
+        async with program(RNG, "--socket-path", str(path)) as second:
+            assert await second.wait() == 1
+            assert "another process listens" in second.said
+        with await connected(path) as sock:
+            assert await ask(sock, Request.GET_FEATURES)
+        assert await first.wait() == 0, first.said
+        assert first.said.count("connected\n") == 2, first.said  # and disconnected
+
+
 def test_nobody_to_connect_to(tmp_path: Path) -> None:
     done = call(RNG, "--connect", "--socket-path", str(tmp_path / "absent"))
     assert done.returncode == 1
@@ -230,7 +247,7 @@ def test_a_file_as_module(tmp_path: Path) -> None:
         (["nonsense", "--socket-path", "x"], 2, "is not MODULE:CLASS"),
         (["nonsense:Rng", "--socket-path", "x"], 2, "no module named 'nonsense'"),
         (["tests.devices:Absent", "--socket-path", "x"], 2, "has no class Absent"),
-        (["absent.py:Rng", "--socket-path", "x"], 2, "is not a Python file"),
+        (["absent.py:Rng", "--socket-path", "x"], 2, "absent.py: No such file or directory"),
         (["tests.devices:not_a_device", "--socket-path", "x"], 2, "is no vhostpc.backend.Device"),
         (["tests.devices:breaks", "--socket-path", "x"], 1, "store.img: No space left on device"),
         (["tests.devices:OutsideTheSchema", "--print-capabilities"], 1, "has no type in the schema"),
@@ -258,3 +275,37 @@ def test_fd_that_is_no_unix_stream_socket(tmp_path: Path) -> None:
     done = call(RNG, "--fd", "77")
     assert done.returncode == 1
     assert "--fd 77: Bad file descriptor" in done.stderr
+
+
+BROKEN = {
+    "None": ("class Lazy(Device): pass", "Lazy has no handle_queue"),
+    "plain": (
+        "class Plain(Device):\n    def handle_queue(self, queue): pass",
+        "Plain.handle_queue is not an async function",
+    ),
+    "yields": (
+        "class Yields(Device):\n    async def handle_queue(self, queue): yield",
+        "Yields.handle_queue is not an async function",
+    ),
+    "session": (
+        "class Session(Device):\n    async def handle_queue(self, queue): pass\n"
+        "    def handle_session(self, front_end): pass",
+        "Session.handle_session is not an async function",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+async def test_a_device_that_cannot_serve_is_refused_at_the_start(kind: str, tmp_path: Path) -> None:
+    """With the class's name; by ``serve`` as well."""
+    source, sentence = BROKEN[kind]
+    (tmp_path / "device.py").write_text(f"from vhostpc.backend import Device\n\n\n{source}\n")
+    name = sentence.split()[0].split(".")[0]
+    path = tmp_path / "s"
+    done = call(f"{tmp_path}/device.py:{name}", "--socket-path", str(path))
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not path.exists()
+    with pytest.raises(VhostpcError, match=sentence):
+        await serve(getattr(load_file(tmp_path / "device.py"), name)(), path)

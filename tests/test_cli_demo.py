@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import trio
 
+from tests.until import until
 from vhostpc.cli.demo_books import Far, Frames, Pages, Requests, Result, judge, waits_of
 from vhostpc.cli.demo_relay import PAGE, Relay, find_page
 from vhostpc.cli.pictures import Band, Frame, cells, svg, ticks
@@ -93,6 +99,42 @@ def test_report_stands_by_itself(with_report: tuple[dict[str, Any], str]) -> Non
     assert str(numbers["frames"][0]["sent"]) in cells_told
 
 
+def test_report_in_a_narrow_window(with_report: tuple[dict[str, Any], str]) -> None:
+    """Pictures and tables scroll by themselves; letters stay large enough to read."""
+    _, page = with_report
+    tree = ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>"))
+    assert 'name="viewport" content="width=device-width,initial-scale=1"' in page
+    assert ".scroll{overflow-x:auto}" in page
+    least = re.search(r"@media screen\{\.scroll \.pic\{min-width:(\d+)px\}\}", page)
+    letters = re.search(r"\.pic\{[^}]*font:(\d+)px", page)
+    assert least
+    assert letters
+    inside = [e for div in tree.iter("div") if div.get("class") == "scroll" for e in div]
+    assert all(div.get("tabindex") == "0" for div in tree.iter("div"))  # by keys, too
+    pictures, numbers = list(tree.iter(f"{SVG}svg")), list(tree.iter("table"))
+    assert inside == [*pictures, *numbers]
+    for picture in pictures:
+        assert int(letters[1]) * int(least[1]) / float(picture.attrib["width"]) >= 11
+
+
+def test_what_is_pink_and_what_is_red_is_told_in_one_place(with_report: tuple[dict[str, Any], str]) -> None:
+    _, page = with_report
+    tree = ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>"))
+    (key,) = [e for e in tree.iter("ul") if e.get("class") == "key"]
+    told = ["".join(row.itertext()) for row in key]
+    assert [words.partition(":")[0] for words in told] == ["pink", "red"]
+    colours = [row[0].get("class") for row in key]
+    assert colours == ["gap", "alarm"]
+    body = page.partition("<body>")[2]
+    for kind in colours:
+        assert f".key .{kind}" in page  # as it is in the pictures
+        assert f'class="{kind}"' in body.partition("<svg")[2]
+    document = (ROOT / "docs" / "demo.md").read_text()
+    for text in (body, document):
+        assert len(re.findall(r"\bpink\b", text, re.IGNORECASE)) == 1
+        assert len(re.findall(r"\bred\b", text, re.IGNORECASE)) == 1
+
+
 def test_table() -> None:
     done = run()
     assert done.returncode == 0, done.stderr + done.stdout
@@ -131,7 +173,7 @@ def test_a_damaged_byte_is_found() -> None:
 
 
 @pytest.mark.parametrize("size", ["4M", "100000001", "x"])
-def test_sizes_that_can_not_be(size: str) -> None:
+def test_sizes_that_cannot_be(size: str) -> None:
     done = run("--size", size)
     assert done.returncode == 2
     assert "--size" in done.stderr
@@ -246,3 +288,66 @@ def test_cells_are_shaded() -> None:
     paths = ElementTree.fromstring(picture).findall(f"{SVG}path")
     assert [p.get("fill-opacity") for p in paths] == ["0.25", "1.00"]
     assert [p.get("d") for p in paths] == ["M5 0h5v5h-5z", "M10 0h5v5h-5zM0 5h10v5h-10z"]
+
+
+def of_the_demo() -> set[int]:
+    """Processes that a demonstration has started."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if b"vhostpc-demo-" in path.read_bytes():
+                found.add(int(path.parent.name))
+    return found
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose name leaves room for that of a socket."""
+    with tempfile.TemporaryDirectory(prefix="d") as name:
+        yield Path(name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda n: n.name)
+async def test_what_ends_it_ends_all_of_it(number: signal.Signals, short_path: Path) -> None:
+    """Its processes, sockets and folders, however it ends and wherever it stands."""
+    before = of_the_demo()
+    argv = [sys.executable, "-m", "vhostpc", "demo", "--json", "--size", "64M"]
+    process = await trio.lowlevel.open_process(
+        argv,
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(short_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    try:
+        with trio.fail_after(60):
+            await until(
+                lambda: list(short_path.glob("vhostpc-demo-*/migration.sock")), what="the migration to begin"
+            )
+            assert len(of_the_demo() - before) == 4
+            process.send_signal(number)
+            async for _ in process.stderr:
+                pass
+            code = await process.wait()
+            await until(lambda: of_the_demo() <= before)
+            await until(lambda: not list(short_path.iterdir()))
+    finally:
+        await process.stderr.aclose()
+        if process.poll() is None:
+            process.kill()
+    assert code == (-number if number == signal.SIGKILL else 128 + number)
+
+
+def test_a_machine_that_does_not_fit() -> None:
+    done = run("--size", "900G")
+    assert done.returncode == 3
+    assert "a machine of 900 GiB at both ends needs" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_report_into_no_folder(tmp_path: Path) -> None:
+    """It is told before the run, not behind it."""
+    done = run("--report", str(tmp_path / "no" / "run.html"))
+    assert done.returncode == 2
+    assert "is not there, or cannot be written to" in done.stderr

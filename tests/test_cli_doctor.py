@@ -55,7 +55,7 @@ def test_json_has_a_row_for_each_look() -> None:
         "transparent huge pages",
         "mlockall",
     }
-    assert wanted | {"/dev/shm", "/dev/net/tun", "QEMU"} <= set(rows)
+    assert wanted | {"/dev/shm", "open files", "tap devices", "QEMU"} <= set(rows)
     assert rows["kernel"]["facts"]["minimum"] == "5.11"
     assert set(rows["userfaultfd"]["facts"]["ways"]) == {"device", "syscall", "user_mode_only"}
     assert "MISSING_SHMEM" in rows["userfaultfd"]["facts"]["features"]
@@ -70,7 +70,7 @@ def test_denied_userfaultfd_is_3_and_says_why_and_what_to_do() -> None:
     assert done.returncode == 3, done.stdout + done.stderr
     assert "seccomp filter" in done.stdout
     assert "-> give this process read and write access to /dev/userfaultfd" in done.stdout
-    assert "Postcopy can not work here" in done.stdout
+    assert "Postcopy cannot work here" in done.stdout
     assert not done.stderr
     found = json.loads(doctor("--json", profile="denied").stdout)
     assert found["postcopy"] is False
@@ -132,3 +132,57 @@ def test_a_program_that_is_no_qemu(tmp_path: Path) -> None:
     program.chmod(0o755)
     assert "does not say its version" in checks.check_qemu(program).text
     assert "does not say its version" in checks.check_qemu(tmp_path / "absent").text
+
+
+def doctor_through(*command: str) -> tuple[int, dict[str, dict[str, str]]]:
+    """The exit code and the rows of a doctor with fewer rights."""
+    done = subprocess.run(
+        [*command, sys.executable, "-m", "vhostpc", "doctor", "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, {row["name"]: row for row in json.loads(done.stdout)["checks"]}
+
+
+def test_few_descriptors_are_a_row() -> None:
+    """With which each program ends with 3."""
+    code, rows = doctor_through("prlimit", "--nofile=20")
+    assert code == 3
+    assert rows["open files"]["level"] == "fail"
+    assert "this process may have 20 open files" in rows["open files"]["text"]
+    assert "ulimit -n" in rows["open files"]["mend"]
+
+
+@pytest.mark.usefixtures("as_root")
+def test_rights_for_tap_devices_are_a_row() -> None:
+    """Without CAP_NET_ADMIN the bridge is refused another user's."""
+    _, rows = doctor_through("setpriv", "--bounding-set", "-net_admin")
+    assert rows["tap devices"]["level"] == "note"
+    assert "only those that belong to this user" in rows["tap devices"]["text"]
+    assert "only for --tap" in rows["tap devices"]["mend"]
+    before = set(os.listdir("/sys/class/net"))
+    _, rows = doctor_through()
+    assert rows["tap devices"]["level"] == "ok"
+    assert set(os.listdir("/sys/class/net")) == before
+
+
+def test_without_proc_nobody_counts_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(_: str) -> list[str]:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "listdir", absent)
+    assert checks.check_descriptors().level is Level.OK
+
+
+@pytest.mark.parametrize(("number", "mend"), [(2, "modprobe tun"), (13, "let this process open it")])
+def test_a_tun_device_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch, number: int, mend: str) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    row = checks.check_tap()
+    assert (row.level, row.text) == (Level.NOTE, f"/dev/net/tun: {os.strerror(number)}")
+    assert row.mend.startswith(f"only for --tap: {mend}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests import streams
+from tests.streams import h
+from vhostpc.wire import elements as el
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,11 +81,103 @@ def test_the_first_wrong_byte_and_what_came_before(flags: list[str]) -> None:
         assert "1 RAM section: 1 data, 1 zero pages" in done.stdout
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["words", "json"])
+def test_any_number_of_elements_in_little_memory(flags: list[str], tmp_path: Path) -> None:
+    path, count = tmp_path / "stream", 120_000
+    head = streams.POSTCOPY[: streams.POSTCOPY.index(el.Ping(1).encode())]
+    path.write_bytes(head + el.Ping(1).encode() * count)
+
+    def little() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (48 << 20, 48 << 20))
+
+    with (tmp_path / "out").open("w+") as out:
+        done = subprocess.run(
+            command(str(path), *flags),
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+            preexec_fn=little,
+        )
+        out.seek(0)
+        pings = sum("PING" in line for line in out)
+    assert b"the stream ends where its next element belongs" in done.stderr
+    assert pings == count
+
+
 def test_a_description_that_does_not_fit_is_told() -> None:
     done = inspect("-", data=streams.PRECOPY.replace(b'"size": 4', b'"size": 5'))
     assert done.returncode == 1
     assert "section 9, clk instance 0 version 1: 4 bytes" in done.stdout
     assert "byte 8376 (0x20b8): section 'clk' has no footer behind the 5 bytes" in done.stderr
+
+
+def shared() -> bytes:
+    """A precopy from a source with x-ignore-shared: the shared block's address is told, its pages are not."""
+    configuration = el.Configuration("toyvm", None, ("x-ignore-shared",), None).encode()
+    blocks = el.RamBlocks(
+        (el.BlockInfo("ram0", 0x3000, None, 0), el.BlockInfo("rom0", 0x1000, None, 1 << 32))
+    )
+    start = streams.SETUP[:17] + blocks.encode() + streams.SETUP[-5:]
+    data = streams.PRECOPY.replace(streams.CONFIGURATION, configuration).replace(streams.SETUP, start)
+    return data.replace(streams.FIRST_PART, b"")  # the last part names its block by CONTINUE
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["words", "json"])
+def test_what_a_destination_would_refuse(flags: list[str]) -> None:
+    """It is read all the same, and nothing in it is wrong."""
+    data = shared().replace(h("0000000000002028"), h("0000000000002008 04 72616d30"))
+    done = inspect("-", *flags, data=data)
+    assert (done.returncode, done.stderr) == (0, "")
+    why = "Capability x-ignore-shared is off, but received capability is on"
+    if flags:
+        found = json.loads(done.stdout)
+        assert found["refused"] == [{"offset": 8, "reason": why}]
+        assert [block["guest_address"] for block in found["ram"]] == [0, 1 << 32]
+    else:
+        assert f"\nA destination of ours refuses this stream:\n           8  {why}\n" in done.stdout
+        assert done.stdout.endswith("\nNothing wrong.\n")
+
+
+def test_forms_of_pages_that_a_destination_would_refuse() -> None:
+    record = h("0000000000000040 04 72616d30 01 0005") + bytes(5)
+    part = streams.FIRST_PART.replace(streams.END_OF_PART, record + streams.END_OF_PART)
+    data = streams.PRECOPY.replace(streams.FIRST_PART, part)
+    done = inspect("-", "--json", data=data)
+    assert json.loads(done.stdout)["refused"] == [
+        {"offset": 4205, "reason": "RAM pages in the form 'xbzrle'"}
+    ]
+
+
+def test_the_head_of_a_mapped_ram_file() -> None:
+    """Its pages cannot be read, so that is wrong; what it is, is told."""
+    data = streams.PRECOPY.replace(
+        streams.CONFIGURATION, el.Configuration("toyvm", None, ("mapped-ram",), None).encode()
+    )
+    done = inspect("-", "--json", data=data)
+    assert done.returncode == 1
+    assert "RAM in the mapped-ram format" in done.stderr
+    (refused,) = json.loads(done.stdout)["refused"]
+    assert refused["reason"] == "Capability mapped-ram is off, but received capability is on"
+
+
+def test_sections_that_come_twice_or_look_like_more() -> None:
+    """Neither is wrong; of the second it is told."""
+    clock = streams.CLOCK
+    again = clock.replace(h("00000009"), h("0000000a"))
+    done = inspect("-", "--json", data=streams.PRECOPY.replace(clock, clock + again))
+    assert done.returncode == 1  # the description has only one
+    blob = streams.BLOB.replace(clock, clock + again)
+    data = streams.POSTCOPY.replace(h("0000002d") + streams.BLOB, len(blob).to_bytes(4, "big") + blob)
+    found = json.loads(inspect("-", "--json", data=data).stdout)
+    assert (found["wrong"], found["refused"], found["doubts"]) == (None, [], [])
+    assert [e["name"] for e in found["elements"] if e["kind"] == "device"] == ["clk", "clk"]
+    blob = streams.BLOB.replace(clock, clock + clock)
+    data = streams.POSTCOPY.replace(h("0000002d") + streams.BLOB, len(blob).to_bytes(4, "big") + blob)
+    done = inspect("-", data=data)
+    assert done.returncode == 0
+    assert "can be read in more than one way" in done.stdout
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
@@ -117,7 +212,7 @@ def test_it_listens_for_a_source(kind: str, tmp_path: Path) -> None:
         ("/dev/null", 1, "byte 0 (0x0): the stream ends inside the header"),
     ],
 )
-def test_what_can_not_be_read(source: str, code: int, text: str) -> None:
+def test_what_cannot_be_read(source: str, code: int, text: str) -> None:
     done = inspect(source)
     assert done.returncode == code
     assert text in done.stderr

@@ -62,9 +62,9 @@ def failing(error: BaseException) -> click.Command:
     [
         (PeerClosed("the peer closed the connection"), 1, "vhostpc: the peer closed the connection\n"),
         (
-            UfdError("userfaultfd can not be opened: why", 1),
+            UfdError("userfaultfd cannot be opened: why", 1),
             3,
-            "vhostpc: userfaultfd can not be opened: why\n",
+            "vhostpc: userfaultfd cannot be opened: why\n",
         ),
         (
             FileNotFoundError(2, "No such file or directory", "x.sock"),
@@ -98,3 +98,35 @@ def test_debug_shows_the_traceback(
     shown = capsys.readouterr().err
     assert "Traceback" in shown
     assert shown.endswith("vhostpc: gone\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["backend", "tests.devices:Rng", "--socket-path", "{folder}/s"],
+        ["endpoint", "--ram", "pc.ram=64M", "--qmp", "unix:{folder}/q"],
+        ["demo"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+@pytest.mark.parametrize("limit", [7, 10, 30])
+def test_few_descriptors_at_the_start_are_one_sentence(
+    arguments: list[str], limit: int, tmp_path: Path
+) -> None:
+    """Not a program that is ready and then can serve nobody, or not offer postcopy."""
+    with_limit = (
+        f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}));"
+    )
+    main = "sys.argv[0] = 'vhostpc'; runpy.run_module('vhostpc', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", with_limit + main, *(a.format(folder=tmp_path) for a in arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"vhostpc: this process may have {limit} open files, of which ")
+    assert list(tmp_path.iterdir()) == []

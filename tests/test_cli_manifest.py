@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tools.check_manifest import manifests, problems
-from vhostpc.cli.backend import TYPES
+from vhostpc.cli.program import TYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = {"description": "d", "type": "rng", "binary": "/x"}
@@ -37,7 +37,6 @@ def test_manifests_of_the_examples(path: Path, tmp_path: Path) -> None:
             **os.environ,
             "VHOSTPC": str(launcher),
             "VHOSTPC_DEVICES": str(path.parent),
-            "PYTHON": sys.executable,
         },
         capture_output=True,
         text=True,

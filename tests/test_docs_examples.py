@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import socket
+import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -16,30 +17,13 @@ from xml.etree import ElementTree
 import pytest
 import trio
 
+from tests.pages import PAGES, ROOT, blocks, files
 from tests.peers.child import Child, open_child
 from tests.raw_front_end import NEXT, WRITE, Guest, RawFrontEnd
 from vhostpc.wire import vhost_user as vu
 from vhostpc.wire.vhost_user import Request
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LIMIT = 60
-
-
-def blocks(path: Path) -> Iterator[str]:
-    yield from re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
-
-
-def files() -> dict[str, str]:
-    """The examples that name themselves in their first line (``# name.py``), by name."""
-    found = {}
-    for page in PAGES:
-        for text in blocks(page):
-            if name := re.match(r"# (\w+\.py)\n", text):
-                assert name[1] not in found, f"two examples are named {name[1]}"
-                found[name[1]] = text
-    return found
-
 
 FILES = files()
 DEVICES = {
@@ -68,7 +52,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_there_are_devices() -> None:
-    assert {"rng.py", "echo.py", "slow.py", "sized.py", "wire.py"} <= set(DEVICES)
+    assert {"sectors.py", "echo.py", "slow.py", "sized.py", "wire.py"} <= set(DEVICES)
 
 
 @pytest.mark.parametrize("name", sorted(DEVICES))
@@ -127,10 +111,26 @@ async def ask(front: RawFrontEnd, requests: list[bytes], room: int) -> list[byte
     return found
 
 
-@pytest.mark.parametrize("where", ["examples/rng/rng.py:Rng", "rng.py:Rng"])
-async def test_entropy(where: str, folder: Path) -> None:
-    target = where if "/" in where else f"{folder}/{where}"
-    async with served(target) as (front, _):
+async def test_sectors(folder: Path) -> None:
+    def head(kind: int, sector: int) -> bytes:
+        return struct.pack("<IIQ", kind, 0, sector)
+
+    async with served(f"{folder}/sectors.py:Sectors") as (front, _):
+        await front.negotiate()
+        frame = await front.ask(Request.GET_CONFIG, vu.ConfigSpace(0, 0, bytes(60)).pack())
+        assert vu.ConfigSpace.unpack(frame.payload).data == struct.pack("<Q52x", (1 << 30) // 512)
+    async with served(f"{folder}/sectors.py:Sectors") as (front, _):
+        read, other = await ask(front, [head(0, 7), head(8, 0)], 2 * 512 + 1)
+        assert (len(read), read[-1]) == (1025, 0)
+        for i, number in enumerate((7, 8)):
+            line = read[512 * i :][:512]
+            assert line.rstrip() == b"sector %d" % number
+            assert line.endswith(b"\n")
+        assert other[-1] == 2  # unsupported
+
+
+async def test_entropy() -> None:
+    async with served("examples/rng/rng.py:Rng") as (front, _):
         first, second = await ask(front, [b"", b""], 512)
         assert len(first) == len(second) == 512
         assert first != second
@@ -154,6 +154,9 @@ async def test_config_space(folder: Path) -> None:
         asked = vu.ConfigSpace(0, 0, bytes(8)).pack()
         frame = await front.ask(Request.GET_CONFIG, asked)
         assert vu.ConfigSpace.unpack(frame.payload).data == (4096).to_bytes(8, "little")
+    async with served(f"{folder}/sized.py:Sized") as (front, _):
+        (answer,) = await ask(front, [b"a request"], 64)
+        assert (len(answer), answer[-1]) == (64, 2)  # the status is the last byte, not a part of the data
 
 
 @asynccontextmanager
@@ -285,7 +288,9 @@ async def test_a_move_by_hand(tmp_path: Path) -> None:
 def test_options_of_the_pages_exist(page: Path) -> None:
     """Of ``vhostpc`` commands: those in ``code`` and in blocks."""
     helps: dict[str, str] = {}
-    for name, rest in re.findall(r"vhostpc (demo|endpoint|doctor|inspect)\b([^\n`]*)", page.read_text()):
+    for name, rest in re.findall(
+        r"vhostpc (demo|endpoint|doctor|inspect|bridge|blk)\b([^\n`]*)", page.read_text()
+    ):
         if name not in helps:
             done = subprocess.run(
                 [sys.executable, "-m", "vhostpc", name, "--help"],

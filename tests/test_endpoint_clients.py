@@ -15,8 +15,9 @@ from qemu.qmp import ExecuteError, QMPClient
 
 from tests.qemu import peers
 from tests.qemu.proc import child
+from tests.qemu.versions import EACH
 from tests.sequences.nodes import FINAL, Node, endpoint_node, qemu_node
-from vhostpc.migration.options import Compat
+from vhostpc.dialect import DIALECTS, Compat
 
 pytestmark = pytest.mark.qemu
 
@@ -78,7 +79,7 @@ async def send_when_it_listens(first: Node, folder: Path) -> None:
     await first.qmp.command("migrate", uri=f"unix:{folder}/in")
 
 
-@pytest.mark.parametrize("compat", peers.VERSIONS)
+@pytest.mark.parametrize("compat", EACH)
 async def test_the_library_of_qemu_moves_a_machine(compat: Compat, tmp_path: Path) -> None:
     told: dict[str, Any] = {}
     async with between_two(compat, tmp_path) as (first, _, last):
@@ -88,7 +89,12 @@ async def test_the_library_of_qemu_moves_a_machine(compat: Compat, tmp_path: Pat
         assert await last.until_status(*FINAL) == "completed"
         assert (await last.statuses())[0] == "running"  # so it does by postcopy, even a paused machine
     coming = ["setup", "active", "completed"]
-    switch = ["postcopy-active"] if compat == "7.2" else ["device", "postcopy-active"]
+    dialect = DIALECTS[compat]
+    switch = [
+        *(["device"] if dialect.device_status else []),
+        *(["postcopy-device"] if dialect.loaded_ping else []),
+        "postcopy-active",
+    ]
     assert told["heard"] == [*coming, "setup", "active", *switch, "completed"]
     assert told["held"]["status"] == "paused"
     assert told["refusal"] == "GenericError"

@@ -17,6 +17,7 @@ import trio
 from tests.hugepages import hugepages, none_free
 from tests.own_machine import STEP, WAIT, End, bridge, check, end, far_side, migrate, pair
 from tests.qemu.qmp import QmpError
+from tests.until import until
 from vhostpc.cli.common import Failure
 from vhostpc.cli.endpoint import endpoint
 from vhostpc.memory.ramblock import RamSet
@@ -47,18 +48,22 @@ async def arrived(source: End, destination: End, *, left: Sequence[str] = ()) ->
     for device in here["devices"]:
         assert device["faults"]["waiting-now"] == device["faults"]["found-nothing"] == 0
     for one in (source, destination):
-        held = one.held()
-        assert held["ufds"] == 0
-        assert not held["threads"] & {"vpc-fault", "vpc-load", "vpc-source", "vpc-dirty"}
+        assert one.held()["ufds"] == 0
+        await until(
+            lambda one=one: not one.held()["threads"] & {"vpc-fault", "vpc-load", "vpc-source", "vpc-dirty"}  # type: ignore[misc]
+        )
     assert (await source.report()) == there  # a stopped machine does nothing
     assert sent["status"] == "completed"
     return here
 
 
 async def moved(
-    folder: Path, *, when: str, fast: bool = False, **machine: Any
+    folder: Path, *, when: str, fast: bool = False, waits: bool = False, **machine: Any
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Move one; the destination's report, the source's last look, and how many host pages postcopy had to bring."""
+    """Move one; the destination's report, the source's last look, and how many host pages postcopy had to bring.
+
+    ``waits``: each back-end waits for a page.
+    """
     async with pair(folder, **machine) as (source, destination):
         await source.until_works()
         postcopy = when != "never"
@@ -74,7 +79,14 @@ async def moved(
             await source.set(max_bandwidth=0)
             await source.until_status("completed")
         if postcopy:
+            if waits:
+                await source.set(max_postcopy_bandwidth=1)
             await source.qmp.command("migrate-start-postcopy")
+        if waits:  # on a busy machine the background could bring all that a back-end needs before it begins
+            with trio.fail_after(WAIT):
+                while not all(d["faults"]["faults"] for d in (await destination.report())["devices"]):
+                    await trio.sleep(STEP)
+            await source.set(**SLOW)
         here = await arrived(source, destination)
         to_come = 0
         if when in ("at once", "in the middle"):
@@ -93,15 +105,20 @@ async def test_postcopy(when: str, page: str, tmp_path: Path) -> None:
     """Two back-ends and two vCPUs fault on the same pages."""
     with hugepages(128 if page == "2M" else 0):
         here, sent, to_come = await moved(
-            tmp_path, when=when, ram=[f"pc.ram=64M,page={page}"], vcpus=2, devices=2
-        )
+            tmp_path,
+            when=when,
+            ram=[f"pc.ram=64M,page={page}"],
+            vcpus=2,
+            devices=2,
+            waits=page == "4K" and when != "at the end",
+        )  # of huge pages a device has two, and the load of its state needs one
     if when == "at the end":
         assert sent["ram"]["postcopy-requests"] == 0
         return
     assert here["came"]["placed"] == to_come  # each page once
     assert 0 < sent["ram"]["postcopy-requests"] <= to_come
     assert sum(vcpu["faults"]["count"] for vcpu in here["vcpus"])
-    if page == "4K":  # of huge pages a device has two, and the load of its state needs one
+    if page == "4K":
         assert all(device["faults"]["faults"] for device in here["devices"])
 
 
@@ -190,7 +207,10 @@ async def test_cancelled_it_runs_on_and_can_go_later(tmp_path: Path) -> None:
     [
         ({"ram": ["other=64M"]}, "RAM block 'pc.ram' comes, and there is none of that name here"),
         ({"ram": ["pc.ram=64M", "more=4M"]}, "RAM block 'more' of this machine does not come"),
-        ({"ram": ["pc.ram=32M"]}, "Size mismatch: pc.ram: 0x4000000 != 0x2000000"),
+        (
+            {"ram": ["pc.ram=32M"]},
+            "Size mismatch: pc.ram: 0x4000000 != 0x2000000 (64 MiB at the source, 32 MiB here)",
+        ),
         ({"vcpus": 2}, "the machine that comes has 1 vCPUs, this one has 2"),
         ({"devices": 2}, "the machine that comes has 1 network devices, this one has 2"),
         ({"devices": 0}, "the machine that comes has 1 network devices, this one has 0"),
@@ -225,9 +245,7 @@ async def test_page_sizes_that_do_not_match(tmp_path: Path) -> None:
             await destination.qmp.command("migrate-incoming", uri=uri, exit_on_error=False)
             await source.qmp.command("migrate", uri=uri)
             found = await destination.until_status("failed")
-            assert (
-                found["error-desc"] == "RAM block 'pc.ram' has pages of 0x1000 at the source, not of 0x200000"
-            )
+            assert found["error-desc"] == "RAM block 'pc.ram' has pages of 4 KiB at the source, not of 2 MiB"
             await source.until_status("failed")
             check(await source.until_works())
 
@@ -450,7 +468,12 @@ async def test_large(when: str, ram: list[str], tmp_path: Path) -> None:
         (["--ram", "a=64M", "--vcpus", "0"], 2, "--vcpus"),
         (["--ram", "a=64M", "--dirty-tracking", "magic"], 2, "wp-async"),
         (["--ram", "a=64M,page=1G"], 2, "not whole pages"),
-        (["--ram", "a=1024G,page=2M"], 1, "RAM block 'a', .* can not be had: .*; set 524288 aside in"),
+        (["--ram", "a=8388608T"], 2, "'8388608T' is more than a file can have"),
+        (["--ram", "a=16777216T"], 2, "'16777216T' is more than a file can have"),
+        (["--ram", "a=64M", "--vcpu-writes", "18446744073709551616"], 2, "vcpu-writes"),
+        (["--ram", "a=64M", "--backend-timeout", "nan"], 2, "'nan' is not a number"),
+        (["--ram", "a=64M", "--postcopy-after-seconds", "nan"], 2, "'nan' is not a number"),
+        (["--ram", "a=1024G,page=2M"], 1, "RAM block 'a', .* cannot be had: .*; set 524288 aside in"),
         (["--ram", "a=1M", "--backend", "x"], 1, "need 4 MiB of the first RAM block, 'a', which has 1"),
         (
             ["--ram", "a=64M", "--backend", "/nowhere/x", "--backend-timeout", "0.2"],

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from tests.scripted_destination import channels
 from tests.test_migration_interleavings import Here, There, Told, World
@@ -88,6 +89,142 @@ async def test_completed_and_its_command_still_runs(tmp_path: Path) -> None:
                 assert endpoint.run_state == "postmigrate"
                 assert world.running == set()
                 nursery.cancel_scope.cancel()
+
+
+class Quick(Told):
+    """One who hears a status and says something at once, as a monitor's client does."""
+
+    def __init__(self, nursery: trio.Nursery, at: Status, say: Callable[[], Awaitable[None]]) -> None:
+        super().__init__()
+        self.nursery, self.at, self.say = nursery, at, say
+        self.said = trio.Event()
+
+    def migration(self, status: Status) -> None:
+        super().migration(status)
+        if status is self.at:
+            self.nursery.start_soon(self.speak)
+
+    async def speak(self) -> None:
+        await self.say()
+        self.said.set()
+
+
+class NotThere(There):
+    """It cannot be loaded."""
+
+    async def loaded(self, description: bytes) -> None:
+        raise StreamError("it is no machine")
+
+
+Play = tuple[Endpoint, Quick]
+
+
+@asynccontextmanager
+async def said_at_once(here: Here, there: There, path: Path, at: Status, word: str) -> AsyncIterator[Play]:
+    """A precopy of which the last status is answered by ``stop`` or ``cont``."""
+    async with serving(there, incoming=True) as destination, trio.open_nursery() as nursery:
+        told = Quick(nursery, at, lambda: getattr(source, word)())
+        source = Endpoint(here, Options("10.0", on={"return-path"}), told)
+        await nursery.start(source.serve)
+        await destination.incoming(Unix(str(path)), exit_on_error=False)
+        await source.migrate(Unix(str(path)), resume=False)
+        await told.said.wait()
+        yield source, told
+        source.quit()
+
+
+async def test_a_held_machine_is_taken_back_as_soon_as_it_was_sent(tmp_path: Path) -> None:
+    world = World()
+    with Here(world) as here, There(world) as there, There(world) as other:
+        here.runnable = False
+        await here.stop()
+        async with said_at_once(here, there, tmp_path / "m", Status.COMPLETED, "stop") as (source, _):
+            assert source.run_state == "paused"
+            async with serving(other, incoming=True) as second:
+                await second.incoming(Unix(str(tmp_path / "n")), exit_on_error=False)
+                await source.migrate(Unix(str(tmp_path / "n")), resume=False)
+                await until(lambda: second.status is Status.COMPLETED)
+
+
+async def test_a_machine_that_was_sent_runs_here_again_at_once(tmp_path: Path) -> None:
+    """By a person's word, as with QEMU."""
+    world = World()
+    with Here(world) as here, There(world) as there:
+        async with said_at_once(here, there, tmp_path / "m", Status.COMPLETED, "cont") as (source, told):
+            assert source.run_state == "running"
+            assert here.running
+            assert told.events[-2:] == ["completed", "RESUME"]
+
+
+@pytest.mark.parametrize("word", ["stop", "cont"])
+async def test_the_word_right_behind_a_failure_counts(word: str, tmp_path: Path) -> None:
+    """While the machine is about to be started again."""
+    world = World()
+    with Here(world) as here, NotThere(world) as there:
+        async with said_at_once(here, there, tmp_path / "m", Status.FAILED, word) as (source, _):
+            await source._sent.wait()
+            assert source.run_state == ("paused" if word == "stop" else "running")
+            assert here.running == (word == "cont")
+
+
+async def test_a_stop_while_a_failure_starts_the_machine_again(tmp_path: Path) -> None:
+    world = World()
+
+    class SlowStart(Here):
+        starting, go = trio.Event(), trio.Event()
+
+        async def cont(self) -> None:
+            self.starting.set()
+            await self.go.wait()
+            await super().cont()
+
+    with SlowStart(world) as here, NotThere(world) as there:
+
+        async def stop() -> None:
+            await here.starting.wait()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(source.stop)
+                await trio.testing.wait_all_tasks_blocked()
+                here.go.set()
+
+        async with serving(there, incoming=True) as destination, trio.open_nursery() as nursery:
+            source = Endpoint(here, Options("10.0", on={"return-path"}), Told())
+            await nursery.start(source.serve)
+            await destination.incoming(Unix(str(tmp_path / "m")), exit_on_error=False)
+            await source.migrate(Unix(str(tmp_path / "m")), resume=False)
+            await stop()
+            assert (source.run_state, here.running) == ("paused", False)
+            source.quit()
+
+
+async def test_a_cont_while_the_machine_is_being_stopped() -> None:
+    """It runs in the end, and the events say so."""
+    world = World()
+
+    class OneByOne(Slow):
+        lock: trio.Lock
+
+        async def stop(self) -> None:
+            async with self.lock:
+                await super().stop()
+
+        async def cont(self) -> None:
+            async with self.lock:
+                await super().cont()
+
+    with OneByOne(world) as here:
+        here.lock = trio.Lock()
+        told = Told()
+        endpoint = Endpoint(here, Options("10.0"), told)
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(endpoint.stop)
+                await here.stopping.wait()
+                nursery.start_soon(endpoint.cont)
+                await trio.testing.wait_all_tasks_blocked()
+                here.go.set()
+        assert (endpoint.run_state, here.running) == ("running", True)
+        assert told.events == ["STOP", "RESUME"]
 
 
 async def test_two_migrates_at_once(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vhostpc.endpoint import sections
+from vhostpc.endpoint.machine import Block, Spec, open_machine
 from vhostpc.errors import StreamError
 from vhostpc.frontend import DirtyLog, Driver, GuestRegion, RingLayout
 from vhostpc.memory.ramblock import Bits, RamSet
-from vhostpc.wire.elements import Configuration, DeviceSection
+from vhostpc.wire.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
 from vhostpc.wire.vmdesc import parse, split_by
 
 MIB = 1 << 20
@@ -101,7 +102,7 @@ def test_the_book_of_frames_goes_with_it() -> None:
         (head(next_=1 << 40), "not such a state"),
     ],
 )
-def test_a_state_that_can_not_be_changes_nothing(state: bytes, why: str) -> None:
+def test_a_state_that_cannot_be_changes_nothing(state: bytes, why: str) -> None:
     with drivers() as (driver,):
         before = driver.save()
         with pytest.raises(StreamError, match=why):
@@ -171,7 +172,7 @@ def test_the_log_marks_blocks(page: int, request: pytest.FixtureRequest) -> None
             assert log.dirty_pages() == set()
             assert log.merge(regions) == 0
             with pytest.raises(PermissionError):
-                os.ftruncate(log.fd, 4096)  # sealed: a back-end can not make our look at it fatal
+                os.ftruncate(log.fd, 4096)  # sealed: a back-end cannot make our look at it fatal
         finally:
             log.close()
 
@@ -242,3 +243,13 @@ def test_other_sections_are_refused(section: DeviceSection) -> None:
         layout.unpack(DeviceSection(*parts, 1, section.body + b"x"))
     with pytest.raises(StreamError, match="version 2, which is newer than the one known here, 1"):
         layout.unpack(DeviceSection(*parts, 2, section.body))
+
+
+async def test_what_memory_held_is_gone_before_a_machine_comes() -> None:
+    """Also what nobody marks as come: the machine that was here before it left."""
+    async with open_machine(Spec([Block("ram", MIB), Block("rom", 64 << 10)]), empty=True) as machine:
+        for block in machine.ram.blocks:
+            await block.write(block.length // 2, b"old")
+        listed = tuple(BlockInfo(block.name, block.length) for block in machine.ram.blocks)
+        machine.accept_blocks(RamBlocks(listed), postcopy=True)
+        assert [block.holes() for block in machine.ram.blocks] == [[(0, MIB)], [(0, 64 << 10)]]

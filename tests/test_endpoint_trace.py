@@ -40,7 +40,7 @@ async def test_faults_and_memory_of_a_move(tmp_path: Path) -> None:
             at = found["next"]
         asked = here["asked"]
         assert len(rows) == at == asked["events"] == asked["wakes"]
-        assert sum(way == 0 for *_, way, _, _ in rows) == asked["requests"] == there["sent"]["requests"]
+        assert sum(way == "asked" for *_, way, _, _ in rows) == asked["requests"] == there["sent"]["requests"]
         vcpu = here["vcpus"][0]
         assert sum(row[1] == vcpu["thread"] for row in rows) == vcpu["faults"]["count"]
 

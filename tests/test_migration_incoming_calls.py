@@ -118,4 +118,6 @@ async def test_python_calls_do_not_grow_with_pages(postcopy: bool, monkeypatch: 
     await calls(10 * PER_PART, postcopy)  # what is done once
     few, many = await calls(100_000, postcopy), await calls(400_000, postcopy)
     assert few > 100  # it counts
-    assert many - few < 300, f"{few} calls for 100 000 pages, {many} for 400 000"
+    # What grows is a turn of the loop for each 512 MiB of a discard, and whatever else wakes a busy machine's loop.
+    # A call for each page, or for each batch of 64 pages, would be more than this.
+    assert many - few < (400_000 - 100_000) / 100, f"{few} calls for 100 000 pages, {many} for 400 000"

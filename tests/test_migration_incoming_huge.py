@@ -50,8 +50,8 @@ def pmd_mapped(address: int) -> int:
 
 
 @contextmanager
-def huge_page(fd: int) -> Iterator[None]:
-    """A mapping of another's, as a back-end has one: it asks for huge pages, and touches."""
+def huge_page(fd: int) -> Iterator[int]:
+    """A mapping of another's, as a back-end has one: it asks for huge pages, and touches. Its address."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
@@ -63,7 +63,7 @@ def huge_page(fd: int) -> Iterator[None]:
         assert libc.madvise(ctypes.c_void_p(at), HUGE, MADV_HUGEPAGE) == 0
         ctypes.memset(at, 0xAA, HUGE)
         assert pmd_mapped(at) == HUGE, "the kernel made no huge page"
-        yield
+        yield int(at)
     finally:
         libc.munmap(ctypes.c_void_p(spare), 2 * HUGE)
 

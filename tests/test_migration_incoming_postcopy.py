@@ -22,7 +22,7 @@ from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.incoming import Incoming, Phase
 from vhostpc.migration.state import Event
 from vhostpc.ufd.service import FaultService
-from vhostpc.wire.elements import DeviceSection, RamBlocks
+from vhostpc.wire.elements import DeviceSection, Package, Ping, PostcopyListen, PostcopyRun, RamBlocks
 from vhostpc.wire.return_path import PageRequest, Pong, Shut
 
 pytestmark = pytest.mark.ufd
@@ -211,16 +211,17 @@ async def test_the_end_waits_for_the_load() -> None:
         await setup.source.switch()
         await setup.source.pages("ram", *((page, A) for page in range(8)), last=True)
         await setup.source.end()
-        await setup.source.heard(Pong(3), Pong(4))
+        await setup.source.heard(Pong(4))
         await until(lambda: setup.incoming.missing() == 0)
         await trio.testing.wait_all_tasks_blocked()
+        assert Pong(3) not in setup.source.said, "behind it no word that it never ran is believed"
         assert Shut(0) not in setup.source.said
         assert "end" not in setup.machine.told
         go.set()
-        await setup.source.heard(Shut(0))
+        await setup.source.heard(Pong(3), Shut(0))
 
 
-async def test_a_device_that_can_not_be_loaded() -> None:
+async def test_a_device_that_cannot_be_loaded() -> None:
     """The machine has not run: the source is told, so that it may."""
     received = Received()
     machine = Machine()
@@ -236,17 +237,87 @@ async def test_a_device_that_can_not_be_loaded() -> None:
 
 
 async def test_a_link_lost_while_a_device_waits() -> None:
-    """The load gets MemoryLost, the error is that of the link."""
+    """The whole package is here, so nobody but this machine can run: a pause, in which the load goes on waiting."""
     received = Received()
     async with receiving(received) as setup:
         await setup.source.switch([TOUCH])
         await setup.source.asked("ram", 5)
         await setup.source.stream.send_eof()
+        await until(lambda: received.events[-1:] == [Event.LOSE])
+        assert [w.page for w in setup.incoming.service.waiting()] == [5]
+        assert not setup.ended.is_set()
+        setup.incoming.close()
         await setup.ended.wait()
-        assert isinstance(setup.raised, StreamError | ChannelLost)
         assert "the stream ends where its next element belongs" in str(setup.raised)
-    assert received.events == [Event.PACKAGE, Event.NEVER_RAN]
+    assert received.events == [Event.PACKAGE, Event.LOSE]
     assert received.error is setup.raised
+
+
+async def test_a_link_lost_before_it_runs() -> None:
+    """The load goes on, and the machine runs, although the source cannot be answered any more."""
+    received = Received()
+    go, ran = trio.Event(), trio.Event()
+
+    class Slow(Machine):
+        async def load(self, section: DeviceSection) -> None:
+            await go.wait()
+            await super().load(section)
+
+    async def run(postcopy: bool) -> None:
+        ran.set()
+
+    async with receiving(received, run=run, wanted=Slow()) as setup:
+        await setup.source.switch()
+        await setup.source.heard(Pong(4))
+        await setup.source.stream.aclose()
+        await until(lambda: received.events[-1:] == [Event.LOSE])
+        assert not ran.is_set()
+        go.set()
+        await ran.wait()
+        await setup.incoming.running()
+        assert not setup.ended.is_set()
+    assert received.events == [Event.PACKAGE, Event.LOSE]
+
+
+async def test_a_link_lost_before_it_runs_and_a_device_that_cannot_be_loaded() -> None:
+    """Nobody can be told; the status says it here."""
+    received = Received()
+    go = trio.Event()
+
+    class Slow(Machine):
+        async def load(self, section: DeviceSection) -> None:
+            await go.wait()
+            raise StreamError("no such device")
+
+    async with receiving(received, wanted=Slow()) as setup:
+        await setup.source.switch()
+        await setup.source.heard(Pong(4))
+        await setup.source.stream.aclose()
+        await until(lambda: received.events[-1:] == [Event.LOSE])
+        go.set()
+        await setup.ended.wait()
+    assert received.events == [Event.PACKAGE, Event.LOSE, Event.NEVER_RAN]
+
+
+async def test_a_link_lost_before_the_source_has_heard_what_it_must() -> None:
+    """A source that takes its machine back without a PONG of the package: it never runs here."""
+    received = Received()
+    go = trio.Event()
+
+    class Slow(Machine):
+        async def load(self, section: DeviceSection) -> None:
+            await go.wait()
+            await super().load(section)
+
+    async with receiving(received, wanted=Slow()) as setup:
+        await setup.source.begin()
+        await setup.source.discard("ram")
+        inside = [PostcopyListen(), CLOCK, Ping(3), Ping(0x42), PostcopyRun()]
+        await setup.source.send(Package(b"".join(element.encode() for element in inside)).encode())
+        await until(lambda: received.events == [Event.PACKAGE])
+        await setup.source.stream.aclose()
+        await setup.ended.wait()
+    assert received.events == [Event.PACKAGE, Event.NEVER_RAN]
 
 
 async def test_all_is_said_to_be_sent_while_a_device_waits() -> None:

@@ -6,12 +6,15 @@ import pytest
 import trio
 
 from tests.scripted_destination import PAGE, LivelyMachine, Sent, content, options, send
+from tests.until import until
+from vhostpc._native import lib
+from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.errors import ChannelLost, MigrationRefused, StreamError
 from vhostpc.memory.ramblock import Bits
-from vhostpc.migration.options import Compat
 from vhostpc.migration.outgoing import After, NeverRan
 from vhostpc.migration.state import Status
 from vhostpc.wire.elements import (
+    MUST_HEAR,
     DeviceSection,
     Package,
     RamBlocks,
@@ -22,7 +25,7 @@ from vhostpc.wire.elements import (
 )
 from vhostpc.wire.return_path import PageRequest, Pong, Shut
 
-BOTH: tuple[Compat, ...] = ("7.2", "10.0")
+ALL = tuple(DIALECTS)
 
 
 async def filled(machine: LivelyMachine, *, every: int = 1) -> LivelyMachine:
@@ -33,7 +36,7 @@ async def filled(machine: LivelyMachine, *, every: int = 1) -> LivelyMachine:
 
 
 @pytest.mark.parametrize("return_path", [False, True])
-@pytest.mark.parametrize("compat", BOTH)
+@pytest.mark.parametrize("compat", ALL)
 async def test_precopy_of_a_machine_that_stands_still(compat: Compat, return_path: bool) -> None:
     with await filled(LivelyMachine(ram0=300, rom0=1), every=2) as machine:
         sent = await send(machine, options(*(["return-path"] if return_path else []), compat=compat))
@@ -51,8 +54,12 @@ async def test_precopy_of_a_machine_that_stands_still(compat: Compat, return_pat
         "VmDescription",
     ]
     told = sent.watched.told
-    device = [] if compat == "7.2" else ["device"]
-    assert told == ["pass 1", "active", "pass 2", "stop", *device, "pass 3", "completed"]
+    dialect = DIALECTS[compat]
+    device = ["device"] if dialect.device_status else []
+    if dialect.precopy_passes_only:
+        assert told == ["active", "pass 2", "stop", *device, "completed"]
+    else:
+        assert told == ["pass 1", "active", "pass 2", "stop", *device, "pass 3", "completed"]
     numbers = sent.outgoing.numbers()
     assert (numbers.data_pages, numbers.zero_pages) == (151, 150)
     info = sent.outgoing.ram_info()
@@ -60,7 +67,7 @@ async def test_precopy_of_a_machine_that_stands_still(compat: Compat, return_pat
     assert info.transferred == sent.destination.reader.offset
 
 
-@pytest.mark.parametrize("compat", BOTH)
+@pytest.mark.parametrize("compat", ALL)
 async def test_postcopy_at_once(compat: Compat) -> None:
     """Nothing of RAM has gone before: everything is discarded, and comes once."""
     with await filled(LivelyMachine(ram0=300, rom0=1)) as machine:
@@ -71,16 +78,70 @@ async def test_postcopy_at_once(compat: Compat) -> None:
         *("Header", "Configuration", "OpenReturnPath", "Ping 1", "PostcopyAdvise"),
         *("SectionStart", "RamBlocks", "Footer"),
         *("RamDiscard", "RamDiscard", "Ping 2"),
-        *("Package", "PostcopyListen", "DeviceSection", "Ping 3", "PostcopyRun", "Ping 4"),
-        *("SectionPart", "RamPage", "EndOfSection", "Footer"),
+        *("Package", "PostcopyListen", "DeviceSection", "Ping 3"),
+        *(["Ping 66"] if DIALECTS[compat].loaded_ping else []),
+        *("PostcopyRun", "Ping 4", "SectionPart", "RamPage", "EndOfSection", "Footer"),
         *("SectionEnd", "EndOfSection", "Footer", "EndOfStream"),
     ]
     assert len(sent.destination.pages) == len(set(sent.destination.pages)) == 301
-    told = sent.watched.told
-    if compat == "7.2":
-        assert told == ["pass 1", "active", "postcopy-active", "stop", "pass 2", "completed"]
-    else:
-        assert told == ["pass 1", "active", "stop", "device", "pass 2", "postcopy-active", "completed"]
+    # This destination answers no PING.
+    assert (
+        sent.watched.told
+        == {
+            "7.2": ["pass 1", "active", "postcopy-active", "stop", "pass 2", "completed"],
+            "10.0": ["pass 1", "active", "stop", "device", "pass 2", "postcopy-active", "completed"],
+            "11.1": ["active", "stop", "device", "postcopy-device", "completed"],
+        }[compat]
+    )
+
+
+@pytest.mark.parametrize("ends", ["completed", "postcopy-paused", "failed"])
+async def test_the_destinations_word_that_it_has_loaded(ends: str) -> None:
+    """It is told as soon as it comes, while pages go on; and an end behind it is what it is without."""
+    with await filled(LivelyMachine(ram0=3000)) as machine:
+
+        async def act(event: StreamEvent, sent: Sent) -> None:
+            if not isinstance(event, Package):
+                return
+            told = sent.watched.told
+            await until(lambda: told[-1] == "postcopy-device")
+            await sent.destination.channel.send_all(Pong(MUST_HEAR).encode() + Pong(MUST_HEAR).encode())
+            await until(lambda: told[-1] == "postcopy-active")
+            if ends == "postcopy-paused":
+                sent.destination.channel.shut_down()
+            elif ends == "failed":
+                await sent.destination.channel.send_all(Shut(1).encode())
+
+        chosen = options("postcopy-ram", compat="11.1")
+        sent = await send(machine, chosen, postcopy=True, on_event=act)
+        assert (sent.error is None) == (ends == "completed")
+        if ends == "completed":
+            assert sent.destination.content == await content(machine.ram)
+            assert len(sent.destination.pages) == 3000
+    failing = ["failing"] if ends == "failed" else []
+    assert sent.watched.told == [
+        *("active", "stop", "device", "postcopy-device", "postcopy-active", *failing, ends),
+    ]
+
+
+@pytest.mark.parametrize("compat", ALL)
+async def test_its_word_together_with_the_last_one(compat: Compat) -> None:
+    """Both are read at once; of the older ones nobody waits for it, and a destination that says it does no harm."""
+    with await filled(LivelyMachine(ram0=30)) as machine:
+
+        async def act(event: StreamEvent, sent: Sent) -> None:
+            if isinstance(event, Package):
+                await sent.destination.channel.send_all(Pong(MUST_HEAR).encode() + Shut(1).encode())
+
+        sent = await send(machine, options("postcopy-ram", compat=compat), postcopy=True, on_event=act)
+    assert isinstance(sent.error, NeverRan)
+    heard = ["postcopy-device", "postcopy-active", "failing"] if compat == "11.1" else ["postcopy-active"]
+    told = [status for status in sent.watched.told if status.startswith(("postcopy", "fail"))]
+    assert told == [*heard, "failed"]
+
+
+def test_both_sides_of_the_code_name_the_same_ping() -> None:
+    assert lib.VPC_MUST_HEAR == MUST_HEAR
 
 
 async def test_what_was_written_again_is_discarded_and_comes_again() -> None:
@@ -222,15 +283,17 @@ async def test_asked_for_too_late_it_is_harmless() -> None:
 
 
 async def test_bandwidth_is_kept() -> None:
-    """Twice the bandwidth takes about half the time; what is asked for is not held up by it."""
+    """A machine that is busy may take longer than the limit says, never less; with four times as much it is faster."""
     took = {}
     for rate in (4, 16):
         with await filled(LivelyMachine(ram0=1000)) as machine:
             began = trio.current_time()
             sent = await send(machine, options(max_bandwidth=rate << 20, downtime_limit=0))
-            assert sent.error is None
             took[rate] = trio.current_time() - began
-    assert took[4] > 2 * took[16]
+            assert sent.error is None
+            # What may go without waiting: a twentieth of a second's worth, and what is left at the end.
+            assert took[rate] > 0.8 * 1000 * 4096 / (rate << 20)
+    assert took[16] < took[4]
 
 
 async def test_zero_pages_as_data() -> None:
@@ -267,7 +330,7 @@ async def test_requested_pages_are_the_next() -> None:
 # --- failures, by the border
 
 
-@pytest.mark.parametrize("compat", BOTH)
+@pytest.mark.parametrize("compat", ALL)
 @pytest.mark.parametrize("cut", ["SectionPart", "Package"])
 async def test_a_lost_link_before_and_behind_the_border(cut: str, compat: Compat) -> None:
     with await filled(LivelyMachine(ram0=3000)) as machine:

@@ -1,5 +1,6 @@
-"""The C alone, under the sanitizers: rings that change while they are read, the fault service with many threads,
-vCPUs whose writes are tracked, and the state of a queue with wrong bytes in it."""
+"""The C alone, under the sanitizers: rings that change while they are read, files that shrink meanwhile, the fault
+service with many threads, vCPUs whose writes are tracked, the state of a queue with wrong bytes in it, and a device
+that dies at any instruction."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native import FAULTS, FLIP, LOADS, STATE, VCPUS, run
+from tests.native import FAULTS, FLIP, GUARD, LOADS, MAPS, RESTART, STATE, VCPUS, run
 from tests.native.twins import check_loads
 
 
@@ -23,6 +24,17 @@ def test_descriptors_flip_while_they_are_read(flip: Path, mode: str, count: int)
     assert numbers["moved"] >= count
     assert numbers["broken"] > count // 100
     assert numbers["bytes"] > count
+
+
+def test_files_shrink_while_they_are_read(tmp_path: Path) -> None:
+    """Who is not lost has read its own bytes; who is, was shrunk; a handler that was there first goes on working."""
+    numbers = run(GUARD.build(tmp_path), 50)
+    assert numbers["lost"] == 50
+    assert min(numbers.values()) >= 50
+
+
+def test_a_page_goes_where_no_mapping_is_left(tmp_path: Path) -> None:
+    assert run(MAPS.build(tmp_path))["taken"] > 100
 
 
 @pytest.mark.ufd
@@ -50,3 +62,10 @@ def test_a_state_with_wrong_bytes(tmp_path: Path) -> None:
     numbers = run(STATE.build(tmp_path), 20_000, 3)
     assert numbers["rounds"] == 20_000
     assert 1000 < numbers["taken"] < 19_000
+
+
+def test_killed_between_any_two_instructions(tmp_path: Path) -> None:
+    """Take, push and give back leave a ring and an inflight region from which the next one goes on, at each step."""
+    numbers = run(RESTART.build(tmp_path), 8, 5)
+    assert numbers["kills"] == 8
+    assert numbers["states"] > 100

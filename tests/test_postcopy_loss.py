@@ -77,6 +77,10 @@ async def place_the_rest(guest: Guest, ram: RamSet) -> None:
     """
     sent = [b.pages - sum(n for _, n in b.holes()) // b.page_size for b in ram.blocks]
     before = {b.name: b.holes() for b in ram.blocks}
+    for b in ram.blocks:  # a new set knows nothing of what has come
+        b.set_bits(Bits.RECEIVED)
+        for offset, length in before[b.name]:
+            b.set_bits(Bits.RECEIVED, offset // b.page_size, length // b.page_size, value=False)
     with FaultService(ram) as service:
         service.arm()
         async with start_source(guest.source.blocks, background_rate=1 << 40) as source:

@@ -113,7 +113,7 @@ async def test_precopy_that_ends_without_listen(tmp_path: Path, guest: Guest) ->
                         await sent(far, tx, FRAMES)
 
 
-async def test_listen_where_it_can_not_be(tmp_path: Path, guest: Guest) -> None:
+async def test_listen_where_it_cannot_be(tmp_path: Path, guest: Guest) -> None:
     with trio.fail_after(60):
         async with far_side(echo=False) as (_, address):
             async with backend_child(tmp_path, device="bridge", far=[address]) as backend:

@@ -16,7 +16,7 @@ from tests.qemu.backend import bridge
 from tests.qemu.checks import Account, Watch
 from tests.sequences.nodes import Node, endpoint_node
 from tests.until import until
-from vhostpc.migration.options import Compat
+from vhostpc.dialect import Compat
 
 pytestmark = pytest.mark.qemu
 
@@ -95,90 +95,119 @@ async def send(node: Node, target: vm.Vm, path: Path, how: str, nonce: str) -> N
     assert target.complaints() == []
 
 
-@pytest.mark.parametrize("pages", ["4k", "2M"])
-@pytest.mark.parametrize("version", peers.VERSIONS)
-async def test_held_and_sent_to_two(version: Compat, pages: str, tmp_path: Path) -> None:
-    """Taken by precopy, sent by postcopy; taken back, and the same machine sent again, by precopy."""
-    huge = pages == "2M"
+async def held_and_sent_to_two(version: Compat, huge: bool, folder: Path, targets: list[vm.Vm]) -> None:
+    """Taken by precopy, sent by postcopy; taken back, and the same machine sent again, by precopy.
+
+    ``targets``, here and below: gets the QEMUs in which the guest goes on.
+    """
     spec = vm.Spec(peers.qemu(version), vm.Memory(huge=huge, size=256))
     with hugepages(3 * 256 + 16) if huge else contextlib.nullcontext(), trio.fail_after(240):
-        async with holding(version, tmp_path, "precopy", huge=huge) as (node, nonce):
+        async with holding(version, folder, "precopy", huge=huge) as (node, nonce):
             for number, how in enumerate(("postcopy", "precopy")):
-                async with vm.vm(spec, f"dst{number}", vm.Bare(), tmp_path, incoming=True) as target:
-                    await send(node, target, tmp_path / f"out{number}", how, nonce)
-                again = await node.qmp.reply("migrate", uri=f"unix:{tmp_path}/nowhere")
+                async with vm.vm(spec, f"dst{number}", vm.Bare(), folder, incoming=True) as target:
+                    targets.append(target)
+                    await send(node, target, folder / f"out{number}", how, nonce)
+                again = await node.qmp.reply("migrate", uri=f"unix:{folder}/nowhere")
                 assert "paused due to previous migration" in again["error"]["desc"]
                 await node.qmp.command("stop")
 
 
-@pytest.mark.parametrize("version", peers.VERSIONS)
-async def test_through_two_endpoints(version: Compat, tmp_path: Path) -> None:
+async def through_two_endpoints(version: Compat, folder: Path, targets: list[vm.Vm]) -> None:
     """QEMU to endpoint to endpoint to QEMU: in by postcopy, between them by postcopy, out by precopy."""
     spec = vm.Spec(peers.qemu(version))
     with trio.fail_after(180):
         async with (
-            holding(version, tmp_path, "postcopy") as (first, nonce),
-            endpoint_node(version, "second", tmp_path) as second,
+            holding(version, folder, "postcopy") as (first, nonce),
+            endpoint_node(version, "second", folder) as second,
         ):
             for node in (first, second):
                 await prepare(node, "postcopy-ram")
-            path = f"unix:{tmp_path}/between"
+            path = f"unix:{folder}/between"
             await second.qmp.command("migrate-incoming", uri=path)
             since = len(first.qmp.events)
             await first.qmp.command("migrate", uri=path)
             await first.qmp.command("migrate-start-postcopy")
             await completed(first, since)
             await completed(second)
-            async with vm.vm(spec, "dst", vm.Bare(), tmp_path, incoming=True) as target:
-                await send(second, target, tmp_path / "out", "precopy", nonce)
+            async with vm.vm(spec, "dst", vm.Bare(), folder, incoming=True) as target:
+                targets.append(target)
+                await send(second, target, folder / "out", "precopy", nonce)
 
 
-@pytest.mark.parametrize("version", peers.VERSIONS)
-async def test_its_network_goes_on(version: Compat, tmp_path: Path) -> None:
-    """A guest with a vhost-user card is taken by precopy, held, and sent on by postcopy to where another bridge is:
-    that one's faults go to us by way of QEMU, and every frame outside of the move comes."""
+async def its_network_goes_on(
+    version: Compat, folder: Path, targets: list[vm.Vm], *, come: str = "precopy", go: str = "postcopy"
+) -> None:
+    """A guest with a vhost-user card is taken, held, and sent on to where another bridge is. In a postcopy that one's
+    faults go to us by way of QEMU. Every frame outside of the move comes."""
     spec = vm.Spec(peers.qemu(version))
+    coming, going = (["postcopy-ram"] if how == "postcopy" else [] for how in (come, go))
     with trio.fail_after(180):
         async with (
             net.network() as network,
-            bridge(network, "bridge0", "tap0", tmp_path) as bridge0,
-            bridge(network, "bridge1", "tap1", tmp_path) as bridge1,
-            endpoint_node(version, "held", tmp_path) as node,
-            vm.vm(spec, "there", vm.VhostUser(bridge1.path), tmp_path, incoming=True) as there,
-            vm.vm(spec, "here", vm.VhostUser(bridge0.path), tmp_path) as here,
+            bridge(network, "bridge0", "tap0", folder) as bridge0,
+            bridge(network, "bridge1", "tap1", folder) as bridge1,
+            endpoint_node(version, "held", folder) as node,
+            vm.vm(spec, "there", vm.VhostUser(bridge1.path), folder, incoming=True) as there,
+            vm.vm(spec, "here", vm.VhostUser(bridge0.path), folder) as here,
         ):
+            targets.append(there)
             nonce = await here.booted()
             async with network.far() as far:
                 await far.received(500)
                 await here.beat(nonce)
                 account = await Account.open(far)
                 watch = Watch(far, account)
-                await prepare(node)
-                await prepare(here, max_bandwidth=1 << 30)
-                await node.qmp.command("migrate-incoming", uri=f"unix:{tmp_path}/in")
-                await here.qmp.command("migrate", uri=f"unix:{tmp_path}/in")
+                await prepare(node, *coming)
+                await prepare(here, *coming, max_bandwidth=(4 << 20) if coming else (1 << 30))
+                await node.qmp.command("migrate-incoming", uri=f"unix:{folder}/in")
+                await here.qmp.command("migrate", uri=f"unix:{folder}/in")
+                if coming:
+                    await here.qmp.event("MIGRATION", 0, status="active")
+                    await here.qmp.command("migrate-start-postcopy")
                 await here.qmp.event("STOP", 0)
                 await watch.stopped()
                 await completed(here)
                 await completed(node)
 
-                await prepare(there, "postcopy-ram")
-                await prepare(node, "postcopy-ram", max_bandwidth=4 << 20, max_postcopy_bandwidth=1 << 20)
-                await there.qmp.command("migrate-incoming", uri=f"unix:{tmp_path}/out")
+                await prepare(there, *going)
+                off = [{"capability": "postcopy-ram", "state": bool(going)}]
+                await node.qmp.command("migrate-set-capabilities", capabilities=off)
+                slow = 4 << 20 if going else 0  # in bytes a second; 0 is no limit
+                await prepare(node, max_bandwidth=slow, max_postcopy_bandwidth=1 << 20)
+                await there.qmp.command("migrate-incoming", uri=f"unix:{folder}/out")
                 since = len(node.qmp.events)
-                await node.qmp.command("migrate", uri=f"unix:{tmp_path}/out")
-                await node.qmp.command("migrate-start-postcopy")
-                await there.qmp.event("RESUME", 0)
+                await node.qmp.command("migrate", uri=f"unix:{folder}/out")
+                if going:
+                    await node.qmp.command("migrate-start-postcopy")
+                await there.qmp.event("RESUME", 0, limit=60)
                 window = await watch.heard()
                 await far.acknowledged(window.moved.next + 300)
-                await until(lambda: there.traces(vm.RESOLVED) >= 10, limit=20)
-                await node.qmp.command("migrate-set-parameters", max_postcopy_bandwidth=0)
+                if going:
+                    await until(lambda: there.traces(vm.RESOLVED) >= 10, limit=20)
+                    await node.qmp.command("migrate-set-parameters", max_postcopy_bandwidth=0)
                 await completed(node, since)
                 await completed(there)
-                await bridge1.ended(1)
+                if going:
+                    await bridge1.ended(1)
                 await far.received(window.moved.high + 1000)
                 await there.beat(nonce)
                 assert await there.sweep() == 0
                 await account.close(far, there)
             assert here.complaints() == there.complaints() == []
             assert bridge0.complaints() == bridge1.complaints() == []
+
+
+@pytest.mark.parametrize("pages", ["4k", "2M"])
+@pytest.mark.parametrize("version", peers.VERSIONS)
+async def test_held_and_sent_to_two(version: Compat, pages: str, tmp_path: Path) -> None:
+    await held_and_sent_to_two(version, pages == "2M", tmp_path, [])
+
+
+@pytest.mark.parametrize("version", peers.VERSIONS)
+async def test_through_two_endpoints(version: Compat, tmp_path: Path) -> None:
+    await through_two_endpoints(version, tmp_path, [])
+
+
+@pytest.mark.parametrize("version", peers.VERSIONS)
+async def test_its_network_goes_on(version: Compat, tmp_path: Path) -> None:
+    await its_network_goes_on(version, tmp_path, [])

@@ -13,7 +13,7 @@ from tests.qemu import peers
 from tests.sequences import plays
 from tests.sequences.cast import Cast, Play, Played, perform, plain
 from tests.sequences.stage import Stage, deaf
-from vhostpc.migration.options import Compat
+from vhostpc.dialect import DIALECTS, Compat
 
 pytestmark = pytest.mark.qemu
 
@@ -67,7 +67,11 @@ DESTINATION: tuple[Play, ...] = (
     plays.waiting,
 )
 # Of a machine that can run at both ends.
-RUNNING: tuple[Play, ...] = (plays.stopped_and_continued, plays.cont_at_one_that_waits)
+RUNNING: tuple[Play, ...] = (
+    plays.stopped_and_continued,
+    plays.cont_at_one_that_waits,
+    plays.continued_after_completion,
+)
 ALL = tuple(dict.fromkeys(EVERYWHERE + SOURCE + DESTINATION + RUNNING))
 WHO: dict[str, tuple[Cast, tuple[Play, ...]]] = {
     "held": (HELD, EVERYWHERE),
@@ -80,7 +84,9 @@ WHO: dict[str, tuple[Cast, tuple[Play, ...]]] = {
 }
 # The words of QEMU's error-desc that ours has, too.
 SAME_WORDS = {plays.nobody_listens, plays.no_socket_there, plays.nobody_listens_at_tcp}
-ONLY_10 = {
+# Played with the newest QEMU in each run.
+NEWEST = {plays.postcopy_in_the_middle, plays.no_socket_there, plays.another_size_outlived}
+NOT_7_2 = {
     plays.another_size_outlived,  # 7.2 has no exit-on-error
     plays.cancel_in_postcopy,  # 7.2 takes it, and the guest is lost: see below
     plays.cancel_paused_postcopy,
@@ -94,10 +100,9 @@ async def _of_qemus(play: Play, cast: Cast, compat: Compat) -> Played:
     key = (play, cast.stand_ins(), compat)
     if key not in _seen:
         played = await perform(play, cast.stand_ins(), compat, small=_small(play))
-        for _ in range(
-            3
-        ):  # now and then a 10.0 that is cancelled says failed: its channel broke before it looked
-            if "cancel" not in play.__name__ or "failed" not in played.src.events:
+        for _ in range(3):
+            # Now and then one that is cancelled says failed (failing): its channel broke before it looked.
+            if "cancel" not in play.__name__ or {"failed", "failing"}.isdisjoint(played.src.events):
                 break
             played = await perform(play, cast.stand_ins(), compat, small=_small(play))
         _seen[key] = played
@@ -116,19 +121,20 @@ def _small(play: Play) -> bool:
             play,
             cast,
             id=f"{compat}-{play.__name__}-{who}",
-            marks=[] if cast == OWN else pytest.mark.long,
+            marks=[] if cast == OWN and (compat in peers.VERSIONS or play in NEWEST) else pytest.mark.long,
         )
-        for compat in peers.VERSIONS
+        for compat in DIALECTS
         for who, (cast, played) in WHO.items()
         for play in played
-        if compat == "10.0" or play not in ONLY_10
+        if compat != "7.2" or play not in NOT_7_2
     ],
 )
 async def test_as_a_pair_of_qemus(compat: Compat, play: Play, cast: Cast) -> None:
     theirs = await _of_qemus(play, cast, compat)
     ours = await perform(play, cast, compat, small=_small(play))
-    assert plain(ours.src.events) == plain(theirs.src.events)
-    assert plain(ours.dst.events) == plain(theirs.dst.events)
+    first = 2 if DIALECTS[compat].precopy_passes_only else 1
+    assert plain(ours.src.events, first) == plain(theirs.src.events, first)
+    assert plain(ours.dst.events, first) == plain(theirs.dst.events, first)
     for mine, model in ((ours.src, theirs.src), (ours.dst, theirs.dst)):
         assert len(mine.answers) == len(model.answers)
         for answer, wanted in zip(mine.answers, model.answers, strict=True):
@@ -151,23 +157,9 @@ async def test_a_held_machine_does_not_run(compat: Compat) -> None:
     assert played.dst.events[-1] == "[paused/completed]"
     played = await perform(plays.continued_after_completion, HELD, compat)
     (answer,) = played.src.answers
-    assert "the guest may be running at the destination" in answer
+    assert "This machine is held" in answer
     assert "RESUME" not in played.src.events
     assert played.src.events[-1] == "[postmigrate/completed]"
-
-
-@pytest.mark.parametrize("compat", peers.VERSIONS)
-async def test_a_machine_that_was_sent_does_not_run_again(compat: Compat) -> None:
-    """QEMU's does after cont, at both ends then. Ours refuses, and says why."""
-    theirs = await _of_qemus(plays.continued_after_completion, OWN, compat)
-    assert theirs.src.answers == ("cont: taken",)
-    assert theirs.src.events[-2:] == ("RESUME", "[running/completed]")
-    assert theirs.dst.events[-1] == "[running/completed]"
-    ours = await perform(plays.continued_after_completion, OWN, compat)
-    (answer,) = ours.src.answers
-    assert "the guest may be running at the destination (completed)" in answer
-    assert ours.src.events[-1] == "[postmigrate/completed]"
-    assert ours.dst.events[-1] == "[running/completed]"
 
 
 async def test_postcopy_is_not_cancelled() -> None:
@@ -182,19 +174,18 @@ async def test_postcopy_is_not_cancelled() -> None:
 
 
 @pytest.mark.parametrize("compat", peers.VERSIONS)
-async def test_what_has_arrived_is_not_cancelled(compat: Compat) -> None:
-    """QEMU lets the machine run at both ends then. Ours does not, as long as it does not know what became of it."""
+async def test_what_has_arrived_is_left_to_a_person(compat: Compat) -> None:
+    """QEMU lets the machine run at both ends then. Ours stands still: it does not know what became of it."""
     cast = Cast()
     theirs = await _of_qemus(plays.cancel_at_the_last_word, cast, compat)
     assert theirs.src.events[-1].startswith("[running/")  # cancelled, or seldom failed
     assert theirs.dst.events[-1] == "[running/completed]"
     ours = await perform(plays.cancel_at_the_last_word, FROM_HELD, compat)
-    assert "cannot cancel" in ours.src.answers[-1]
-    assert ours.src.events[-1] == "[postmigrate/completed]"
+    assert ours.src.events[-1].startswith("[paused/failed")
     assert ours.dst.events[-1] == "[paused/completed]"
     own = await perform(plays.cancel_at_the_last_word, OWN, compat)
-    assert "cannot cancel" in own.src.answers[-1]
-    assert own.src.events[-1] == "[postmigrate/completed]"
+    assert "RESUME" not in own.src.events
+    assert own.src.events[-1].startswith("[paused/failed")
     assert own.dst.events[-1] == "[running/completed]"
 
 

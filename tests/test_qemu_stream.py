@@ -17,6 +17,7 @@ from tests.hugepages import hugepages
 from tests.qemu import peers, vm
 from tests.qemu.proc import child
 from tests.streams import encode
+from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.wire import elements as el
 from vhostpc.wire.return_path import PageRequest, Pong, ReturnPathDecoder, Shut
 from vhostpc.wire.split import read_package, split
@@ -83,7 +84,7 @@ def told(found: dict[str, Any]) -> dict[str, int]:
     return {"data": whole["data"], "zero": whole["zero"]}
 
 
-@pytest.mark.parametrize("version", ["7.2", "10.0"])
+@pytest.mark.parametrize("version", ["7.2", "10.0", pytest.param("11.1", marks=pytest.mark.long)])
 async def test_precopy_recorded(version: str, tmp_path: Path) -> None:
     qemu = peers.qemu(version)
     spec = vm.Spec(qemu, vm.Memory(size=128), extra=DEVICES)
@@ -116,11 +117,12 @@ async def test_precopy_recorded(version: str, tmp_path: Path) -> None:
     # The footers alone lead to the same sections.
     raw = path.read_bytes()
     end = next(e for e in events if isinstance(e, el.EndOfStream)).offset
-    assert split(raw[devices[0].offset : end], devices[0].offset) == devices
+    found = split(raw[devices[0].offset : end], devices[0].offset)
+    assert (found.elements, found.doubt) == (devices, None)
 
-    found = inspect(path)
-    assert told(found) == {"data": ram["normal"], "zero": ram["duplicate"]}
-    assert [r["name"] for r in found["elements"] if r["kind"] == "device"] == names
+    report = inspect(path)
+    assert told(report) == {"data": ram["normal"], "zero": ram["duplicate"]}
+    assert [r["name"] for r in report["elements"] if r["kind"] == "device"] == names
 
 
 @pytest.mark.parametrize("version", ["7.2", "10.0"])
@@ -147,9 +149,15 @@ async def test_inspect_listens_to_a_live_source(version: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("version", "huge"), [("7.2", False), ("10.0", False), ("10.0", True)], ids=["7.2", "10.0", "10.0-huge"]
+    ("version", "huge"),
+    [
+        pytest.param("7.2", False, id="7.2"),
+        pytest.param("10.0", False, id="10.0"),
+        pytest.param("10.0", True, id="10.0-huge"),
+        pytest.param("11.1", False, id="11.1", marks=pytest.mark.long),
+    ],
 )
-async def test_postcopy_recorded(version: str, huge: bool, tmp_path: Path) -> None:
+async def test_postcopy_recorded(version: Compat, huge: bool, tmp_path: Path) -> None:
     spec = vm.Spec(peers.qemu(version), vm.Memory(size=128, huge=huge), extra=DEVICES)
     with hugepages(256 if huge else 0):
         async with (
@@ -159,7 +167,9 @@ async def test_postcopy_recorded(version: str, huge: bool, tmp_path: Path) -> No
             nonce = await here.booted()
             await here.beat(nonce)
             moved = await vm.migrate_postcopy(here, there, tmp_path, record=tmp_path)
-            await there.beat(nonce)
+            if version in peers.VERSIONS:  # the newest one's guest may panic
+                await there.beat(nonce)
+    heard = {el.MUST_HEAR} if DIALECTS[version].loaded_ping else set()
     ram = moved.info["ram"]
     path = tmp_path / "forward"
     events = list(read(path, RamMode.RUNS))
@@ -176,14 +186,14 @@ async def test_postcopy_recorded(version: str, huge: bool, tmp_path: Path) -> No
     inside = read_package(package)
     assert b"".join(e.encode() for e in inside) == package.blob
     assert [type(e) for e in inside if not isinstance(e, el.DeviceSection)] == [
-        el.PostcopyListen, el.Ping, el.PostcopyRun,
+        el.PostcopyListen, el.Ping, *([el.Ping] if heard else []), el.PostcopyRun,
     ]  # fmt: skip
     assert sum(isinstance(e, el.DeviceSection) for e in inside) >= 30
     assert told(inspect(path)) == {"data": ram["normal"], "zero": ram["duplicate"]}
 
     decoder = ReturnPathDecoder()
     back = list(itertools.chain.from_iterable(decoder.feed(data) for data in pieces(tmp_path / "back")))
-    assert {m.value for m in back if isinstance(m, Pong)} == {1, 2, 3, 4}
+    assert {m.value for m in back if isinstance(m, Pong)} == {1, 2, 3, 4, *heard}
     assert back[-1] == Shut(0)
     requests = [m for m in back if isinstance(m, PageRequest)]
     assert len(requests) == ram["postcopy-requests"]

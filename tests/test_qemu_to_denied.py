@@ -29,7 +29,7 @@ def needs_root() -> None:
 
 
 def names_the_mend(text: str) -> None:
-    assert "postcopy can not be done here" in text
+    assert "postcopy cannot be done here" in text
     assert "to mend it, give this process read and write access to /dev/userfaultfd" in text
     assert "seccomp" in text
 
@@ -93,7 +93,9 @@ async def test_the_endpoint_is_denied(machine: tuple[str, ...], profile: str, st
             check(await source.until_works())
             if not stays:
                 assert await destination.process.wait() == 1
-                (line,) = [line for line in destination.process.err.lines if "did not come" in line]
+                (line,) = [
+                    line for line in destination.process.err.lines if "the machine did not come" in line
+                ]
                 names_the_mend(line)
                 return
             names_the_mend((await destination.until_status("failed"))["error-desc"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import trio
 
 from tests.migration_ends import Received
 from tests.qemu import peers, vm
+from tests.qemu.versions import EACH
 from tests.test_qemu_to_held import MAIN, PAGE, listening
 from tests.until import until
 from vhostpc.errors import MemoryLost, StreamError, VhostpcError
-from vhostpc.memory.ramblock import Bits
+from vhostpc.memory.ramblock import Bits, RamBlock
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.incoming import Incoming
@@ -37,7 +39,7 @@ async def switching(source: vm.Vm, path: Path) -> None:
     await source.qmp.command("migrate", uri=f"unix:{path}")
 
 
-@pytest.mark.parametrize("version", peers.VERSIONS)
+@pytest.mark.parametrize("version", EACH)
 async def test_a_link_lost_in_postcopy(version: str, tmp_path: Path) -> None:
     """Both sides pause. What came is kept; who waits goes on waiting, until it is all given up."""
     received = Received()
@@ -84,8 +86,8 @@ async def test_a_link_lost_in_postcopy(version: str, tmp_path: Path) -> None:
     assert received.events == [Event.PACKAGE, Event.LOSE]
 
 
-@pytest.mark.parametrize("version", peers.VERSIONS)
-async def test_a_device_that_can_not_be_loaded(version: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", EACH)
+async def test_a_device_that_cannot_be_loaded(version: str, tmp_path: Path) -> None:
     """The machine has not run here: our word lets the source run it again, and it hears it."""
     received = Received()
     with trio.fail_after(120), Refusing() as machine:
@@ -109,3 +111,35 @@ async def test_a_device_that_can_not_be_loaded(version: str, tmp_path: Path) -> 
                 await source.qmp.event("RESUME", 0)
             assert (await source.qmp.command("query-status"))["running"] is (version != "7.2")
     assert received.events == [Event.PACKAGE, Event.NEVER_RAN]
+
+
+@pytest.mark.parametrize("version", EACH)
+async def test_a_discard_fails(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is on its way, and nothing of it is taken: the source hears so, and its guest runs on."""
+    received = Received()
+
+    def fail(block: RamBlock, offset: int = 0, length: int | None = None) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with trio.fail_after(120), HeldMachine() as machine:
+        async with (
+            listening(tmp_path / "in") as listener,
+            vm.vm(vm.Spec(peers.qemu(version)), "src", vm.Bare(), tmp_path) as source,
+        ):
+            await source.booted()
+            await switching(source, tmp_path / "in")
+            async with Channel(await listener.accept()) as channel, trio.open_nursery() as nursery:
+                incoming = Incoming(channel, machine, postcopy=True, report=received.report)
+                await source.qmp.event("MIGRATION", 0, status="active")
+                monkeypatch.setattr(RamBlock, "discard", fail)
+                await source.qmp.command("migrate-set-parameters", max_postcopy_bandwidth=0)
+                nursery.start_soon(lambda: source.qmp.command("migrate-start-postcopy"))
+                with pytest.raises(OSError, match="No space left"):
+                    await incoming.receive()
+                incoming.close()
+            # 7.2 has written its package into the socket by then, and does not take our word for it.
+            ended = "failed" if version != "7.2" else "postcopy-paused"
+            await source.qmp.event("MIGRATION", 0, status=ended)
+            if version != "7.2":
+                await source.qmp.event("RESUME", 0)
+    assert received.events == [Event.FAIL]

@@ -15,17 +15,18 @@ from qemu.qmp import ExecuteError, QMPClient
 
 from tests.fake_endpoint import FakeEndpoint
 from tests.qemu.proc import child
-from tests.qmp_wire import client, ours
+from tests.qmp_wire import Wire, client, ours
 from tests.until import until
-from vhostpc.migration.options import Compat
+from vhostpc.dialect import DIALECTS, Compat
+from vhostpc.errors import Shortage
 from vhostpc.migration.state import Event, Status
 from vhostpc.migration.uri import Fd, Unix
-from vhostpc.qmp import MigrationInfo, RamInfo
+from vhostpc.qmp import MigrationInfo, RamInfo, TextMonitor
 from vhostpc.qmp.listening import CLIENTS
-from vhostpc.qmp.server import UNSENT
+from vhostpc.qmp.unsent import EVENTS
 from vhostpc.wire.qmp import MAX_BYTES
 
-BOTH: tuple[Compat, ...] = ("7.2", "10.0")
+ALL = tuple(DIALECTS)
 
 
 def open_fds() -> int:
@@ -92,7 +93,7 @@ async def test_qmp_shell_drives_it(tmp_path: Path) -> None:
     assert endpoint.calls == [("migrate", Unix("/x"), False)]
 
 
-@pytest.mark.parametrize("compat", BOTH)
+@pytest.mark.parametrize("compat", ALL)
 async def test_query_migrate_tells_what_the_endpoint_knows(compat: Compat, tmp_path: Path) -> None:
     endpoint = FakeEndpoint(compat)
     ram = RamInfo(total=8192, transferred=5000, normal=1, duplicate=1, dirty_sync_count=2)
@@ -223,11 +224,117 @@ async def test_a_flood_waits_for_its_reader(tmp_path: Path) -> None:
             await bad.send(flood)
             raise AssertionError("20 000 answers were queued")
         assert "return" in await good.command("query-status")
-        for _ in range(UNSENT + 1):
+        for _ in range(EVENTS + 1):
             endpoint.events.stop()
             await good.message()
         await until(lambda: monitor.clients == 1)
         assert "return" in await good.command("query-status")
+
+
+async def taken(wire: Wire, message: bytes, most: int) -> int:
+    """Bytes that a monitor takes of a message said again and again, until it takes no more; ``most``: too many."""
+    count, rest = 0, b""
+    while count < most:
+        rest = rest or message
+        try:
+            sent = os.write(wire.sock.fileno(), rest)
+        except BlockingIOError:
+            await trio.testing.wait_all_tasks_blocked()
+            try:
+                sent = os.write(wire.sock.fileno(), rest)
+            except BlockingIOError:
+                break
+        count, rest = count + sent, rest[sent:]
+    return count
+
+
+@pytest.mark.parametrize("command", ["query-status", "bogus", "qmp_capabilities"])
+@pytest.mark.parametrize("oob", [False, True])
+async def test_long_answers_that_nobody_reads(command: str, oob: bool, tmp_path: Path) -> None:
+    """Bounded in bytes: an answer is as long as its command's id."""
+    async with ours(FakeEndpoint(), tmp_path) as monitor, client(tmp_path) as good:
+        await good.ready()
+        async with client(tmp_path) as bad:
+            await bad.ready(oob=oob)
+            word = "exec-oob" if oob else "execute"
+            message = json.dumps({word: command, "id": "x" * (MAX_BYTES - 200)}).encode()
+            assert await taken(bad, message, 64 << 20) < 8 << 20
+            assert "return" in await good.command("query-status")
+        await until(lambda: monitor.clients == 1)
+
+
+async def test_long_answers_go_to_one_that_reads(tmp_path: Path) -> None:
+    """In their order, events among them."""
+    endpoint = FakeEndpoint()
+    async with ours(endpoint, tmp_path), client(tmp_path) as wire, trio.open_nursery() as nursery:
+        await wire.ready()
+        ids = [str(number) * 500_000 for number in range(10)]
+
+        async def ask() -> None:
+            for text in ids:
+                await wire.send(json.dumps({"execute": "stop", "id": text}).encode())
+                endpoint.events.stop()
+
+        nursery.start_soon(ask)
+        for text in ids:
+            assert (await wire.reply())["id"] == text
+        assert [event["event"] for event in wire.events] == ["STOP"] * len(wire.events)
+
+
+@pytest.mark.parametrize("which", ["its own", "another's", "the text monitor's"])
+async def test_a_client_that_gives_away_the_end_of_a_connection_to_here(which: str, tmp_path: Path) -> None:
+    """It is not kept: the client's end would be seen by nobody, and its place be taken for good."""
+    endpoint = FakeEndpoint()
+    text = TextMonitor(endpoint, endpoint.events)
+    async with ours(endpoint, tmp_path) as monitor, text.listening(tmp_path / "text"):
+        before = open_fds()
+        async with client(tmp_path) as one, client(tmp_path) as two:
+            await one.ready()
+            with socket.socket(socket.AF_UNIX) as third:
+                third.connect(str(tmp_path / "text"))
+                await until(lambda: text.clients)
+                fd = {"its own": one.sock, "another's": two.sock, "the text monitor's": third}[which].fileno()
+                await one.send(b'{"execute":"getfd","arguments":{"fdname":"x"}}', [fd])
+                told = (await one.reply())["error"]["desc"]
+                assert told == "The file descriptor is a connection to this program itself"
+            await one.send(b'{"execute":"query-status"}', [fd := two.sock.fileno()])  # that nobody asks for
+            await one.reply()
+            two.sock.close()
+            await until(lambda: (monitor.clients, text.clients) == (1, 0))
+            await one.send(b'{"execute":"query-status"}', [one.sock.fileno()])
+            await one.reply()
+        await until(lambda: monitor.clients == 0)
+        assert open_fds() == before
+
+
+class Failing(FakeEndpoint):
+    """Its memory cannot be checked, for what nobody has thought of."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    async def verify(self) -> dict[str, Any]:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(24, "memory file: Too many open files"), "memory file: Too many open files"),
+        (Shortage("no thread for vCPU 0"), "no thread for vCPU 0"),
+        (KeyError("pc.ram"), "internal error: KeyError: 'pc.ram'"),
+    ],
+)
+async def test_an_error_ends_its_command_alone(error: Exception, told: str, tmp_path: Path) -> None:
+    async with ours(Failing(error), tmp_path), client(tmp_path) as one, client(tmp_path) as two:
+        for wire in (one, two):
+            await wire.ready()
+            assert (await wire.command("x-vhostpc-verify"))["error"] == {
+                "class": "GenericError",
+                "desc": told,
+            }
+            assert "return" in await wire.command("query-status")
 
 
 async def test_clients_are_counted(tmp_path: Path) -> None:

@@ -22,15 +22,17 @@ from tests.qmp_wire import ours as qmp_ours
 from tests.terminal_wire import Terminal, client, ours, qemu
 from tests.test_qemu_monitor import LINES
 from tests.until import until
+from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.errors import VhostpcError
-from vhostpc.migration.options import Compat
 from vhostpc.migration.state import Event, Status
 from vhostpc.migration.uri import Unix
 from vhostpc.qmp import MigrationInfo, RamInfo, TextMonitor
+from vhostpc.qmp.line import Line
 from vhostpc.qmp.listening import CLIENTS
+from vhostpc.qmp.sizes import TooLarge, size
 from vhostpc.qmp.terminal import MAX_LINE, Lines
 
-BOTH: tuple[Compat, ...] = ("7.2", "10.0")
+ALL = tuple(DIALECTS)
 NOTHING = "VM status: paused (prelaunch)\r\n"
 TOO_LONG = "Error: a line has at most 4095 bytes: this one was not run\r\n"
 
@@ -46,7 +48,7 @@ def no_descriptor_left() -> Iterator[None]:
 
 
 @pytest.mark.qemu
-@pytest.mark.parametrize("compat", BOTH)
+@pytest.mark.parametrize("compat", ALL)
 async def test_it_says_what_qemus_says(compat: Compat, tmp_path: Path) -> None:
     odd = [b"abc\xff\xfe", "bögus".encode(), b"a\x00b", b"stop;info status", b"#x", b"info migrate"]
     async with qemu(compat, tmp_path) as theirs, ours(FakeEndpoint(compat), tmp_path):
@@ -60,7 +62,7 @@ async def test_it_says_what_qemus_says(compat: Compat, tmp_path: Path) -> None:
 
 
 @pytest.mark.qemu
-@pytest.mark.parametrize("compat", BOTH)
+@pytest.mark.parametrize("compat", ALL)
 async def test_a_synchronous_migration_says_what_qemus_says(compat: Compat, tmp_path: Path) -> None:
     endpoint = FakeEndpoint(compat)
     line = 'migrate "exec:cat >/dev/null"'
@@ -71,12 +73,14 @@ async def test_a_synchronous_migration_says_what_qemus_says(compat: Compat, tmp_
             assert await own.ask(line) == await theirs.ask(line) == ""
         mine, real = await own.ask("info migrate"), await theirs.ask("info migrate")
         status = "Migration status: completed\r\ntotal time: "
+        if DIALECTS[compat].grouped_info:
+            status = "Status: \t\tcompleted\r\n"
         assert mine.partition(status)[:2] == real.partition(status)[:2]
         assert await own.ask("migrate -d bogus") != ""
 
 
 @pytest.mark.qemu
-@pytest.mark.parametrize("compat", BOTH)
+@pytest.mark.parametrize("compat", ALL)
 async def test_a_failed_migration_looks_as_with_qemu(compat: Compat, tmp_path: Path) -> None:
     endpoint = FakeEndpoint(compat)
     async with qemu(compat, tmp_path) as theirs, ours(endpoint, tmp_path), client(tmp_path) as own:
@@ -109,6 +113,46 @@ def test_numbers_that_are_none_are_not_shown(tmp_path: Path) -> None:
     assert "precopy ram" not in found
 
 
+def test_numbers_in_groups(tmp_path: Path) -> None:
+    """What a QEMU 11.1.3 said of these numbers."""
+
+    async def main() -> str:
+        endpoint = FakeEndpoint("11.1")
+        for event in (Event.START, Event.CONNECT):
+            endpoint.move(event)
+        ram = RamInfo(
+            total=67641344,
+            transferred=1972443,
+            remaining=64770048,
+            duplicate=225,
+            normal=480,
+            dirty_pages_rate=3,
+            mbps=10.50768,
+            pages_per_second=320,
+            dirty_sync_count=16,
+            precopy_bytes=1972069,
+        )
+        endpoint.extra = MigrationInfo(
+            ram=ram, remaining=64901120, setup_time=1, total_time=1504, expected_downtime=49412
+        )
+        async with ours(endpoint, tmp_path), client(tmp_path) as own:
+            return await own.ask("info migrate")
+
+    assert trio.run(main).splitlines() == [
+        "Status: \t\tactive",
+        "Time (ms): \t\ttotal=1504, setup=1, exp_down=49412",
+        "Remaining: \t\t61.9 MiB",
+        "RAM info:",
+        "  Throughput (Mbps): \t10.51",
+        "  Sizes: \t\tpagesize=4 KiB, total=64.5 MiB",
+        "  Transfers: \t\ttransferred=1.88 MiB, remain=61.8 MiB",
+        "    Channels: \t\tprecopy=1.88 MiB, multifd=0 B, postcopy=0 B",
+        "    Page Types: \tnormal=480, zero=225",
+        "  Page Rates (pps): \ttransfer=320, dirty=3",
+        "  Others: \t\tdirty_syncs=16",
+    ]
+
+
 # --- what a person does
 
 
@@ -119,7 +163,7 @@ async def complete(endpoint: FakeEndpoint) -> None:
 
 
 async def test_migrate_waits_and_the_others_go_on(tmp_path: Path) -> None:
-    """Until the end or a pause; -d does not wait, and QMP's human-monitor-command can not."""
+    """Until the end or a pause; -d does not wait, and QMP's human-monitor-command cannot."""
     endpoint = FakeEndpoint()
     async with ours(endpoint, tmp_path), client(tmp_path) as one, client(tmp_path) as two:
         for ends, said in (
@@ -218,6 +262,46 @@ def test_a_long_line_is_dropped_whole() -> None:
     for _ in range(1000):
         assert list(lines.feed(b"x" * 4096)) == []
     assert len(lines._rest) <= MAX_LINE
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (r'a "b c" "\n\r\\\'\"" ""', ["a", "b c", "\n\r\\'\"", ""]),
+        ("'a b' c\"d", ["'a", "b'", 'c"d']),
+        ('"a"b', ["a", "b"]),
+        (" \t\v\f", []),
+        (r'"\t"', None),
+        ('a "b', None),
+        ('"\\', None),
+        ('"', None),
+    ],
+)
+def test_words_of_a_line(text: str, words: list[str] | None) -> None:
+    assert Line(text).strings() == words
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "number"),
+    [
+        *(("7", "b", 7), ("7", "m", 7 << 20), ("1.5k", "b", 1536), (".5k", "b", 512), ("1.", "b", 1)),
+        *(("15.99e", "b", 15 * 2**60 + int(0.99 * 2**60)), ("0x1E", "m", 30 << 20), ("0b", "m", 0)),
+        *((str(2**64 - 1), "b", 2**64 - 1), (str(2**64), "b", TooLarge), ("16e", "b", TooLarge)),
+        *((f"{2**44}", "m", TooLarge), ("-1", "b", TooLarge), ("9" * 1000, "b", ValueError)),
+        *(
+            ("1.5", "b", ValueError),
+            (".", "b", ValueError),
+            ("0x1k", "b", ValueError),
+            ("١", "b", ValueError),
+        ),
+    ],
+)
+def test_sizes(text: str, unit: str, number: int | type[ValueError]) -> None:
+    if isinstance(number, int):
+        assert size(text, unit) == number
+    else:
+        with pytest.raises(number):
+            size(text, unit)
 
 
 # --- harm
@@ -337,7 +421,7 @@ def pair(kind: str) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("kind", "anew"),
     [("socket", True), ("pipe", True), ("terminal", True), ("pipe", False)],
-    ids=["socket", "pipe", "terminal", "pipe that can not be opened anew"],
+    ids=["socket", "pipe", "terminal", "pipe that cannot be opened anew"],
 )
 async def test_output_that_nobody_reads(kind: str, anew: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only its own task waits, and the mode that others share stays."""
@@ -404,7 +488,12 @@ def test_on_a_terminal() -> None:
     ours_, theirs = pty.openpty()
     root = Path(__file__).resolve().parent.parent
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], cwd=root, stdin=theirs, stdout=theirs, stderr=theirs
+        [sys.executable, "-c", PROGRAM],
+        cwd=root,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "dumb"},
     ) as process:
         seen = b""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.hugepages import HUGE
 from vhostpc.errors import BadAddress
 from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamBlock, RamSet, make_memfd, total_pages
 
@@ -96,7 +98,7 @@ async def test_pages_that_name_themselves(ram: RamSet) -> None:
     assert len({os.pread(block.fd, TARGET_PAGE, i * TARGET_PAGE) for i in range(PAGES)}) == PAGES - 1
 
 
-def test_blocks_that_can_not_be(ram: RamSet) -> None:
+def test_blocks_that_cannot_be(ram: RamSet) -> None:
     fd = make_memfd("x", 4 * TARGET_PAGE)
     cases = [
         ("a", 0, TARGET_PAGE, 0, errno.EINVAL),
@@ -119,6 +121,20 @@ def test_blocks_that_can_not_be(ram: RamSet) -> None:
     assert inner.holes() == [(TARGET_PAGE, TARGET_PAGE)]
     os.close(fd)
     assert inner.holes() == [(TARGET_PAGE, TARGET_PAGE)], "a copy of the descriptor is ours"
+
+
+@pytest.mark.parametrize("page_size", [TARGET_PAGE, HUGE])
+def test_nobody_changes_the_length_of_a_block(huge_pages: int, page_size: int) -> None:
+    """A back-end that has the descriptor could end us by it; or lock us out, by sealing it against writes."""
+    with RamSet() as ram:
+        block = ram.create("ram", 4 * page_size, page_size)
+        for length in (0, 3 * page_size, 5 * page_size):
+            with pytest.raises(PermissionError):
+                os.ftruncate(block.fd, length)
+        for seal in (fcntl.F_SEAL_WRITE, 0x10):  # and F_SEAL_FUTURE_WRITE
+            with pytest.raises(PermissionError):
+                fcntl.fcntl(block.fd, fcntl.F_ADD_SEALS, seal)
+        block.discard(page_size, page_size)
 
 
 def test_addresses(ram: RamSet) -> None:

@@ -347,7 +347,7 @@ async def test_memory_that_is_watched_already_is_refused(way: DirtyWay) -> None:
             service.arm()
             ram.create("second", 4 * TARGET_PAGE)
             error = await refusal(ram, way)
-            assert "writes to first can not be tracked: another userfaultfd" in str(error)
+            assert "writes to first cannot be tracked: another userfaultfd" in str(error)
             assert error.errno == errno.EBUSY
             for block in ram.blocks:
                 block.set_bits(Bits.RECEIVED)

@@ -32,12 +32,12 @@ LEFT_OUT = re.compile(
 CHOICE = "not [0] and not [20971520]"
 RUN = """\
 cd {repo}
-mkdir -p /root /etc /run /var/tmp /dev/shm
+mkdir -p /root /etc /run /tmp /var/tmp /dev/shm /scratch
 chmod 1777 /tmp
-mount -t tmpfs tmp /tmp
+mount -t tmpfs tmp /scratch
 mount -t tmpfs shm /dev/shm
 echo 'root:x:0:0::/root:/bin/sh' >/etc/passwd
-export HOME=/root PYTHONPATH={repo}:{packages} PYTHONDONTWRITEBYTECODE=1
+export HOME=/root TMPDIR=/scratch PYTHONPATH={repo}:{packages} PYTHONDONTWRITEBYTECODE=1
 {python} -m pytest -p no:cacheprovider -p no:hypothesispytest --assert=plain -q --color=no -k "{choice}" {tests}
 echo "pytest ended with $?"
 """

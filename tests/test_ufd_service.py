@@ -17,7 +17,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.until import until
+from tests.until import unread_faults, until
 from vhostpc.errors import ChannelLost, MemoryLost
 from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet
 from vhostpc.ufd import Userfaultfd
@@ -158,7 +158,7 @@ async def place_once_wake_all(blocks: dict[str, tuple[int, int]], rate: int) -> 
                 assert total.waiting_now == 0
                 clients = [c.numbers() for c in (one.client, two.client, m.service.own)]
                 assert all(c.found_nothing == 0 and c.error == 0 for c in clients)
-                assert all(c.wakes == c.faults == c.waits.count for c in clients)
+                assert all(c.wakes == c.waits.count == c.faults - c.repeated for c in clients)
                 if rate == 0:
                     assert total.requests == pages
                     # A client that comes late may find everything there; together they met every page.
@@ -199,27 +199,51 @@ async def test_faults_before_the_ranges_are_known() -> None:
                 assert m.service.waiting() == []
 
 
-async def test_pages_that_came_before_are_woken_at_once() -> None:
-    """A fault that is read after its page was marked finds the mark: no wake is lost, none is asked for."""
-    with trio.fail_after(30):
-        async with machine({"ram0": (16 * 4096, 4096)}, rate=0) as m:
-            async with toucher(m, "late", [1]) as child:
-                await m.ram["ram0"].verify(0, 0, 0)  # nothing touched
-                # The mark alone, without a page: the waiter is woken, finds nothing and faults again.
-                m.ram["ram0"].set_bits(Bits.RECEIVED)
-                child.sock.send(b"go")
-                await until(lambda: child.client.numbers().received_already >= 3)
-                assert m.service.numbers().requests == 0
-                m.ram["ram0"].set_bits(Bits.RECEIVED, value=False)
-                m.source.set_rate(UNLIMITED)
-                await m.service.load(m.sock.fileno())
-                assert (await result_of(child.sock))["bad"] == 0
+@pytest.mark.parametrize("stopped", [False, True], ids=["", "stopped"])
+async def test_a_fault_that_is_read_after_its_page_came(stopped: bool) -> None:
+    """It finds the mark: no wake is lost, and nothing is asked for; also when the loop is told to stop at once."""
+    with trio.fail_after(30), RamSet() as ram, RamSet() as original, FaultService(ram) as service:
+        source, block = (r.create("ram0", 16 * TARGET_PAGE) for r in (original, ram))
+        await source.fill(SEED)
+        source.set_bits(Bits.DIRTY)
+        ours, theirs = socket.socketpair()
+        service.arm()
+        good: list[tuple[int, int | None]] = []
+
+        async def touch(page: int) -> None:
+            good.append(await block.verify(SEED, page, 1))
+
+        with ours, theirs, PageSource(original, theirs.fileno(), background_rate=UNLIMITED) as pages:
+            async with trio.open_nursery() as touching:
+                for page in (3, 3, 7):
+                    touching.start_soon(touch, page)
+                await until(lambda: unread_faults(service.place_fd()) == 3)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(pages.serve)
+                    await service.load(ours.fileno())
+                    nursery.cancel_scope.cancel()
+                assert unread_faults(service.place_fd()) == 3
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(service.run)
+                    if stopped:
+                        nursery.cancel_scope.cancel()  # before the loop has looked once
+                    else:
+                        await until(lambda: len(good) == 3)
+                        nursery.cancel_scope.cancel()
+                await until(lambda: len(good) == 3)
+        assert good == [(0, None)] * 3
+        assert not ram.lost
+        assert service.numbers().requests == 0
+        numbers = service.own.numbers()
+        assert (numbers.received_already, numbers.wakes, numbers.waiting_now) == (3, 3, 0)
 
 
 async def test_a_page_that_is_there_is_never_overwritten() -> None:
+    """One that came before, and is newer here. (One that did not come is an error: ``test_ufd_born``.)"""
     with trio.fail_after(30):
         async with machine({"ram0": (130 * 4096, 4096)}, rate=UNLIMITED) as m:
             os.pwrite(m.ram["ram0"].fd, b"newer" * 100, 64 * 4096)
+            m.ram["ram0"].set_bits(Bits.RECEIVED, 64, 1)
             numbers = await m.service.load(m.sock.fileno())
             assert (numbers.placed, numbers.already) == (129, 1)
             assert os.pread(m.ram["ram0"].fd, 500, 64 * 4096) == b"newer" * 100
@@ -414,6 +438,19 @@ async def test_giving_up_makes_no_page(how: str) -> None:
             await block.verify(1)
         assert block.holes() == holes
         os.close(fd)
+
+
+@pytest.mark.parametrize("how", ["maps", "data", "space", "never"])
+def test_giving_up_where_no_mapping_can_be_made(how: str) -> None:
+    """Neither the process nor a page of the file pays for it: who cannot be let go waits on."""
+    command = [sys.executable, "-m", "tests.give_up_child", how]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert child.returncode == 0, child.stderr
+    said = json.loads(child.stdout)
+    assert all(said.values()), said
+    assert said.keys() >= {"lost", "no page was made"}
+    log = "memory that is given up cannot be replaced (Cannot allocate memory)"
+    assert child.stderr.count(log) == (how in ("space", "never"))
 
 
 async def test_nothing_is_given_up_when_all_has_come() -> None:

@@ -166,3 +166,10 @@ def test_what_is_no_command_is_refused(value: Any, oob: bool, expected: str) -> 
 def test_commands() -> None:
     assert request({"execute": "x", "id": None}, oob=False).name == "x"
     assert request({"exec-oob": "x", "arguments": {"a": 1}}, oob=True).out_of_band
+
+
+def test_marks_take_no_memory_each() -> None:
+    """A message may have half a million of them."""
+    reader = Reader()
+    assert list(reader.feed(b"[" + b"[]," * 1000)) == []
+    assert len({id(token) for token in reader._tokens}) == 3

@@ -4,10 +4,9 @@ The names of a device author are here: ``from vhostpc import Device, serve``. Th
 that ``import vhostpc`` costs nothing.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from vhostpc.lazy import exports
 
 if TYPE_CHECKING:
     from vhostpc import errors
@@ -16,10 +15,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Chain", "Device", "Options", "Queue", "errors", "serve"]
 
-
-def __getattr__(name: str) -> Any:
-    if name == "errors":
-        return importlib.import_module("vhostpc.errors")
-    if name in __all__:
-        return getattr(importlib.import_module("vhostpc.backend"), name)
-    raise AttributeError(f"module 'vhostpc' has no attribute {name!r}")
+__getattr__ = exports(
+    __name__, {"vhostpc.backend": "Chain Device Options Queue serve", "vhostpc.errors": "errors"}
+)

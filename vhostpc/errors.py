@@ -6,6 +6,61 @@ Codecs raise :class:`LocalProtocolError`; whoever fed them bytes from a peer tur
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from traceback import clear_frames
+
+
+def first_of(error: BaseException) -> BaseException:
+    """The first error in a group that is no cancellation: what the others follow from. Any other error is itself."""
+    while isinstance(error, BaseExceptionGroup):
+        errors = error.split(Exception)[0] or error
+        error = errors.exceptions[0]
+    return error
+
+
+def let_go(error: BaseException) -> None:
+    """Forget the local variables of the calls that an error came through: it may be kept for its text, and would keep
+    descriptors and memory. Of cancelled tasks there may be more, in cycles: see ``gc.collect``."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        one = todo.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        clear_frames(one.__traceback__)
+        todo += [one.__cause__, one.__context__]
+        if isinstance(one, BaseExceptionGroup):
+            todo += one.exceptions
+
+
+def sentence(error: BaseException) -> str:
+    """What went wrong, for people: the sentence of the error or of the system, else its name, which a log explains."""
+    error = first_of(error)
+    if isinstance(error, VhostpcError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory: {error}" if str(error) else "there is not enough memory"
+    if isinstance(error, OSError) and str(error):
+        what = f"{error.filename}: " if error.filename else ""
+        return f"{what}{error.strerror or error}"
+    return f"internal error: {type(error).__name__}: {error}"
+
+
+def is_foreseen(error: BaseException) -> bool:
+    """Whether a peer, a machine or the system can do this; anything else wants a traceback in the log."""
+    return isinstance(first_of(error), VhostpcError | OSError | MemoryError)
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """An OSError of a call that says only what is short says for what, too."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{what}: {error.strerror}") from None
+
 
 class VhostpcError(Exception):
     """Base of everything this package raises on purpose. ``str(e)`` is one sentence for people."""
@@ -32,7 +87,7 @@ class RequestFailed(VhostpcError):
 
 
 class PostcopyRefused(VhostpcError):
-    """Postcopy can not be done, or not be made safe, with this peer, process or memory."""
+    """Postcopy cannot be done, or not be made safe, with this peer, process or memory."""
 
 
 class GuestMemoryError(VhostpcError):
@@ -44,7 +99,23 @@ class BadAddress(GuestMemoryError):
 
 
 class MemoryLost(GuestMemoryError):
-    """Whoever brings the missing pages is gone: nothing may be read from or written to this memory."""
+    """Whoever brings the missing pages is gone, or has taken pages away: nothing may be read from or written to it."""
+
+
+class LeftAsleep(MemoryLost):
+    """The same, and a thread that waits for one of its pages could not be let go: what it uses has to stay."""
+
+
+class PageBorn(GuestMemoryError):
+    """A page that nobody sent is where one is to come, or was to be gone: it would be taken for that one.
+
+    ``block``: name; ``page``: number of the host page in it. The text names who could have made it.
+    """
+
+    def __init__(self, message: str, block: str, page: int) -> None:
+        super().__init__(message)
+        self.block = block
+        self.page = page
 
 
 class BrokenQueue(VhostpcError):
@@ -52,6 +123,17 @@ class BrokenQueue(VhostpcError):
 
     The ring stays stopped until the front-end sets it up again.
     """
+
+
+class QueueEnded(VhostpcError):
+    """A queue's session, or a chain's run of its ring, has ended: nothing can be done with it any more.
+
+    A chain that was not completed was given back to the driver.
+    """
+
+
+class LinkLost(VhostpcError):
+    """What a device joins its guest to is gone for good, such as a tap device that was deleted."""
 
 
 class UfdError(VhostpcError):
@@ -63,6 +145,10 @@ class UfdError(VhostpcError):
     def __init__(self, message: str, errno: int = 0) -> None:
         super().__init__(message)
         self.errno = errno
+
+
+class Shortage(VhostpcError):
+    """This process, or the machine, can have no more threads. (Where descriptors or memory are short it is OSError.)"""
 
 
 class StreamError(ProtocolError):

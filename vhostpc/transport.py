@@ -11,13 +11,17 @@ from collections.abc import Iterable
 import trio
 
 from vhostpc.errors import LocalProtocolError, RemoteProtocolError
+from vhostpc.own_sockets import leads_to_us
 from vhostpc.wire.vhost_user import MAX_FDS, Frame, FrameReader
 
 _CONTROL = socket.CMSG_SPACE(4 * (MAX_FDS + 1))
 
 
 class MessageSocket:
-    """Frames in and out of one connected socket. One reader and one writer at a time."""
+    """Frames in and out of one connected socket. One reader and one writer at a time.
+
+    The peer may have made the socket, and hold this end of it too: so each call says itself that it does not wait.
+    """
 
     def __init__(self, sock: trio.socket.SocketType) -> None:
         self._sock = sock
@@ -33,7 +37,7 @@ class MessageSocket:
         while True:
             try:
                 data, control, flags, _ = await self._sock.recvmsg(
-                    reader.want, _CONTROL, socket.MSG_CMSG_CLOEXEC
+                    reader.want, _CONTROL, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
                 )
             except (ConnectionResetError, BrokenPipeError):
                 return None
@@ -43,6 +47,13 @@ class MessageSocket:
                     numbers = array.array("i")
                     numbers.frombytes(value[: len(value) - len(value) % numbers.itemsize])
                     fds.extend(numbers)
+            # Before anything can wait: while we hold it, the end of the connection is not seen.
+            if any(map(leads_to_us, fds)):
+                for fd in fds:
+                    os.close(fd)
+                raise RemoteProtocolError(
+                    "a descriptor that was passed is the other end of our own connection"
+                )
             try:
                 frame = reader.feed(data, fds)
             except LocalProtocolError as e:
@@ -65,6 +76,33 @@ class MessageSocket:
             end.register(self._sock.fileno(), select.EPOLLRDHUP)
             await trio.lowlevel.wait_readable(end.fileno())
 
+    async def hand_on(self, frame: Frame, to: trio.MemorySendChannel[Frame]) -> bool:
+        """Put a frame that was received into a channel. False: there was no room, and the peer has hung up meanwhile.
+
+        Nobody may be left to make room. A frame that was not handed on is closed.
+        """
+        handed_on = False
+        try:
+            try:
+                to.send_nowait(frame)
+            except trio.WouldBlock:
+                async with trio.open_nursery() as nursery:
+
+                    async def watch() -> None:
+                        await self.hung_up()
+                        nursery.cancel_scope.cancel()
+
+                    nursery.start_soon(watch)
+                    await to.send(frame)
+                    handed_on = True
+                    nursery.cancel_scope.cancel()
+            else:
+                handed_on = True
+        finally:
+            if not handed_on:
+                frame.close_fds()
+        return handed_on
+
     async def send(self, data: bytes, fds: Iterable[int] = ()) -> None:
         """Send one message; its descriptors ride on its first byte and stay the caller's.
 
@@ -72,24 +110,11 @@ class MessageSocket:
         """
         numbers = array.array("i", fds)
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers.tobytes())] if numbers else []
-        sent = await self._sock.sendmsg([data], control)
+        sent = await self._sock.sendmsg([data], control, socket.MSG_DONTWAIT)
         while sent < len(data):
-            sent += await self._sock.send(data[sent:])
+            sent += await self._sock.send(data[sent:], socket.MSG_DONTWAIT)
 
     def close(self) -> None:
         """Close the socket and the descriptors of an unfinished message."""
         self._reader.close()
         self._sock.close()
-
-
-def is_eventfd(fd: int) -> bool:
-    """Is this an eventfd? Anything else could block us, or be readable for ever."""
-    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
-
-
-def signal_event(fd: int) -> None:
-    """Add 1 to an eventfd without ever waiting: a peer's may be blocking, and its counter full."""
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    if poll.poll(0):
-        os.eventfd_write(fd, 1)

@@ -3,6 +3,8 @@
     vhostpc backend examples/rng/rng.py:Rng --socket-path /tmp/rng.sock
 
 In QEMU: -chardev socket,id=rng,path=/tmp/rng.sock -device vhost-user-rng-pci,chardev=rng
+
+QEMU (7.2 to 11.1) does not migrate a guest that has one, whatever its back-end can do: docs/compatibility.md.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ int mem_main(int argc, char **argv);
 int flow_main(int argc, char **argv);
 int disk_main(int argc, char **argv);
 int keep_main(int argc, char **argv);
+int sectors_main(int argc, char **argv);
 
 /* CLOCK_MONOTONIC in nanoseconds. */
 uint64_t now_ns(void);

@@ -7,7 +7,10 @@
  * A read goes into a page at random out of many that were filled once and not touched since, and what is
  * written lies ready long before: so it is the device that meets the pages that a migration has not brought.
  *
- * Prints a line a second:  disk NONCE reads=N writes=N bad=N
+ * With THREADS there are as many, on both processors by turns, they do not pause, and half of what they do is writing:
+ * requests of one queue overtake each other.
+ *
+ * Prints a line a second, with THREADS five:  disk NONCE reads=N writes=N bad=N
  * When /tmp/disk-stop appears: ends, reads every block once more, and tells what the disk must hold:
  *   disk NONCE generations FIRST N N N ...      for every block
  *   disk NONCE verified blocks=N bad=N
@@ -31,10 +34,10 @@ enum {
     BLOCK = 4096,
     WORDS = BLOCK / 8,
     BLOCKS = 2048,
-    THREADS = 2,
-    OWN = BLOCKS / THREADS,
-    TARGETS = 2048, /* pages that a thread reads into */
-    READY = 512,    /* blocks that a thread has ready to write */
+    MOST_THREADS = 32,
+    PROCESSORS = 2,
+    TARGETS = 4096, /* pages that are read into, of all threads */
+    READY = 1024,   /* blocks that lie ready to be written, of all threads */
     SHOWN = 128,    /* generations a line */
 };
 
@@ -45,12 +48,13 @@ struct worker {
     uint64_t reads, writes, bad;
     unsigned char *targets, *ready;
     unsigned head;                    /* in ready: the oldest */
-    uint32_t written[OWN], next[OWN]; /* generations: on the disk, of the newest that lies ready */
+    uint32_t written[BLOCKS], next[BLOCKS]; /* generations: on the disk, of the newest that lies ready */
     unsigned block_at[READY];
     pthread_t thread;
 };
 
-static bool stopping;
+static bool stopping, hurry;
+static unsigned processors = PROCESSORS, threads = PROCESSORS, own_blocks, own_targets, own_ready;
 
 static uint64_t word_at(uint64_t block, uint32_t generation, uint64_t nonce, unsigned i)
 {
@@ -60,7 +64,7 @@ static uint64_t word_at(uint64_t block, uint32_t generation, uint64_t nonce, uns
 
 static uint64_t number_of(const struct worker *w, unsigned own)
 {
-    return (uint64_t)own * THREADS + w->number;
+    return (uint64_t)own * threads + w->number;
 }
 
 static void check(struct worker *w, unsigned own, const unsigned char *page)
@@ -97,7 +101,7 @@ static void write_one(struct worker *w, unsigned next)
     w->written[own]++;
     w->writes++;
     make_ready(w, w->head, next);
-    w->head = (w->head + 1) % READY;
+    w->head = (w->head + 1) % own_ready;
 }
 
 static void read_one(struct worker *w, unsigned own, unsigned target)
@@ -114,17 +118,18 @@ static void *work(void *argument)
     struct worker *w = argument;
     cpu_set_t set;
     CPU_ZERO(&set);
-    CPU_SET(w->number, &set);
+    CPU_SET(w->number % processors, &set);
     if (sched_setaffinity(0, sizeof set, &set) < 0)
         fail("a processor for each queue");
     while (!__atomic_load_n(&stopping, __ATOMIC_ACQUIRE)) {
         w->random = mix64(w->random);
-        unsigned own = w->random % OWN, target = (w->random >> 32) % TARGETS;
-        if (w->random >> 62 == 0)
+        unsigned own = (unsigned)(w->random % own_blocks), target = (unsigned)((w->random >> 32) % own_targets);
+        if (w->random >> (hurry ? 63 : 62) == 0)
             write_one(w, own);
         else
             read_one(w, own, target);
-        nanosleep(&(struct timespec){.tv_nsec = 4000000}, NULL);
+        if (!hurry)
+            nanosleep(&(struct timespec){.tv_nsec = 4000000}, NULL);
     }
     return NULL;
 }
@@ -140,16 +145,16 @@ static void *take(size_t bytes)
 /* All pages in RAM, all blocks on the disk. */
 static void prepare(struct worker *w)
 {
-    w->targets = take((size_t)TARGETS * BLOCK);
-    memset(w->targets, 0x5a, (size_t)TARGETS * BLOCK);
-    w->ready = take((size_t)READY * BLOCK);
-    for (unsigned own = 0; own < OWN; own++) {
-        if (own >= READY)
+    w->targets = take((size_t)own_targets * BLOCK);
+    memset(w->targets, 0x5a, (size_t)own_targets * BLOCK);
+    w->ready = take((size_t)own_ready * BLOCK);
+    for (unsigned own = 0; own < own_blocks; own++) {
+        if (own >= own_ready)
             write_one(w, own);
         else
             make_ready(w, own, own);
     }
-    for (unsigned i = 0; i < READY; i++)
+    for (unsigned i = 0; i < own_ready; i++)
         write_one(w, i);
 }
 
@@ -160,49 +165,73 @@ static void tell(const struct worker *workers)
         size_t length = 0;
         for (unsigned b = first; b < first + SHOWN; b++)
             length += (size_t)snprintf(text + length, sizeof text - length, " %u",
-                                       workers[b % THREADS].written[b / THREADS]);
+                                       workers[b % threads].written[b / threads]);
         say("disk %016llx generations %u%s", (unsigned long long)workers->nonce, first, text);
     }
 }
 
+static void tell_progress(const struct worker *workers, uint64_t nonce)
+{
+    uint64_t reads = 0, writes = 0, bad = 0;
+
+    for (unsigned i = 0; i < threads; i++) {
+        reads += workers[i].reads;
+        writes += workers[i].writes;
+        bad += workers[i].bad;
+    }
+    say("disk %016llx reads=%llu writes=%llu bad=%llu", (unsigned long long)nonce, (unsigned long long)reads,
+        (unsigned long long)writes, (unsigned long long)bad);
+}
+
 int disk_main(int argc, char **argv)
 {
-    if (argc != 2)
+    if (argc != 2 && argc != 3)
         return 2;
+    if (argc == 3) {
+        hurry = true;
+        threads = (unsigned)atoi(argv[2]);
+        if (!threads || threads > MOST_THREADS || BLOCKS % threads)
+            return 2;
+    }
+    if (sysconf(_SC_NPROCESSORS_ONLN) < PROCESSORS) /* User-Mode Linux has one */
+        processors = 1;
+    own_blocks = BLOCKS / threads;
+    own_targets = TARGETS / threads;
+    own_ready = READY / threads;
     int fd = open(argv[1], O_RDWR | O_DIRECT | O_CLOEXEC);
     if (fd < 0)
         fail(argv[1]);
-    static struct worker workers[THREADS];
+    static struct worker workers[MOST_THREADS];
     uint64_t nonce = nonce64();
-    for (unsigned i = 0; i < THREADS; i++) {
-        workers[i] = (struct worker){.number = i, .fd = fd, .nonce = nonce, .random = nonce + i};
+    for (unsigned i = 0; i < threads; i++) {
+        workers[i].number = i;
+        workers[i].fd = fd;
+        workers[i].nonce = nonce;
+        workers[i].random = nonce + i;
         prepare(&workers[i]);
     }
-    for (unsigned i = 0; i < THREADS; i++)
+    for (unsigned i = 0; i < threads; i++)
         if (pthread_create(&workers[i].thread, NULL, work, &workers[i]))
             fail("a thread");
     make_file("/tmp/disk-ready");
     uint64_t next = now_ns();
     while (access("/tmp/disk-stop", F_OK) < 0) {
         if (now_ns() >= next) {
-            next += 1000000000u;
-            say("disk %016llx reads=%llu writes=%llu bad=%llu", (unsigned long long)nonce,
-                (unsigned long long)(workers[0].reads + workers[1].reads),
-                (unsigned long long)(workers[0].writes + workers[1].writes),
-                (unsigned long long)(workers[0].bad + workers[1].bad));
+            next += hurry ? 200000000u : 1000000000u;
+            tell_progress(workers, nonce);
         }
         nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
     }
     __atomic_store_n(&stopping, true, __ATOMIC_RELEASE);
     uint64_t bad = 0;
-    for (unsigned i = 0; i < THREADS; i++)
+    for (unsigned i = 0; i < threads; i++)
         pthread_join(workers[i].thread, NULL);
     if (fsync(fd) < 0)
         fail("fsync");
     tell(workers);
-    for (unsigned i = 0; i < THREADS; i++) {
-        for (unsigned own = 0; own < OWN; own++)
-            read_one(&workers[i], own, own % TARGETS);
+    for (unsigned i = 0; i < threads; i++) {
+        for (unsigned own = 0; own < own_blocks; own++)
+            read_one(&workers[i], own, own % own_targets);
         bad += workers[i].bad;
     }
     say("disk %016llx verified blocks=%d bad=%llu", (unsigned long long)nonce, BLOCKS, (unsigned long long)bad);

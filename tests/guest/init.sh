@@ -1,6 +1,7 @@
 #!/bin/busybox sh
 # First process of the test guest.  The kernel command line gives vm.ip=ADDR vm.peer=ADDR vm.peer_mac=MAC
-# [vm.queues=N], and vm.checks=N vm.pause=MS vm.holes=N for the memory checker.
+# [vm.queues=N], vm.disk_threads=N for the disk checker or vm.disk=sectors for a disk that is only read, and
+# vm.checks=N vm.pause=MS vm.holes=N for the memory checker.
 /bin/busybox mkdir -p /proc /sys /dev /tmp
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sys /sys
@@ -46,7 +47,7 @@ network() {
 [ -n "$ip" ] && network </dev/null &
 if [ -e /dev/vda ]; then
     # Before memory is filled: it takes some for itself.
-    /bin/guest disk /dev/vda </dev/null &
+    /bin/guest ${disk:-disk} /dev/vda $disk_threads </dev/null &
     until [ -e /tmp/disk-ready ]; do sleep 0.1; done
 fi
 exec /bin/guest mem $checks $pause $holes

@@ -1,8 +1,9 @@
 /* One static program for the guest and for the far end of its network:
  *   guest mem                     memory checker (mem.c)
  *   guest flow LOCAL PEER far|MAC [QUEUES]  UDP flow both ways (flow.c)
- *   guest disk DEVICE             disk checker (disk.c)
+ *   guest disk DEVICE [THREADS]   disk checker (disk.c)
  *   guest keep PORT               keeper of datagrams (keep.c)
+ *   guest sectors DEVICE          reader of the documentation's disk (sectors.c)
  */
 #define _GNU_SOURCE
 #include "common.h"
@@ -73,10 +74,14 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         int (*run)(int argc, char **argv);
-    } programs[] = {{"mem", mem_main}, {"flow", flow_main}, {"disk", disk_main}, {"keep", keep_main}};
+    } programs[] = {{"mem", mem_main},
+                  {"flow", flow_main},
+                  {"disk", disk_main},
+                  {"keep", keep_main},
+                  {"sectors", sectors_main}};
     for (size_t i = 0; argc >= 2 && i < sizeof programs / sizeof *programs; i++)
         if (strcmp(argv[1], programs[i].name) == 0)
             return programs[i].run(argc - 1, argv + 1);
-    fprintf(stderr, "usage: guest mem [PAGES [MILLISECONDS [HOLES]]] | flow LOCAL PEER far|MAC [QUEUES] | disk DEVICE | keep PORT\n");
+    fprintf(stderr, "usage: guest mem [PAGES [MILLISECONDS [HOLES]]] | flow LOCAL PEER far|MAC [QUEUES] | disk DEVICE [THREADS] | keep PORT | sectors DEVICE\n");
     return 2;
 }

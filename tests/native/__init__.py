@@ -22,6 +22,8 @@ class Program:
     name: str
     sanitize: str
     files: tuple[str, ...]
+    #: Functions of the C library that the driver has its own of, and calls by ``__real_``.
+    wraps: tuple[str, ...] = ()
 
     def build(self, folder: Path) -> Path:
         """Compile into ``folder``; returns the program."""
@@ -29,37 +31,111 @@ class Program:
         sources = [HERE / f"{self.name}.c", *(NATIVE / f"{name}.c" for name in self.files)]
         flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-pthread"]
         flags += [f"-fsanitize={self.sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+        if self.sanitize == "thread":
+            flags.append("-Wno-tsan")  # fences are for weaker processors; it does not look at them
+        flags += [f"-Wl,--wrap={name}" for name in self.wraps]
         subprocess.run(["gcc", *flags, f"-I{NATIVE}", "-o", program, *sources], check=True)
         return program
 
 
 FLIP = Program(
-    "flip", "address,undefined", ("gm", "supply", "vq", "call", "chain", "pump", "pump_in", "pump_out")
+    "flip",
+    "address,undefined",
+    (
+        "event",
+        "gm",
+        "supply",
+        "guard",
+        "replace",
+        "vq",
+        "call",
+        "chain",
+        "inflight",
+        "pump",
+        "pump_in",
+        "pump_out",
+    ),
+)
+GUARD = Program("guard", "address,undefined", ("gm", "supply", "guard", "replace"))
+MAPS = Program("maps", "undefined", ("gm", "supply", "guard", "replace"))
+# Step by step: what the address sanitizer adds would be most of the steps.
+RESTART = Program(
+    "restart",
+    "undefined",
+    ("event", "gm", "supply", "guard", "replace", "vq", "call", "chain", "inflight"),
 )
 FAULTS = Program(
-    "faults", "thread", ("uffd", "fault", "waiters", "outbox", "ram", "ramload", "ramplace", "local")
+    "faults",
+    "thread",
+    (
+        "event",
+        "uffd",
+        "fault",
+        "waiters",
+        "outbox",
+        "ram",
+        "ramload",
+        "delta",
+        "ramplace",
+        "local",
+        "present",
+        "replace",
+    ),
+    wraps=("realloc",),
 )
 LOADS = Program(
     "loads",
     "address,undefined",
-    ("uffd", "fault", "waiters", "outbox", "ram", "ramload", "ramplace", "local"),
+    (
+        "event",
+        "uffd",
+        "fault",
+        "waiters",
+        "outbox",
+        "ram",
+        "ramload",
+        "delta",
+        "ramplace",
+        "local",
+        "present",
+        "replace",
+    ),
 )
 VCPUS = Program(
     "vcpus",
     "thread",
-    ("vcpu", "dirty", "uffd", "ram", "local", "ramload", "ramplace", "fault", "waiters", "outbox"),
+    (
+        "event",
+        "vcpu",
+        "dirty",
+        "uffd",
+        "ram",
+        "present",
+        "replace",
+        "local",
+        "ramload",
+        "delta",
+        "ramplace",
+        "fault",
+        "waiters",
+        "outbox",
+    ),
 )
 STATE = Program(
     "state",
     "address,undefined",
     (
+        "event",
         "driver",
         "driverstate",
         "frame",
         "uffd",
         "ram",
+        "present",
+        "replace",
         "local",
         "ramload",
+        "delta",
         "ramplace",
         "fault",
         "waiters",

@@ -3,7 +3,8 @@
  *   flip pop|out|in ROUNDS [SEED]
  *
  * One thread flips next, len, flags and addresses of descriptors and of indirect tables, the tables' own lengths,
- * the avail ring and its index; another pops ROUNDS chains (pop), or lets a pump move as many frames (out, in).
+ * the avail ring and its index, and the bytes of the inflight region; another pops ROUNDS chains (pop), or lets a pump
+ * move as many frames (out, in).
  * Built with the address and undefined-behaviour sanitizers, it ends at the first byte read or written that is
  * not the device's to touch: guest memory lies between two ranges that nobody may touch.
  */
@@ -31,8 +32,9 @@
 #define TABLE_LEN 32u
 #define BUFFERS 0x40000u
 #define HEADER 12u
+#define REGION (16u + 16u * NUM)
 
-static unsigned char *guest; /* the driver's own mapping */
+static unsigned char *guest, *region; /* the driver's own mappings */
 static atomic_int done;
 static enum { POP, OUT, IN } mode;
 static struct vpc_pump *pump;
@@ -131,6 +133,14 @@ static void flip(uint64_t *state)
         if (value % 64 == 0)
             put16(USED + 2, (uint16_t)(value >> 8));
         break;
+    case 8: /* a mark, a next, or the head of the part */
+        if (value & 1)
+            __atomic_store_n(region + 16 + 16 * ((luck >> 24) % NUM), (uint8_t)(value >> 1 & 1), __ATOMIC_RELAXED);
+        else if (value & 2)
+            __atomic_store_n(region + 16 + 16 * ((luck >> 24) % NUM) + 6, (uint8_t)(value >> 8), __ATOMIC_RELAXED);
+        else if (value % 64 == 0)
+            __atomic_store_n(region + (luck >> 24) % REGION, (uint8_t)(value >> 8), __ATOMIC_RELAXED);
+        break;
     default:
         mend(base, i, n, dice(state));
     }
@@ -155,6 +165,10 @@ static void restart(struct vpc_vq *vq)
     }
     put16(USED + 2, base);
     offer();
+    if (luck >> 8 & 3)
+        memset(region, 0, REGION);
+    else /* of this ring, but for what was written there */
+        __atomic_store_n((uint16_t *)(void *)(region + 14), (uint16_t)(base - (luck >> 16) % 4), __ATOMIC_RELAXED);
     vpc_vq_set_base(vq, base);
 }
 
@@ -204,7 +218,7 @@ static struct vpc_map *between_guards(struct vpc_supply *supply, int fd)
 
 static uint64_t pop_all(struct vpc_vq *vq, uint64_t *broken, uint64_t *bytes)
 {
-    static unsigned char answer[4096];
+    static unsigned char answer[4096], piece[4096];
     struct vpc_popped out[16];
     struct vpc_answer answers[16];
     uint64_t popped = 0, sum = 0;
@@ -220,14 +234,21 @@ static uint64_t pop_all(struct vpc_vq *vq, uint64_t *broken, uint64_t *bytes)
         }
         CHECK(n >= 0);
         for (int i = 0; i < n; i++) {
-            CHECK(!out[i].late && out[i].writable <= UINT32_MAX && out[i].readable <= 64u << 20);
-            for (uint64_t k = 0; k < out[i].readable; k += 61)
+            CHECK(!out[i].late && out[i].writable <= UINT32_MAX && out[i].loaded <= VPC_LOADED);
+            CHECK(out[i].loaded == out[i].readable || (out[i].loaded == VPC_LOADED && out[i].readable > VPC_LOADED));
+            for (uint64_t k = 0; k < out[i].loaded; k += 61)
                 sum += out[i].data[k];
-            if (out[i].readable)
-                sum += out[i].data[out[i].readable - 1];
-            *bytes += out[i].readable;
-            answers[i] = (struct vpc_answer){out[i].chain, answer,
-                                             out[i].writable < sizeof answer ? out[i].writable : sizeof answer};
+            if (out[i].loaded)
+                sum += out[i].data[out[i].loaded - 1];
+            /* The last piece of each side: what was checked is a copy, so it is there whatever the driver does. */
+            uint64_t in = out[i].readable < sizeof piece ? out[i].readable : sizeof piece;
+            uint64_t room = out[i].writable < sizeof answer ? out[i].writable : sizeof answer;
+            CHECK(vpc_chain_read(vq, out[i].chain, out[i].readable - in, piece, in, 0) == 0);
+            CHECK(vpc_chain_read(vq, out[i].chain, out[i].readable - in, piece, in + 1, 0) == -EMSGSIZE);
+            CHECK(vpc_chain_write(vq, out[i].chain, out[i].writable - room, answer, room, 0) == 0);
+            CHECK(vpc_chain_write(vq, out[i].chain, UINT64_MAX, answer, 2, 0) == -EMSGSIZE);
+            *bytes += out[i].loaded + in;
+            answers[i] = (struct vpc_answer){out[i].chain, answer, out[i].writable - room, room};
         }
         if (n)
             CHECK(vpc_vq_push(vq, answers, (uint32_t)n, 0) == 0);
@@ -257,6 +278,8 @@ int main(int argc, char **argv)
     struct vpc_supply *supply;
     struct vpc_gm *gm;
     struct vpc_vq *vq;
+    struct vpc_inflight *inflight;
+    int region_fd = memfd_create("region", MFD_CLOEXEC);
     uint64_t state = argc > 3 ? strtoull(argv[3], NULL, 0) : 1, broken = 0, bytes = 0, count;
     pthread_t thread;
     int fd = memfd_create("guest", MFD_CLOEXEC);
@@ -272,6 +295,11 @@ int main(int argc, char **argv)
     vpc_vq_set_features(vq, 1ull << VIRTIO_RING_F_INDIRECT_DESC | 1ull << VIRTIO_RING_F_EVENT_IDX);
     vpc_vq_set_memory(vq, gm);
     CHECK(vpc_vq_set_ring(vq, NUM, UADDR + DESC, UADDR + AVAIL, UADDR + USED) == 0);
+    CHECK(region_fd >= 0 && ftruncate(region_fd, REGION) == 0);
+    region = mmap(NULL, REGION, PROT_READ | PROT_WRITE, MAP_SHARED, region_fd, 0);
+    CHECK(region != MAP_FAILED && vpc_inflight_new(supply, region_fd, 0, REGION, &inflight) == 0);
+    CHECK(vpc_vq_set_inflight(vq, inflight, 0, NUM) == 0);
+    vpc_inflight_unref(inflight);
     CHECK(vpc_pump_new(vq, &pump) == 0);
     kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     CHECK(kick >= 0 && socketpair(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, far) == 0);
@@ -300,6 +328,8 @@ int main(int argc, char **argv)
     vpc_map_unref(map);
     vpc_supply_unref(supply);
     munmap(guest, SIZE);
+    munmap(region, REGION);
+    close(region_fd);
     close(fd);
     close(kick);
     close(far[0]);

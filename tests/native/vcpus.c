@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -58,7 +59,7 @@ static int open_ufd(uint64_t features)
 
 static void *run_cpu(void *cpu)
 {
-    CHECK(vpc_vcpu_run(cpu) == 0);
+    CHECK(vpc_vcpu_run(cpu, 0) == 0);
     return NULL;
 }
 
@@ -82,6 +83,23 @@ static uint64_t copy_dirty(struct vpc_ram *ram)
                 pages++;
             }
     return pages;
+}
+
+/* As a machine that stops and goes on; its state is read between. */
+static void park_and_go(struct vpc_vcpu *cpu)
+{
+    struct pollfd p = {.fd = vpc_vcpu_parked_fd(cpu), .events = POLLIN};
+    struct vpc_vcpu_state state;
+    uint64_t n;
+
+    vpc_vcpu_stop(cpu);
+    for (;;) {
+        (void)!read(p.fd, &n, sizeof n);
+        if (vpc_vcpu_parked(cpu))
+            break;
+        CHECK(poll(&p, 1, -1) == 1);
+    }
+    CHECK(vpc_vcpu_state(cpu, &state) == 0 && vpc_vcpu_go(cpu) == 0);
 }
 
 static uint64_t one_round(int synchronous)
@@ -118,6 +136,8 @@ static uint64_t one_round(int synchronous)
         CHECK(pthread_create(&loop, NULL, run_tracker, NULL) == 0);
     for (int i = 0; i < CPUS; i++)
         CHECK(vpc_vcpu_arm(cpu[i]) == 0 && pthread_create(&threads[i], NULL, run_cpu, cpu[i]) == 0);
+    for (int i = 0; i < CPUS; i++)
+        CHECK(vpc_vcpu_go(cpu[i]) == 0 && vpc_vcpu_go(cpu[i]) == -EBUSY);
     CHECK(vpc_dirty_start(tracker) == 0);
     for (int i = 0; i < SYNCS; i++) {
         copy_dirty(ram);
@@ -126,9 +146,10 @@ static uint64_t one_round(int synchronous)
             CHECK(vpc_vcpu_stats(cpu[k], &stats) == 0 && stats.bad == 0);
             vpc_vcpu_set_rates(cpu[k], i % 3 ? VPC_RATE_UNLIMITED : 5000, VPC_RATE_UNLIMITED);
         }
+        park_and_go(cpu[i % CPUS]);
     }
     for (int i = 0; i < CPUS; i++)
-        vpc_vcpu_stop(cpu[i]);
+        vpc_vcpu_end(cpu[i]);
     for (int i = 0; i < CPUS; i++)
         pthread_join(threads[i], NULL);
     CHECK(vpc_dirty_sync(tracker) >= 0);

@@ -83,9 +83,6 @@ async def open_bridge(path: Path, far: FarEnd, args: Sequence[str] = ()) -> Asyn
     argv += ["-l", f"{host}:{port}", "-r", far.here, *args]
     async with open_child(argv, name="bridge") as bridge:
         if "-c" not in args:
-            with trio.fail_after(20):
-                while not path.is_socket():
-                    assert not bridge.ended.is_set(), f"the bridge ended:\n{bridge.last_words()}"
-                    await trio.sleep(0.01)
+            await bridge.until("ready on")
         yield bridge
         assert not bridge.ended.is_set(), f"the bridge ended before the test did:\n{bridge.last_words()}"

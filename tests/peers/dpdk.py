@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,19 +15,23 @@ from pathlib import Path
 import pytest
 import trio
 
-from .child import Child, open_child
+from tests.qemu.peers import PeerMissing
 
-TESTPMD = "dpdk-testpmd"
+from .child import Child, open_child
+from .packages import TESTPMD, dpdk
+
 PROMPT = "testpmd> "
 MAIN_CPU, WORK_CPU = 0, 1
 
 
 def needs_dpdk() -> None:
-    """Skip the calling test when DPDK is not installed; in CI that is a failure."""
-    if shutil.which(TESTPMD) is None:
+    """Skip the calling test when DPDK is not here; in CI that is a failure."""
+    try:
+        dpdk()
+    except PeerMissing as error:
         if os.environ.get("CI"):
-            pytest.fail(f"{TESTPMD} is not installed (package dpdk-dev)")
-        pytest.skip(f"{TESTPMD} is not installed (package dpdk-dev)")
+            pytest.fail(str(error))
+        pytest.skip(str(error))
 
 
 class Testpmd:
@@ -96,15 +99,16 @@ async def open_testpmd(
     ``vdev`` is DPDK's device string, ``forward`` a mode such as ``txonly``, ``rxonly``, ``io`` or
     ``icmpecho``; ``args`` are further arguments for testpmd, ``eal`` for DPDK's own part.
     """
+    peer = dpdk()
     argv = [
         # Lines as they are written, not when four kilobytes are full.
-        *("stdbuf", "-oL", TESTPMD),
+        *("stdbuf", "-oL", peer.program, *peer.eal),
         *("--no-huge", "-m", str(memory_mib), "--no-pci", "--no-telemetry"),
         *("--no-shconf", "-l", f"{MAIN_CPU},{WORK_CPU}", *eal),
         *("--log-level=pmd.net.virtio.driver:info", "--vdev", vdev, "--"),
         *("-i", f"--forward-mode={forward}", "--total-num-mbufs=4096", *args),
     ]
-    async with open_child(argv, name=TESTPMD) as child:
+    async with open_child(argv, name=TESTPMD, env=peer.env) as child:
         testpmd = Testpmd(child)
         await child.until(PROMPT)
         yield testpmd

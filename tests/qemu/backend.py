@@ -26,7 +26,8 @@ class Backend:
 
     def complaints(self) -> list[str]:
         """Warnings and errors, but for a message that took long: on a busy machine it may."""
-        return [line for line in self.logged("^(WARNING|ERROR|CRITICAL|Traceback)") if " took " not in line]
+        told = self.logged(r"^(\S+ \S+ (WARNING|ERROR|CRITICAL) |vhostpc: |Traceback)")
+        return [line for line in told if " took " not in line]
 
     async def ended(self, times: int) -> str:
         """Wait until so many postcopies have ended; the last one's line."""
@@ -50,15 +51,31 @@ async def backend(
 
     ``inside``: words that enter a namespace. ``through``: a program that runs the example in its own way.
     """
+    argv = [*inside, sys.executable, *through, str(REPO / "examples" / example), *options]
+    async with _listening(name, argv, tmp_path) as found:
+        yield found
+
+
+@contextlib.asynccontextmanager
+async def served(
+    name: str, target: str, tmp_path: Path, options: Sequence[str] = ()
+) -> AsyncIterator[Backend]:
+    """``vhostpc backend TARGET`` for the length of a block; ``target``: ``FILE:CLASS``."""
+    argv = [sys.executable, "-m", "vhostpc", "backend", target, *options]
+    async with _listening(name, argv, tmp_path) as found:
+        yield found
+
+
+@contextlib.asynccontextmanager
+async def _listening(name: str, argv: Sequence[str], tmp_path: Path) -> AsyncIterator[Backend]:
     path = tmp_path / f"{name}.sock"
     # It is given the listening socket, so that a front-end may connect before it is ready.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         path.unlink(missing_ok=True)  # of one that was killed
         listener.bind(str(path))
         listener.listen()
-        argv = [*inside, sys.executable, *through, str(REPO / "examples" / example), *options]
-        argv += ["--fd", str(listener.fileno())]
-        async with child(name, argv, pass_fds=[listener.fileno()]) as process:
+        whole = [*argv, "--fd", str(listener.fileno())]
+        async with child(name, whole, pass_fds=[listener.fileno()]) as process:
             listener.close()
             yield Backend(path, process)
 

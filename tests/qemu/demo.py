@@ -99,7 +99,7 @@ async def report(moved: vm.Moved, destination: vm.Vm, far: net.Far, window: int)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.qemu.demo", description=__doc__)
     parser.add_argument("--qemu", choices=peers.VERSIONS, default="10.0", help="version (default: 10.0)")
     arguments = parser.parse_args()
     if os.geteuid() != 0:

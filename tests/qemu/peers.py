@@ -1,4 +1,4 @@
-"""The other programs that the QEMU tests need: two QEMU versions, a guest kernel, busybox for the guest.
+"""The other programs that the QEMU tests need: three QEMU versions, a guest kernel, busybox for the guest.
 
 ``python -m tests.qemu.peers`` fetches what is missing; run again, it does nothing.  An installed QEMU is
 used when it has the wanted version and is never replaced: other versions are unpacked into a cache folder
@@ -23,6 +23,9 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 APT = Path("/etc/apt")
 VERSIONS = ("7.2", "10.0")
+"""With which everything is tested."""
+NEWEST = "11.1"
+"""With which some is, to see what changes; it needs a newer C library than Debian 12 has."""
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 # Which suite has which version.
@@ -68,7 +71,7 @@ def cache_dir() -> Path:
 def _version(argv: tuple[str, ...], env: dict[str, str]) -> str | None:
     try:
         out = subprocess.run(
-            [argv[0], "--version"], env={**os.environ, **env}, capture_output=True, text=True, check=False
+            [*argv, "--version"], env={**os.environ, **env}, capture_output=True, text=True, check=False
         ).stdout
     except OSError:
         return None
@@ -89,7 +92,9 @@ def _unpacked_qemu(root: Path, version: str) -> Qemu:
 
 
 def qemu(version: str) -> Qemu:
-    """The QEMU of that version ("7.2" or "10.0"); raises PeerMissing."""
+    """The QEMU of that version; raises PeerMissing."""
+    if version == NEWEST:
+        return newest_qemu()
     installed = ("/usr/bin/qemu-system-x86_64",)
     if _version(installed, {}) == version:
         return Qemu(version, installed)
@@ -99,6 +104,26 @@ def qemu(version: str) -> Qemu:
         if _version(found.argv, found.env) == version:
             return found
     raise PeerMissing(f"QEMU {version} is not here: run python -m tests.qemu.peers")
+
+
+def newest_qemu() -> Qemu:
+    """The newest QEMU, run by the C library that came with it; raises PeerMissing."""
+    root = cache_dir() / f"qemu-{NEWEST}"
+    if (root / ".complete").exists():
+        usr = root / "usr"
+        own = usr / "lib/x86_64-linux-gnu"
+        found = _unpacked_qemu(root, NEWEST)
+        argv = (
+            str(usr / "lib64/ld-linux-x86-64.so.2"),
+            *("--library-path", f"{own}:{found.env['LD_LIBRARY_PATH']}"),
+            *("--argv0", "qemu-system-x86_64"),
+            *found.argv,
+        )
+        # Its children run with this machine's library.
+        made = Qemu(NEWEST, argv, {"QEMU_MODULE_DIR": str(own / "qemu")})
+        if _version(made.argv, made.env) == NEWEST:
+            return made
+    raise PeerMissing(f"QEMU {NEWEST} is not here: run python -m tests.qemu.peers")
 
 
 def kernel() -> Kernel:
@@ -191,13 +216,13 @@ class _Apt:
         for part in ("state/lists/partial", "cache/archives/partial"):
             (root / part).mkdir(parents=True, exist_ok=True)
         sources = root / "sources.list"
-        sources.write_text("".join(s.line() + "\n" for s in _sources()))
+        sources.write_text("".join(s.line() + "\n" for s in self.sources()))
         self.options = [
             f"-oDir::Etc::sourcelist={sources}",
             "-oDir::Etc::sourceparts=-",
             "-oDir::Etc::preferencesparts=-",
             f"-oDir::State={root / 'state'}",
-            "-oDir::State::status=/var/lib/dpkg/status",
+            f"-oDir::State::status={self.status()}",
             f"-oDir::Cache={root / 'cache'}",
             "-oAPT::Sandbox::User=root",
             "-oAcquire::Languages=none",
@@ -205,6 +230,13 @@ class _Apt:
             "-oDebug::NoLocking=1",
         ]
         self.updated = False
+
+    def sources(self) -> list[_Source]:
+        return _sources()
+
+    def status(self) -> Path:
+        """The list of what is installed."""
+        return Path("/var/lib/dpkg/status")
 
     def get(self, *args: str, cwd: Path | None = None) -> str:
         if not self.updated:
@@ -244,6 +276,20 @@ class _Apt:
         return found.group(1)
 
 
+class _AptOfNewest(_Apt):
+    """Debian 13's packages for the newest QEMU, from the same mirror; nothing counts as installed, so that all that it
+    needs comes with it."""
+
+    def sources(self) -> list[_Source]:
+        main = next(s for s in _sources() if s.suite == "bookworm")
+        return [_Source(main.uri, suite, "main", main.signed_by) for suite in ("trixie", "trixie-backports")]
+
+    def status(self) -> Path:
+        path = self.root / "status"
+        path.touch()
+        return path
+
+
 def _unpack(debs: list[Path], target: Path) -> None:
     fresh = target.with_name(target.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -253,6 +299,13 @@ def _unpack(debs: list[Path], target: Path) -> None:
         _run(["dpkg", "-x", str(deb), str(fresh)])
     (fresh / ".complete").touch()
     fresh.rename(target)
+
+
+def _fetch_newest(cache: Path) -> None:
+    """Raises PeerMissing."""
+    names = ("libc6", "qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios")
+    apt = _AptOfNewest(cache / f"apt-{NEWEST}")
+    _unpack(apt.archives("-t", "trixie-backports", *names), cache / f"qemu-{NEWEST}")
 
 
 def fetch(say: bool = False) -> None:
@@ -277,6 +330,12 @@ def fetch(say: bool = False) -> None:
                 debs = apt.archives("-t", suite, *names)
                 _unpack(debs, cache / f"qemu-{version}")
                 tell(f"QEMU {version}: {qemu(version).argv[0]}")
+        try:
+            newest_qemu()
+        except PeerMissing:
+            tell(f"QEMU {NEWEST}: fetching from trixie-backports")
+            _fetch_newest(cache)
+        tell(f"QEMU {NEWEST}: {newest_qemu().argv[0]}")
         try:
             kernel()
         except PeerMissing:

@@ -14,7 +14,7 @@ import trio
 
 from tests.sequences.nodes import Node, Told, endpoint_node, own_node, qemu_node, take_a_machine
 from tests.sequences.stage import Stage
-from vhostpc.migration.options import Compat
+from vhostpc.dialect import Compat
 
 Play = Callable[[Stage], Awaitable[None]]
 Who = Literal["qemu", "held", "own"]
@@ -101,23 +101,24 @@ async def perform(play: Play, cast: Cast, compat: Compat, *, small: bool = False
 # --- what may differ between two runs of the same
 
 
-def plain(events: Sequence[str]) -> list[str]:
+def plain(events: Sequence[str], first: int = 1) -> list[str]:
     """Without the passes whose number is a matter of speed; each that is counted has its turn.
 
     How often the memory is gone through before the machine stops depends on how fast it goes, so those passes
     are left out, and the numbers of all. Where nothing tells that the machine has stopped (7.2, one that was
-    stopped before) that takes the last pass, too.
+    stopped before) that takes the last pass, too. One may end while it is cancelled.
+    ``first``: the number of the first pass that is told.
     """
     kept: list[str] = []
     going = False
-    passes = 0
+    passes = first - 1
     for text in events:
         if text == "setup":
-            passes = 0
+            passes = first - 1
         if text.startswith("PASS "):
             passes += 1
             assert text == f"PASS {passes}", events
-            if not going and kept[-1:] != ["PASS"]:
+            if not going and kept[-1:] not in (["PASS"], ["cancelling"]):
                 kept.append("PASS")
             continue
         if text in ("STOP", "device") and kept[-1:] == ["PASS"]:

@@ -18,7 +18,7 @@ from tests.qemu import peers
 from tests.qemu.proc import Child, child, unwrapped
 from tests.qemu.qmp import Qmp
 from tests.until import until
-from vhostpc.migration.options import Compat
+from vhostpc.dialect import Compat
 
 MIB = 1 << 20
 FILLED = 24 * MIB  # bytes of RAM that are not zero
@@ -157,23 +157,25 @@ async def qemu_node(
     incoming: bool = False,
     stopped: bool = False,
     more: Sequence[str] = (),
+    board: Sequence[str] = (),
 ) -> AsyncIterator[Node]:
     """A QEMU whose BIOS finds nothing to start. ``size`` in MiB; ``stopped``: begun with ``-S``.
 
-    ``more``: further arguments.
+    ``more``: further arguments; ``board``: those in place of the machine's and its memory's, which is left as it is.
     """
     program = peers.qemu(version)
     ours, theirs = socket.socketpair()
     argv = [*program.argv, "-name", name, "-nodefaults", "-no-user-config", "-display", "none"]
-    argv += ["-accel", "tcg", "-M", "pc,memory-backend=mem", "-m", f"{size}M"]
-    argv += ["-object", f"memory-backend-memfd,id=mem,size={size}M,share=on"]
-    argv += ["-chardev", f"socket,id=q,fd={theirs.fileno()}", "-mon", "chardev=q,mode=control"]
+    usual = ["-M", "pc,memory-backend=mem", "-m", f"{size}M"]
+    usual += ["-object", f"memory-backend-memfd,id=mem,size={size}M,share=on"]
+    argv += ["-accel", "tcg", *(board or usual)]
+    argv += ["-chardev", f"socket,id=q,fd={theirs.fileno()}", "-qmp", "chardev:q"]
     argv += [*(["-incoming", "defer"] if incoming else []), *(["-S"] if stopped else []), *more]
     async with child(name, argv, env=program.env, pass_fds=[theirs.fileno()]) as process:
         theirs.close()
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
         async with _monitored(name, process, stream) as node:
-            if not incoming:
+            if not incoming and not board:
                 _fill(process.pid)
             yield node
 

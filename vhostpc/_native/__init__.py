@@ -8,15 +8,20 @@ from typing import TYPE_CHECKING, Any, cast
 from vhostpc._native import _vpc
 from vhostpc._native.api_dirty import DirtyLib
 from vhostpc._native.api_driver import DriverLib
+from vhostpc._native.api_event import EventLib
 from vhostpc._native.api_gm import GmLib
 from vhostpc._native.api_ram import RamLib
 from vhostpc._native.api_ring import RingLib
+from vhostpc._native.api_save import SaveLib
+from vhostpc._native.api_thread import ThreadLib
 from vhostpc._native.api_uffd import UffdLib
 from vhostpc._native.api_vcpu import VcpuLib
 
 if TYPE_CHECKING:
 
-    class Lib(UffdLib, GmLib, RingLib, RamLib, DriverLib, VcpuLib, DirtyLib): ...
+    class Lib(
+        ThreadLib, EventLib, UffdLib, GmLib, RingLib, RamLib, SaveLib, DriverLib, VcpuLib, DirtyLib
+    ): ...
 
 
 ffi: Any = _vpc.ffi
@@ -25,6 +30,14 @@ lib: Lib = cast("Lib", _vpc.lib)
 # cffi completes its types at first use; look at every name once, here, where only one thread runs.
 for _name in dir(lib):
     getattr(lib, _name)
+
+
+def made(handle: Any, what: str) -> Any:
+    """Return a handle that a ``vpc_..._new`` has just made, else raise the :class:`OSError` that its errno names."""
+    if handle == ffi.NULL:
+        err = ffi.errno
+        raise OSError(err, f"{what}: {os.strerror(err)}")
+    return handle
 
 
 def check(rc: int, what: str) -> int:

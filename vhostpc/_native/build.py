@@ -1,7 +1,7 @@
 """Builds ``vhostpc._native._vpc`` with cffi in API mode.
 
 Each header holds plain declarations between two marker lines; that text is the cdef and the C files
-include the same header, so the two can not drift.
+include the same header, so the two cannot drift.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import cffi
 
 HERE = Path(__file__).resolve().parent
 # One header per subject; later ones use the types of earlier ones.
-HEADERS = ["vpc_uffd.h", "vpc_gm.h", "vpc_ring.h", "vpc_ram.h", "vpc_driver.h", "vpc_vcpu.h", "vpc_dirty.h"]
+HEADERS = [
+    *("vpc_thread.h", "vpc_event.h", "vpc_uffd.h", "vpc_gm.h", "vpc_ring.h"),
+    *("vpc_ram.h", "vpc_save.h", "vpc_driver.h", "vpc_vcpu.h", "vpc_dirty.h"),
+]
 BEGIN, END = "/* cdef begin */", "/* cdef end */"
 
 
@@ -43,7 +46,8 @@ ffibuilder.set_source(
     sources=sources(),
     include_dirs=[str(HERE)],
     extra_compile_args=flags,
-    extra_link_args=link,
+    # pthread_exit loads libgcc_s at its first use, and ends the process where there is no memory for that: so now.
+    extra_link_args=[*link, "-Wl,--no-as-needed", "-lgcc_s"],
     py_limited_api=True,
 )
 

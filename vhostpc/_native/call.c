@@ -2,25 +2,24 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <unistd.h>
+#include "event_internal.h"
 #include "ring_internal.h"
 
 int vpc_vq_set_call(struct vpc_vq *vq, int fd)
 {
-    int null = -1, rc;
+    int nowhere = -1, rc;
 
     if (fd < 0) {
-        fd = null = open("/dev/null", O_WRONLY | O_CLOEXEC);
+        fd = nowhere = event_new();
         if (fd < 0)
             return -errno;
     }
-    /* One number for life: another thread may be about to write to it. */
+    /* One number for life: another thread may be about to signal it. */
     rc = dup3(fd, vq->call_fd, O_CLOEXEC) < 0 ? -errno : 0;
-    if (null >= 0)
-        close(null);
-    /* A thread may be inside write(2) on the old file: a matter of microseconds, unless it lost its processor there.
-     * A front-end that fills a blocking descriptor behind our poll could keep it there: so not for ever, some
+    if (nowhere >= 0)
+        close(nowhere);
+    /* A thread may be signalling the old file: a matter of microseconds, unless it lost its processor there, so some
      * 60 ms at most. No guest page is waited for. */
     for (int i = 0; i < 1000 && atomic_load(&vq->signalling); i++)
         usleep(10);
@@ -29,12 +28,7 @@ int vpc_vq_set_call(struct vpc_vq *vq, int fd)
 
 void vpc_vq_signal(struct vpc_vq *vq)
 {
-    uint64_t one = 1;
-    struct pollfd p = {.fd = vq->call_fd, .events = POLLOUT};
-
-    /* A full counter means that the driver has been called; a blocking descriptor must not hold us. */
     atomic_fetch_add(&vq->signalling, 1);
-    if (poll(&p, 1, 0) == 1 && (p.revents & POLLOUT))
-        (void)!write(vq->call_fd, &one, sizeof(one));
+    (void)vpc_event_signal(vq->call_fd);
     atomic_fetch_sub(&vq->signalling, 1);
 }

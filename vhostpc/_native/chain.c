@@ -4,8 +4,31 @@
 #include <string.h>
 #include "ring_internal.h"
 
-/* Readable bytes of one chain that are copied at once; no device here takes larger requests. */
-#define MAX_CHAIN_BYTES (64u << 20)
+void vpc_walk_init(struct vpc_walk *w)
+{
+    w->segs = w->few;
+    w->room = VPC_FEW_SEGS;
+}
+
+void vpc_walk_free(struct vpc_walk *w)
+{
+    if (w->segs != w->few)
+        free(w->segs);
+}
+
+int vpc_walk_grow(struct vpc_walk *w)
+{
+    uint32_t room = 4 * w->room;
+    struct vpc_seg *segs = realloc(w->segs == w->few ? NULL : w->segs, room * sizeof(*segs));
+
+    if (!segs)
+        return -ENOMEM;
+    if (w->segs == w->few)
+        memcpy(segs, w->few, sizeof(w->few));
+    w->segs = segs;
+    w->room = room;
+    return 0;
+}
 
 void vpc_chain_free(struct vpc_chain *c)
 {
@@ -30,37 +53,57 @@ static struct vpc_chain *chain_new(struct vpc_gm *gm, uint16_t head)
     return c;
 }
 
-/* Walk the chain and read its bytes into private memory. */
-static int load(struct vpc_vq *vq, struct vpc_chain *c, int flags)
+/* Make the bytes [skip, skip + len) of segments resident; counts are checked by the caller. */
+static int touch_range(const struct vpc_gm *gm, const struct vpc_seg *segs, uint64_t skip, uint64_t len, int flags,
+                       const atomic_int *stop)
 {
-    struct vpc_walk w;
-    int rc = vpc_vq_walk_head(vq, c->head, &w, flags);
+    for (; len; segs++) {
+        uint64_t take = segs->len;
+
+        if (skip >= take) {
+            skip -= take;
+            continue;
+        }
+        take = take - skip < len ? take - skip : len;
+        int rc = vpc_gm_touch(gm, segs->gpa + skip, take, flags, stop);
+        if (rc < 0)
+            return rc;
+        len -= take;
+        skip = 0;
+    }
+    return 0;
+}
+
+/* Walk the chain and read its first bytes into private memory. */
+static int load_walked(struct vpc_vq *vq, struct vpc_chain *c, struct vpc_walk *w, int flags)
+{
+    int rc = vpc_vq_walk_head(vq, c->head, w, flags);
 
     if (rc < 0)
         return rc;
-    if (w.readable > MAX_CHAIN_BYTES)
-        return vpc_vq_break(vq, "a chain has more than 64 MiB of readable bytes");
-    rc = vpc_segs_touch(vq->gm, w.segs, 0, w.readable_segs, flags, vpc_vq_stopper(vq, flags));
+    uint64_t loaded = w->readable < VPC_LOADED ? w->readable : VPC_LOADED;
+    rc = touch_range(vq->gm, w->segs, 0, loaded, flags, vpc_vq_stopper(vq, flags));
     if (rc < 0)
         return rc;
-    struct vpc_seg *segs = malloc((w.n ? w.n : 1) * sizeof(*segs));
-    unsigned char *data = malloc(w.readable ? w.readable : 1);
+    struct vpc_seg *segs = malloc((w->n ? w->n : 1) * sizeof(*segs));
+    unsigned char *data = malloc(loaded ? loaded : 1);
     if (!segs || !data) {
         rc = -ENOMEM;
         goto fail;
     }
-    memcpy(segs, w.segs, w.n * sizeof(*segs));
-    rc = vpc_segs_read(vq->gm, segs, w.readable_segs, 0, data, w.readable);
+    memcpy(segs, w->segs, w->n * sizeof(*segs));
+    rc = vpc_segs_read(vq->gm, segs, w->readable_segs, 0, data, loaded);
     if (!rc && vpc_gm_lost(vq->gm))
         rc = -EOWNERDEAD;
     if (rc < 0)
         goto fail;
-    c->n = w.n;
-    c->readable_segs = w.readable_segs;
-    c->readable = w.readable;
-    c->writable = w.writable;
+    c->n = w->n;
+    c->readable_segs = w->readable_segs;
+    c->readable = w->readable;
+    c->writable = w->writable;
     c->segs = segs;
     c->data = data;
+    c->loaded = loaded;
     c->late = false;
     return 0;
 fail:
@@ -69,10 +112,20 @@ fail:
     return rc;
 }
 
+static int load(struct vpc_vq *vq, struct vpc_chain *c, int flags)
+{
+    struct vpc_walk w;
+
+    vpc_walk_init(&w);
+    int rc = load_walked(vq, c, &w, flags);
+    vpc_walk_free(&w);
+    return rc;
+}
+
 static void describe(const struct vpc_chain *c, struct vpc_popped *out)
 {
-    *out = (struct vpc_popped){.chain = (struct vpc_chain *)(uintptr_t)c, .data = c->data, .readable = c->readable,
-                               .writable = c->writable, .late = c->late};
+    *out = (struct vpc_popped){.chain = (struct vpc_chain *)(uintptr_t)c, .data = c->data, .loaded = c->loaded,
+                               .readable = c->readable, .writable = c->writable, .late = c->late};
 }
 
 int vpc_chain_load(struct vpc_vq *vq, struct vpc_chain *c, struct vpc_popped *out, int flags)
@@ -108,7 +161,7 @@ int vpc_vq_pop(struct vpc_vq *vq, struct vpc_popped *out, uint32_t max_chains, u
     vpc_vq_disable_notify(vq);
     while (n < max_chains && (!n || bytes < max_bytes)) {
         uint16_t head;
-        rc = vpc_vq_available(vq);
+        rc = flags & VPC_AGAIN ? (int)vpc_vq_left(vq) : vpc_vq_available(vq);
         if (rc <= 0)
             break;
         rc = vpc_vq_head(vq, 0, &head, flags);
@@ -124,9 +177,11 @@ int vpc_vq_pop(struct vpc_vq *vq, struct vpc_popped *out, uint32_t max_chains, u
             vpc_chain_free(c);
             break;
         }
-        vq->last_avail++;
-        bytes += c->readable;
-        describe(c, &out[n++]);
+        bool again = vpc_vq_left(vq) > 0;
+        vpc_vq_take(vq, head);
+        bytes += c->loaded + c->n * sizeof(*c->segs);
+        describe(c, &out[n]);
+        out[n++].again = again;
         /* A hop that had to wait hands over its one chain: a missing page delays no chain before it. */
         if (!(flags & VPC_TRY) && atomic_load_explicit(&vq->gm->supply->armed, memory_order_relaxed))
             break;
@@ -135,23 +190,50 @@ int vpc_vq_pop(struct vpc_vq *vq, struct vpc_popped *out, uint32_t max_chains, u
     return n ? (int)n : rc;
 }
 
-static int touch_answer(const struct vpc_chain *c, uint64_t len, int flags, const atomic_int *stop)
+void vpc_vq_unpop(struct vpc_vq *vq, const struct vpc_chain *c)
 {
-    int rc = 0;
+    vpc_vq_give_back(vq, c->head);
+}
 
-    if (len > c->writable)
+static int touch_answer(const struct vpc_chain *c, uint64_t skip, uint64_t len, int flags, const atomic_int *stop)
+{
+    if (skip > c->writable || len > c->writable - skip)
         return -EMSGSIZE;
-    for (uint32_t k = c->readable_segs; k < c->n && len && !rc; k++) {
-        uint64_t take = c->segs[k].len < len ? c->segs[k].len : len;
-        rc = vpc_gm_touch(c->gm, c->segs[k].gpa, take, flags, stop);
-        len -= take;
-    }
+    return touch_range(c->gm, c->segs + c->readable_segs, skip, len, flags, stop);
+}
+
+int vpc_chain_touch(const struct vpc_vq *vq, const struct vpc_chain *c, uint64_t skip, uint64_t len, int flags)
+{
+    return touch_answer(c, skip, len, flags, vpc_vq_stopper(vq, flags));
+}
+
+int vpc_chain_read(const struct vpc_vq *vq, const struct vpc_chain *c, uint64_t skip, unsigned char *data,
+                   uint64_t len, int flags)
+{
+    int rc;
+
+    if (skip > c->readable || len > c->readable - skip)
+        return -EMSGSIZE;
+    if (vpc_gm_lost(c->gm))
+        return -EOWNERDEAD;
+    rc = touch_range(c->gm, c->segs, skip, len, flags, vpc_vq_stopper(vq, flags));
+    if (!rc)
+        rc = vpc_segs_read(c->gm, c->segs, c->readable_segs, skip, data, len);
+    if (!rc && vpc_gm_lost(c->gm))
+        rc = -EOWNERDEAD;
     return rc;
 }
 
-int vpc_chain_touch(const struct vpc_vq *vq, const struct vpc_chain *c, uint64_t len, int flags)
+int vpc_chain_write(const struct vpc_vq *vq, const struct vpc_chain *c, uint64_t skip, const unsigned char *data,
+                    uint64_t len, int flags)
 {
-    return touch_answer(c, len, flags, vpc_vq_stopper(vq, flags));
+    int rc = touch_answer(c, skip, len, flags, vpc_vq_stopper(vq, flags));
+
+    if (rc < 0)
+        return rc;
+    if (vpc_gm_lost(c->gm))
+        return -EOWNERDEAD;
+    return vpc_segs_write(c->gm, c->segs + c->readable_segs, c->n - c->readable_segs, skip, data, len, vq->log);
 }
 
 int vpc_vq_push(struct vpc_vq *vq, const struct vpc_answer *answers, uint32_t n, int flags)
@@ -165,7 +247,7 @@ int vpc_vq_push(struct vpc_vq *vq, const struct vpc_answer *answers, uint32_t n,
     if (n > vq->num)
         return -EINVAL;
     for (uint32_t i = 0; i < n; i++) {
-        rc = touch_answer(answers[i].chain, answers[i].len, flags, NULL);
+        rc = touch_answer(answers[i].chain, answers[i].skip, answers[i].len, flags, NULL);
         if (rc < 0)
             return rc;
     }
@@ -176,11 +258,13 @@ int vpc_vq_push(struct vpc_vq *vq, const struct vpc_answer *answers, uint32_t n,
         return -EOWNERDEAD;
     for (uint32_t i = 0; i < n; i++) {
         const struct vpc_chain *c = answers[i].chain;
-        (void)vpc_segs_write(c->gm, c->segs + c->readable_segs, c->n - c->readable_segs, 0, answers[i].data,
-                             answers[i].len, vq->log);
-        vpc_vq_put_used(vq, (uint16_t)i, c->head, (uint32_t)answers[i].len);
+        (void)vpc_segs_write(c->gm, c->segs + c->readable_segs, c->n - c->readable_segs, answers[i].skip,
+                             answers[i].data, answers[i].len, vq->log);
+        vpc_vq_put_used(vq, (uint16_t)i, c->head, (uint32_t)(answers[i].skip + answers[i].len));
     }
-    vpc_vq_publish(vq, (uint16_t)n);
+    rc = vpc_vq_publish(vq, (uint16_t)n);
+    if (rc < 0)
+        return rc;
     for (uint32_t i = 0; i < n; i++)
         vpc_chain_free(answers[i].chain);
     return 0;

@@ -8,6 +8,7 @@
  * The lock is held over an ioctl, never over a touch: whoever waits for a page waits for the loop alone. */
 #define _GNU_SOURCE
 #include "vpc_dirty.h"
+#include "event_internal.h"
 #include "ram_internal.h"
 #include "vpc_uffd.h"
 
@@ -18,7 +19,6 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
@@ -84,7 +84,7 @@ struct vpc_dirty *vpc_dirty_new(struct vpc_ram *ram, int ufd, int pagemap)
     d->stats.block = -1;
     d->ufd = fcntl(ufd, F_DUPFD_CLOEXEC, 0);
     d->pagemap = pagemap < 0 ? -1 : fcntl(pagemap, F_DUPFD_CLOEXEC, 0);
-    d->control = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    d->control = event_new();
     int ok = d->ufd >= 0 && d->control >= 0 && (pagemap < 0 || d->pagemap >= 0);
     for (; ok && d->count < ram->count; d->count++) {
         d->written[d->count] = calloc((size_t)((ram->blocks[d->count]->pages + 63) / 64), sizeof(uint64_t));
@@ -92,7 +92,9 @@ struct vpc_dirty *vpc_dirty_new(struct vpc_ram *ram, int ufd, int pagemap)
     }
     if (ok)
         return d;
+    int error = errno;
     vpc_dirty_free(d);
+    errno = error;
     return NULL;
 }
 
@@ -356,11 +358,8 @@ int vpc_dirty_run(struct vpc_dirty *d)
 
 void vpc_dirty_stop(struct vpc_dirty *d)
 {
-    uint64_t one = 1;
-
     atomic_store(&d->stop, 1);
-    ssize_t n = write(d->control, &one, sizeof one);
-    (void)n;
+    event_poke(d->control);
 }
 
 int vpc_dirty_stats(struct vpc_dirty *d, struct vpc_dirty_stats *out)

@@ -6,12 +6,12 @@
  */
 #define _GNU_SOURCE
 #include "driver_internal.h"
+#include "event_internal.h"
 
 #include <errno.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <unistd.h>
 
 #define MAX_BUFFER 65536u
@@ -71,19 +71,23 @@ struct vpc_driver *vpc_driver_new(struct vpc_ram *ram, const struct vpc_driver_c
 {
     struct vpc_driver *d;
 
-    if (!config_ok(config))
+    if (!config_ok(config)) {
+        errno = EINVAL;
         return NULL;
+    }
     d = calloc(1, sizeof *d);
     if (!d)
         return NULL;
     d->ram = ram;
     d->c = *config;
-    d->control = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    d->control = event_new();
     d->free_slots = calloc(config->slots, sizeof *d->free_slots);
     d->in_flight = calloc(config->slots, 1);
     d->buffer = malloc(MAX_BUFFER);
     if (vpc_frames_init(&d->frames) < 0 || d->control < 0 || !d->free_slots || !d->in_flight || !d->buffer) {
+        int error = errno;
         vpc_driver_free(d);
+        errno = error;
         return NULL;
     }
     all_free(d);
@@ -239,9 +243,7 @@ int vpc_driver_post(struct vpc_driver *d, uint32_t count, uint32_t frame_len)
     __atomic_store_n(&avail[1], d->avail_idx, __ATOMIC_RELEASE);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     if (wants_kick(d, used)) {
-        uint64_t one = 1;
-        ssize_t n = write(d->c.kick_fd, &one, sizeof one);
-        (void)n;
+        (void)vpc_event_signal(d->c.kick_fd);
         d->stats.kicks++;
     }
     d->kicked_idx = d->avail_idx;
@@ -355,17 +357,11 @@ int vpc_driver_run(struct vpc_driver *d, uint64_t count, uint32_t frame_len, uin
             wait = until_ms(begun + posted * interval_ns);
         /* What came while we posted shows in the used index, and used_event asked for a call. */
         struct pollfd fds[2] = {{.fd = d->c.call_fd, .events = POLLIN}, {.fd = d->control, .events = POLLIN}};
-        if (poll(fds, 2, wait) > 0 && fds[0].revents & POLLIN) {
-            uint64_t n;
-            ssize_t got = read(d->c.call_fd, &n, sizeof n);
-            (void)got;
-            d->stats.calls++;
-        }
+        if (poll(fds, 2, wait) > 0 && fds[0].revents & POLLIN)
+            d->stats.calls += (uint64_t)vpc_event_clear(d->c.call_fd);
     }
     if (atomic_load(&d->stop)) {
-        uint64_t n;
-        ssize_t got = read(d->control, &n, sizeof n);
-        (void)got;
+        event_drain(d->control);
         atomic_store(&d->stop, 0);
         rc = rc < 0 ? rc : 1;
     }
@@ -374,11 +370,8 @@ int vpc_driver_run(struct vpc_driver *d, uint64_t count, uint32_t frame_len, uin
 
 void vpc_driver_stop(struct vpc_driver *d)
 {
-    uint64_t one = 1;
-
     atomic_store(&d->stop, 1);
-    ssize_t n = write(d->control, &one, sizeof one);
-    (void)n;
+    event_poke(d->control);
 }
 
 int vpc_driver_stats(struct vpc_driver *d, struct vpc_driver_stats *out)

@@ -10,7 +10,7 @@ from enum import Enum, StrEnum
 
 
 class Thread(StrEnum):
-    """Names of borrowed threads while they work for us, as /proc/PID/task/TID/comm shows them (15 bytes at most)."""
+    """Names of our threads, as /proc/PID/task/TID/comm shows them (15 bytes at most)."""
 
     HOP = "vpc-hop"
     LATE = "vpc-late"
@@ -24,6 +24,9 @@ class Thread(StrEnum):
     FILE = "vpc-file"
     VCPU = "vpc-vcpu"
     DIRTY = "vpc-dirty"
+    TERMINAL = "vpc-terminal"
+    #: One that was borrowed and waits to be borrowed again.
+    IDLE = "vpc-idle"
 
 
 class Use(Enum):
@@ -56,6 +59,7 @@ class Use(Enum):
 _TABLE = {
     Use.GATE: """
         vpc_vq_pop vpc_vq_push vpc_vq_enable_notify vpc_chain_load vpc_chain_touch
+        vpc_chain_read vpc_chain_write
     """,
     Use.OWN_THREAD: "vpc_pump_in vpc_pump_out vpc_driver_run vpc_vcpu_run",
     Use.HOP: """
@@ -69,31 +73,37 @@ _TABLE = {
     # Looks with VPC_TRY whether the used ring is there.
     Use.RESIDENT: "vpc_vq_disable_notify",
     Use.PLAIN: """
+        vpc_thread_name
         vpc_uffd_open vpc_uffd_api vpc_uffd_register vpc_uffd_unregister vpc_uffd_wake vpc_uffd_copy
         vpc_uffd_zero vpc_uffd_read
         vpc_supply_new vpc_supply_unref vpc_supply_arm vpc_supply_disarm vpc_supply_fail
-        vpc_supply_is_lost vpc_supply_stats vpc_fd_kind vpc_map_new vpc_map_unref vpc_map_address
+        vpc_supply_asleep vpc_supply_is_lost vpc_supply_strike_fd vpc_supply_struck
+        vpc_supply_stats vpc_fd_kind vpc_map_new vpc_map_unref vpc_map_address
         vpc_map_kind vpc_map_register vpc_gm_new vpc_gm_unref vpc_gm_add vpc_gm_users vpc_gm_has_user
         vpc_gm_end vpc_log_new vpc_log_unref vpc_mlock_future
         vpc_vq_new vpc_vq_free vpc_vq_set_features vpc_vq_set_memory vpc_vq_set_ring vpc_vq_set_log
         vpc_vq_set_base vpc_vq_base vpc_vq_used vpc_vq_set_call vpc_vq_signal vpc_vq_stop vpc_vq_error
-        vpc_chain_free vpc_chain_rebase vpc_vq_unpop vpc_pump_new vpc_pump_free vpc_pump_stop
-        vpc_pump_clear vpc_pump_stats vpc_clear_event
+        vpc_chain_free vpc_chain_rebase vpc_vq_unpop vpc_inflight_new vpc_inflight_unref
+        vpc_vq_set_inflight vpc_vq_again vpc_pump_new vpc_pump_free vpc_pump_stop
+        vpc_pump_clear vpc_pump_drop vpc_pump_stats vpc_event_signal vpc_event_clear
         vpc_ram_new vpc_ram_free vpc_ram_add vpc_ram_base vpc_ram_set_bits vpc_ram_test_bit
-        vpc_ram_count_bits vpc_ram_discard vpc_ram_set_local vpc_ram_discards vpc_ram_give_up vpc_ram_is_lost
+        vpc_ram_count_bits vpc_ram_discard vpc_ram_born vpc_ram_set_local vpc_ram_discards vpc_ram_give_up
+        vpc_ram_is_lost
         vpc_fault_new vpc_fault_free vpc_fault_add_client vpc_fault_set_ranges vpc_fault_remove_client
         vpc_fault_set_return_path vpc_fault_send vpc_fault_stop vpc_fault_client_stats vpc_fault_stats
         vpc_fault_waiting vpc_histogram_floor vpc_load_new vpc_load_free vpc_load_stop vpc_load_stats
         vpc_load_keep_holes vpc_load_feed vpc_load_take vpc_load_follow vpc_load_block vpc_load_set_block
-        vpc_save_new vpc_save_free vpc_save_stop vpc_save_kick vpc_save_set_rate vpc_save_hold_all
-        vpc_save_stats vpc_save_notify_fd vpc_save_set_tail vpc_save_switch vpc_save_keep_zeros
+        vpc_scan_new vpc_scan_free vpc_scan_set_rate vpc_scan_hold_all vpc_scan_keep_zeros vpc_scan_stats
+        vpc_save_new vpc_save_free vpc_save_stop vpc_save_kick vpc_save_stats vpc_save_notify_fd
+        vpc_save_set_tail vpc_save_switch
         vpc_driver_new vpc_driver_free vpc_driver_add_region vpc_driver_move vpc_driver_stop
         vpc_driver_stats vpc_far_new vpc_far_free vpc_far_stop vpc_far_stats
         vpc_fault_threads vpc_vcpu_new vpc_vcpu_free vpc_vcpu_add_area vpc_vcpu_set_state vpc_vcpu_state
-        vpc_vcpu_set_rates vpc_vcpu_arm vpc_vcpu_stop vpc_vcpu_stats
+        vpc_vcpu_set_rates vpc_vcpu_arm vpc_vcpu_go vpc_vcpu_stop vpc_vcpu_end vpc_vcpu_parked vpc_vcpu_parked_fd
+        vpc_vcpu_stats
         vpc_dirty_new vpc_dirty_free vpc_dirty_start vpc_dirty_sync vpc_dirty_stop vpc_dirty_end
         vpc_dirty_stats vpc_driver_unseen vpc_driver_save vpc_driver_load vpc_ram_merge_log
-        vpc_fault_trace vpc_fault_traced vpc_ram_count_cells
+        vpc_fault_trace vpc_fault_traced vpc_ram_count_cells vpc_ram_count_owed vpc_fault_settle
     """,
 }
 

@@ -1,5 +1,6 @@
 /* The fault service's life and its loop: reads the faults of any number of clients. See fault_internal.h. */
 #define _GNU_SOURCE
+#include "event_internal.h"
 #include "fault_internal.h"
 
 #include <errno.h>
@@ -10,12 +11,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define EVENTS_A_READ 64
 #define READY_A_WAIT 64
+#define LAST_LOOKS 4096 /* after stop */
+#define AGAIN_MS 64     /* the longest pause between two tries of what could not be answered */
+#define STARVED_MS 16
 #define CONTROL UINT32_MAX /* in place of a client's number */
 
 /* ---- life */
@@ -39,14 +41,16 @@ struct vpc_fault *vpc_fault_new(struct vpc_ram *ram)
 
     if (!s)
         return NULL;
-    s->control = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    s->control = event_new();
     s->ready = epoll_create1(EPOLL_CLOEXEC);
     if (s->control < 0 || s->ready < 0 || vpc_fault_watch(s, s->control, CONTROL) < 0) {
+        int error = errno;
         if (s->control >= 0)
             close(s->control);
         if (s->ready >= 0)
             close(s->ready);
         free(s);
+        errno = error;
         return NULL;
     }
     s->ram = ram;
@@ -74,9 +78,7 @@ void vpc_fault_free(struct vpc_fault *s)
 
 void vpc_fault_kick(struct vpc_fault *s)
 {
-    uint64_t one = 1;
-    ssize_t n = write(s->control, &one, sizeof one);
-    (void)n; /* a full counter is as good */
+    event_poke(s->control);
 }
 
 void vpc_fault_stop(struct vpc_fault *s)
@@ -96,6 +98,10 @@ static int client_read(struct vpc_fault *s, int id)
 
     if (c->fd < 0 || c->stats.error)
         return 0;
+    if (vpc_waiters_room(s) < 0) {
+        s->starved = 1;
+        return 0;
+    }
     n = vpc_uffd_read(c->fd, events, EVENTS_A_READ);
     if (n == -EAGAIN || n == -EINTR)
         return 0;
@@ -114,10 +120,7 @@ static int client_read(struct vpc_fault *s, int id)
         }
         c->stats.faults++;
         s->stats.events++;
-        int at = vpc_waiter_add(s, id, &events[i], when);
-        if (at < 0)
-            continue;
-        if (!vpc_waiter_resolve(s, (uint32_t)at) && s->waiters[at].block < 0) {
+        if (vpc_waiter_resolve(s, vpc_waiter_add(s, id, &events[i], when)) == -ENXIO) {
             c->stats.found_nothing++;
             c->stats.last_unknown = events[i].address;
         }
@@ -144,10 +147,8 @@ static int wait_ready(struct vpc_fault *s, struct epoll_event *events, int timeo
 
 static void handle(struct vpc_fault *s, const struct epoll_event *ev, int *got)
 {
-    uint64_t count;
-
     if (ev->data.u32 == CONTROL) {
-        (void)!read(s->control, &count, sizeof count);
+        event_drain(s->control);
         return;
     }
     struct client *c = s->clients[ev->data.u32];
@@ -160,28 +161,73 @@ static void handle(struct vpc_fault *s, const struct epoll_event *ev, int *got)
     *got += client_read(s, (int)ev->data.u32);
 }
 
+/* Handle what is ready, and what could not be answered before if it is due. Returns events read, or -EEXIST; *again:
+ * something cannot be answered yet. */
+static int look(struct vpc_fault *s, const struct epoll_event *events, int n, int due, int *again)
+{
+    int got = 0;
+
+    pthread_mutex_lock(&s->lock);
+    for (int i = 0; i < n; i++)
+        handle(s, &events[i], &got);
+    if (s->again && due)
+        vpc_waiters_again(s);
+    if (s->born)
+        got = -EEXIST;
+    *again = s->again;
+    pthread_mutex_unlock(&s->lock);
+    return got;
+}
+
+/* No memory for what there is to be read, which would be read at once again. */
+static void rest(struct vpc_fault *s)
+{
+    struct pollfd control = {.fd = s->control, .events = POLLIN};
+
+    s->starved = 0;
+    (void)poll(&control, 1, STARVED_MS);
+}
+
 int vpc_fault_run(struct vpc_fault *s, uint64_t spin_ns)
 {
     struct epoll_event events[READY_A_WAIT];
-    uint64_t last_event = 0;
-    int rc = 0;
+    uint64_t last_event = 0, due = 0;
+    int rc = 0, again;
+    int pause = 0; /* ms until what could not be answered is tried again; 0: there is nothing */
 
     atomic_store(&s->running, 1);
-    while (!atomic_load(&s->stop)) {
-        int spin = spin_ns && now_ns() - last_event < spin_ns, got = 0;
-        int n = wait_ready(s, events, spin ? 0 : -1);
+    while (rc == 0 && !atomic_load(&s->stop)) {
+        int spin = spin_ns && now_ns() - last_event < spin_ns;
+        int n = wait_ready(s, events, spin ? 0 : pause ? pause : -1);
 
         if (n < 0 && n != -EINTR) {
             rc = n;
             break;
         }
-        pthread_mutex_lock(&s->lock);
-        for (int i = 0; i < n; i++)
-            handle(s, &events[i], &got);
-        pthread_mutex_unlock(&s->lock);
+        int got = look(s, events, n, pause && now_ns() >= due, &again);
+        if (got < 0)
+            rc = got;
         if (got && spin_ns)
             last_event = now_ns();
+        if (!again) {
+            pause = 0;
+        } else if (!pause || now_ns() >= due) {
+            pause = !pause ? 1 : pause < AGAIN_MS ? 2 * pause : AGAIN_MS;
+            due = now_ns() + (uint64_t)pause * 1000000u;
+        }
+        if (s->starved)
+            rest(s);
     }
+    /* What faulted before the stop is answered: nobody reads it any more. Not for ever, though its clients may go on. */
+    for (int i = 0; rc == 0 && i < LAST_LOOKS; i++) {
+        int n = epoll_wait(s->ready, events, READY_A_WAIT, 0);
+
+        if (n == 0 || (n < 0 && errno != EINTR) || s->starved)
+            break;
+        if (look(s, events, n, 0, &again) < 0)
+            rc = -EEXIST;
+    }
+    s->starved = 0;
     atomic_store(&s->running, 0);
     atomic_store(&s->stop, 0);
     return rc;
@@ -189,11 +235,11 @@ int vpc_fault_run(struct vpc_fault *s, uint64_t spin_ns)
 
 /* ---- numbers */
 
-static uint64_t count_waiters(struct vpc_fault *s, int client)
+static uint64_t count_waiters(struct vpc_fault *s, int client, int for_page)
 {
     uint64_t n = 0;
     for (uint32_t i = 0; i < s->waiter_count; i++)
-        n += client < 0 || s->waiters[i].client == client;
+        n += (client < 0 || s->waiters[i].client == client) && (!for_page || s->waiters[i].block >= 0);
     return n;
 }
 
@@ -205,7 +251,8 @@ int vpc_fault_client_stats(struct vpc_fault *s, int id, struct vpc_client_stats 
     struct client *c = vpc_client_of(s, id);
     if (c) {
         *out = c->stats;
-        out->waiting_now = count_waiters(s, id);
+        out->waiting_now = count_waiters(s, id, 0);
+        out->waiting_for_page = count_waiters(s, id, 1);
         rc = 0;
     }
     pthread_mutex_unlock(&s->lock);
@@ -216,7 +263,10 @@ int vpc_fault_stats(struct vpc_fault *s, struct vpc_fault_stats *out)
 {
     pthread_mutex_lock(&s->lock);
     *out = s->stats;
-    out->waiting_now = count_waiters(s, -1);
+    out->waiting_now = count_waiters(s, -1, 0);
+    out->short_now = 0;
+    for (uint32_t i = 0; i < s->waiter_count; i++)
+        out->short_now += s->waiters[i].way == WAY_AGAIN;
     pthread_mutex_unlock(&s->lock);
     pthread_mutex_lock(&s->out_lock);
     out->batches = s->out_batches;

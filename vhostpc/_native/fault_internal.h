@@ -16,13 +16,18 @@
 #include "vpc_uffd.h"
 
 #define MAX_CLIENTS 1024
+#define EVENTS_A_READ 64
 #define MAX_THREADS 256 /* of a client; borrowed threads come and go, so the table has an end */
+
+/* In place of a VPC_WAY_*: it could not be answered yet, for want of memory or because its client's memory is being
+ * changed. The loop tries again. */
+#define WAY_AGAIN UINT32_MAX
 
 struct client {
     int fd; /* -1: removed */
     uint32_t range_count;
     struct vpc_client_range *ranges; /* sorted by base */
-    uint64_t **seen;                 /* a bitmap a range: host pages that faulted */
+    uint64_t **seen;                 /* two bitmaps a range: host pages that faulted; those that had come then */
     struct vpc_client_stats stats;
     struct vpc_thread_waits *threads;
     uint32_t thread_count, thread_room;
@@ -44,6 +49,10 @@ struct vpc_fault {
     struct vpc_traced *trace; /* a ring, NULL while nothing is traced */
     uint32_t trace_room;
     uint64_t traced; /* entries ever made */
+    int again;       /* some waiters are to be tried again */
+    int ask_again;   /* and all that was asked for is to be asked for again */
+    int starved;     /* no room for another event: unread ones stay unread for a moment */
+    int born;        /* stats say which page: the loop ends */
 
     pthread_mutex_t out_lock; /* outbox; taken after lock, never the other way round */
     int out_fd;
@@ -60,14 +69,20 @@ void vpc_fault_kick(struct vpc_fault *s);
 int vpc_fault_watch(struct vpc_fault *s, int fd, uint32_t who);
 void vpc_fault_unwatch(struct vpc_fault *s, int fd);
 
-/* outbox.c; the first with the lock held, the second with the outbox's. */
-void vpc_outbox_request(struct vpc_fault *s, int block, uint64_t page);
+/* outbox.c; the first two with the lock held, the third with the outbox's. The first two: 0 or -ENOMEM. */
+int vpc_outbox_request(struct vpc_fault *s, int block, uint64_t page);
+int vpc_outbox_ask_again(struct vpc_fault *s);
 void vpc_outbox_flush(struct vpc_fault *s);
 void vpc_outbox_free(struct vpc_fault *s);
 
-/* waiters.c; all with the lock held. A waiter that was resolved with 1 was woken and is gone. */
-int vpc_waiter_add(struct vpc_fault *s, int client, const struct vpc_uffd_event *ev, uint64_t when);
+/* waiters.c; all with the lock held. */
+/* Room for what one read brings: 0 or -ENOMEM. An event that was read and not kept would be a wake that is lost. */
+int vpc_waiters_room(struct vpc_fault *s);
+uint32_t vpc_waiter_add(struct vpc_fault *s, int client, const struct vpc_uffd_event *ev, uint64_t when);
+/* 1: it was woken, or waits already, and is gone; 0: it waits; -ENXIO: its address is in no range. */
 int vpc_waiter_resolve(struct vpc_fault *s, uint32_t i);
+/* Those that could not be answered. */
+void vpc_waiters_again(struct vpc_fault *s);
 void vpc_client_free(struct client *c);
 
 /* With the lock held; NULL for a number that was never given. */

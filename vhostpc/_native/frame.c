@@ -1,5 +1,6 @@
 /* Frames that name themselves: built, checked and booked in private memory; and the far side of a bridge. */
 #define _GNU_SOURCE
+#include "event_internal.h"
 #include "frame_internal.h"
 
 #include <errno.h>
@@ -9,7 +10,6 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -160,10 +160,12 @@ struct vpc_far *vpc_far_new(int fd, int echo)
         return NULL;
     f->echo = echo;
     f->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-    f->control = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    f->control = event_new();
     f->room = malloc((size_t)BURST * FRAME_MAX);
     if (vpc_frames_init(&f->frames) < 0 || f->fd < 0 || f->control < 0 || !f->room) {
+        int error = errno;
         vpc_far_free(f);
+        errno = error;
         return NULL;
     }
     return f;
@@ -171,11 +173,8 @@ struct vpc_far *vpc_far_new(int fd, int echo)
 
 void vpc_far_stop(struct vpc_far *f)
 {
-    uint64_t one = 1;
-
     atomic_store(&f->stop, 1);
-    ssize_t n = write(f->control, &one, sizeof one);
-    (void)n;
+    event_poke(f->control);
 }
 
 int vpc_far_run(struct vpc_far *f)
@@ -211,9 +210,7 @@ int vpc_far_run(struct vpc_far *f)
         if (sent > 0)
             f->echoed += (uint64_t)sent;
     }
-    uint64_t count;
-    ssize_t n = read(f->control, &count, sizeof count);
-    (void)n;
+    event_drain(f->control);
     atomic_store(&f->stop, 0);
     return rc;
 }

@@ -9,6 +9,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 #include "gm_internal.h"
+#include "replace_internal.h"
 #include "supply_internal.h"
 
 #ifndef HUGETLBFS_MAGIC
@@ -44,14 +45,16 @@ int vpc_map_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, in
 
     if (rc < 0)
         return rc;
-    if (size == 0 || __builtin_add_overflow(offset, size, &end) || end > INT64_MAX || offset % 4096 ||
-        size % 4096)
+    /* A part of a page is as good as any memory, but is not registered: nobody moves such a region. */
+    if (size == 0 || __builtin_add_overflow(offset, size, &end) || end > INT64_MAX ||
+        (armed && (offset | size) % 4096))
         return -EINVAL;
     if (end > file_size)
         return -EFBIG;
     if (armed && kind == VPC_KIND_OTHER)
         return -EOPNOTSUPP;
 
+    vpc_replace_reserve();
     struct vpc_map *m = calloc(1, sizeof(*m));
     if (!m)
         return -ENOMEM;
@@ -87,6 +90,13 @@ int vpc_map_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, in
     /* A child that touches missing pages sees holes; a core dump would touch them all. */
     (void)madvise(p, m->len, MADV_DONTFORK);
     (void)madvise(p, m->len, MADV_DONTDUMP);
+    m->guarded = vpc_guard_add(&(struct vpc_guard_range){.supply = s, .base = (uintptr_t)p, .len = m->len, .page = page,
+                                                         .file_off = m->file_off, .fd = m->fd, .kind = kind});
+    if (!m->guarded) {
+        munmap(p, m->len);
+        rc = -ENOMEM;
+        goto fail;
+    }
     vpc_supply_ref(s);
     m->supply = s;
     vpc_supply_link(s, m);
@@ -105,7 +115,9 @@ void vpc_map_unref(struct vpc_map *m)
         return;
     /* Off the list first: vpc_supply_fail must not map over an address that is no longer ours. */
     vpc_supply_unlink(m->supply, m);
+    vpc_guard_remove(m->guarded);
     munmap(m->base, m->len);
+    vpc_replace_reserve(); /* if it was used, there is room for another */
     close(m->fd);
     if (m->ufd >= 0)
         close(m->ufd);
@@ -167,7 +179,7 @@ int vpc_gm_add(struct vpc_gm *gm, struct vpc_map *m, uint64_t guest_addr, uint64
 {
     uint64_t end;
 
-    if (size == 0 || size > m->len - m->skip || guest_addr % 4096 || user_addr % 4096 ||
+    if (size == 0 || size > m->len - m->skip || (atomic_load(&m->armed) && (guest_addr | user_addr) % 4096) ||
         __builtin_add_overflow(guest_addr, size, &end) || __builtin_add_overflow(user_addr, size, &end))
         return -EINVAL;
     uint32_t at = 0;
@@ -279,34 +291,56 @@ int vpc_gm_write(const struct vpc_gm *gm, uint64_t gpa, const void *from, uint64
 
 /* --- the dirty log --- */
 
-int vpc_log_new(int fd, uint64_t offset, uint64_t size, struct vpc_log **out)
+int vpc_log_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, struct vpc_log **out)
 {
-    struct stat st;
-    uint64_t end, page = (uint64_t)sysconf(_SC_PAGESIZE);
+    uint32_t kind;
+    uint64_t end, page, file_size;
+    int rc = vpc_fd_kind(fd, &kind, &page, &file_size);
 
-    if (fstat(fd, &st) < 0)
-        return -errno;
-    if (!S_ISREG(st.st_mode) || size == 0 || __builtin_add_overflow(offset, size, &end))
+    if (rc < 0)
+        return rc;
+    if (size == 0 || __builtin_add_overflow(offset, size, &end) || end > INT64_MAX)
         return -EINVAL;
-    if (end > (uint64_t)st.st_size)
+    if (end > file_size)
         return -EFBIG;
+    vpc_replace_reserve();
     struct vpc_log *log = calloc(1, sizeof(*log));
     if (!log)
         return -ENOMEM;
     uint64_t start = offset & ~(page - 1);
-    log->map_len = end - start;
-    log->map = mmap(NULL, log->map_len, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)start);
-    if (log->map == MAP_FAILED) {
-        int rc = -errno;
+    /* Whole pages, also of hugetlbfs, which unmaps no part of one. */
+    log->map_len = ((end + page - 1) & ~(page - 1)) - start;
+    log->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    if (log->fd < 0) {
+        rc = -errno;
         free(log);
         return rc;
     }
+    log->map = mmap(NULL, log->map_len, PROT_READ | PROT_WRITE, MAP_SHARED, log->fd, (off_t)start);
+    if (log->map == MAP_FAILED) {
+        rc = -errno;
+        goto fail;
+    }
     (void)madvise(log->map, log->map_len, MADV_DONTFORK);
+    log->guarded = vpc_guard_add(&(struct vpc_guard_range){.supply = s, .base = (uintptr_t)log->map,
+                                                           .len = log->map_len, .page = page, .file_off = start,
+                                                           .fd = log->fd, .kind = kind, .use = VPC_USE_LOG});
+    if (!log->guarded) {
+        munmap(log->map, log->map_len);
+        rc = -ENOMEM;
+        goto fail;
+    }
+    vpc_supply_ref(s);
+    log->supply = s;
     atomic_init(&log->refs, 1);
     log->bits = (atomic_uchar *)(log->map + (offset - start));
     log->size = size;
     *out = log;
     return 0;
+fail:
+    close(log->fd);
+    free(log);
+    return rc;
 }
 
 void vpc_log_ref(struct vpc_log *log)
@@ -318,7 +352,10 @@ void vpc_log_unref(struct vpc_log *log)
 {
     if (!log || atomic_fetch_sub(&log->refs, 1) != 1)
         return;
+    vpc_guard_remove(log->guarded);
     munmap(log->map, log->map_len);
+    close(log->fd);
+    vpc_supply_unref(log->supply);
     free(log);
 }
 

@@ -6,6 +6,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include "guard_internal.h"
 #include "vpc_gm.h"
 #include "vpc_ring.h"
 
@@ -18,6 +19,9 @@ struct vpc_supply {
     atomic_int refs;
     atomic_int lost;
     atomic_int armed;
+    atomic_int struck; /* 0: no; 1: whoever was first writes strike; 2: it is whole */
+    struct vpc_strike strike;
+    int strike_fd; /* eventfd, readable from then on */
     int ufd; /* our copy, kept until disarm: failing needs it to wake */
     pthread_mutex_t lock; /* the list below; never held across a touch */
     struct vpc_map *maps;
@@ -37,8 +41,11 @@ struct vpc_map {
     int fd;             /* for the residency probe */
     atomic_bool armed;  /* pages may be missing */
     bool registered;
+    bool replaced;      /* failing has put private memory here */
+    atomic_int waiting; /* threads that wait for a page, or are about to look at lost before they do */
     int ufd;            /* that it was registered with; our own copy */
     atomic_uint_fast64_t *seen; /* armed: a bit per page that is known to be resident */
+    struct vpc_guarded *guarded;
 };
 
 struct vpc_region {
@@ -56,6 +63,9 @@ struct vpc_gm {
 
 struct vpc_log {
     atomic_int refs;
+    struct vpc_supply *supply;
+    struct vpc_guarded *guarded;
+    int fd; /* for the guard, which asks for its size */
     uint8_t *map;
     uint64_t map_len;
     atomic_uchar *bits;
@@ -65,9 +75,17 @@ struct vpc_log {
 void vpc_gm_ref(struct vpc_gm *gm);
 void vpc_log_ref(struct vpc_log *log);
 
+/* The one way to look at lost: after every copy out of guest memory, before a byte of it is used. */
+static inline bool vpc_supply_lost(const struct vpc_supply *s)
+{
+    /* An acquire load orders what follows it; the plain loads of the copy come before it, and stay there by this. */
+    atomic_thread_fence(memory_order_acquire);
+    return atomic_load_explicit(&s->lost, memory_order_seq_cst) != 0;
+}
+
 static inline bool vpc_gm_lost(const struct vpc_gm *gm)
 {
-    return atomic_load_explicit(&gm->supply->lost, memory_order_acquire) != 0;
+    return vpc_supply_lost(gm->supply);
 }
 
 /* The region that holds gpa, or NULL. */
@@ -94,7 +112,8 @@ int vpc_touch_slow(const struct vpc_region *r, const uint8_t *p, uint64_t len, i
 
 /* Make [p, p + len) of a region resident: after 0 a copy waits for nothing.
  * With VPC_TRY: -EAGAIN when a page is absent. Else it waits; -ECANCELED when *stop is seen set before
- * the next page, -EOWNERDEAD when the supply is lost. Calm memory costs one test. */
+ * the next page, -EOWNERDEAD when the supply is lost. Calm memory costs one test: that it was lost is seen by the
+ * look that follows every copy. */
 static inline int vpc_touch(const struct vpc_region *r, const uint8_t *p, uint64_t len, int flags,
                             const atomic_int *stop)
 {

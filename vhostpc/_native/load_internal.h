@@ -9,6 +9,7 @@ struct vpc_load {
     struct vpc_ram *ram;
     struct vpc_fault *service;
     int fd, place, control;
+    int on_disk; /* fd: a file, which is always ready and is waited for */
     int holes; /* calm: what is zero may stay a hole of the file */
     _Atomic int stop;
 
@@ -22,10 +23,11 @@ struct vpc_load {
     /* The run: target pages that follow one another in one block, all data or all zero. */
     unsigned char *run; /* room for RUN_PAGES target pages or one host page, whichever is more */
     size_t run_room;
-    unsigned char *zeros; /* as much again, never written; made when first needed */
+    unsigned char *zeros; /* as much again, never written */
     int run_block;
     int run_zero;
     uint64_t run_first, run_count; /* target pages */
+    uint64_t run_done;             /* host pages of it that a flush which was stopped is done with */
 
     struct vpc_load_stats stats;
 };
@@ -36,10 +38,12 @@ static inline void tally(uint64_t *what, uint64_t n)
     __atomic_store_n(what, *what + n, __ATOMIC_RELAXED);
 }
 
-/* Zeroed, or NULL. */
-void *vpc_load_pages(size_t length);
 /* ramplace.c. Place the run, mark its pages and wake who waits for them: 0 or -errno. A huge page that is not whole
- * stays in hand. */
+ * stays in hand, and what is left after -ECANCELED (stopped while there was no memory). */
 int vpc_load_flush(struct vpc_load *l);
+
+/* delta.c. Make a target page (4096 bytes) from what it was and its XBZRLE difference: 0, or -EBADMSG for one that is none
+ * (then the page is spoilt). */
+int vpc_delta_apply(unsigned char *page, const unsigned char *delta, size_t length);
 
 #endif

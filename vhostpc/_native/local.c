@@ -1,4 +1,5 @@
-/* Pages of a block that lie ready in a file of our own: the fault loop places them itself, with nobody to ask. */
+/* Pages that the fault loop places itself, with nobody to ask: those of a block that lie ready in a file of our own, and
+ * zeros where a page that came is a hole. */
 #define _GNU_SOURCE
 #include "ram_internal.h"
 #include "vpc_uffd.h"
@@ -10,6 +11,8 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+#define TRIES 4 /* of a copy, while the kernel says that the client's memory is being changed */
 
 void vpc_local_free(struct vpc_block *b)
 {
@@ -48,27 +51,42 @@ int vpc_ram_set_local(struct vpc_ram *ram, int block, int fd, uint64_t fd_offset
     return 0;
 }
 
-static int copy(struct vpc_block *b, uint64_t page, int ufd, uint64_t to, uint64_t mode)
+/* Never for long: the fault loop calls this with its lock held. */
+static int copy(struct vpc_block *b, uint64_t from, int ufd, uint64_t to, uint64_t mode)
 {
-    uint64_t from = (uint64_t)(uintptr_t)b->local + (page << b->shift);
     int64_t done;
-    int rc;
+    int rc = -EAGAIN;
 
-    do
+    for (int i = 0; i < TRIES && rc == -EAGAIN; i++) {
+        if (i)
+            sched_yield();
         rc = vpc_uffd_copy(ufd, to, from, b->page_size, mode, &done);
-    while (rc == -EAGAIN && sched_yield() == 0);
+    }
     return rc;
+}
+
+static uint64_t local_bytes(struct vpc_block *b, uint64_t page)
+{
+    return (uint64_t)(uintptr_t)b->local + (page << b->shift);
 }
 
 int vpc_local_place(struct vpc_block *b, uint64_t page)
 {
     uint64_t to = (uint64_t)(uintptr_t)b->map + (page << b->shift);
-    int rc = copy(b, page, b->local_place, to, UFFDIO_COPY_MODE_DONTWAKE);
 
-    return rc == -EEXIST ? 0 : rc; /* there already: newer than ours or the same, never overwritten */
+    return copy(b, local_bytes(b, page), b->local_place, to, UFFDIO_COPY_MODE_DONTWAKE);
 }
 
 int vpc_local_answer(struct vpc_block *b, uint64_t page, int ufd, uint64_t address)
 {
-    return copy(b, page, ufd, address, 0);
+    return copy(b, local_bytes(b, page), ufd, address, 0);
+}
+
+int vpc_local_zero(struct vpc_block *b, int ufd, uint64_t address)
+{
+    int64_t done;
+
+    if (b->zeros) /* UFFDIO_ZEROPAGE makes small pages only */
+        return copy(b, (uint64_t)(uintptr_t)b->zeros, ufd, address, 0);
+    return vpc_uffd_zero(ufd, address, b->page_size, 0, &done);
 }

@@ -1,5 +1,6 @@
 /* What the fault service asks its source for: whole messages, sent as far as goes without waiting. */
 #define _GNU_SOURCE
+#include "event_internal.h"
 #include "fault_internal.h"
 
 #include <errno.h>
@@ -43,12 +44,12 @@ static int out_append(struct vpc_fault *s, const void *data, size_t length)
     return 0;
 }
 
-/* Never waits: a socket is asked not to, a pipe is non-blocking. */
+/* Never waits, whoever made the descriptor blocking. */
 static ssize_t out_write(int fd, const void *data, size_t length)
 {
     ssize_t n = send(fd, data, length, MSG_DONTWAIT | MSG_NOSIGNAL);
 
-    return n < 0 && errno == ENOTSOCK ? write(fd, data, length) : n;
+    return n < 0 && errno == ENOTSOCK ? write_now(fd, data, length) : n;
 }
 
 /* Send what there is, as far as it goes without waiting. Caller holds out_lock. */
@@ -83,8 +84,8 @@ int vpc_fault_send(struct vpc_fault *s, const void *message, uint32_t length)
     return rc;
 }
 
-/* Ask for one host page; the caller flushes later. */
-static void ask_for(struct vpc_fault *s, struct vpc_block *b, uint64_t page)
+/* Ask for one host page; the caller flushes later. 0 or -ENOMEM: where the path is broken, another one asks again. */
+static int ask_for(struct vpc_fault *s, struct vpc_block *b, uint64_t page)
 {
     unsigned char m[4 + 13 + 255];
     unsigned length = 13 + b->name_len;
@@ -96,27 +97,34 @@ static void ask_for(struct vpc_fault *s, struct vpc_block *b, uint64_t page)
     m[16] = (unsigned char)b->name_len;
     memcpy(m + 17, b->name, b->name_len);
     pthread_mutex_lock(&s->out_lock);
-    out_append(s, m, 4 + length);
+    int rc = out_append(s, m, 4 + length);
     pthread_mutex_unlock(&s->out_lock);
+    return rc == -ENOMEM ? rc : 0;
 }
 
-void vpc_outbox_request(struct vpc_fault *s, int block, uint64_t page)
+int vpc_outbox_request(struct vpc_fault *s, int block, uint64_t page)
 {
-    ask_for(s, s->ram->blocks[block], page);
-    s->stats.requests++;
+    int rc = ask_for(s, s->ram->blocks[block], page);
+
+    if (rc == 0)
+        s->stats.requests++;
+    return rc;
 }
 
 /* Another source knows nothing of what the last one was asked for. */
-static void ask_again(struct vpc_fault *s)
+int vpc_outbox_ask_again(struct vpc_fault *s)
 {
+    int rc = 0;
+
     for (int i = 0; i < s->ram->count; i++) {
         struct vpc_block *b = s->ram->blocks[i];
         for (uint64_t word = 0; word < (b->pages + 63) / 64; word++) {
             uint64_t open = atomic_load(&b->bits[VPC_BITS_REQUESTED][word]) & ~atomic_load(&b->bits[VPC_BITS_RECEIVED][word]);
-            for (; open; open &= open - 1)
-                ask_for(s, b, word * 64 + (uint64_t)__builtin_ctzll(open));
+            for (; open && rc == 0; open &= open - 1)
+                rc = ask_for(s, b, word * 64 + (uint64_t)__builtin_ctzll(open));
         }
     }
+    return rc;
 }
 
 int vpc_fault_set_return_path(struct vpc_fault *s, int fd)
@@ -139,8 +147,8 @@ int vpc_fault_set_return_path(struct vpc_fault *s, int fd)
     if (again)
         s->out_begin = s->out_end = 0; /* the first message may have been sent in part */
     pthread_mutex_unlock(&s->out_lock);
-    if (again)
-        ask_again(s);
+    if (again && vpc_outbox_ask_again(s) < 0)
+        s->ask_again = s->again = 1;
     pthread_mutex_unlock(&s->lock);
     if (old >= 0)
         close(old); /* the loop may still poll its number once: harmless, it sends only under the lock */

@@ -11,6 +11,8 @@
 #define UDP_GRO 104
 #endif
 
+/* How long a frame waits that is larger than all buffers which the guest has posted. It holds up those behind it. */
+#define SHORT_NS 1000000000u
 #define DRAIN_LIMIT 100000u /* frames: a sender that never pauses must not keep the ring from starting */
 
 static uint8_t *slot(struct vpc_pump *p, uint32_t i)
@@ -28,6 +30,7 @@ static uint32_t frame_len(const struct vpc_pump *p)
 
 static void next_frame(struct vpc_pump *p)
 {
+    p->short_since = 0;
     p->at += frame_len(p);
     if (p->at >= p->slot_len[p->first]) {
         p->first++;
@@ -120,9 +123,41 @@ static int receive(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t
     return (int)p->count;
 }
 
+/* The first frame lacks buffers, with so many chains there: has it lacked them for long? Where there is none at all the
+ * guest has no room for any frame, and all wait. Not while it has not even seen what is ready for it. */
+static bool waited_enough(struct vpc_pump *p, uint32_t chains, uint32_t ready)
+{
+    if (!chains || ready) {
+        p->short_since = 0;
+        return false;
+    }
+    uint64_t now = vpc_pump_now();
+    if (!p->short_since)
+        p->short_since = now;
+    return now - p->short_since >= SHORT_NS;
+}
+
+/* In ms, for poll. */
+static int patience(const struct vpc_pump *p)
+{
+    uint64_t waited = p->short_since ? vpc_pump_now() - p->short_since : 0;
+
+    if (!p->short_since)
+        return -1;
+    return waited < SHORT_NS ? (int)((SHORT_NS - waited) / 1000000u + 1) : 0;
+}
+
+void vpc_pump_drop(struct vpc_pump *p)
+{
+    if (p->short_since) {
+        vpc_count(&p->dropped, 1);
+        next_frame(p);
+    }
+}
+
 /* Put the next frame into the guest, `ready` used entries being written already and not published.
- * Returns the used entries it took; 0: no buffers now; -EAGAIN: publish what is ready, then come again;
- * -EMSGSIZE: it fits nowhere. */
+ * Returns the used entries it took; 0: no buffers now, or too few; -EAGAIN: publish what is ready, then come again;
+ * -EMSGSIZE: it fits nowhere, or has waited long enough for buffers to be added to those that are there. */
 static int deliver(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t ready)
 {
     struct vpc_vq *vq = p->vq;
@@ -144,7 +179,7 @@ static int deliver(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t
             if (rc < 0)
                 return rc;
             if ((uint32_t)rc <= chains) /* all of the ring is there and it is too small: more will never come */
-                return chains == vq->num ? -EMSGSIZE : 0;
+                return chains == vq->num || waited_enough(p, chains, ready) ? -EMSGSIZE : 0;
         }
         if (chains && !c->mergeable)
             return -EMSGSIZE;
@@ -192,16 +227,26 @@ static int deliver(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t
         if (header_left)
             (void)vpc_segs_write(vq->gm, p->segs + from, end[i] - from, 0, header, header_left, vq->log);
         (void)vpc_segs_write(vq->gm, p->segs + from, end[i] - from, header_left, data, take, vq->log);
+        vpc_vq_take(vq, head[i]);
         vpc_vq_put_used(vq, (uint16_t)(ready + i), head[i], (uint32_t)(take + header_left));
         data += take;
         left -= take;
         header_left = 0;
         from = end[i];
     }
-    vq->last_avail = (uint16_t)(vq->last_avail + chains);
     vpc_count(&p->frames, 1);
     vpc_count(&p->bytes, len);
     return (int)chains;
+}
+
+/* 0, or -EOWNERDEAD. */
+static int publish(struct vpc_pump *p, uint32_t n)
+{
+    int rc = n ? vpc_vq_publish(p->vq, (uint16_t)n) : 0;
+
+    if (rc > 0)
+        vpc_count(&p->calls, 1);
+    return rc < 0 ? rc : 0;
 }
 
 /* Deliver pending frames and publish. 1: all gone, 0: the guest has no room, -errno. */
@@ -209,7 +254,7 @@ static int deliver_all(struct vpc_pump *p, const struct vpc_pump_config *c)
 {
     struct vpc_vq *vq = p->vq;
     uint32_t ready = 0;
-    int rc = 1;
+    int rc = 1, told;
 
     while (p->first < p->count) {
         if (p->slot_len[p->first] == 0) {
@@ -229,15 +274,22 @@ static int deliver_all(struct vpc_pump *p, const struct vpc_pump_config *c)
             continue;
         }
         if (ready) {
-            vpc_count(&p->calls, (uint64_t)vpc_vq_publish(vq, (uint16_t)ready));
+            told = publish(p, ready);
+            if (told < 0)
+                return told;
             ready = 0;
+            if (rc == 0) { /* looked at again with nothing ready: it may lack buffers from now on */
+                rc = 1;
+                continue;
+            }
         }
         if (rc <= 0 && rc != -EAGAIN)
             return rc;
         rc = 1;
     }
-    if (ready)
-        vpc_count(&p->calls, (uint64_t)vpc_vq_publish(vq, (uint16_t)ready));
+    told = publish(p, ready);
+    if (told < 0)
+        return told;
     vpc_count(&p->batches, 1);
     return 1;
 }
@@ -259,6 +311,7 @@ int vpc_pump_in(struct vpc_pump *p, const struct vpc_pump_config *config)
         while (gone < DRAIN_LIMIT && !vpc_pump_stopped(p) && receive(p, &c, VPC_BATCH) > 0)
             gone += frames_left(p);
         p->first = p->count = p->at = 0;
+        p->short_since = 0;
         vpc_count(&p->discarded, gone);
     }
     while (!vpc_pump_stopped(p)) {
@@ -276,7 +329,7 @@ int vpc_pump_in(struct vpc_pump *p, const struct vpc_pump_config *config)
                     return rc;
                 emptied = rc > 0 && (uint32_t)rc < max;
                 if (rc == 0) {
-                    rc = vpc_pump_wait(p, c.fd, -1);
+                    rc = vpc_pump_wait(p, c.fd, -1, -1);
                     if (rc <= 0)
                         return rc;
                     continue;
@@ -288,7 +341,7 @@ int vpc_pump_in(struct vpc_pump *p, const struct vpc_pump_config *config)
         if (rc > 0)
             rc = deliver_all(p, &c);
         if (rc == 0) /* no buffers: frames stay where they are */
-            rc = vpc_pump_idle(p, c.kick_fd);
+            rc = vpc_pump_idle(p, c.kick_fd, patience(p));
         if (rc == -ECANCELED)
             return 0;
         if (rc < 0)

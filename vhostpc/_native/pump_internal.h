@@ -12,6 +12,8 @@ struct vpc_pump {
     struct vpc_vq *vq;
     atomic_int stop;
     int stop_fd;
+    unsigned vain;    /* kicks in a row that came at once and told of nothing */
+    uint16_t vain_at; /* the avail index at the last of them */
     bool linger; /* the last wait for a kick was short: look a little longer before the next */
     atomic_uint_fast64_t frames, bytes, dropped, discarded, batches, syscalls, calls;
     /* out */
@@ -25,6 +27,7 @@ struct vpc_pump {
     uint32_t first, count;
     uint32_t at; /* bytes of the first slot that the guest has */
     bool gro;    /* the socket may join datagrams and says how */
+    uint64_t short_since; /* since when the first frame has had buffers, and not enough of them; 0: it has not */
     struct vpc_seg *segs; /* of the chains that one frame goes to */
     struct vpc_walk walk;
 };
@@ -35,11 +38,14 @@ static inline void vpc_count(atomic_uint_fast64_t *what, uint64_t n)
     atomic_store_explicit(what, atomic_load_explicit(what, memory_order_relaxed) + n, memory_order_relaxed);
 }
 
-/* Wait for a (or -1), b (or -1) or the stop event. 1: go on, 0: stopped, -errno. */
-int vpc_pump_wait(struct vpc_pump *p, int a, int b);
+/* Wait for a (or -1), b (or -1), the stop event, or so many ms (-1: for ever). 1: go on, 0: stopped, -errno. */
+int vpc_pump_wait(struct vpc_pump *p, int a, int b, int ms);
 
-/* Ask for a kick and wait for it, unless something is there. > 0: look again; -ECANCELED: stopped; -errno. */
-int vpc_pump_idle(struct vpc_pump *p, int kick_fd);
+/* Ask for a kick and wait for it, up to ms, unless something is there. > 0: look again; -ECANCELED: stopped; -errno. */
+int vpc_pump_idle(struct vpc_pump *p, int kick_fd, int ms);
+
+/* CLOCK_MONOTONIC. */
+uint64_t vpc_pump_now(void);
 
 static inline bool vpc_pump_stopped(struct vpc_pump *p)
 {

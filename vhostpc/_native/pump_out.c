@@ -1,5 +1,5 @@
 /* Guest to file descriptor. Frames are copied to a private arena first, so that the kernel never touches guest
- * memory for us, a guest can not change what it has sent, and nothing is let out before `lost` was looked at. */
+ * memory for us, a guest cannot change what it has sent, and nothing is let out before `lost` was looked at. */
 #define _GNU_SOURCE
 #include <netinet/in.h>
 #include <netinet/udp.h>
@@ -61,7 +61,7 @@ static uint32_t collect(struct vpc_pump *p, const struct vpc_pump_config *c, str
         }
         frames[n++] = (struct frame){.at = used, .len = len, .head = w->head};
         used += len;
-        vq->last_avail++;
+        vpc_vq_take(vq, w->head);
     }
     return n;
 }
@@ -151,7 +151,7 @@ static int send_socket(struct vpc_pump *p, const struct vpc_pump_config *c, cons
             continue;
         if (b.msgs[done].msg_hdr.msg_controllen &&
             (errno == EINVAL || errno == EMSGSIZE || errno == EIO || errno == EOPNOTSUPP)) {
-            /* The path can not segment (a small MTU, a device without checksums): one by one from now on. */
+            /* The path cannot segment (a small MTU, a device without checksums): one by one from now on. */
             p->no_gso = true;
             uint32_t from = b.first[done];
             return send_socket(p, c, frames + from, n - from);
@@ -230,10 +230,8 @@ int vpc_pump_out(struct vpc_pump *p, const struct vpc_pump_config *config)
         uint32_t n = collect(p, &c, frames, max, &rc);
 
         if (n) {
-            if (vpc_gm_lost(vq->gm)) {
-                vpc_vq_unpop(vq, n);
+            if (vpc_gm_lost(vq->gm)) /* what was taken stays so: nobody will ask, and an inflight region keeps it */
                 return -EOWNERDEAD;
-            }
             if (c.discard)
                 vpc_count(&p->discarded, n);
             else if (c.kind == VPC_FAR_SOCKET)
@@ -244,14 +242,17 @@ int vpc_pump_out(struct vpc_pump *p, const struct vpc_pump_config *config)
                 far = send_file(p, &c, frames, n);
             for (uint32_t i = 0; i < n; i++)
                 vpc_vq_put_used(vq, (uint16_t)i, frames[i].head, 0);
-            vpc_count(&p->calls, (uint64_t)vpc_vq_publish(vq, (uint16_t)n));
+            rc = vpc_vq_publish(vq, (uint16_t)n);
+            if (rc < 0)
+                return rc;
+            vpc_count(&p->calls, (uint64_t)rc);
             vpc_count(&p->batches, 1);
             if (far < 0)
                 return far;
             continue; /* trouble behind the batch is met again */
         }
         if (rc >= 0)
-            rc = vpc_pump_idle(p, c.kick_fd);
+            rc = vpc_pump_idle(p, c.kick_fd, -1);
         if (rc == -ECANCELED)
             return 0;
         if (rc < 0)

@@ -1,26 +1,33 @@
 /* RAM blocks on memfd: mapping, bitmaps, and copies through the mapping. */
 #define _GNU_SOURCE
 #include "ram_internal.h"
+#include "replace_internal.h"
 #include "vpc_uffd.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#define DISCARD_TRIES 8
+
 struct vpc_ram *vpc_ram_new(void)
 {
+    vpc_replace_reserve(); /* for vpc_ram_give_up */
     return calloc(1, sizeof(struct vpc_ram));
 }
 
 static void block_free(struct vpc_block *b)
 {
     vpc_local_free(b);
-    if (b->map)
+    if (b->map && !b->stays) /* somebody may wait there for ever */
         munmap(b->map, b->length);
+    if (b->zeros)
+        munmap(b->zeros, b->page_size);
     if (b->fd >= 0)
         close(b->fd);
     for (int i = 0; i < BITMAPS; i++)
@@ -102,6 +109,13 @@ int vpc_ram_add(struct vpc_ram *ram, const char *name, int fd, uint64_t fd_offse
     b->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     if (b->fd < 0)
         goto fail;
+    b->hugetlb = vpc_is_hugetlb(fd);
+    if (page_size > TARGET_PAGE) {
+        void *zeros = mmap(NULL, page_size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (zeros == MAP_FAILED)
+            goto fail;
+        b->zeros = zeros;
+    }
     for (int i = 0; i < BITMAPS; i++) {
         b->bits[i] = calloc((size_t)((b->pages + 63) / 64), sizeof(uint64_t));
         if (!b->bits[i]) {
@@ -175,6 +189,19 @@ int64_t vpc_ram_count_bits(struct vpc_ram *ram, int block, int which)
     return sum;
 }
 
+int64_t vpc_ram_count_owed(struct vpc_ram *ram, int block)
+{
+    struct vpc_block *b = ram_block(ram, block);
+    int64_t sum = 0;
+
+    if (!b)
+        return -ERANGE;
+    for (uint64_t i = 0; i < (b->pages + 63) / 64; i++)
+        sum += __builtin_popcountll(atomic_load(&b->bits[VPC_BITS_DISCARDED][i]) &
+                                    ~atomic_load(&b->bits[VPC_BITS_RECEIVED][i]));
+    return sum;
+}
+
 int vpc_ram_count_cells(struct vpc_ram *ram, int block, int which, uint32_t *out, uint32_t cells)
 {
     struct vpc_block *b = ram_block(ram, block);
@@ -190,9 +217,11 @@ int vpc_ram_count_cells(struct vpc_ram *ram, int block, int which, uint32_t *out
     return 0;
 }
 
-int vpc_ram_discard(struct vpc_ram *ram, int block, uint64_t offset, uint64_t length)
+int vpc_ram_discard(struct vpc_ram *ram, int block, uint64_t offset, uint64_t length, uint64_t *left)
 {
     struct vpc_block *b = ram_block(ram, block);
+    uint64_t first, count;
+    int there = 1;
 
     if (!b || offset > b->length || length > b->length - offset)
         return -ERANGE;
@@ -200,26 +229,41 @@ int vpc_ram_discard(struct vpc_ram *ram, int block, uint64_t offset, uint64_t le
         return -EINVAL;
     if (length == 0)
         return 0;
-    if (fallocate(b->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(b->fd_offset + offset),
-                  (off_t)length) < 0)
-        return -errno;
-    vpc_ram_set_bits(ram, block, VPC_BITS_RECEIVED, offset >> b->shift, length >> b->shift, 0);
-    vpc_ram_set_bits(ram, block, VPC_BITS_REQUESTED, offset >> b->shift, length >> b->shift, 0);
-    return 0;
+    first = offset >> b->shift;
+    count = length >> b->shift;
+    /* A part of a huge page of shared memory that has one more reference is only cleared: it reads as zeros, and is no
+     * fault. Often the reference is gone a moment later. */
+    for (int i = 0; i < DISCARD_TRIES && there > 0; i++) {
+        if (i)
+            sched_yield();
+        if (fallocate(b->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(b->fd_offset + offset),
+                      (off_t)length) < 0)
+            return -errno;
+        vpc_ram_set_bits(ram, block, VPC_BITS_RECEIVED, first, count, 0);
+        vpc_ram_set_bits(ram, block, VPC_BITS_REQUESTED, first, count, 0);
+        vpc_ram_set_bits(ram, block, VPC_BITS_DISCARDED, first, count, 0);
+        there = vpc_block_born(b, first, count, left);
+    }
+    return there > 0 ? -EEXIST : there == -EOPNOTSUPP ? 0 : there;
 }
 
 int vpc_ram_give_up(struct vpc_ram *ram, int ufd)
 {
-    atomic_store(&ram->lost, 1);
+    int again = atomic_exchange(&ram->lost, 1), rc = 0;
+
     for (int i = 0; i < ram->count; i++) {
         struct vpc_block *b = ram->blocks[i];
+        if (again && !b->stays)
+            continue;
         /* Neither unregister nor close: a waiter let go that way would make the page in the shared file. */
-        if (mmap(b->map, b->length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE,
-                 -1, 0) == MAP_FAILED)
-            abort(); /* going on would create pages that nobody sent */
-        (void)vpc_uffd_wake(ufd, (uint64_t)(uintptr_t)b->map, b->length);
+        int error = vpc_replace_private(b->map, b->length);
+        b->stays = error < 0;
+        if (error < 0)
+            rc = error; /* nobody is woken there: going on would create pages that nobody sent */
+        else
+            (void)vpc_uffd_wake(ufd, (uint64_t)(uintptr_t)b->map, b->length);
     }
-    return 0;
+    return rc;
 }
 
 int vpc_ram_is_lost(struct vpc_ram *ram)
@@ -233,6 +277,8 @@ int vpc_ram_read(struct vpc_ram *ram, int block, uint64_t offset, void *to, uint
 
     if (!b || offset > b->length || length > b->length - offset)
         return -ERANGE;
+    if (ram_lost(ram))
+        return -EOWNERDEAD;
     memcpy(to, b->map + offset, length);
     return ram_lost(ram);
 }
@@ -243,6 +289,8 @@ int vpc_ram_write(struct vpc_ram *ram, int block, uint64_t offset, const void *f
 
     if (!b || offset > b->length || length > b->length - offset)
         return -ERANGE;
+    if (ram_lost(ram))
+        return -EOWNERDEAD;
     memcpy(b->map + offset, from, length);
     return ram_lost(ram);
 }
@@ -269,6 +317,8 @@ int vpc_ram_fill(struct vpc_ram *ram, int block, uint64_t first, uint64_t count,
     if (!target_pages_ok(b, first, count))
         return -ERANGE;
     for (uint64_t page = first; page < first + count; page++) {
+        if (ram_lost(ram))
+            break;
         uint64_t *words = (uint64_t *)(void *)(b->map + (page << TARGET_SHIFT));
         for (uint64_t i = 0; i < TARGET_PAGE / 8; i++)
             words[i] = page_word((uint64_t)block, page, seed, i);
@@ -286,6 +336,8 @@ int64_t vpc_ram_verify(struct vpc_ram *ram, int block, uint64_t first, uint64_t 
     if (!target_pages_ok(b, first, count))
         return -ERANGE;
     for (uint64_t page = first; page < first + count; page++) {
+        if (ram_lost(ram))
+            break;
         const volatile uint64_t *words = (const volatile uint64_t *)(void *)(b->map + (page << TARGET_SHIFT));
         for (uint64_t i = 0; i < TARGET_PAGE / 8; i++) {
             if (words[i] != page_word((uint64_t)block, page, seed, i)) {

@@ -11,7 +11,7 @@
 #define TARGET_SHIFT 12
 #define TARGET_PAGE 4096u
 #define MAX_BLOCKS 64
-#define BITMAPS 5
+#define BITMAPS 6
 
 /* First bytes of a section's frames (QEMU's migration stream). */
 #define SECTION_PART 0x02u
@@ -22,6 +22,8 @@
 #define REC_PAGE 0x008u
 #define REC_EOS 0x010u
 #define REC_CONTINUE 0x020u
+#define REC_XBZRLE 0x040u
+#define REC_COMPRESSED 0x100u
 #define RP_SHUT 1u
 #define RP_PONG 2u
 #define RP_REQ_PAGES_ID 3u
@@ -33,8 +35,11 @@ struct vpc_block {
     unsigned name_len;
     int fd;
     unsigned shift; /* log2 of page_size */
+    int hugetlb; /* fd is of hugetlbfs */
+    int stays;   /* given up, and nothing could be put in its place: map is what it was */
     uint64_t fd_offset, length, page_size, pages;
     unsigned char *map; /* our own mapping; armed or calm */
+    unsigned char *zeros; /* a page of them, never written; large pages only */
     _Atomic uint64_t *bits[BITMAPS];
     const unsigned char *local; /* our own bytes of all pages, or NULL */
     int local_place;            /* the ufd that they are placed through */
@@ -46,13 +51,25 @@ struct vpc_ram {
     struct vpc_block *blocks[MAX_BLOCKS];
 };
 
-/* The page was made or found present: mark, then wake who waits for it. */
+/* The pages were made: mark, then wake who waits for them. */
 void vpc_fault_placed(struct vpc_fault *service, int block, uint64_t first, uint64_t count);
-/* Make a page of a block that has local bytes, in our own mapping; wakes nobody. */
+/* For a block that the loop places pages of, too: keep it from looking between the placing of a page and its mark. */
+void vpc_fault_hold(struct vpc_fault *service);
+void vpc_fault_let_go(struct vpc_fault *service);
+/* Make a page of a block that has local bytes, in our own mapping; wakes nobody. This and the next two: see
+ * vpc_no_memory; -EAGAIN: the client's memory is being changed, try again later; -EEXIST: a page is there. */
 int vpc_local_place(struct vpc_block *block, uint64_t page);
 /* Make it where a client waits for it and wake the client: one system call, and its retry finds the page mapped. */
 int vpc_local_answer(struct vpc_block *block, uint64_t page, int ufd, uint64_t address);
+/* The same with zeros, for a page that came and of which the file has only a hole. */
+int vpc_local_zero(struct vpc_block *block, int ufd, uint64_t address);
 void vpc_local_free(struct vpc_block *block);
+/* present.c. The first of these pages that was not received and is there all the same: 1 and which, 0 if there is none,
+ * or -errno (-EOPNOTSUPP: hugetlbfs of a kernel before 5.13, which does not tell). Touches nothing. */
+int vpc_block_born(struct vpc_block *block, uint64_t first, uint64_t count, uint64_t *born);
+int vpc_is_hugetlb(int fd);
+/* Whether placing this page failed with rc for want of memory. hugetlbfs says -EEXIST of that, too. */
+int vpc_no_memory(struct vpc_block *block, uint64_t page, int rc);
 /* Number of the block with this name, or -1. */
 int vpc_ram_find(const struct vpc_ram *ram, const unsigned char *name, unsigned length);
 
@@ -64,6 +81,7 @@ static inline struct vpc_block *ram_block(const struct vpc_ram *ram, int block)
 /* Look after every copy out of a block, and before a byte of it is used: 0 or -EOWNERDEAD. */
 static inline int ram_lost(struct vpc_ram *ram)
 {
+    atomic_thread_fence(memory_order_acquire); /* the copy was made before this look; a load alone orders only what follows */
     return atomic_load_explicit(&ram->lost, memory_order_seq_cst) ? -EOWNERDEAD : 0;
 }
 

@@ -5,6 +5,7 @@
  * from is never guest memory, and this loop never waits for a page (in calm mode nothing is missing).
  */
 #define _GNU_SOURCE
+#include "event_internal.h"
 #include "load_internal.h"
 
 #include <errno.h>
@@ -12,7 +13,6 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -23,9 +23,9 @@ static uint64_t number(const uint64_t *what)
     return __atomic_load_n(what, __ATOMIC_RELAXED);
 }
 
-void *vpc_load_pages(size_t length)
+static void *pages(size_t length, int access)
 {
-    void *p = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *p = mmap(NULL, length, access, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     return p == MAP_FAILED ? NULL : p;
 }
 
@@ -64,11 +64,15 @@ struct vpc_load *vpc_load_new(struct vpc_ram *ram, struct vpc_fault *service, in
             l->run_room = ram->blocks[i]->page_size;
     l->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     l->place = place_ufd < 0 ? -1 : fcntl(place_ufd, F_DUPFD_CLOEXEC, 0);
-    l->control = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    l->control = event_new();
+    l->on_disk = is_on_disk(fd); /* not of our copy: the error that says why there is none must stay */
     l->input = malloc(INPUT_ROOM);
-    l->run = vpc_load_pages(l->run_room);
-    if (l->fd < 0 || (place_ufd >= 0 && l->place < 0) || l->control < 0 || !l->input || !l->run) {
+    l->run = pages(l->run_room, PROT_READ | PROT_WRITE);
+    l->zeros = pages(l->run_room, PROT_READ); /* now: later there may be no room for them */
+    if (l->fd < 0 || (place_ufd >= 0 && l->place < 0) || l->control < 0 || !l->input || !l->run || !l->zeros) {
+        int error = errno;
         vpc_load_free(l);
+        errno = error;
         return NULL;
     }
     return l;
@@ -76,11 +80,8 @@ struct vpc_load *vpc_load_new(struct vpc_ram *ram, struct vpc_fault *service, in
 
 void vpc_load_stop(struct vpc_load *l)
 {
-    uint64_t one = 1;
-
     atomic_store(&l->stop, 1);
-    ssize_t n = write(l->control, &one, sizeof one);
-    (void)n;
+    event_poke(l->control);
 }
 
 int vpc_load_feed(struct vpc_load *l, const void *from, uint64_t length)
@@ -142,7 +143,7 @@ static int bad(struct vpc_load *l, int why)
     return -EBADMSG;
 }
 
-/* One target page has come. */
+/* One target page has come. 0, 1 if somebody waits for it (it is to be flushed), or -errno: then it was not taken. */
 static int take_page(struct vpc_load *l, int block, uint64_t page, const unsigned char *data, int fill)
 {
     struct vpc_block *b = l->ram->blocks[block];
@@ -172,6 +173,8 @@ static int take_page(struct vpc_load *l, int block, uint64_t page, const unsigne
         l->run_block = block;
         l->run_first = page;
         l->run_zero = zero;
+        if (per_host > 1) /* the rest of it has to come */
+            bit_set(b, VPC_BITS_DISCARDED, page >> (b->shift - TARGET_SHIFT));
     }
     if (l->run_zero && !zero) {
         /* A host page that began with zeros and goes on with data. */
@@ -189,9 +192,24 @@ static int take_page(struct vpc_load *l, int block, uint64_t page, const unsigne
     else
         tally(&l->stats.zero_pages, 1);
     /* Somebody waits for it: it does not wait for what follows. (A huge page goes out only when it is whole.) */
-    if (l->place >= 0 && bit_test(b, VPC_BITS_REQUESTED, page >> (b->shift - TARGET_SHIFT)))
-        return vpc_load_flush(l);
-    return 0;
+    return l->place >= 0 && bit_test(b, VPC_BITS_REQUESTED, page >> (b->shift - TARGET_SHIFT));
+}
+
+/* A page as its difference to what has come of it, which only precopy has: nothing is missing there. The file is asked,
+ * not our mapping: what nobody wrote is zero, and stays a hole. As take_page. */
+static int take_delta(struct vpc_load *l, int block, uint64_t page, const unsigned char *delta, size_t length)
+{
+    struct vpc_block *b = l->ram->blocks[block];
+    unsigned char whole[TARGET_PAGE];
+    int rc = vpc_load_flush(l); /* it may be in hand */
+
+    if (rc < 0)
+        return rc;
+    if (pread(b->fd, whole, sizeof whole, (off_t)(b->fd_offset + (page << TARGET_SHIFT))) != sizeof whole)
+        return -EIO;
+    if (vpc_delta_apply(whole, delta, length) < 0)
+        return bad(l, VPC_BAD_DELTA);
+    return take_page(l, block, page, whole, 0);
 }
 
 /* Parse one record. 0: more input needed; 1: one taken; VPC_LOAD_EOS + 1: end of section; or -errno. */
@@ -208,11 +226,17 @@ static int take_record(struct vpc_load *l)
     unsigned kind = flags & ~REC_CONTINUE;
 
     if (word == REC_EOS) {
+        int flushed = vpc_load_flush(l); /* before the end is read, so that one that was stopped comes back to it */
+        if (flushed < 0)
+            return flushed;
         l->begin += 8;
         tally(&l->stats.bytes, 8);
         return VPC_LOAD_EOS + 1;
     }
-    if (kind != REC_ZERO && kind != REC_PAGE)
+    int calm = l->place < 0;
+    if (kind == REC_COMPRESSED && calm)
+        return bad(l, VPC_BAD_COMPRESSED);
+    if (kind != REC_ZERO && kind != REC_PAGE && !(kind == REC_XBZRLE && calm))
         return bad(l, VPC_BAD_FLAGS);
     int block = l->block;
     if (flags & REC_CONTINUE) {
@@ -234,15 +258,27 @@ static int take_record(struct vpc_load *l)
     if (offset >= l->ram->blocks[block]->length)
         return bad(l, VPC_BAD_OFFSET);
     size_t payload = kind == REC_PAGE ? TARGET_PAGE : 1;
+    if (kind == REC_XBZRLE) { /* u8 1, u16 length */
+        if (have < need + 3)
+            return 0;
+        payload = (size_t)get_be(p + need + 1, 2);
+        if (p[need] != 1 || payload > TARGET_PAGE)
+            return bad(l, VPC_BAD_DELTA);
+        need += 3;
+    }
     if (have < need + payload)
         return 0;
-    int rc = kind == REC_PAGE ? take_page(l, block, offset >> TARGET_SHIFT, p + need, 0)
-                              : take_page(l, block, offset >> TARGET_SHIFT, NULL, p[need]);
+    uint64_t page = offset >> TARGET_SHIFT;
+    int rc = kind == REC_PAGE     ? take_page(l, block, page, p + need, 0)
+             : kind == REC_XBZRLE ? take_delta(l, block, page, p + need, payload)
+                                  : take_page(l, block, page, NULL, p[need]);
     if (rc < 0)
         return rc;
     l->block = block;
     l->begin += need + payload;
     tally(&l->stats.bytes, need + payload);
+    if (rc > 0 && (rc = vpc_load_flush(l)) < 0)
+        return rc;
     return 1;
 }
 
@@ -307,7 +343,9 @@ static int fill(struct vpc_load *l, uint64_t spin_ns)
             return -errno;
         if (ready <= 0 || !fds[0].revents)
             continue;
-        ssize_t n = read(l->fd, l->input + l->end, INPUT_ROOM - l->end);
+        unsigned char *to = l->input + l->end;
+        size_t room = INPUT_ROOM - l->end;
+        ssize_t n = l->on_disk ? read(l->fd, to, room) : read_now(l->fd, to, room);
         if (n < 0 && (errno == EINTR || errno == EAGAIN))
             continue;
         if (n < 0)
@@ -341,10 +379,10 @@ int vpc_load_run(struct vpc_load *l, uint64_t spin_ns)
         if (rc == VPC_LOAD_EOF && (l->begin < l->end || l->run_count || l->at == FOOTER))
             rc = bad(l, VPC_BAD_TRUNCATED);
     }
+    if (rc == -ECANCELED)
+        rc = VPC_LOAD_STOPPED; /* while it waited for memory */
     if (rc == VPC_LOAD_STOPPED) {
-        uint64_t count;
-        ssize_t n = read(l->control, &count, sizeof count);
-        (void)n;
+        event_drain(l->control);
         atomic_store(&l->stop, 0);
     }
     return rc;
@@ -358,6 +396,9 @@ int vpc_load_stats(struct vpc_load *l, struct vpc_load_stats *out)
         .bytes = number(&s->bytes), .data_pages = number(&s->data_pages), .zero_pages = number(&s->zero_pages),
         .placed = number(&s->placed), .already = number(&s->already), .runs = number(&s->runs),
         .reads = number(&s->reads), .sections = number(&s->sections), .bad_offset = number(&s->bad_offset),
+        .shortages = number(&s->shortages), .bad_page = number(&s->bad_page),
+        .bad_block = __atomic_load_n(&s->bad_block, __ATOMIC_RELAXED),
+        .short_now = __atomic_load_n(&s->short_now, __ATOMIC_ACQUIRE),
         .why = __atomic_load_n(&s->why, __ATOMIC_RELAXED),
         .ended = __atomic_load_n(&s->ended, __ATOMIC_RELAXED)};
     return 0;

@@ -9,12 +9,15 @@
 #include "vpc_uffd.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
 #include <sched.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #define DONTWAKE 1u
+#define LONGEST_PAUSE 128 /* ms between two tries of a page for which there is no memory */
 /* Headers older than Linux 5.14 do not name it. */
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
@@ -28,14 +31,6 @@ static void mark_and_wake(struct vpc_load *l, int block, uint64_t first, uint64_
     }
     for (uint64_t page = first; page < first + count; page++)
         bit_set(l->ram->blocks[block], VPC_BITS_RECEIVED, page);
-}
-
-/* Room for zeros, made when first needed: 0 or -ENOMEM. */
-static int need_zeros(struct vpc_load *l)
-{
-    if (!l->zeros)
-        l->zeros = vpc_load_pages(l->run_room);
-    return l->zeros ? 0 : -ENOMEM;
 }
 
 /* Into the block's file: the kernel makes pages there without a fault for each, and without clearing them first. */
@@ -66,18 +61,35 @@ static int zero_file(struct vpc_load *l, struct vpc_block *b, uint64_t at, uint6
     return (uint64_t)data < end ? write_file(b, l->zeros, end - (uint64_t)data, (uint64_t)data) : 0;
 }
 
+/* A huge page that was discarded is no longer set aside for us: where none is free a touch would be a SIGBUS. */
+static int make_pages(struct vpc_block *b, uint64_t first, uint64_t last)
+{
+    for (uint64_t page = first; page <= last; page++) {
+        if (bit_test(b, VPC_BITS_RECEIVED, page))
+            continue;
+        while (fallocate(b->fd, FALLOC_FL_KEEP_SIZE, (off_t)(b->fd_offset + (page << b->shift)), (off_t)b->page_size) < 0)
+            if (errno != EINTR)
+                return -errno;
+    }
+    return 0;
+}
+
 static int place_calm(struct vpc_load *l, struct vpc_block *b)
 {
     unsigned char *to = b->map + (l->run_first << TARGET_SHIFT);
     size_t length = (size_t)l->run_count << TARGET_SHIFT;
     uint64_t at = b->fd_offset + (l->run_first << TARGET_SHIFT);
-    int rc = l->run_zero ? need_zeros(l) : 0;
+    /* A host page of which anything has come counts as received: a source discards whole ones. */
+    uint64_t first = (l->run_first << TARGET_SHIFT) >> b->shift;
+    uint64_t last = ((l->run_first + l->run_count - 1) << TARGET_SHIFT) >> b->shift;
+    int rc = 0;
 
-    if (rc < 0)
-        return rc;
-    if (b->page_size > TARGET_PAGE) /* hugetlbfs can not be written to, and tells no holes */
-        memcpy(to, l->run_zero ? l->zeros : l->run, length);
-    else if (l->run_zero && l->holes)
+    if (b->page_size > TARGET_PAGE) { /* hugetlbfs cannot be written to, and tells no holes */
+        if (b->hugetlb)
+            rc = make_pages(b, first, last);
+        if (rc == 0)
+            memcpy(to, l->run_zero ? l->zeros : l->run, length);
+    } else if (l->run_zero && l->holes)
         rc = zero_file(l, b, at, at + length);
     else
         rc = write_file(b, l->run_zero ? l->zeros : l->run, length, at);
@@ -87,55 +99,99 @@ static int place_calm(struct vpc_load *l, struct vpc_block *b)
      * is no more than that: a kernel before 5.14 refuses. */
     if (b->page_size == TARGET_PAGE && !l->run_zero)
         (void)madvise(to, length, MADV_POPULATE_READ);
-    /* A host page of which anything has come counts as received: a source discards whole ones. */
-    uint64_t first = (l->run_first << TARGET_SHIFT) >> b->shift;
-    uint64_t last = ((l->run_first + l->run_count - 1) << TARGET_SHIFT) >> b->shift;
     tally(&l->stats.placed, last - first + 1);
     mark_and_wake(l, l->run_block, first, last - first + 1);
     return 0;
 }
 
+static void name_page(struct vpc_load *l, uint64_t page)
+{
+    __atomic_store_n(&l->stats.bad_block, l->run_block, __ATOMIC_RELAXED);
+    __atomic_store_n(&l->stats.bad_page, page, __ATOMIC_RELAXED);
+}
+
+/* There is no memory for this page: wait a little, longer from try to try. 0, or -ECANCELED at once when stopped. */
+static int wait_for_memory(struct vpc_load *l, uint64_t page, int *pause)
+{
+    struct pollfd control = {.fd = l->control, .events = POLLIN};
+
+    if (!*pause) {
+        name_page(l, page);
+        __atomic_store_n(&l->stats.short_now, 1, __ATOMIC_RELEASE);
+        tally(&l->stats.shortages, 1);
+    }
+    *pause = !*pause ? 1 : *pause < LONGEST_PAUSE ? 2 * *pause : LONGEST_PAUSE;
+    if (!atomic_load(&l->stop))
+        (void)poll(&control, 1, *pause);
+    return atomic_load(&l->stop) ? -ECANCELED : 0;
+}
+
+/* One call for the pages from first on; what it made is marked and who waits for it is woken. */
+static int place_some(struct vpc_load *l, struct vpc_block *b, uint64_t first, uint64_t count, uint64_t from,
+                      uint64_t *made)
+{
+    uint64_t to = (uint64_t)(uintptr_t)b->map + (first << b->shift);
+    struct vpc_fault *shared = b->local ? l->service : NULL; /* the fault loop places pages of this block, too */
+    int64_t done = 0;
+    int rc;
+
+    if (shared)
+        vpc_fault_hold(shared);
+    if (l->run_zero && b->page_size == TARGET_PAGE)
+        rc = vpc_uffd_zero(l->place, to, count << b->shift, DONTWAKE, &done);
+    else
+        rc = vpc_uffd_copy(l->place, to, from, count << b->shift, DONTWAKE, &done);
+    *made = (uint64_t)done >> b->shift;
+    if (shared) {
+        for (uint64_t page = first; page < first + *made; page++)
+            bit_set(b, VPC_BITS_RECEIVED, page);
+        vpc_fault_let_go(shared);
+    }
+    tally(&l->stats.runs, 1);
+    if (*made) {
+        tally(&l->stats.placed, *made);
+        mark_and_wake(l, l->run_block, first, *made);
+    }
+    return rc;
+}
+
 /* Place the host pages [first, first + count) of the run, whose private bytes begin at from. */
 static int place_pages(struct vpc_load *l, struct vpc_block *b, uint64_t first, uint64_t count, uint64_t from)
 {
-    int huge = b->page_size > TARGET_PAGE;
+    int pause = 0, rc = 0;
 
-    while (count) {
-        uint64_t to = (uint64_t)(uintptr_t)b->map + (first << b->shift);
-        int64_t done = 0;
-        int rc;
+    while (count && rc == 0) {
+        uint64_t made;
 
-        if (l->run_zero && !huge)
-            rc = vpc_uffd_zero(l->place, to, count << b->shift, DONTWAKE, &done);
-        else
-            rc = vpc_uffd_copy(l->place, to, from, count << b->shift, DONTWAKE, &done);
-        tally(&l->stats.runs, 1);
-        uint64_t pages = (uint64_t)done >> b->shift;
-        if (pages) {
-            tally(&l->stats.placed, pages);
-            mark_and_wake(l, l->run_block, first, pages);
-            first += pages;
-            count -= pages;
-            from += pages << b->shift;
-        }
+        rc = place_some(l, b, first, count, from, &made);
+        first += made;
+        count -= made;
+        from += made << b->shift;
+        l->run_done += made;
         if (rc == 0)
-            continue;
-        if (rc == -EEXIST) {
-            /* There already: newer than ours or the same. Never overwritten. */
+            break;
+        if (made)
+            pause = 0;
+        if (vpc_no_memory(b, first, rc)) {
+            rc = wait_for_memory(l, first, &pause);
+        } else if (rc == -EAGAIN) {
+            rc = atomic_load(&l->stop) ? -ECANCELED : 0;
+            sched_yield();
+        } else if (rc == -EEXIST && bit_test(b, VPC_BITS_RECEIVED, first)) {
+            /* It came another way meanwhile: newer than ours or the same. Never overwritten. */
             tally(&l->stats.already, 1);
-            mark_and_wake(l, l->run_block, first, 1);
             first++;
             count--;
             from += b->page_size;
-        } else if (rc == -EAGAIN) {
-            if (atomic_load(&l->stop))
-                return -ECANCELED;
-            sched_yield();
-        } else {
-            return rc;
+            l->run_done++;
+            pause = rc = 0;
+        } else if (rc == -EEXIST) {
+            /* Somebody made it. Not marked, and who waits for it is not woken: it is not the page that came. */
+            name_page(l, first);
         }
     }
-    return 0;
+    __atomic_store_n(&l->stats.short_now, 0, __ATOMIC_RELAXED);
+    return rc;
 }
 
 int vpc_load_flush(struct vpc_load *l)
@@ -154,21 +210,19 @@ int vpc_load_flush(struct vpc_load *l)
     uint64_t count = (l->run_count << TARGET_SHIFT) >> b->shift;
     int rc = 0;
 
-    if (l->run_zero && b->page_size > TARGET_PAGE && (rc = need_zeros(l)) < 0)
-        return rc;
     unsigned char *bytes = l->run_zero && b->page_size > TARGET_PAGE ? l->zeros : l->run;
-    for (uint64_t i = 0; i < count && rc == 0;) {
-        uint64_t n = 0;
+    while (l->run_done < count && rc == 0) {
+        uint64_t i = l->run_done, n = 0;
         if (bit_test(b, VPC_BITS_RECEIVED, first + i)) {
             tally(&l->stats.already, 1);
-            i++;
+            l->run_done++;
             continue;
         }
         while (i + n < count && !bit_test(b, VPC_BITS_RECEIVED, first + i + n))
             n++;
         rc = place_pages(l, b, first + i, n, (uint64_t)(uintptr_t)bytes + (i << b->shift));
-        i += n;
     }
-    l->run_count = 0;
+    if (rc != -ECANCELED) /* stopped: what is left is placed by the next run */
+        l->run_count = l->run_done = 0;
     return rc;
 }

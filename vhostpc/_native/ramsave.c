@@ -1,145 +1,71 @@
 /*
- * RAM records out: the loops of a source of pages.
+ * RAM records out: the loops of one connection of a source of pages.
  *
  * A round is one section of precopy; run is postcopy, where each dirty page is sent once and what is asked for goes
  * first. The blocks are this process's own memory, whole and never armed.
  */
 #define _GNU_SOURCE
+#include "event_internal.h"
 #include "save_internal.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
 #include <unistd.h>
+
+/* Milliseconds; what produce says besides. */
+#define PRODUCE_ROOM 0     /* there would be more with more room */
+#define PRODUCE_NOTHING -1 /* nothing to do until somebody asks or releases */
 
 void vpc_save_free(struct vpc_save *s)
 {
     if (!s)
         return;
-    if (s->fd >= 0)
-        close(s->fd);
-    if (s->in_fd >= 0)
-        close(s->in_fd);
+    vpc_writer_destroy(&s->writer);
+    vpc_requests_destroy(&s->requests);
     if (s->control >= 0)
         close(s->control);
     if (s->notify >= 0)
         close(s->notify);
-    free(s->in);
-    free(s->out);
-    free(s->rest);
     free(s);
 }
 
-struct vpc_save *vpc_save_new(struct vpc_ram *ram, int fd, int in_fd, uint64_t background_rate)
+struct vpc_save *vpc_save_new(struct vpc_scan *scan, int fd, int in_fd)
 {
     struct vpc_save *s = calloc(1, sizeof *s);
-    struct stat st;
 
     if (!s)
         return NULL;
-    s->ram = ram;
-    s->rp_block = s->out_block = s->now_block = -1;
-    atomic_store(&s->rate, background_rate);
-    s->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-    s->in_fd = in_fd < 0 ? -1 : fcntl(in_fd, F_DUPFD_CLOEXEC, 0);
-    s->control = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    s->notify = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    s->in = malloc(IN_ROOM);
-    s->out = malloc(OUT_ROOM);
-    if (s->fd < 0 || (in_fd >= 0 && s->in_fd < 0) || s->control < 0 || s->notify < 0 || !s->in || !s->out ||
-        fstat(s->fd, &st) < 0) {
+    s->scan = scan;
+    s->writer.fd = s->requests.fd = -1;
+    s->control = event_new();
+    s->notify = event_new();
+    int rc = s->control < 0 || s->notify < 0 ? -errno : vpc_writer_init(&s->writer, fd);
+    if (rc == 0)
+        rc = vpc_requests_init(&s->requests, scan->ram, in_fd, s->notify);
+    if (rc < 0) {
         vpc_save_free(s);
+        errno = -rc;
         return NULL;
     }
-    s->is_socket = S_ISSOCK(st.st_mode);
     return s;
-}
-
-void vpc_save_poke(int fd)
-{
-    uint64_t one = 1;
-    ssize_t n = write(fd, &one, sizeof one);
-    (void)n;
-}
-
-static void drain(int fd)
-{
-    uint64_t count;
-    ssize_t n = read(fd, &count, sizeof count);
-    (void)n;
 }
 
 void vpc_save_stop(struct vpc_save *s)
 {
     atomic_store(&s->stop, 1);
-    vpc_save_poke(s->control);
+    event_poke(s->control);
 }
 
 void vpc_save_kick(struct vpc_save *s)
 {
-    vpc_save_poke(s->control);
-}
-
-int vpc_save_set_rate(struct vpc_save *s, uint64_t background_rate)
-{
-    atomic_store(&s->rate, background_rate);
-    vpc_save_poke(s->control);
-    return 0;
-}
-
-int vpc_save_hold_all(struct vpc_save *s, int on)
-{
-    atomic_store(&s->hold_all, on != 0);
-    vpc_save_poke(s->control);
-    return 0;
+    event_poke(s->control);
 }
 
 int vpc_save_notify_fd(struct vpc_save *s)
 {
     return s->notify;
-}
-
-int vpc_save_keep_zeros(struct vpc_save *s, int on)
-{
-    s->keep_zeros = on != 0;
-    return 0;
-}
-
-/* Send [*begin, end) of bytes, as much as the socket takes. */
-static int push_bytes(struct vpc_save *s, const unsigned char *bytes, size_t *begin, size_t end)
-{
-    while (*begin < end) {
-        ssize_t n = s->is_socket ? send(s->fd, bytes + *begin, end - *begin, MSG_DONTWAIT | MSG_NOSIGNAL)
-                                 : write(s->fd, bytes + *begin, end - *begin);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            return errno == EAGAIN ? 0 : -errno;
-        *begin += (size_t)n;
-        save_tally(&s->stats.bytes, (uint64_t)n);
-    }
-    return 0;
-}
-
-/* Is there something to send? */
-static int pending(const struct vpc_save *s)
-{
-    return s->out_begin < s->out_end || (s->stats.eos_sent && s->rest_at < s->rest_end);
-}
-
-static int push(struct vpc_save *s)
-{
-    int rc = push_bytes(s, s->out, &s->out_begin, s->out_end);
-
-    if (rc || s->out_begin < s->out_end)
-        return rc;
-    s->out_begin = s->out_end = 0;
-    return s->stats.eos_sent ? push_bytes(s, s->rest, &s->rest_at, s->rest_end) : 0;
 }
 
 int vpc_save_set_tail(struct vpc_save *s, const void *from, uint64_t length)
@@ -149,32 +75,66 @@ int vpc_save_set_tail(struct vpc_save *s, const void *from, uint64_t length)
     if (!copy)
         return -ENOMEM;
     memcpy(copy, from, (size_t)length);
-    free(s->rest);
-    s->rest = copy;
-    s->rest_at = 0;
-    s->rest_end = (size_t)length;
+    free(s->writer.tail);
+    s->writer.tail = copy;
+    s->writer.tail_at = 0;
+    s->writer.tail_end = (size_t)length;
     return 0;
 }
 
-static int pull(struct vpc_save *s)
+/* Fill the output at rate bytes a second, requests first; see PRODUCE_*, or milliseconds to wait. */
+static int produce(struct vpc_save *s, uint64_t rate)
 {
-    ssize_t n = read(s->in_fd, s->in + s->in_end, IN_ROOM - s->in_end);
+    struct writer *w = &s->writer;
+    struct requests *r = &s->requests;
+    struct vpc_scan *scan = s->scan;
 
-    if (n < 0)
-        return errno == EAGAIN || errno == EINTR ? 0 : -errno;
-    if (n == 0)
-        return VPC_SAVE_PEER_CLOSED;
-    s->in_end += (size_t)n;
-    return 0;
+    for (;;) {
+        if (w->now_block >= 0) {
+            size_t bytes = vpc_writer_emit(w, scan);
+            if (!s->now_asked)
+                scan->credit -= (int64_t)bytes;
+        }
+        if (w->now_block >= 0 || writer_room(w) < RECORD_MAX)
+            return PRODUCE_ROOM;
+        if (r->head != r->tail) {
+            struct host_page page = r->queue[r->head++ % QUEUE];
+            if (vpc_scan_take(scan, page)) {
+                save_tally(&scan->stats.requested_pages, 1);
+                s->now_asked = 1;
+                vpc_writer_take(w, scan, page);
+            } else {
+                save_tally(&r->useless, 1);
+            }
+            continue;
+        }
+        if (r->ask_count)
+            return PRODUCE_ROOM;
+        if (rate == 0 || atomic_load(&scan->hold_all) || scan_left(scan) == 0)
+            return PRODUCE_NOTHING;
+        /* Only a little of the background at a time: a request must not wait behind much of it. */
+        if (w->end - w->begin > OUT_ROOM / 2)
+            return PRODUCE_ROOM;
+        int ms = vpc_scan_due(scan, rate);
+        if (ms)
+            return ms;
+        struct host_page page = vpc_scan_next(scan);
+        if (page.block < 0)
+            return PRODUCE_NOTHING;
+        save_tally(&scan->stats.background_pages, 1);
+        s->now_asked = 0;
+        vpc_writer_take(w, scan, page);
+    }
 }
 
 /* Wait for room, a message of the peer or the control eventfd, ms milliseconds (-1: no limit); read messages. */
 static int wait_ready(struct vpc_save *s, int more, int ms)
 {
-    int room = IN_ROOM - s->in_end > 4 + RP_MAX_LEN && s->ask_count == 0;
+    int in = s->requests.fd, out = s->writer.fd;
+    int room = requests_room(&s->requests) && s->requests.ask_count == 0;
     struct pollfd fds[3] = {
-        {.fd = s->in_fd, .events = (short)(room ? POLLIN : 0)},
-        {.fd = more || s->in_fd < 0 ? s->fd : -1, .events = (short)(more ? POLLOUT : 0)},
+        {.fd = in, .events = (short)(room ? POLLIN : 0)},
+        {.fd = more || in < 0 ? out : -1, .events = (short)(more ? POLLOUT : 0)},
         {.fd = s->control, .events = POLLIN},
     };
     int ready = poll(fds, 3, ms);
@@ -184,87 +144,73 @@ static int wait_ready(struct vpc_save *s, int more, int ms)
     if (ready == 0)
         return 0;
     if (fds[2].revents)
-        drain(s->control);
+        event_drain(s->control);
     /* Nobody listens and nothing is to be sent: a write would not tell. */
-    if (s->in_fd < 0 && !more && fds[1].revents & (POLLERR | POLLHUP))
+    if (in < 0 && !more && fds[1].revents & (POLLERR | POLLHUP))
         return VPC_SAVE_PEER_CLOSED;
-    return fds[0].revents && room ? pull(s) : 0;
+    return fds[0].revents && room ? vpc_requests_pull(&s->requests) : 0;
 }
 
 /* What the loops return: a broken pipe is a peer that is gone. Its last word may still be there to be read. */
 static int ended(struct vpc_save *s, int rc)
 {
+    struct requests *r = &s->requests;
+
     if (rc == -EPIPE || rc == -ECONNRESET)
         rc = VPC_SAVE_PEER_CLOSED;
-    while (rc == VPC_SAVE_PEER_CLOSED && s->in_fd >= 0 && IN_ROOM - s->in_end > 4 + RP_MAX_LEN) {
-        size_t before = s->in_end;
-        int more = pull(s) == 0 && s->in_end > before;
-        int said = vpc_save_parse(s);
+    while (rc == VPC_SAVE_PEER_CLOSED && r->fd >= 0 && requests_room(r)) {
+        size_t before = r->end;
+        int more = vpc_requests_pull(r) == 0 && r->end > before;
+        int said = vpc_requests_parse(r, s->scan);
         if (said == VPC_SAVE_SHUT)
             return said;
         if (said || !more)
             break;
     }
     if (rc == VPC_SAVE_STOPPED) {
-        drain(s->control);
+        event_drain(s->control);
         atomic_store(&s->stop, 0);
     }
     return rc;
 }
 
-static void recount(struct vpc_save *s)
-{
-    __atomic_store_n(&s->stats.dirty_left, vpc_save_count_dirty(s), __ATOMIC_RELAXED);
-}
-
-static void put_head(struct vpc_save *s, unsigned type, uint32_t section)
-{
-    s->out[s->out_end] = (unsigned char)type;
-    put_be(s->out + s->out_end + 1, section, 4);
-    s->out_end += 5;
-}
-
-static void put_eos(struct vpc_save *s)
-{
-    put_be(s->out + s->out_end, REC_EOS, 8);
-    s->out_end += 8;
-}
-
 int vpc_save_round(struct vpc_save *s, uint32_t section, int last, uint64_t budget_ns)
 {
+    struct writer *w = &s->writer;
+    struct vpc_scan *scan = s->scan;
     uint64_t until = now_ns() + budget_ns;
     int rc = 0, closed = 0, left = 0;
 
-    if (s->ram->count == 0 || s->stats.eos_sent)
+    if (scan->ram->count == 0 || w->eos_sent)
         return -EINVAL;
-    recount(s);
-    s->extent_block = -1;
-    if (s->credit_time == 0)
-        s->credit_time = now_ns();
-    put_head(s, last ? SECTION_END : SECTION_PART, section);
+    vpc_scan_recount(scan);
+    w->extent_block = -1;
+    if (scan->credit_time == 0)
+        vpc_scan_begin(scan);
+    vpc_writer_head(w, last ? SECTION_END : SECTION_PART, section);
     for (;;) {
         int wait = PRODUCE_NOTHING;
 
         if (atomic_load(&s->stop))
             rc = VPC_SAVE_STOPPED;
         else
-            rc = vpc_save_parse(s);
+            rc = vpc_requests_parse(&s->requests, scan);
         if (rc)
             break;
         if (!closed) {
-            wait = vpc_save_produce(s, last ? VPC_RATE_UNLIMITED : atomic_load(&s->rate));
+            wait = produce(s, last ? VPC_RATE_UNLIMITED : atomic_load(&scan->rate));
             int over = !last && now_ns() >= until;
-            if (s->now_block < 0 && (wait == PRODUCE_NOTHING || over) && OUT_ROOM - s->out_end >= 13) {
-                left = s->stats.dirty_left != 0;
-                put_eos(s);
-                put_head(s, SECTION_FOOTER, section);
+            if (w->now_block < 0 && (wait == PRODUCE_NOTHING || over) && writer_room(w) >= 13) {
+                left = scan_left(scan) != 0;
+                vpc_writer_eos(w);
+                vpc_writer_head(w, SECTION_FOOTER, section);
                 closed = 1;
             }
         }
-        rc = push(s);
+        rc = vpc_writer_push(w);
         if (rc)
             break;
-        int more = pending(s);
+        int more = writer_pending(w);
         if (closed && !more)
             return left;
         if (!more && wait == PRODUCE_ROOM)
@@ -281,7 +227,7 @@ int vpc_save_wait(struct vpc_save *s)
     int rc;
 
     do {
-        rc = atomic_load(&s->stop) ? VPC_SAVE_STOPPED : vpc_save_parse(s);
+        rc = atomic_load(&s->stop) ? VPC_SAVE_STOPPED : vpc_requests_parse(&s->requests, s->scan);
         if (rc == 0)
             rc = wait_ready(s, 0, -1);
     } while (rc == 0);
@@ -290,32 +236,38 @@ int vpc_save_wait(struct vpc_save *s)
 
 int vpc_save_run(struct vpc_save *s)
 {
+    struct writer *w = &s->writer;
+    struct vpc_scan *scan = s->scan;
     int rc = 0;
 
-    if (s->ram->count == 0)
+    if (scan->ram->count == 0)
         return -EINVAL;
-    recount(s);
-    s->extent_block = -1;
-    s->credit_time = now_ns();
+    vpc_scan_recount(scan);
+    w->extent_block = -1;
+    vpc_scan_begin(scan);
     while (rc == 0) {
         if (atomic_load(&s->stop)) {
             rc = VPC_SAVE_STOPPED;
             break;
         }
-        vpc_save_look_at_held(s);
-        rc = vpc_save_parse(s);
+        vpc_requests_look_at_held(&s->requests, scan);
+        rc = vpc_requests_parse(&s->requests, scan);
         if (rc)
             break;
-        int wait = vpc_save_produce(s, atomic_load(&s->rate));
-        if (s->stats.dirty_left == 0 && s->now_block < 0 && !s->stats.eos_sent && OUT_ROOM - s->out_end >= 8) {
-            put_eos(s);
-            __atomic_store_n(&s->stats.eos_sent, 1, __ATOMIC_RELAXED);
-            vpc_save_poke(s->notify);
+        if (s->requests.heard && !s->heard_told) {
+            s->heard_told = 1;
+            return VPC_SAVE_HEARD;
         }
-        rc = push(s);
+        int wait = produce(s, atomic_load(&scan->rate));
+        if (scan_left(scan) == 0 && w->now_block < 0 && !w->eos_sent && writer_room(w) >= 8) {
+            vpc_writer_eos(w);
+            __atomic_store_n(&w->eos_sent, 1, __ATOMIC_RELAXED);
+            event_poke(s->notify);
+        }
+        rc = vpc_writer_push(w);
         if (rc)
             break;
-        int more = pending(s);
+        int more = writer_pending(w);
         rc = wait_ready(s, more, more && wait == PRODUCE_ROOM ? -1 : wait);
     }
     return ended(s, rc);
@@ -323,20 +275,21 @@ int vpc_save_run(struct vpc_save *s)
 
 int vpc_save_switch(struct vpc_save *s)
 {
-    s->out_block = -1;
-    s->scan_block = 0;
-    s->scan_page = 0;
+    s->writer.block = -1;
+    vpc_scan_rewind(s->scan);
     return 0;
 }
 
 int vpc_save_stats(struct vpc_save *s, struct vpc_save_stats *out)
 {
     /* Of another thread: each number is whole, their sum may be of two moments. */
-    const struct vpc_save_stats *n = &s->stats;
-#define OF(field) .field = __atomic_load_n(&n->field, __ATOMIC_RELAXED)
+    const struct writer *w = &s->writer;
+    const struct requests *r = &s->requests;
+#define N(of) __atomic_load_n(&(of), __ATOMIC_RELAXED)
     *out = (struct vpc_save_stats){
-        OF(bytes), OF(data_pages), OF(zero_pages), OF(requests), OF(requested_pages), OF(background_pages),
-        OF(useless), OF(held), OF(held_ever), OF(eos_sent), OF(why), OF(dirty_left), OF(pongs), OF(shut)};
-#undef OF
+        .bytes = N(w->bytes), .requests = N(r->count), .useless = N(r->useless), .held = N(r->held),
+        .held_ever = N(r->held_ever), .eos_sent = N(w->eos_sent), .why = N(r->why), .pongs = N(r->pongs),
+        .shut = N(r->shut), .heard = N(r->heard)};
+#undef N
     return 0;
 }

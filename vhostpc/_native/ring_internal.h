@@ -4,10 +4,12 @@
 #include <linux/virtio_config.h>
 #include <linux/virtio_ring.h>
 #include "gm_internal.h"
+#include "inflight_internal.h"
 #include "vpc_ring.h"
 
-#define VPC_MAX_SEGS 1024 /* of one chain, as QEMU and libvhost-user have it */
 #define VPC_MAX_RING 32768
+#define VPC_MAX_SEGS VPC_MAX_RING /* of one chain: QEMU takes 1024, but no table that a driver may make is refused here */
+#define VPC_FEW_SEGS 128
 
 struct vpc_seg {
     uint64_t gpa;
@@ -35,15 +37,23 @@ struct vpc_vq {
     _Atomic int signalling; /* threads that are calling */
     atomic_int stop;
     _Atomic(const char *) error;
+    struct vpc_inflight_part inflight;
 };
 
-/* One chain as walked: segments are private copies, all of them mapped. */
+/* One chain as walked: segments are private copies, all of them mapped. May be walked into again and again;
+ * begin with vpc_walk_init, end with vpc_walk_free. */
 struct vpc_walk {
     uint16_t head;
-    uint32_t n, readable_segs;
+    uint32_t n, readable_segs, room;
     uint64_t readable, writable;
-    struct vpc_seg segs[VPC_MAX_SEGS];
+    struct vpc_seg *segs; /* few, until a chain has more */
+    struct vpc_seg few[VPC_FEW_SEGS];
 };
+
+void vpc_walk_init(struct vpc_walk *w);
+void vpc_walk_free(struct vpc_walk *w);
+/* Room for another segment: 0 or -ENOMEM. */
+int vpc_walk_grow(struct vpc_walk *w);
 
 struct vpc_chain {
     struct vpc_gm *gm;
@@ -52,7 +62,8 @@ struct vpc_chain {
     uint32_t n, readable_segs;
     uint64_t readable, writable;
     struct vpc_seg *segs;
-    unsigned char *data;
+    unsigned char *data; /* the first `loaded` readable bytes */
+    uint64_t loaded;
 };
 
 int vpc_vq_break(struct vpc_vq *vq, const char *why);
@@ -68,16 +79,42 @@ static inline const atomic_int *vpc_vq_stopper(const struct vpc_vq *vq, int flag
     return flags & VPC_UNSTOPPED ? NULL : &vq->stop;
 }
 
-/* The head of the chain at last_avail + ahead. */
+/* The head of the chain that is taken after `ahead` others. */
 int vpc_vq_head(struct vpc_vq *vq, uint16_t ahead, uint16_t *head, int flags);
 /* Walk the chain that begins at head. Changes nothing of the vq but its error. */
 int vpc_vq_walk_head(struct vpc_vq *vq, uint16_t head, struct vpc_walk *w, int flags);
-/* Walk the chain at last_avail + ahead without taking it. */
+/* Walk the chain that is taken after `ahead` others, without taking it. */
 int vpc_vq_walk(struct vpc_vq *vq, uint16_t ahead, struct vpc_walk *w, int flags);
 /* Make the used slots of the next n pushes and the event words resident. */
 int vpc_vq_touch_used(struct vpc_vq *vq, uint32_t n, int flags, const atomic_int *stop);
+/* Chains to be done again that were not taken yet. */
+static inline uint32_t vpc_vq_left(const struct vpc_vq *vq)
+{
+    return vq->inflight.again_n - vq->inflight.again_at;
+}
+
+/* The chain at head, which is the next one, is taken: the one place. What it needs is resident then, or it is late. */
+static inline void vpc_vq_take(struct vpc_vq *vq, uint16_t head)
+{
+    if (vpc_vq_left(vq)) { /* its mark is there, and its place in the order */
+        vq->inflight.again_at++;
+        return;
+    }
+    if (vq->inflight.region)
+        vpc_inflight_take(vq, head);
+    vq->last_avail++;
+}
+
+/* The reverse, for the chain taken last, which was not there to be done again: its head is the next one again. */
+static inline void vpc_vq_give_back(struct vpc_vq *vq, uint16_t head)
+{
+    if (vq->inflight.region)
+        vpc_inflight_give_back(vq, head);
+    vq->last_avail--;
+}
+
 void vpc_vq_put_used(struct vpc_vq *vq, uint16_t at, uint16_t head, uint32_t len);
-/* Publish n used entries and call the driver if it wants that. Returns 1 if it was called. */
+/* Publish n used entries and call the driver if it wants that. 1: it was called. -EOWNERDEAD: nothing was published. */
 int vpc_vq_publish(struct vpc_vq *vq, uint16_t n);
 /* Touch all segments [from, to) of a walked chain. */
 int vpc_segs_touch(const struct vpc_gm *gm, const struct vpc_seg *segs, uint32_t from, uint32_t to, int flags,

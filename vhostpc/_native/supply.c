@@ -3,14 +3,16 @@
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 #include "gm_internal.h"
+#include "replace_internal.h"
 #include "supply_internal.h"
 
-/* hugetlbfs can not be probed: there a touch that took longer than this counts as one that waited. */
+/* hugetlbfs cannot be probed: there a touch that took longer than this counts as one that waited. */
 #define WAITED_NS 50000
 
 int vpc_supply_new(struct vpc_supply **out)
@@ -20,6 +22,12 @@ int vpc_supply_new(struct vpc_supply **out)
     if (!s)
         return -ENOMEM;
     atomic_init(&s->refs, 1);
+    s->strike_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (s->strike_fd < 0) {
+        int rc = -errno;
+        free(s);
+        return rc;
+    }
     s->ufd = -1;
     pthread_mutex_init(&s->lock, NULL);
     *out = s;
@@ -37,6 +45,7 @@ void vpc_supply_unref(struct vpc_supply *s)
         return;
     if (s->ufd >= 0)
         close(s->ufd);
+    close(s->strike_fd);
     pthread_mutex_destroy(&s->lock);
     free(s);
 }
@@ -128,32 +137,59 @@ int vpc_supply_disarm(struct vpc_supply *s)
 
 int vpc_supply_fail(struct vpc_supply *s)
 {
-    int replaced = 0;
+    int rc = 0;
 
     atomic_store(&s->lost, 1);
     pthread_mutex_lock(&s->lock);
     for (struct vpc_map *m = s->maps; m; m = m->next) {
-        if (!atomic_load(&m->armed))
+        if (!atomic_load(&m->armed) || m->replaced)
             continue;
         /* Neither unregister nor close: a waiter let go that way reads zeros and so creates the page in the
-         * shared file, for the guest too. Over private memory it reads zeros that are nobody's. */
-        if (mmap(m->base, m->len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE,
-                 -1, 0) == MAP_FAILED)
-            abort(); /* going on would let a device hand out or create pages that nobody sent */
+         * shared file, for the guest too. Over private memory it reads zeros that are nobody's. So where none is
+         * to be had, whoever waits sleeps on. */
+        int error = vpc_replace_private(m->base, m->len);
+        if (error < 0) {
+            rc = error;
+            continue;
+        }
+        m->replaced = true;
         if (m->registered) {
             struct uffdio_range range = {.start = (uintptr_t)m->base, .len = m->len};
             (void)ioctl(m->ufd, UFFDIO_WAKE, &range);
             m->registered = false;
         }
-        replaced++;
     }
     pthread_mutex_unlock(&s->lock);
-    return replaced;
+    return rc;
+}
+
+int vpc_supply_asleep(struct vpc_supply *s)
+{
+    int threads = 0;
+
+    pthread_mutex_lock(&s->lock);
+    for (struct vpc_map *m = s->maps; m; m = m->next)
+        threads += atomic_load(&m->waiting);
+    pthread_mutex_unlock(&s->lock);
+    return threads;
+}
+
+int vpc_supply_strike_fd(const struct vpc_supply *s)
+{
+    return s->strike_fd;
+}
+
+int vpc_supply_struck(const struct vpc_supply *s, struct vpc_strike *out)
+{
+    if (atomic_load_explicit(&s->struck, memory_order_acquire) != 2)
+        return 0;
+    *out = s->strike;
+    return 1;
 }
 
 int vpc_supply_is_lost(const struct vpc_supply *s)
 {
-    return atomic_load(&s->lost);
+    return vpc_supply_lost(s);
 }
 
 void vpc_supply_stats(struct vpc_supply *s, struct vpc_wait_stats *out)
@@ -187,6 +223,24 @@ static bool resident(const struct vpc_map *m, uint64_t page)
     return lseek(m->fd, off, SEEK_DATA) == off;
 }
 
+/* The one place where a thread of ours waits for a page. known: the page is absent, and not just unknown. */
+static int wait_for(struct vpc_map *m, uint64_t page, bool known)
+{
+    struct vpc_supply *s = m->supply;
+    uint64_t start = now_ns(), took;
+
+    /* Counted before the look: after failing, who is not counted will not sleep. */
+    atomic_fetch_add(&m->waiting, 1);
+    if (!vpc_supply_lost(s)) {
+        (void)*(volatile const uint8_t *)(m->base + page * m->page_size);
+        took = now_ns() - start;
+        if (known || took > WAITED_NS)
+            count_wait(s, took);
+    }
+    atomic_fetch_sub(&m->waiting, 1);
+    return vpc_supply_lost(s) ? -EOWNERDEAD : 0;
+}
+
 int vpc_touch_slow(const struct vpc_region *r, const uint8_t *p, uint64_t len, int flags, const atomic_int *stop)
 {
     struct vpc_map *m = r->map;
@@ -204,21 +258,13 @@ int vpc_touch_slow(const struct vpc_region *r, const uint8_t *p, uint64_t len, i
             continue;
         if (stop && atomic_load(stop))
             return -ECANCELED;
-        if (atomic_load_explicit(&s->lost, memory_order_acquire))
+        if (vpc_supply_lost(s))
             return -EOWNERDEAD;
         here = known && resident(m, page);
         if (!here && (flags & VPC_TRY))
             return -EAGAIN;
-        if (!here) {
-            uint64_t start = now_ns(), took;
-            /* The one place where a thread of ours waits for a page. */
-            (void)*(volatile const uint8_t *)(m->base + page * m->page_size);
-            took = now_ns() - start;
-            if (known || took > WAITED_NS)
-                count_wait(s, took);
-            if (atomic_load_explicit(&s->lost, memory_order_acquire))
-                return -EOWNERDEAD;
-        }
+        if (!here && wait_for(m, page, known) < 0)
+            return -EOWNERDEAD;
         /* A resident page stays so while armed: discards came before LISTEN. */
         atomic_fetch_or_explicit(&m->seen[page / 64], bit, memory_order_relaxed);
     }

@@ -1,5 +1,6 @@
 /* See vpc_uffd.h. */
 #define _GNU_SOURCE
+#include "event_internal.h"
 #include "vpc_uffd.h"
 
 #include <errno.h>
@@ -16,6 +17,16 @@
 #endif
 #ifndef UFFD_USER_MODE_ONLY
 #define UFFD_USER_MODE_ONLY 1
+#endif
+
+/* Nor those older than Linux 5.13 this. */
+#ifndef UFFDIO_CONTINUE
+struct uffdio_continue {
+    struct uffdio_range range;
+    uint64_t mode;
+    int64_t mapped;
+};
+#define UFFDIO_CONTINUE _IOWR(UFFDIO, 0x07, struct uffdio_continue)
 #endif
 
 #define EVENTS_A_READ 64
@@ -137,6 +148,13 @@ int vpc_uffd_zero(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t *
     return more;
 }
 
+int vpc_uffd_continue(int fd, uint64_t start, uint64_t len)
+{
+    struct uffdio_continue more = {.range = {.start = start, .len = len}};
+
+    return ioctl(fd, UFFDIO_CONTINUE, &more) < 0 ? -errno : 0;
+}
+
 static void decode(const struct uffd_msg *msg, struct vpc_uffd_event *ev)
 {
     memset(ev, 0, sizeof *ev);
@@ -174,7 +192,7 @@ int vpc_uffd_read(int fd, struct vpc_uffd_event *events, int max)
 
     if (want <= 0)
         return -EINVAL;
-    got = read(fd, msgs, (size_t)want * sizeof msgs[0]);
+    got = read_now(fd, msgs, (size_t)want * sizeof msgs[0]);
     if (got < 0)
         return -errno;
     count = (int)((size_t)got / sizeof msgs[0]);

@@ -1,13 +1,13 @@
 /* vCPUs: see vpc_vcpu.h. */
 #define _GNU_SOURCE
 #include "vpc_vcpu.h"
+#include "event_internal.h"
 #include "ram_internal.h"
 
 #include <poll.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -16,6 +16,10 @@
 #define MOST_STEPS ((uint64_t)1 << 62)
 /* Whoever was held up longer than this goes on at its rate and makes up for no more. */
 #define MOST_BEHIND_NS 10000000u
+
+/* From parked to parked: vpc_vcpu_go, the thread begins, vpc_vcpu_stop, the thread has ended its page. A run that is
+ * stopped before the thread began has never been. */
+enum { PARKED, GOING, RUNNING, STOPPING };
 
 /* The first words of a page say what it is; the rest follows from them. */
 enum { INDEX, GENERATION, OWNER, SEED, REST };
@@ -40,8 +44,9 @@ struct vpc_vcpu {
     /* The order of rewriting: place k is own page (factor * k + shift) mod mine. */
     uint64_t mine, factor, inverse, shift;
     _Atomic uint64_t write_rate, read_rate;
-    int control; /* eventfd: look at stop and the rates again */
-    _Atomic int stop, running;
+    int control; /* eventfd: look at phase, ended and the rates again */
+    int parked;  /* eventfd: a run has ended */
+    _Atomic int phase, ended;
     pthread_mutex_t lock; /* stats; never held over a touch */
     struct vpc_vcpu_stats stats;
     uint64_t page[WORDS]; /* private: what was read, what is about to be written */
@@ -55,9 +60,14 @@ struct vpc_vcpu *vpc_vcpu_new(struct vpc_ram *ram, uint32_t index, uint32_t coun
 
     if (!v)
         return NULL;
-    v->control = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (v->control < 0) {
+    v->control = event_new();
+    v->parked = v->control < 0 ? -1 : event_new();
+    if (v->parked < 0) {
+        int error = errno;
+        if (v->control >= 0)
+            close(v->control);
         free(v);
+        errno = error;
         return NULL;
     }
     pthread_mutex_init(&v->lock, NULL);
@@ -73,6 +83,7 @@ void vpc_vcpu_free(struct vpc_vcpu *v)
     if (!v)
         return;
     close(v->control);
+    close(v->parked);
     pthread_mutex_destroy(&v->lock);
     free(v);
 }
@@ -92,32 +103,64 @@ int vpc_vcpu_add_area(struct vpc_vcpu *v, int block, uint64_t first, uint64_t co
     return 0;
 }
 
-static void kick(struct vpc_vcpu *v)
+static int moves(struct vpc_vcpu *v, int from, int to)
 {
-    uint64_t one = 1;
-    ssize_t n = write(v->control, &one, sizeof one);
-    (void)n; /* a full counter is as good */
+    return atomic_compare_exchange_strong(&v->phase, &from, to);
+}
+
+static int parked(const struct vpc_vcpu *v)
+{
+    return atomic_load(&v->phase) == PARKED;
+}
+
+int vpc_vcpu_go(struct vpc_vcpu *v)
+{
+    if (!v->mine)
+        return -EINVAL;
+    if (!moves(v, PARKED, GOING))
+        return -EBUSY;
+    event_poke(v->control);
+    return 0;
 }
 
 void vpc_vcpu_stop(struct vpc_vcpu *v)
 {
-    atomic_store(&v->stop, 1);
-    kick(v);
+    if (moves(v, GOING, PARKED))
+        event_poke(v->parked);
+    else if (moves(v, RUNNING, STOPPING))
+        event_poke(v->control);
 }
 
 int vpc_vcpu_arm(struct vpc_vcpu *v)
 {
-    if (atomic_load(&v->running))
+    if (!parked(v))
         return -EBUSY;
-    atomic_store(&v->stop, 0);
+    atomic_store(&v->ended, 0);
     return 0;
+}
+
+void vpc_vcpu_end(struct vpc_vcpu *v)
+{
+    atomic_store(&v->ended, 1);
+    vpc_vcpu_stop(v);
+    event_poke(v->control);
+}
+
+int vpc_vcpu_parked(struct vpc_vcpu *v)
+{
+    return parked(v);
+}
+
+int vpc_vcpu_parked_fd(struct vpc_vcpu *v)
+{
+    return v->parked;
 }
 
 int vpc_vcpu_set_rates(struct vpc_vcpu *v, uint64_t writes, uint64_t reads)
 {
     atomic_store(&v->write_rate, writes);
     atomic_store(&v->read_rate, reads);
-    kick(v);
+    event_poke(v->control);
     return 0;
 }
 
@@ -181,7 +224,7 @@ static void choose_order(struct vpc_vcpu *v)
 
 int vpc_vcpu_set_state(struct vpc_vcpu *v, const struct vpc_vcpu_state *state)
 {
-    if (atomic_load(&v->running))
+    if (!parked(v))
         return -EBUSY;
     if (v->listed.pages < v->count || state->step > MOST_STEPS)
         return -EINVAL;
@@ -194,7 +237,7 @@ int vpc_vcpu_set_state(struct vpc_vcpu *v, const struct vpc_vcpu_state *state)
 
 int vpc_vcpu_state(struct vpc_vcpu *v, struct vpc_vcpu_state *out)
 {
-    if (atomic_load(&v->running))
+    if (!parked(v))
         return -EBUSY;
     *out = v->state;
     return 0;
@@ -223,7 +266,7 @@ int vpc_vcpu_stats(struct vpc_vcpu *v, struct vpc_vcpu_stats *out)
     pthread_mutex_lock(&v->lock);
     *out = v->stats;
     pthread_mutex_unlock(&v->lock);
-    out->running = atomic_load(&v->running);
+    out->running = !parked(v);
     return 0;
 }
 
@@ -425,35 +468,33 @@ static uint64_t next_due(uint64_t due, uint64_t rate, uint64_t now)
 /* Sleep until the time, or until kicked; returns 1 then. */
 static int sleep_until(struct vpc_vcpu *v, uint64_t when)
 {
-    uint64_t now = now_ns(), rest = when > now ? when - now : 0, n;
+    uint64_t now = now_ns(), rest = when > now ? when - now : 0;
     struct timespec t = {.tv_sec = (time_t)(rest / 1000000000u), .tv_nsec = (long)(rest % 1000000000u)};
     struct pollfd p = {.fd = v->control, .events = POLLIN};
 
     if (ppoll(&p, 1, when == UINT64_MAX ? NULL : &t, NULL) <= 0)
         return 0;
-    (void)!read(v->control, &n, sizeof n);
+    event_drain(v->control);
     return 1;
 }
 
 static void begin(struct vpc_vcpu *v)
 {
-    atomic_store(&v->running, 1);
     pthread_mutex_lock(&v->lock);
     v->stats.thread = (uint32_t)syscall(SYS_gettid);
     v->stats.first_beat_ns = 0;
     pthread_mutex_unlock(&v->lock);
 }
 
-int vpc_vcpu_run(struct vpc_vcpu *v)
+/* One run: until stopped. */
+static int run(struct vpc_vcpu *v)
 {
     uint64_t write_due, read_due;
     int rc = 0;
 
-    if (!v->mine)
-        return -EINVAL;
     begin(v);
     write_due = read_due = now_ns();
-    while (rc == 0 && !atomic_load(&v->stop)) {
+    while (rc == 0 && atomic_load(&v->phase) == RUNNING) {
         uint64_t writes = atomic_load(&v->write_rate), reads = atomic_load(&v->read_rate), now = now_ns();
         int idle = 1;
 
@@ -462,7 +503,7 @@ int vpc_vcpu_run(struct vpc_vcpu *v)
             write_due = next_due(write_due, writes, now);
             idle = 0;
         }
-        if (rc == 0 && reads && now >= read_due && !atomic_load(&v->stop)) {
+        if (rc == 0 && reads && now >= read_due && atomic_load(&v->phase) == RUNNING) {
             rc = look(v);
             read_due = next_due(read_due, reads, now);
             idle = 0;
@@ -475,7 +516,24 @@ int vpc_vcpu_run(struct vpc_vcpu *v)
         if (sleep_until(v, when))
             write_due = read_due = now_ns(); /* another rate, maybe */
     }
-    atomic_store(&v->running, 0);
+    return rc;
+}
+
+int vpc_vcpu_run(struct vpc_vcpu *v, int once)
+{
+    int rc = 0;
+
+    while (rc == 0 && !atomic_load(&v->ended)) {
+        if (moves(v, GOING, RUNNING)) {
+            rc = run(v);
+            atomic_store(&v->phase, PARKED);
+            event_poke(v->parked);
+        } else if (once) {
+            break;
+        } else {
+            sleep_until(v, UINT64_MAX);
+        }
+    }
     return rc;
 }
 

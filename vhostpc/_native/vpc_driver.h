@@ -77,7 +77,7 @@ uint64_t vpc_driver_unseen(struct vpc_driver *d, uint64_t first, uint64_t end);
 /* What a driver of the same layout needs to go on; no call may run. Returns the bytes that it takes; nothing is
  * written if there is less room. Of frames that never came the newest 65536 are told. */
 int64_t vpc_driver_save(struct vpc_driver *d, unsigned char *data, uint64_t room);
-/* -EINVAL: another ring size or number of slots. -EBADMSG: it can not be. Then nothing has changed. */
+/* -EINVAL: another ring size or number of slots. -EBADMSG: it cannot be. Then nothing has changed. */
 int vpc_driver_load(struct vpc_driver *d, const unsigned char *data, uint64_t length);
 int vpc_driver_stats(struct vpc_driver *d, struct vpc_driver_stats *out);
 

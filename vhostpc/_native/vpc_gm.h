@@ -20,15 +20,36 @@ struct vpc_wait_stats {
     uint64_t longest_ns; /* the longest of them */
 };
 
+/* A touch found that its page had gone: SIGBUS. */
+#define VPC_USE_MEMORY 0
+#define VPC_USE_LOG 1
+#define VPC_USE_INFLIGHT 2
+
+struct vpc_strike {
+    uint64_t address; /* ours, of the touch */
+    uint64_t offset;  /* the same in the file */
+    uint64_t size;    /* of the file just then, in bytes; UINT64_MAX: not known */
+    uint32_t kind;    /* of backing */
+    int use;          /* VPC_USE_* */
+    int poisoned;     /* the page is there, and may not be read: UFFDIO_POISON, faulty memory */
+};
+
 int vpc_supply_new(struct vpc_supply **out);
 void vpc_supply_unref(struct vpc_supply *s);
 /* From now on maps born armed belong to this ufd (duplicated here); -errno. */
 int vpc_supply_arm(struct vpc_supply *s, int ufd);
 /* Unregister all armed maps and close our copies of the ufd: every page has arrived. */
 int vpc_supply_disarm(struct vpc_supply *s);
-/* The pages that miss will never come: see architecture, "failing". Returns the maps replaced. */
+/* The pages that miss will never come: see architecture, "failing". -errno: not all maps could be replaced, and who
+ * waits in the others sleeps on; it may be tried again. */
 int vpc_supply_fail(struct vpc_supply *s);
+/* Threads that wait for a page of this supply. After vpc_supply_fail the number only falls. */
+int vpc_supply_asleep(struct vpc_supply *s);
 int vpc_supply_is_lost(const struct vpc_supply *s);
+/* An eventfd that becomes readable when a SIGBUS has made the supply lost; it stays the supply's. */
+int vpc_supply_strike_fd(const struct vpc_supply *s);
+/* 1 and the first of them, or 0. */
+int vpc_supply_struck(const struct vpc_supply *s, struct vpc_strike *out);
 void vpc_supply_stats(struct vpc_supply *s, struct vpc_wait_stats *out);
 
 /* Kind of backing. */
@@ -39,7 +60,7 @@ void vpc_supply_stats(struct vpc_supply *s, struct vpc_wait_stats *out);
 /* Kind and page size in bytes of what an fd names, and its size in bytes; -errno. */
 int vpc_fd_kind(int fd, uint32_t *kind, uint64_t *page_size, uint64_t *size);
 /* Map [offset, offset + size) of fd, shared. The fd is duplicated. armed: without access, until
- * vpc_map_register. -EFBIG: longer than the file. -EINVAL: empty, wrapping or unaligned.
+ * vpc_map_register. -EFBIG: longer than the file. -EINVAL: empty or wrapping, or armed and unaligned (4096).
  * -EOPNOTSUPP: armed, but neither tmpfs nor hugetlbfs. */
 int vpc_map_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, int armed, struct vpc_map **out);
 void vpc_map_unref(struct vpc_map *m);
@@ -60,7 +81,9 @@ int vpc_gm_has_user(const struct vpc_gm *gm, uint64_t user_addr, uint64_t len);
 /* Guest address after the highest region. */
 uint64_t vpc_gm_end(const struct vpc_gm *gm);
 
-int vpc_log_new(int fd, uint64_t offset, uint64_t size, struct vpc_log **out);
+/* Map [offset, offset + size) of fd, which is duplicated. A page of it that goes makes the supply lost. -EFBIG: longer
+ * than the file. -EINVAL: empty, wrapping or no regular file. */
+int vpc_log_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, struct vpc_log **out);
 void vpc_log_unref(struct vpc_log *log);
 
 /* 1 if mlockall(MCL_FUTURE) is in force: new mappings would be populated. */

@@ -3,8 +3,8 @@
 #include <stdint.h>
 #include <stddef.h>
 
-/* RAM blocks on memfd, and the three long loops that move their pages: the fault service (fault.c), the
- * loader of RAM records (ramload.c) and the page source (ramsave.c). Record and message layouts are those
+/* RAM blocks on memfd, and the two long loops that bring their pages: the fault service (fault.c) and the
+ * loader of RAM records (ramload.c); vpc_save.h has those that send them. Record and message layouts are those
  * of QEMU's migration stream. Addresses are integers; "page" is a host page of the block (page_size) and
  * "target page" is 4096 bytes, the unit of the stream. */
 
@@ -12,7 +12,9 @@
 struct vpc_ram;
 struct vpc_fault;
 struct vpc_load;
-struct vpc_save;
+
+/* A rate without a limit. */
+#define VPC_RATE_UNLIMITED 0xffffffffffffffffULL
 
 /* Bitmaps of a block, one bit a host page. */
 #define VPC_BITS_RECEIVED 0
@@ -20,6 +22,7 @@ struct vpc_save;
 #define VPC_BITS_DIRTY 2
 #define VPC_BITS_HELD 3
 #define VPC_BITS_ASKED 4
+#define VPC_BITS_DISCARDED 5 /* the stream's RAM_DISCARD took it, or a part of it has come: it will be sent */
 
 /* ---- ram.c: the set of blocks. Nothing here waits for a page unless it says so. */
 struct vpc_ram *vpc_ram_new(void);
@@ -33,8 +36,14 @@ int vpc_ram_test_bit(struct vpc_ram *ram, int block, int which, uint64_t page);
 int64_t vpc_ram_count_bits(struct vpc_ram *ram, int block, int which);
 /* The same in each of this many equal parts of the block: part i begins at page i * pages / cells. */
 int vpc_ram_count_cells(struct vpc_ram *ram, int block, int which, uint32_t *out, uint32_t cells);
-/* Punch a hole (bytes, whole host pages) and clear RECEIVED and REQUESTED. */
-int vpc_ram_discard(struct vpc_ram *ram, int block, uint64_t offset, uint64_t length);
+/* Punch a hole (bytes, whole host pages) and clear RECEIVED, REQUESTED and DISCARDED. -EEXIST: the kernel has left a
+ * page there, *left is its number. */
+int vpc_ram_discard(struct vpc_ram *ram, int block, uint64_t offset, uint64_t length, uint64_t *left);
+/* The first of these pages that is there and was not received: 1 and its number in *born; 0 if there is none.
+ * -EOPNOTSUPP: the kernel does not tell (hugetlbfs, before 5.13). */
+int vpc_ram_born(struct vpc_ram *ram, int block, uint64_t first, uint64_t count, uint64_t *born);
+/* Host pages that are DISCARDED and not RECEIVED: the source owes them. */
+int64_t vpc_ram_count_owed(struct vpc_ram *ram, int block);
 /* RAM_DISCARD commands (QEMU's migration stream) for the block's DIRTY pages from page *at on, as many as there is room
  * for; *at gets the page to go on from, the block's number of pages when it is done. Returns bytes written. */
 int vpc_ram_discards(struct vpc_ram *ram, int block, uint64_t *at, void *to, uint32_t room);
@@ -47,7 +56,9 @@ int64_t vpc_ram_merge_log(struct vpc_ram *ram, int block, int fd, uint64_t size,
  * asking anybody. Before the loop runs. -ERANGE: the file is shorter than the block. */
 int vpc_ram_set_local(struct vpc_ram *ram, int block, int fd, uint64_t fd_offset, int place_ufd);
 /* The pages that miss will never come: put private memory in the place of all mappings, then wake who waits in
- * them by our own ufd. No page is made in the files. The touching calls give -EOWNERDEAD from now on. */
+ * them by our own ufd. No page is made in the files. The touching calls give -EOWNERDEAD from now on. -errno: nothing
+ * could be put in some mapping's place, and who waits there goes on waiting; a later call tries again. The ufd must
+ * then stay open: its end would let them go, and they would make the pages. */
 int vpc_ram_give_up(struct vpc_ram *ram, int ufd);
 int vpc_ram_is_lost(struct vpc_ram *ram);
 /* These four touch the block and MAY WAIT FOR A PAGE. Copies go to and from private memory. */
@@ -75,8 +86,11 @@ struct vpc_client_stats {
     uint64_t found_nothing;     /* events whose address is in no range */
     uint64_t received_already;  /* woken at once: the page had come in the meantime */
     uint64_t requested_already; /* somebody had asked before */
+    uint64_t repeated;          /* of a thread that waited for that page already, back from a signal; of a client whose
+                                 * ufd does not tell its threads, also of another thread */
     uint64_t other_events;      /* events that are no faults */
     uint64_t waiting_now;
+    uint64_t waiting_for_page;  /* of those, at addresses of a range */
     uint64_t longest_ns;        /* longest time from reading a fault to waking it */
     uint64_t last_unknown;      /* address of the last event that found nothing */
     int32_t error;              /* errno that ended reading this client, 0 if none */
@@ -92,8 +106,13 @@ struct vpc_fault_stats {
     uint64_t wakes;
     uint64_t outbox_bytes;  /* not yet sent */
     uint64_t waiting_now;
+    uint64_t shortages;     /* waiters that could not be answered at once, for want of memory */
+    uint64_t short_now;     /* those that are being tried again */
+    uint64_t born_page;     /* after vpc_fault_run gave -EEXIST */
+    int32_t born_block;
     int32_t send_errno;     /* the return path broke: 0 if it did not */
     int32_t running;
+    int32_t pad;
 };
 
 struct vpc_waiter {
@@ -146,7 +165,12 @@ int vpc_fault_remove_client(struct vpc_fault *service, int client);
 int vpc_fault_set_return_path(struct vpc_fault *service, int fd);
 /* Append one whole return-path message. */
 int vpc_fault_send(struct vpc_fault *service, const void *message, uint32_t length);
-/* The loop; returns 0 after vpc_fault_stop. spin_ns: keep polling so long after an event, 0 sleeps at once. */
+/* All that the source had to send has come, so what is absent is zero: it counts as received, who waits for such a page
+ * is woken, and who comes back, or touches one from now on, gets a page of zeros. */
+int vpc_fault_settle(struct vpc_fault *service);
+/* The loop; returns 0 after vpc_fault_stop, when what had faulted until then was answered. spin_ns: keep polling so long
+ * after an event, 0 sleeps at once. -EEXIST: a page that lies ready here was made by somebody else (born_block and
+ * born_page of the numbers); who waits for it goes on waiting. */
 int vpc_fault_run(struct vpc_fault *service, uint64_t spin_ns);
 void vpc_fault_stop(struct vpc_fault *service);
 int vpc_fault_client_stats(struct vpc_fault *service, int client, struct vpc_client_stats *out);
@@ -176,17 +200,23 @@ uint64_t vpc_histogram_floor(uint32_t i);
 #define VPC_BAD_HOST_PAGE 5
 #define VPC_BAD_TRUNCATED 6
 #define VPC_BAD_FOOTER 7
+#define VPC_BAD_DELTA 8
+#define VPC_BAD_COMPRESSED 9
 
 struct vpc_load_stats {
     uint64_t bytes;       /* consumed */
     uint64_t data_pages;  /* target pages that came as PAGE */
     uint64_t zero_pages;  /* target pages that came as ZERO */
     uint64_t placed;      /* host pages that this loader created */
-    uint64_t already;     /* host pages that were there: skipped */
+    uint64_t already;     /* host pages that had come before: skipped */
     uint64_t runs;        /* placing calls */
     uint64_t reads;
     uint64_t sections;    /* RAM sections read to their EOS, with vpc_load_follow */
+    uint64_t shortages;   /* pages for which there was no memory at once: they were waited for */
     uint64_t bad_offset;  /* byte of the stream where the broken record begins */
+    uint64_t bad_page;    /* host page, after a run gave -EEXIST or while short_now */
+    int32_t bad_block;
+    int32_t short_now;    /* there is no memory for bad_page: it is waited for */
     int32_t why;
     int32_t ended;        /* with vpc_load_follow: the END was read, its footer too */
 };
@@ -195,7 +225,9 @@ struct vpc_load_stats {
  * mapping; place_ufd -1 is calm mode: plain writes, the last copy wins. service may be null. */
 struct vpc_load *vpc_load_new(struct vpc_ram *ram, struct vpc_fault *service, int fd, int place_ufd);
 void vpc_load_free(struct vpc_load *load);
-/* Returns VPC_LOAD_*, -EBADMSG (see why and bad_offset), or -errno of reading or placing. */
+/* Returns VPC_LOAD_*, -EBADMSG (see why and bad_offset), or -errno of reading or placing. -EEXIST: armed, and bad_page is
+ * there although it has not come: it is neither overwritten nor taken for the one that came. Armed, a page for which
+ * there is no memory is tried again until there is. */
 int vpc_load_run(struct vpc_load *load, uint64_t spin_ns);
 /* Before a run: bytes of the stream that were read already (-ENOSPC: more than a buffer), and after one what it
  * read too far; returns how many were copied. */
@@ -212,57 +244,6 @@ int vpc_load_set_block(struct vpc_load *load, int block);
 int vpc_load_keep_holes(struct vpc_load *load);
 void vpc_load_stop(struct vpc_load *load);
 int vpc_load_stats(struct vpc_load *load, struct vpc_load_stats *out);
-
-/* ---- ramsave.c: RAM records out, each dirty page once; requests first. */
-#define VPC_SAVE_PEER_CLOSED 2
-#define VPC_SAVE_SHUT 3
-#define VPC_SAVE_STOPPED 4
-#define VPC_RATE_UNLIMITED 0xffffffffffffffffULL
-
-struct vpc_save_stats {
-    uint64_t bytes;          /* sent */
-    uint64_t data_pages;     /* target pages sent as PAGE */
-    uint64_t zero_pages;     /* target pages sent as ZERO */
-    uint64_t requests;       /* request messages read */
-    uint64_t requested_pages;/* host pages sent because they were asked for */
-    uint64_t background_pages;
-    uint64_t useless;        /* requested host pages that were not dirty */
-    uint64_t held;           /* requested host pages that are being withheld now */
-    uint64_t held_ever;
-    int32_t eos_sent;
-    int32_t why;             /* VPC_BAD_* of a message that was refused */
-    uint64_t dirty_left;     /* host pages */
-    uint32_t pongs;          /* a bit for each PONG value below 32 that came */
-    uint32_t shut;           /* the value of the destination's SHUT: 0 is success */
-};
-
-/* Serve the blocks' DIRTY pages on fd (a socket, a pipe or a file), at background_rate bytes a second besides what is
- * asked for. in_fd: the return path, -1 for none; both may be the same. */
-struct vpc_save *vpc_save_new(struct vpc_ram *ram, int fd, int in_fd, uint64_t background_rate);
-void vpc_save_free(struct vpc_save *save);
-/* One section of precopy, with its frames: a PART of about budget_ns at the background rate, or (last) the END with
- * all that is dirty, without a limit. Returns 1 if pages are still dirty, 0 if none is, or as vpc_save_run; a section
- * that was stopped is left in the middle. */
-int vpc_save_round(struct vpc_save *save, uint32_t section, int last, uint64_t budget_ns);
-/* Nothing is to be sent any more: read the return path to its end. Returns as vpc_save_run. */
-int vpc_save_wait(struct vpc_save *save);
-/* Postcopy begins: the next record names its block again, the scan begins anew. Before a run. */
-int vpc_save_switch(struct vpc_save *save);
-/* Send pages of zeros as data. Before a round or run. */
-int vpc_save_keep_zeros(struct vpc_save *save, int on);
-/* Returns VPC_SAVE_* or -errno; -EBADMSG: the peer sent a message that is none. */
-int vpc_save_run(struct vpc_save *save);
-/* Before a run: bytes that follow the EOS behind the last page (we keep a copy). */
-int vpc_save_set_tail(struct vpc_save *save, const void *from, uint64_t length);
-void vpc_save_stop(struct vpc_save *save);
-/* After changing HELD bits, the rate or hold_all: look again. */
-void vpc_save_kick(struct vpc_save *save);
-int vpc_save_set_rate(struct vpc_save *save, uint64_t background_rate);
-/* Withhold everything that is asked for, until called with 0. */
-int vpc_save_hold_all(struct vpc_save *save, int on);
-int vpc_save_stats(struct vpc_save *save, struct vpc_save_stats *out);
-/* An eventfd that counts withheld requests and the end of stream: somebody may look at the numbers. */
-int vpc_save_notify_fd(struct vpc_save *save);
 /* cdef end */
 
 #endif

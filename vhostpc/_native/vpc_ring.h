@@ -1,8 +1,8 @@
 /* Virtqueues: pop, push, notification, and pumps that join a queue to a file descriptor.
  *
  * A vq belongs to one task: never two calls at a time on it, except vpc_vq_stop, and those on chains of their
- * own: vpc_chain_load and vpc_chain_touch may run beside each other and beside pop, push and enable_notify.
- * Touching calls are these five and the pumps; all others touch nothing.
+ * own: vpc_chain_load, vpc_chain_touch, vpc_chain_read and vpc_chain_write may run beside each other and beside pop,
+ * push (of other chains) and enable_notify. Touching calls are these seven and the pumps; all others touch nothing.
  */
 #ifndef VPC_RING_H
 #define VPC_RING_H
@@ -10,7 +10,7 @@
 
 /* cdef begin */
 struct vpc_vq;
-struct vpc_chain; /* a popped chain: private copies of its descriptors and of its readable bytes */
+struct vpc_chain; /* a popped chain: private copies of its descriptors and of its first readable bytes */
 
 int vpc_vq_new(struct vpc_vq **out);
 void vpc_vq_free(struct vpc_vq *vq);
@@ -29,6 +29,18 @@ void vpc_vq_set_base(struct vpc_vq *vq, uint32_t avail_index);
 uint32_t vpc_vq_base(const struct vpc_vq *vq);
 /* The used index as last written or read here, or -1 before the first touching call. */
 int64_t vpc_vq_used(const struct vpc_vq *vq);
+/* --- the inflight region: chains that are taken and not answered, in a file that outlives the process --- */
+struct vpc_inflight;
+/* Map [offset, offset + size) of fd, shared. -EFBIG: longer than the file. -EINVAL: empty, wrapping, unaligned (8)
+ * or no regular file. -EOPNOTSUPP: neither tmpfs nor hugetlbfs, so a touch might wait for others. */
+int vpc_inflight_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, struct vpc_inflight **out);
+void vpc_inflight_unref(struct vpc_inflight *region);
+/* This ring's part of it begins at offset and has size entries; counted; NULL: no region. Only while no call runs. The
+ * next touching call after set_base reads it. -EINVAL: not inside the region. -ENOMEM. */
+int vpc_vq_set_inflight(struct vpc_vq *vq, struct vpc_inflight *region, uint64_t offset, uint32_t size);
+/* Chains taken before us that have to be done again and were not popped yet; pop takes them first. */
+uint32_t vpc_vq_again(const struct vpc_vq *vq);
+
 /* Where the driver is called: duplicated onto one number for life; -1: nowhere. */
 int vpc_vq_set_call(struct vpc_vq *vq, int fd);
 /* Call the driver, whatever it asked for. */
@@ -40,30 +52,41 @@ const char *vpc_vq_error(const struct vpc_vq *vq);
 
 struct vpc_popped {
     struct vpc_chain *chain;
-    const unsigned char *data; /* the readable bytes: private memory, valid until the chain is freed */
+    const unsigned char *data; /* the first readable bytes: private memory, valid until the chain is freed */
+    uint64_t loaded;           /* how many: all of them, up to VPC_LOADED */
     uint64_t readable;
     uint64_t writable;
     int late; /* nothing is known of the chain yet: vpc_chain_load it */
+    int again; /* it was taken before us, and one younger than it is answered: stepping back gives it to nobody */
 };
 
 /* Flags. */
 #define VPC_TRY 1 /* never wait for a page: -EAGAIN before anything is touched or changed */
 #define VPC_LATE 2 /* pop: a chain whose own pages (not the ring's) are absent is taken late, none waits for it */
-#define VPC_UNSTOPPED 4 /* chain_load, chain_touch: go on although the vq is stopped */
+#define VPC_UNSTOPPED 4 /* chain_load, _touch, _read, _write: go on although the vq is stopped */
+#define VPC_AGAIN 8 /* pop: only what was there again */
 
-/* Pop up to max_chains, stopping after max_bytes readable bytes (one chain is always taken whole).
+#define VPC_LOADED 262144 /* readable bytes of a chain that are copied when it is popped */
+
+/* Pop up to max_chains, stopping after max_bytes of private memory (one chain is always taken).
  * Returns how many; 0: empty. -EAGAIN: (TRY) the first one is not resident. -EBADMSG: broken ring.
  * -EOWNERDEAD: lost. -ECANCELED: stopped. -ENOMEM. */
 int vpc_vq_pop(struct vpc_vq *vq, struct vpc_popped *out, uint32_t max_chains, uint64_t max_bytes, int flags);
-/* Walk a late chain and read its bytes; then it is as any other. Errors as pop; it stays late then. */
+/* Walk a late chain and read its first bytes; then it is as any other. Errors as pop; it stays late then. */
 int vpc_chain_load(struct vpc_vq *vq, struct vpc_chain *chain, struct vpc_popped *out, int flags);
-/* Make the buffers resident that an answer of len bytes is written to. 0, or errors as pop. */
-int vpc_chain_touch(const struct vpc_vq *vq, const struct vpc_chain *chain, uint64_t len, int flags);
+/* Make the writable bytes [skip, skip + len) resident. 0, or errors as pop; -EMSGSIZE: there are not so many. */
+int vpc_chain_touch(const struct vpc_vq *vq, const struct vpc_chain *chain, uint64_t skip, uint64_t len, int flags);
+/* Copy the readable bytes [skip, skip + len) to private memory. 0, or as vpc_chain_touch. */
+int vpc_chain_read(const struct vpc_vq *vq, const struct vpc_chain *chain, uint64_t skip, unsigned char *data,
+                   uint64_t len, int flags);
+/* Copy private memory to the writable bytes [skip, skip + len) and log that; all of it or, unless it is 0, nothing. */
+int vpc_chain_write(const struct vpc_vq *vq, const struct vpc_chain *chain, uint64_t skip, const unsigned char *data,
+                    uint64_t len, int flags);
 
 struct vpc_answer {
     struct vpc_chain *chain; /* freed by a push that returns 0 */
-    const unsigned char *data;
-    uint64_t len; /* at most the chain's writable bytes */
+    const unsigned char *data; /* goes to the writable bytes [skip, skip + len); those before it are as they are */
+    uint64_t skip, len;
 };
 
 /* Write answers, used entries in this order, log, publish once, call the driver if it wants it.
@@ -72,8 +95,8 @@ int vpc_vq_push(struct vpc_vq *vq, const struct vpc_answer *answers, uint32_t n,
 void vpc_chain_free(struct vpc_chain *chain);
 /* Write the chain's answer to these mappings, if they hold all its buffers (else -EFAULT, and it keeps its own). */
 int vpc_chain_rebase(struct vpc_chain *chain, struct vpc_gm *memory);
-/* Give back the n chains popped last (none of them answered): the next pop takes them again. */
-void vpc_vq_unpop(struct vpc_vq *vq, uint32_t n);
+/* Give back the chain popped last, which is neither answered nor freed nor was there again: the next pop takes it. */
+void vpc_vq_unpop(struct vpc_vq *vq, const struct vpc_chain *chain);
 /* Ask for a kick at the next buffer. 1: more came since the last look, so look again. Else as pop. */
 int vpc_vq_enable_notify(struct vpc_vq *vq, int flags);
 void vpc_vq_disable_notify(struct vpc_vq *vq);
@@ -113,14 +136,15 @@ void vpc_pump_free(struct vpc_pump *p);
 /* Guest to fd, until stopped (0), broken (-EBADMSG), lost (-EOWNERDEAD) or the fd fails (-errno).
  * A frame is sent and its buffer returned, or neither. Waits for pages. */
 int vpc_pump_out(struct vpc_pump *p, const struct vpc_pump_config *config);
-/* The fd to the guest; as vpc_pump_out. Frames received and not yet delivered stay in the pump. */
+/* The fd to the guest; as vpc_pump_out. Frames received and not yet delivered stay in the pump. One that is larger
+ * than all posted buffers (mergeable, few posted) is dropped when it has waited for a second. */
 int vpc_pump_in(struct vpc_pump *p, const struct vpc_pump_config *config);
 /* Make a running pump return soon; or the next one at once, until vpc_pump_clear. */
 void vpc_pump_stop(struct vpc_pump *p);
 void vpc_pump_clear(struct vpc_pump *p);
+/* While no pump runs: drop the frame that waits for more buffers than are posted, if one does. */
+void vpc_pump_drop(struct vpc_pump *p);
 void vpc_pump_stats(struct vpc_pump *p, struct vpc_pump_stats *out);
-/* Read an eventfd dry without ever waiting. 1: it was readable. */
-int vpc_clear_event(int fd);
 /* cdef end */
 
 #endif

@@ -62,4 +62,8 @@ int vpc_uffd_zero(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t *
 int vpc_uffd_read(int fd, struct vpc_uffd_event *events, int max);
 /* cdef end */
 
+/* UFFDIO_CONTINUE of one page, in a mapping registered for minor faults: 0 when it was there and is mapped now, -EFAULT
+ * when it is not there. Nothing is made. */
+int vpc_uffd_continue(int fd, uint64_t start, uint64_t len);
+
 #endif

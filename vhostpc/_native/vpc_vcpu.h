@@ -46,13 +46,13 @@ struct vpc_vcpu_stats {
     uint64_t first_beat_ns; /* CLOCK_MONOTONIC at the end of the first beat of this run, 0: none yet */
     uint64_t last_beat_ns;  /* and of the last one, of any run */
     uint64_t step;
-    uint32_t thread;      /* kernel's thread id of the run, 0: it never ran */
+    uint32_t thread;      /* kernel's thread id of the last run, 0: it never ran */
     int32_t running;
     struct vpc_vcpu_bad first_bad;
     uint64_t histogram[256]; /* first touches, see vpc_histogram_floor */
 };
 
-/* vCPU index of count. Areas, then vpc_vcpu_set_state, before anything else. */
+/* vCPU index of count. Areas, then vpc_vcpu_set_state, before anything else. NULL: errno says why. */
 struct vpc_vcpu *vpc_vcpu_new(struct vpc_ram *ram, uint32_t index, uint32_t count);
 void vpc_vcpu_free(struct vpc_vcpu *v);
 /* count target pages of block from first; touch: they are somebody else's, one byte of them is read now and then.
@@ -63,13 +63,22 @@ int vpc_vcpu_set_state(struct vpc_vcpu *v, const struct vpc_vcpu_state *state);
 int vpc_vcpu_state(struct vpc_vcpu *v, struct vpc_vcpu_state *out);
 /* Pages rewritten and pages read a second, each 0 or VPC_RATE_UNLIMITED too; also while it runs. */
 int vpc_vcpu_set_rates(struct vpc_vcpu *v, uint64_t writes, uint64_t reads);
-/* Before each run: forget a stop that came before. */
+/* Before vpc_vcpu_run: forget an end that came before. -EBUSY: it runs. */
 int vpc_vcpu_arm(struct vpc_vcpu *v);
+/* Let the parked thread run. -EBUSY: it runs already; -EINVAL: there is no state. */
+int vpc_vcpu_go(struct vpc_vcpu *v);
+/* Let it park again, behind the page that it is at. */
 void vpc_vcpu_stop(struct vpc_vcpu *v);
+/* Let it return, behind the page that it is at. */
+void vpc_vcpu_end(struct vpc_vcpu *v);
+/* 1: it touches nothing; else the descriptor, an eventfd, becomes readable when that is so. */
+int vpc_vcpu_parked(struct vpc_vcpu *v);
+int vpc_vcpu_parked_fd(struct vpc_vcpu *v);
 int vpc_vcpu_stats(struct vpc_vcpu *v, struct vpc_vcpu_stats *out);
 /* These three touch the areas and MAY WAIT FOR A PAGE; -EOWNERDEAD: the blocks were given up. One at a time.
- * Until stopped, which is looked at between two pages; returns 0. */
-int vpc_vcpu_run(struct vpc_vcpu *v);
+ * The life of its thread: parked, touching nothing, until vpc_vcpu_go; then a run, until stopped, which is looked at
+ * between two pages; and so on to vpc_vcpu_end. once: one run, begun by a vpc_vcpu_go before. Returns 0. */
+int vpc_vcpu_run(struct vpc_vcpu *v, int once);
 /* Write all own pages in generation 0; only at step 0. */
 int vpc_vcpu_fill(struct vpc_vcpu *v);
 /* Check all own pages; returns how many are bad. */

@@ -3,12 +3,10 @@
  * The driver is hostile: every word is read once into private memory, checked, and the copy is used.
  */
 #define _GNU_SOURCE
-#include <fcntl.h>
-#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/uio.h>
 #include <unistd.h>
+#include "event_internal.h"
 #include "ring_internal.h"
 
 static uint16_t load16(const uint8_t *p)
@@ -27,7 +25,7 @@ int vpc_vq_new(struct vpc_vq **out)
 
     if (!vq)
         return -ENOMEM;
-    vq->call_fd = open("/dev/null", O_WRONLY | O_CLOEXEC);
+    vq->call_fd = event_new(); /* nobody listens */
     if (vq->call_fd < 0) {
         int rc = -errno;
         free(vq);
@@ -43,6 +41,7 @@ void vpc_vq_free(struct vpc_vq *vq)
         return;
     vpc_gm_unref(vq->gm);
     vpc_log_unref(vq->log);
+    vpc_inflight_drop(vq);
     close(vq->call_fd);
     free(vq);
 }
@@ -66,7 +65,7 @@ void vpc_vq_set_memory(struct vpc_vq *vq, struct vpc_gm *gm)
 
 int vpc_vq_set_ring(struct vpc_vq *vq, uint32_t num, uint64_t desc, uint64_t avail, uint64_t used)
 {
-    if (num == 0 || num > VPC_MAX_RING || (num & (num - 1)) || desc % 16 || avail % 2 || used % 4)
+    if (num == 0 || num > VPC_MAX_RING || (num & (num - 1)))
         return -EINVAL;
     if (!vq->gm)
         return -EFAULT;
@@ -76,10 +75,16 @@ int vpc_vq_set_ring(struct vpc_vq *vq, uint32_t num, uint64_t desc, uint64_t ava
     vq->used_r = vpc_gm_find_user(vq->gm, used, 6 + 8ull * num);
     if (!vq->desc_r || !vq->avail_r || !vq->used_r)
         return -EFAULT;
+    const uint8_t *own_desc = vq->desc_r->own + (desc - vq->desc_r->uaddr);
+    const uint8_t *own_avail = vq->avail_r->own + (avail - vq->avail_r->uaddr);
+    uint8_t *own_used = vq->used_r->own + (used - vq->used_r->uaddr);
+    /* Where they lie here: words are read and written at once. Regions need not be aligned. */
+    if ((uintptr_t)own_desc % 16 || (uintptr_t)own_avail % 2 || (uintptr_t)own_used % 4)
+        return -EINVAL;
     vq->num = num;
-    vq->desc = vq->desc_r->own + (desc - vq->desc_r->uaddr);
-    vq->avail = vq->avail_r->own + (avail - vq->avail_r->uaddr);
-    vq->used = vq->used_r->own + (used - vq->used_r->uaddr);
+    vq->desc = own_desc;
+    vq->avail = own_avail;
+    vq->used = own_used;
     return 0;
 }
 
@@ -99,6 +104,7 @@ void vpc_vq_set_base(struct vpc_vq *vq, uint32_t avail_index)
     vq->used_known = false;
     vq->signalled_known = false;
     vq->notify_off = false;
+    vq->inflight.again_n = vq->inflight.again_at = 0;
     atomic_store(&vq->error, NULL);
 }
 
@@ -120,22 +126,6 @@ void vpc_vq_stop(struct vpc_vq *vq, int stopped)
 const char *vpc_vq_error(const struct vpc_vq *vq)
 {
     return atomic_load(&vq->error);
-}
-
-int vpc_clear_event(int fd)
-{
-    uint64_t count;
-    struct iovec iov = {.iov_base = &count, .iov_len = sizeof(count)};
-    ssize_t n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT);
-
-    if (n < 0 && (errno == EOPNOTSUPP || errno == ESPIPE)) {
-        /* Received descriptors share their flags with the peer and may block: only read what is there. */
-        struct pollfd p = {.fd = fd, .events = POLLIN};
-        if (poll(&p, 1, 0) != 1 || !(p.revents & POLLIN))
-            return 0;
-        n = read(fd, &count, sizeof(count));
-    }
-    return n > 0;
 }
 
 int vpc_vq_break(struct vpc_vq *vq, const char *why)
@@ -164,6 +154,12 @@ int vpc_vq_ready(struct vpc_vq *vq, int flags)
         if (vpc_gm_lost(vq->gm))
             return -EOWNERDEAD;
         vq->used_idx = used;
+        if (vq->inflight.region) {
+            rc = vpc_inflight_recover(vq, flags);
+            if (!rc)
+                vq->used_known = true;
+            return rc;
+        }
         vq->used_known = true;
         /* Here every chain taken has been given back, so the two agree. They do not when the back-end before us
          * died, or when the front-end does not know: DPDK's virtio-user says 0 to one that comes again. The ring
@@ -186,12 +182,12 @@ int vpc_vq_refresh(struct vpc_vq *vq)
     if ((uint16_t)(idx - vq->used_idx) > vq->num)
         return vpc_vq_break(vq, "more chains are in flight than the ring holds");
     vq->avail_idx = idx;
-    return n;
+    return n + (int)vpc_vq_left(vq);
 }
 
 int vpc_vq_available(struct vpc_vq *vq)
 {
-    uint16_t n = (uint16_t)(vq->avail_idx - vq->last_avail);
+    int n = (uint16_t)(vq->avail_idx - vq->last_avail) + (int)vpc_vq_left(vq);
 
     return n ? n : vpc_vq_refresh(vq);
 }
@@ -203,7 +199,9 @@ static int add_seg(struct vpc_vq *vq, struct vpc_walk *w, const struct vring_des
     if (d->len == 0)
         return 0; /* carries nothing, harms nothing */
     if (w->n == VPC_MAX_SEGS)
-        return vpc_vq_break(vq, "a chain has more than 1024 descriptors");
+        return vpc_vq_break(vq, "a chain has more than 32768 descriptors");
+    if (w->n == w->room && vpc_walk_grow(w) < 0)
+        return -ENOMEM;
     if (!write && w->writable)
         return vpc_vq_break(vq, "a readable descriptor follows a writable one");
     if (!vpc_gm_mapped(vq->gm, d->addr, d->len))
@@ -264,13 +262,20 @@ static int walk_indirect(struct vpc_vq *vq, struct vpc_walk *w, const struct vri
 
 int vpc_vq_head(struct vpc_vq *vq, uint16_t ahead, uint16_t *head, int flags)
 {
-    const uint8_t *slot = vq->avail + 4 + 2 * ((uint32_t)(uint16_t)(vq->last_avail + ahead) & (vq->num - 1));
+    const struct vpc_inflight_part *part = &vq->inflight;
+    uint32_t left = vpc_vq_left(vq);
+
+    if (ahead < left) { /* taken by whoever served this ring before: first, and not in the avail ring */
+        *head = part->again[part->again_at + ahead];
+        return 0;
+    }
+    const uint8_t *slot = vq->avail + 4 + 2 * ((uint32_t)(uint16_t)(vq->last_avail + ahead - left) & (vq->num - 1));
     int rc = vpc_touch(vq->avail_r, slot, 2, flags, &vq->stop);
 
     if (rc < 0)
         return rc;
     *head = load16(slot);
-    return 0;
+    return vpc_gm_lost(vq->gm) ? -EOWNERDEAD : 0;
 }
 
 int vpc_vq_walk(struct vpc_vq *vq, uint16_t ahead, struct vpc_walk *w, int flags)
@@ -354,6 +359,8 @@ void vpc_vq_put_used(struct vpc_vq *vq, uint16_t at, uint16_t head, uint32_t len
 
     memcpy(vq->used + 4 + 8 * slot, &elem, 8);
     log_used(vq, 4 + 8 * slot, 8);
+    if (vq->inflight.region)
+        vpc_inflight_put(vq, at, head);
 }
 
 int vpc_vq_publish(struct vpc_vq *vq, uint16_t n)
@@ -361,11 +368,17 @@ int vpc_vq_publish(struct vpc_vq *vq, uint16_t n)
     uint16_t old = vq->used_idx, new = (uint16_t)(old + n);
     bool call;
 
-    atomic_thread_fence(memory_order_release); /* entries before the index */
+    /* Answers and entries before the index, and before the look: what was written where a page had gone, or where
+     * memory was given up, is not told to the driver. */
+    atomic_thread_fence(memory_order_seq_cst);
+    if (vpc_gm_lost(vq->gm))
+        return -EOWNERDEAD;
     store16(vq->used + 2, new);
     log_used(vq, 0, 4);
     vq->used_idx = new;
-    atomic_thread_fence(memory_order_seq_cst); /* the index before the driver's wish is read */
+    atomic_thread_fence(memory_order_seq_cst); /* the index before the driver's wish is read, and lost is looked at */
+    if (vq->inflight.region && !vpc_gm_lost(vq->gm)) /* else the index went nowhere, maybe: the next one finds out */
+        vpc_inflight_published(vq, n);
     if (vq->event_idx) {
         uint16_t event = load16(vq->avail + 4 + 2 * vq->num);
         if (vq->signalled_known)
@@ -381,11 +394,6 @@ int vpc_vq_publish(struct vpc_vq *vq, uint16_t n)
     if (call)
         vpc_vq_signal(vq);
     return call;
-}
-
-void vpc_vq_unpop(struct vpc_vq *vq, uint32_t n)
-{
-    vq->last_avail = (uint16_t)(vq->last_avail - n);
 }
 
 void vpc_vq_disable_notify(struct vpc_vq *vq)

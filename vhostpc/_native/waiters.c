@@ -16,6 +16,12 @@ uint64_t vpc_histogram_floor(uint32_t i)
     return top > 63 ? UINT64_MAX : (uint64_t)(4 + i % 4) << (top - 2);
 }
 
+/* Words of one bitmap of a range. */
+static size_t seen_words(const struct vpc_block *b, const struct vpc_client_range *r)
+{
+    return (size_t)(((r->length >> b->shift) + 63) / 64);
+}
+
 static void ranges_free(struct client *c)
 {
     for (uint32_t i = 0; i < c->range_count; i++)
@@ -124,7 +130,7 @@ static void waiter_done(struct vpc_fault *s, uint32_t i)
                                                                     .client = w->client,
                                                                     .block = w->block,
                                                                     .thread = w->thread,
-                                                                    .way = w->way};
+                                                                    .way = w->way == WAY_AGAIN ? VPC_WAY_THERE : w->way};
     waiter_drop(s, i);
 }
 
@@ -138,13 +144,89 @@ static void waiter_wake(struct vpc_fault *s, uint32_t i)
     waiter_done(s, i);
 }
 
-/* Find the page of a waiter whose address is new to us; ask for it or wake. Caller holds the lock.
- * Returns 1 if the waiter was woken and is gone. */
+/* Waiter i stays, unless its thread waits at that address already: a signal has let it go, and it came back. Of a client
+ * whose ufd does not tell its threads, all who wait at one page are one. Returns 1 if it is gone. */
+static int waiter_stays(struct vpc_fault *s, uint32_t i)
+{
+    const struct vpc_waiter *w = &s->waiters[i];
+
+    for (uint32_t j = 0; j < i; j++) {
+        const struct vpc_waiter *o = &s->waiters[j];
+        if (o->client == w->client && o->thread == w->thread && o->address == w->address && o->block == w->block) {
+            s->clients[w->client]->stats.repeated++;
+            waiter_drop(s, i);
+            return 1;
+        }
+    }
+    return 0;
+}
+
+/* Waiter i cannot be answered now. */
+static int waiter_later(struct vpc_fault *s, uint32_t i)
+{
+    if (s->waiters[i].way != WAY_AGAIN)
+        s->stats.shortages++;
+    s->waiters[i].way = WAY_AGAIN;
+    s->again = 1;
+    return waiter_stays(s, i);
+}
+
+/* A page came, and its client was woken and is back: the file has a hole there. */
+static int fill_hole(struct vpc_block *b, const struct client *c, const struct vpc_waiter *w)
+{
+    if (b->local) /* it was answered to a client that had mapped something else there */
+        return vpc_local_place(b, w->page);
+    return c->fd >= 0 ? vpc_local_zero(b, c->fd, w->address) : 0;
+}
+
+/* Set a client's bit of a page; returns what it was. */
+static int mark(uint64_t *bits, uint64_t bit)
+{
+    uint64_t mask = (uint64_t)1 << (bit & 63), was = bits[bit >> 6] & mask;
+
+    bits[bit >> 6] |= mask;
+    return was != 0;
+}
+
+/* The page of a waiter lies ready here. As vpc_waiter_resolve; -ENOENT: somebody has to be asked for it after all. */
+static int answer_here(struct vpc_fault *s, struct vpc_block *b, uint32_t i)
+{
+    struct vpc_waiter *w = &s->waiters[i];
+    const struct client *c = s->clients[w->client];
+    int rc = c->fd >= 0 ? vpc_local_answer(b, w->page, c->fd, w->address) : -ENOENT;
+
+    if (rc == 0) {
+        w->way = VPC_WAY_LOCAL;
+        bit_set(b, VPC_BITS_RECEIVED, w->page);
+        waiter_done(s, i);
+        return 1;
+    }
+    if (rc != -EAGAIN && rc != -EEXIST && !vpc_no_memory(b, w->page, rc))
+        rc = vpc_local_place(b, w->page);
+    if (rc == 0) {
+        w->way = VPC_WAY_LOCAL;
+        bit_set(b, VPC_BITS_RECEIVED, w->page);
+        waiter_wake(s, i);
+        return 1;
+    }
+    if (rc == -EAGAIN || vpc_no_memory(b, w->page, rc))
+        return waiter_later(s, i);
+    if (rc != -EEXIST)
+        return -ENOENT;
+    /* The loader places pages of such a block with the lock held: this one was made by somebody else. */
+    s->born = 1;
+    s->stats.born_block = w->block;
+    s->stats.born_page = w->page;
+    return waiter_stays(s, i);
+}
+
+/* Find the page of a waiter whose address is new to us, or that is tried again; ask for it or wake. */
 int vpc_waiter_resolve(struct vpc_fault *s, uint32_t i)
 {
     struct vpc_waiter *w = &s->waiters[i];
     struct client *c = s->clients[w->client];
     uint32_t low = 0, high = c->range_count;
+    int fresh = w->way != WAY_AGAIN, rc;
 
     while (low < high) { /* the last range that begins at or before the address */
         uint32_t mid = (low + high) / 2;
@@ -153,8 +235,11 @@ int vpc_waiter_resolve(struct vpc_fault *s, uint32_t i)
         else
             high = mid;
     }
-    if (low == 0 || w->address - c->ranges[low - 1].base >= c->ranges[low - 1].length)
-        return 0;
+    if (low == 0 || w->address - c->ranges[low - 1].base >= c->ranges[low - 1].length) {
+        w->block = -1;
+        w->way = VPC_WAY_ASKED;
+        return waiter_stays(s, i) ? 1 : -ENXIO;
+    }
     const struct vpc_client_range *r = &c->ranges[low - 1];
     struct vpc_block *b = s->ram->blocks[r->block];
     uint64_t in_range = w->address - r->base;
@@ -163,53 +248,69 @@ int vpc_waiter_resolve(struct vpc_fault *s, uint32_t i)
     w->block = (int32_t)r->block;
     w->page = (r->offset + in_range) >> b->shift;
     w->address &= ~(b->page_size - 1);
-    if (!(c->seen[low - 1][bit >> 6] >> (bit & 63) & 1)) {
-        c->seen[low - 1][bit >> 6] |= (uint64_t)1 << (bit & 63);
+    if (!mark(c->seen[low - 1], bit))
         c->stats.distinct++;
-    }
     /* The waiter stands in the list: from here on the loader finds it. */
     if (bit_test(b, VPC_BITS_RECEIVED, w->page)) {
-        c->stats.received_already++;
+        if (fresh)
+            c->stats.received_already++;
+        /* Mostly it came while the fault was on the way. */
+        if (mark(c->seen[low - 1] + seen_words(b, r), bit)) {
+            rc = fill_hole(b, c, w);
+            if (rc == -EAGAIN || vpc_no_memory(b, w->page, rc))
+                return waiter_later(s, i);
+        }
         w->way = VPC_WAY_THERE;
-        if (b->local) /* answered to a client that had mapped something else there: now it is in the block */
-            (void)vpc_local_place(b, w->page);
         waiter_wake(s, i);
         return 1;
     }
-    w->way = VPC_WAY_LOCAL;
-    if (b->local && c->fd >= 0 && vpc_local_answer(b, w->page, c->fd, w->address) == 0) {
-        bit_set(b, VPC_BITS_RECEIVED, w->page);
-        waiter_done(s, i);
-        return 1;
-    }
-    if (b->local && vpc_local_place(b, w->page) == 0) {
-        bit_set(b, VPC_BITS_RECEIVED, w->page);
-        waiter_wake(s, i);
-        return 1;
-    }
+    if (b->local && (rc = answer_here(s, b, i)) != -ENOENT)
+        return rc;
     if (bit_set(b, VPC_BITS_REQUESTED, w->page)) {
-        c->stats.requested_already++;
+        if (fresh)
+            c->stats.requested_already++;
         w->way = VPC_WAY_JOINED;
-    } else {
-        w->way = VPC_WAY_ASKED;
-        vpc_outbox_request(s, w->block, w->page);
+        return waiter_stays(s, i);
     }
+    if (vpc_outbox_request(s, w->block, w->page) < 0) {
+        bit_clear(b, VPC_BITS_REQUESTED, w->page);
+        return waiter_later(s, i);
+    }
+    w->way = VPC_WAY_ASKED;
     return 0;
 }
 
-int vpc_waiter_add(struct vpc_fault *s, int client, const struct vpc_uffd_event *ev, uint64_t when)
+void vpc_waiters_again(struct vpc_fault *s)
 {
-    if (s->waiter_count == s->waiter_room) {
-        uint32_t room = s->waiter_room ? s->waiter_room * 2 : 64;
-        struct vpc_waiter *more = realloc(s->waiters, room * sizeof *more);
-        if (!more)
-            return -ENOMEM;
-        s->waiters = more;
-        s->waiter_room = room;
+    s->again = 0;
+    if (s->ask_again)
+        s->again = s->ask_again = vpc_outbox_ask_again(s) < 0;
+    for (uint32_t i = 0; i < s->waiter_count;) {
+        if (s->waiters[i].way == WAY_AGAIN && vpc_waiter_resolve(s, i) == 1)
+            continue;
+        i++;
     }
+}
+
+int vpc_waiters_room(struct vpc_fault *s)
+{
+    uint32_t room = s->waiter_room ? s->waiter_room * 2 : 4 * EVENTS_A_READ;
+
+    if (s->waiter_room - s->waiter_count >= EVENTS_A_READ)
+        return 0;
+    struct vpc_waiter *more = realloc(s->waiters, room * sizeof *more);
+    if (!more)
+        return -ENOMEM;
+    s->waiters = more;
+    s->waiter_room = room;
+    return 0;
+}
+
+uint32_t vpc_waiter_add(struct vpc_fault *s, int client, const struct vpc_uffd_event *ev, uint64_t when)
+{
     s->waiters[s->waiter_count] = (struct vpc_waiter){
         .address = ev->address, .since_ns = when, .client = client, .block = -1, .thread = ev->thread};
-    return (int)s->waiter_count++;
+    return s->waiter_count++;
 }
 
 static int range_order(const void *a, const void *b)
@@ -243,7 +344,7 @@ int vpc_fault_set_ranges(struct vpc_fault *s, int id, const struct vpc_client_ra
             goto fail;
         if (i && r->base - fresh.ranges[i - 1].base < fresh.ranges[i - 1].length)
             goto fail;
-        fresh.seen[i] = calloc((size_t)(((r->length >> b->shift) + 63) / 64), sizeof(uint64_t));
+        fresh.seen[i] = calloc(2 * seen_words(b, r), sizeof(uint64_t));
         rc = -ENOMEM;
         if (!fresh.seen[i])
             goto fail;
@@ -260,7 +361,7 @@ int vpc_fault_set_ranges(struct vpc_fault *s, int id, const struct vpc_client_ra
     c->seen = fresh.seen;
     c->range_count = count;
     for (uint32_t i = 0; i < s->waiter_count;) {
-        if (s->waiters[i].client == id && s->waiters[i].block < 0 && vpc_waiter_resolve(s, i))
+        if (s->waiters[i].client == id && s->waiters[i].block < 0 && vpc_waiter_resolve(s, i) == 1)
             continue;
         i++;
     }
@@ -295,6 +396,21 @@ int vpc_fault_remove_client(struct vpc_fault *s, int id)
     return 0;
 }
 
+int vpc_fault_settle(struct vpc_fault *s)
+{
+    pthread_mutex_lock(&s->lock);
+    for (int block = 0; block < s->ram->count; block++)
+        vpc_ram_set_bits(s->ram, block, VPC_BITS_RECEIVED, 0, s->ram->blocks[block]->pages, 1);
+    for (uint32_t i = 0; i < s->waiter_count;) {
+        if (s->waiters[i].block >= 0)
+            waiter_wake(s, i);
+        else
+            i++;
+    }
+    pthread_mutex_unlock(&s->lock);
+    return 0;
+}
+
 void vpc_fault_placed(struct vpc_fault *s, int block, uint64_t first, uint64_t count)
 {
     struct vpc_block *b = s->ram->blocks[block];
@@ -309,5 +425,15 @@ void vpc_fault_placed(struct vpc_fault *s, int block, uint64_t first, uint64_t c
         else
             i++;
     }
+    pthread_mutex_unlock(&s->lock);
+}
+
+void vpc_fault_hold(struct vpc_fault *s)
+{
+    pthread_mutex_lock(&s->lock);
+}
+
+void vpc_fault_let_go(struct vpc_fault *s)
+{
     pthread_mutex_unlock(&s->lock);
 }

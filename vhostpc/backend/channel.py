@@ -2,50 +2,90 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 
 import trio
 
 from vhostpc.errors import RemoteProtocolError, RequestFailed
+from vhostpc.logs import rationed_logger
 from vhostpc.transport import MessageSocket
-from vhostpc.wire.vhost_user import FLAG_NEED_REPLY, BackendRequest, VringState, encode, unpack_u64
+from vhostpc.wire.vhost_user import FLAG_NEED_REPLY, BackendRequest, Frame, VringState, encode, unpack_u64
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
+
+CLOSED = "the front-end closed the back-end channel"
 
 
 class BackendChannel:
     """One request at a time. A reply on the main socket must never wait for this channel.
 
-    (QEMU does not read it while it waits for a reply on the main one.)
+    (QEMU does not read it while it waits for a reply on the main one.) While :meth:`run` runs it is always read:
+    descriptors that nobody takes out could keep the front-end's own connection open, and with it the session, for ever.
     """
 
-    def __init__(self, sock: socket.socket, *, reply_ack: bool) -> None:
+    def __init__(self, sock: socket.socket, *, reply_ack: bool, name: str) -> None:
         self._socket = MessageSocket(trio.socket.from_stdlib_socket(sock))
         self._reply_ack = reply_ack
+        self._name = name
         self._turn = trio.Lock()
+        self._asked: BackendRequest | None = None
+        self._answer: Frame | None = None
+        self._news = trio.Event()
+        #: Why no request can be made any more.
+        self._end: str | None = None
+
+    async def run(self) -> None:
+        """Read to the channel's end. Its end, or what is no frame, ends the channel only."""
+        try:
+            while (frame := await self._socket.receive()) is not None:
+                frame.close_fds()
+                if self._asked is None or self._answer is not None:
+                    log.warning(
+                        "%s: back-end channel: message %d, which nobody asked for", self._name, frame.request
+                    )
+                else:
+                    self._answer = frame
+                    self._news.set()
+            self._end = CLOSED
+        except RemoteProtocolError as e:
+            self._end = f"back-end channel: {e}"
+        except (OSError, trio.ClosedResourceError):
+            self._end = CLOSED
+        self._news.set()
+        self.close()
 
     async def request(self, request: BackendRequest, payload: bytes = b"", *, timeout: float = 10) -> None:
         """Send a request; wait for its ack if REPLY_ACK was negotiated.
 
-        Raises RequestFailed when the front-end refuses or does not answer within ``timeout`` seconds.
+        Raises RequestFailed when the front-end refuses, does not answer within ``timeout`` seconds, or has closed the
+        channel, RemoteProtocolError when the answer is none.
         """
         async with self._turn:
+            if self._end is not None:
+                raise RequestFailed(f"{request.name}: {self._end}")
             flags = FLAG_NEED_REPLY if self._reply_ack else 0
-            with trio.move_on_after(timeout):
-                await self._socket.send(encode(request, payload, flags=flags))
-                if not self._reply_ack:
+            try:
+                with trio.move_on_after(timeout):
+                    self._news = trio.Event()
+                    if self._reply_ack:
+                        self._asked = request
+                    await self._socket.send(encode(request, payload, flags=flags))
+                    if self._reply_ack:
+                        await self._news.wait()
+                        self._check(request)
                     return
-                frame = await self._socket.receive()
-                if frame is None:
-                    raise RequestFailed(f"{request.name}: the front-end closed the back-end channel")
-                frame.close_fds()
-                if frame.request != request or not frame.is_reply or len(frame.payload) != 8:
-                    raise RemoteProtocolError(f"back-end channel: no proper reply to {request.name}")
-                if unpack_u64(frame.payload) != 0:
-                    raise RequestFailed(f"the front-end refused {request.name}")
-                return
+            finally:
+                self._asked = self._answer = None
             raise RequestFailed(f"{request.name}: no answer within {timeout:g} s")
+
+    def _check(self, request: BackendRequest) -> None:
+        frame = self._answer
+        if frame is None:
+            raise RequestFailed(f"{request.name}: {self._end}")
+        if frame.request != request or not frame.is_reply or len(frame.payload) != 8:
+            raise RemoteProtocolError(f"back-end channel: no proper reply to {request.name}")
+        if unpack_u64(frame.payload) != 0:
+            raise RequestFailed(f"the front-end refused {request.name}")
 
     async def config_changed(self) -> None:
         """Tell the front-end that config space changed; it will ask for it."""
@@ -60,4 +100,5 @@ class BackendChannel:
         await self.request(BackendRequest.VRING_ERR, VringState(index, 0).pack())
 
     def close(self) -> None:
+        """Close the socket; who waits is told."""
         self._socket.close()

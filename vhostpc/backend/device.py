@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Protocol
 
+from vhostpc.errors import VhostpcError
 from vhostpc.virtio.queue import Queue
 
 
@@ -13,6 +15,10 @@ class FrontEnd(Protocol):
     name: str
     #: Feature bits that the driver accepted (0 before SET_FEATURES).
     features: int
+
+    @property
+    def smallest_ring(self) -> int:
+        """Entries of the smallest ring that it has told the size of; 0 before the first."""
 
     async def config_changed(self) -> None:
         """Tell the driver that config space changed; nothing happens if the front-end has no channel for it."""
@@ -35,11 +41,10 @@ class Device:
     device_id: int = 0
     #: Virtqueues that the back-end serves, 1 to 256.
     num_queues: int = 1
-    #: What GET_QUEUE_NUM counts in: 2 for net, whose queues come in pairs.
-    queues_per_unit: int = 1
     #: Largest ring, a power of two up to 32768.
-    queue_size: int = 1024
-    #: Feature bits of the device type that are offered (the framework adds the transport's).
+    queue_size: int = 32768
+    #: Feature bits of the device type that are offered (the framework adds the transport's, and leaves out those that
+    #: need others which are not here).
     features: int = 0
     #: Bytes of config space; 0: none (the CONFIG protocol feature is not offered).
     config_size: int = 0
@@ -64,6 +69,10 @@ class Device:
         """``size`` bytes of config space at ``offset``; both were checked against ``config_size``."""
         raise NotImplementedError
 
+    def config_for(self, front_end: FrontEnd, offset: int, size: int) -> bytes:
+        """The same, for a device whose configuration depends on the front-end."""
+        return self.read_config(offset, size)
+
     def write_config(self, offset: int, data: bytes, *, migration: bool) -> None:
         """The driver (or the migration) wrote to config space. Raise ValueError to refuse it."""
         raise ValueError("config space is read-only")
@@ -81,3 +90,15 @@ class Device:
     def set_mtu(self, mtu: int) -> None:
         """The network's MTU in bytes. Offered if overridden. Raise ValueError to refuse it."""
         raise NotImplementedError
+
+
+def check_device(device: object) -> None:
+    """Raises VhostpcError, with the class's name, for what cannot serve a queue."""
+    name = type(device).__name__
+    if not isinstance(device, Device):
+        raise VhostpcError(f"{name} is no vhostpc.backend.Device")
+    if getattr(device.handle_queue, "__func__", None) is Device.handle_queue:
+        raise VhostpcError(f"{name} has no handle_queue")
+    for handler in (device.handle_queue, device.handle_disabled_queue, device.handle_session):
+        if not inspect.iscoroutinefunction(handler):
+            raise VhostpcError(f"{name}.{getattr(handler, '__name__', handler)} is not an async function")

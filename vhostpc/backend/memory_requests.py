@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-
 import trio
 
 from vhostpc.backend.answer import FAILED, Answer, handles
 from vhostpc.backend.state import SessionState
 from vhostpc.errors import LocalProtocolError, RemoteProtocolError
+from vhostpc.logs import rationed_logger
 from vhostpc.memory.addr import FrontAddr, GuestAddr
 from vhostpc.memory.log import DirtyLog
 from vhostpc.memory.mapping import Mapping
@@ -26,7 +25,7 @@ from vhostpc.wire.vhost_user import (
     unpack_table,
 )
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 #: How long (s) a message that takes memory away waits for chains in hand.
 TAKE_AWAY_LIMIT = 10.0
@@ -97,7 +96,7 @@ async def set_mem_table(session: SessionState, frame: Frame) -> Answer | None:
         MemoryRegion(r.guest_addr, r.size, region.mapping.address, r.mmap_offset)
         for r, region in zip(table, regions, strict=True)
     ]
-    return Answer(pack_table(own), always=True)
+    return Answer(pack_table(own).ljust(len(frame.payload), b"\0"), always=True)  # as long as the request
 
 
 def await_exchange(session: SessionState, memory: GuestMemory) -> None:
@@ -202,7 +201,7 @@ async def rem_mem_reg(session: SessionState, frame: Frame) -> Answer | None:
 @handles(Request.SET_LOG_BASE)
 async def set_log_base(session: SessionState, frame: Frame) -> Answer:
     area = LogArea.unpack(frame.payload)
-    session.dirty_log = DirtyLog(frame.fds[0], area.offset, area.size)
+    session.dirty_log = DirtyLog(session.supply, frame.fds[0], area.offset, area.size)
     for vring in session.vrings:
         await vring.changed(vring.set_log)
     await session.update_vrings()

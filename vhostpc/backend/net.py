@@ -1,4 +1,4 @@
-"""A virtio-net device joined to datagrams: the heart of ``examples/bridge``.
+"""A virtio-net device joined to datagrams: the heart of ``vhostpc bridge``.
 
 One frame of the guest is one datagram (or one frame of a tap) and the other way round. The frames never pass
 through Python: each queue is a pump.
@@ -7,19 +7,21 @@ through Python: each queue is a pump.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from vhostpc.backend.device import Device, FrontEnd
+from vhostpc.backend.net_control import serve_control
+from vhostpc.errors import LinkLost
+from vhostpc.logs import rationed_logger
 from vhostpc.virtio.features import DeviceId, NetFeature
 from vhostpc.virtio.pump import PumpStats
 from vhostpc.virtio.queue import Queue
 from vhostpc.wire.vhost_user import Feature
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 
 class Bridge(Device):
@@ -32,8 +34,8 @@ class Bridge(Device):
     """
 
     device_id = DeviceId.NET
-    queues_per_unit = 2
-    features = NetFeature.MRG_RXBUF | NetFeature.GUEST_ANNOUNCE
+    # The control queue comes with the last of them. QEMU serves it itself, but takes it that we offer the others.
+    features = NetFeature.MRG_RXBUF | NetFeature.CTRL_VQ | NetFeature.GUEST_ANNOUNCE
 
     def __init__(
         self,
@@ -47,16 +49,27 @@ class Bridge(Device):
             raise ValueError(f"{len(links)} links for {pairs} queue pairs: one each, or one for all")
         self._links = [links[i % len(links)] for i in range(pairs)]
         self._to = to
-        self.num_queues = 2 * pairs
+        self._pairs = pairs
+        self.num_queues = 2 * pairs + 1
         if pairs > 1:
             self.features = self.features | NetFeature.MQ
         self._attach = attach
         self._attached = set(links)
         self._let_go()
         self._running: dict[int, tuple[Queue, PumpStats]] = {}  # with its counts when its handler began
-        self._totals = [PumpStats() for _ in range(self.num_queues)]
+        self._totals = [PumpStats() for _ in range(2 * pairs)]
+
+    def _is_control(self, queue: Queue) -> bool:
+        """It follows the pairs, of which a driver without MQ knows one."""
+        last = 2 * self._pairs if queue.features & NetFeature.MQ else 2
+        return queue.index >= 2 * self._pairs or (
+            bool(queue.features & NetFeature.CTRL_VQ) and queue.index == last
+        )
 
     async def handle_queue(self, queue: Queue) -> None:
+        if self._is_control(queue):
+            await serve_control(queue, self._pairs)
+            return
         link = self._links[queue.index // 2]
         mergeable = bool(queue.features & NetFeature.MRG_RXBUF)
         # virtio 1.2, 5.1.6.1: num_buffers is there with either of the two.
@@ -69,11 +82,15 @@ class Bridge(Device):
             else:
                 self._give(link, True)
                 await queue.pump_in(link, header=header, mergeable=mergeable)
+        except OSError as e:
+            raise LinkLost(f"queue {queue.index}: its link is lost: {e.strerror}") from None
         finally:
             del self._running[id(queue)]
             self._totals[queue.index] = add(self._totals[queue.index], queue.pump_stats, before)
 
     async def handle_disabled_queue(self, queue: Queue) -> None:
+        if self._is_control(queue):
+            return
         if queue.index % 2:  # what the guest sends into a disabled queue is dropped
             await queue.pump_out(self._links[queue.index // 2], to=self._to, discard=True)
         else:

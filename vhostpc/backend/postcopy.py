@@ -9,13 +9,13 @@ the front-end can translate it.
 from __future__ import annotations
 
 import enum
-import logging
 
 from vhostpc.errors import PostcopyRefused, RemoteProtocolError, UfdError
+from vhostpc.logs import rationed_logger
 from vhostpc.memory.mapping import Mapping, Supply, mlock_future_in_force
 from vhostpc.ufd import Features, Userfaultfd
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 
 class Phase(enum.Enum):
@@ -26,7 +26,7 @@ class Phase(enum.Enum):
 
 
 def refusal() -> str | None:
-    """Why this process can not do postcopy, in one sentence, or None. Opens a userfaultfd and closes it."""
+    """Why this process cannot do postcopy, in one sentence, or None. Opens a userfaultfd and closes it."""
     if mlock_future_in_force():
         return (
             "mlockall(MCL_FUTURE) is in force in this process: mapping memory would create the missing pages"
@@ -117,7 +117,7 @@ class Postcopy:
             try:
                 mapping.register()
             except OSError as e:
-                raise PostcopyRefused(f"postcopy: memory can not be registered: {e}") from None
+                raise PostcopyRefused(f"postcopy: memory cannot be registered: {e}") from None
         self._regions += len(new)
         if new:
             log.info(

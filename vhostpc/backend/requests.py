@@ -6,17 +6,16 @@ or a :class:`Answer`.
 
 from __future__ import annotations
 
-import logging
-import os
 import socket
 
 from vhostpc.backend.answer import FAILED, Answer, handles
-from vhostpc.backend.channel import BackendChannel
+from vhostpc.backend.descriptors import event_descriptor, only_written
 from vhostpc.backend.memory_requests import drop_pending
 from vhostpc.backend.state import SessionState
 from vhostpc.backend.vring import Vring
 from vhostpc.errors import LocalProtocolError, PostcopyRefused, RemoteProtocolError, UfdError
-from vhostpc.transport import is_eventfd, signal_event
+from vhostpc.logs import rationed_logger
+from vhostpc.virtio.event import EventKind, signal_event
 from vhostpc.wire.vhost_user import (
     VRING_INDEX_MASK,
     VRING_NOFD,
@@ -32,7 +31,10 @@ from vhostpc.wire.vhost_user import (
     unpack_u64,
 )
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
+
+#: virtio 1.2, 5.1.4: 16 bits.
+MAX_MTU = 0xFFFF
 
 
 # --- features ---------------------------------------------------------------------------------------
@@ -48,6 +50,11 @@ async def set_features(session: SessionState, frame: Frame) -> None:
     wanted = unpack_u64(frame.payload)
     if extra := wanted & ~session.offered_features:
         raise RemoteProtocolError(f"SET_FEATURES with bits that were not offered: {extra:#x}")
+    if session.features_set and (session.features ^ wanted) & ~int(Feature.LOG_ALL):
+        for vring in session.vrings:
+            if vring.running and vring.enabled:
+                raise RemoteProtocolError("SET_FEATURES changes more than LOG_ALL while rings run")
+            await vring.set_up_anew()
     old, session.features = session.features, wanted
     first = not session.features_set
     session.features_set = True
@@ -57,8 +64,6 @@ async def set_features(session: SessionState, frame: Frame) -> None:
             vring.enabled = True
     if not first and old != wanted:
         for vring in session.vrings:
-            if vring.running and (old ^ wanted) & ~int(Feature.LOG_ALL):
-                raise RemoteProtocolError("SET_FEATURES changes more than LOG_ALL while rings run")
             await vring.changed(vring.set_log)
     await session.update_vrings()
 
@@ -86,10 +91,10 @@ async def set_owner(session: SessionState, frame: Frame) -> None:
 
 @handles(Request.RESET_OWNER)
 async def reset_owner(session: SessionState, frame: Frame) -> None:
-    """Deprecated: rings are disabled, the connection stays."""
+    """Deprecated: rings are stopped and disabled, the connection and what else was said stay."""
     for vring in session.vrings:
         vring.enabled = False
-        await vring.update()
+        await vring.set_up_anew()
 
 
 @handles(Request.RESET_DEVICE)
@@ -99,6 +104,7 @@ async def reset_device(session: SessionState, frame: Frame) -> None:
         vring.started = False
         await vring.update()
         vring.queue.set_base(0)
+        vring.queue.forget_frames()
         vring.broken = False
     session.status = 0
     session.device.reset()
@@ -106,8 +112,8 @@ async def reset_device(session: SessionState, frame: Frame) -> None:
 
 @handles(Request.GET_QUEUE_NUM)
 async def get_queue_num(session: SessionState, frame: Frame) -> Answer:
-    device = session.device
-    return Answer(pack_u64(device.num_queues // device.queues_per_unit))
+    """How many queues. Front-ends that take it for pairs of them compare it with as many pairs as they want at most."""
+    return Answer(pack_u64(len(session.vrings)))
 
 
 @handles(Request.SET_STATUS)
@@ -126,7 +132,10 @@ async def get_status(session: SessionState, frame: Frame) -> Answer:
 
 def ring(session: SessionState, index: int, request: int) -> Vring:
     if index >= len(session.vrings):
-        raise RemoteProtocolError(f"{request_name(request)}: ring {index}, there are {len(session.vrings)}")
+        raise RemoteProtocolError(
+            f"{request_name(request)}: ring {index}, there are {len(session.vrings)}: the front-end is set up for more"
+            " queues than this device has"
+        )
     return session.vrings[index]
 
 
@@ -134,13 +143,13 @@ def ring(session: SessionState, index: int, request: int) -> Vring:
 async def set_vring_num(session: SessionState, frame: Frame) -> None:
     state = VringState.unpack(frame.payload)
     vring = ring(session, state.index, frame.request)
-    if vring.running:
-        raise RemoteProtocolError(f"SET_VRING_NUM: ring {state.index} is running")
     if state.num == 0 or state.num > session.device.queue_size or state.num & (state.num - 1):
         raise RemoteProtocolError(
             f"SET_VRING_NUM: {state.num} entries for ring {state.index}; a power of two up to"
             f" {session.device.queue_size} is allowed"
         )
+    if vring.running:
+        await vring.set_up_anew()
     vring.size = state.num
     await vring.update()  # it may be the last that was missing
 
@@ -161,10 +170,10 @@ async def set_vring_addr(session: SessionState, frame: Frame) -> None:
 async def set_vring_base(session: SessionState, frame: Frame) -> None:
     state = VringState.unpack(frame.payload)
     vring = ring(session, state.index, frame.request)
-    if vring.running:
-        raise RemoteProtocolError(f"SET_VRING_BASE: ring {state.index} is running")
     if state.num > 0xFFFF:
         raise RemoteProtocolError(f"SET_VRING_BASE: {state.num:#x} is no index of a split ring")
+    if vring.running:
+        await vring.set_up_anew()
     vring.queue.set_base(state.num)
 
 
@@ -175,8 +184,8 @@ async def get_vring_base(session: SessionState, frame: Frame) -> Answer:
     return Answer(VringState(state.index, base).pack())
 
 
-def ring_and_fd(session: SessionState, frame: Frame) -> tuple[Vring, int]:
-    """The ring of a KICK, CALL or ERR message and its eventfd, now ours; -1 for none."""
+def ring_and_fd(session: SessionState, frame: Frame) -> tuple[Vring, int, EventKind]:
+    """The ring of a KICK, CALL or ERR message and its descriptor, now ours; -1 for none."""
     value = unpack_u64(frame.payload)
     name = request_name(frame.request)
     vring = ring(session, value & VRING_INDEX_MASK, frame.request)
@@ -184,18 +193,30 @@ def ring_and_fd(session: SessionState, frame: Frame) -> tuple[Vring, int]:
     if without != (not frame.fds):
         raise RemoteProtocolError(f"{name}: the no-descriptor bit and {len(frame.fds)} descriptors")
     if without:
-        return vring, -1
-    if not is_eventfd(frame.fds[0]):
-        raise RemoteProtocolError(f"{name}: the descriptor is not an eventfd")
-    return vring, frame.take_fd()
+        return vring, -1, EventKind.NONE
+    kind = event_descriptor(frame.fds[0], name)
+    return vring, frame.take_fd(), kind
+
+
+def is_of_no_ring(session: SessionState, request: int, index: int) -> bool:
+    """Whether a descriptor, or the word that it is disabled, is for a ring that there is not: that does no harm yet.
+
+    QEMU says so much of all queues of its command line, also of queues that it will not use with what is offered.
+    """
+    if index < len(session.vrings):
+        return False
+    log.warning("%s: %s: there is no ring %d", session.name, request_name(request), index)
+    return True
 
 
 @handles(Request.SET_VRING_KICK)
 async def set_vring_kick(session: SessionState, frame: Frame) -> None:
-    vring, fd = ring_and_fd(session, frame)
+    vring, fd, kind = ring_and_fd(session, frame)
     poller = None
-    if fd < 0:
+    if kind is EventKind.NONE:
         fd, poller = session.own_kick()
+    elif kind is EventKind.STREAM:
+        fd, poller = session.kick_from(fd, vring.index)
     await vring.changed(lambda: vring.set_kick(fd, poller))
     vring.started = True
     await vring.update()
@@ -203,26 +224,27 @@ async def set_vring_kick(session: SessionState, frame: Frame) -> None:
 
 @handles(Request.SET_VRING_CALL)
 async def set_vring_call(session: SessionState, frame: Frame) -> None:
-    vring, fd = ring_and_fd(session, frame)
-    if fd < 0:
-        fd = session.own_call(vring.index)
-    vring.queue.set_call(fd)
-    if fd >= 0:
-        os.close(fd)
-        if vring.running:
-            # An interrupt may have been lost with the old descriptor.
-            vring.queue.signal()
+    if is_of_no_ring(session, frame.request, unpack_u64(frame.payload) & VRING_INDEX_MASK):
+        return
+    vring, fd, kind = ring_and_fd(session, frame)
+    only_written(fd, kind)
+    vring.set_call(fd)
 
 
 @handles(Request.SET_VRING_ERR)
 async def set_vring_err(session: SessionState, frame: Frame) -> None:
-    vring, fd = ring_and_fd(session, frame)
+    if is_of_no_ring(session, frame.request, unpack_u64(frame.payload) & VRING_INDEX_MASK):
+        return
+    vring, fd, kind = ring_and_fd(session, frame)
+    only_written(fd, kind)
     vring.set_err(fd)
 
 
 @handles(Request.SET_VRING_ENABLE)
 async def set_vring_enable(session: SessionState, frame: Frame) -> None:
     state = VringState.unpack(frame.payload)
+    if not state.num and is_of_no_ring(session, frame.request, state.index):
+        return
     vring = ring(session, state.index, frame.request)
     if not session.offered_features & Feature.PROTOCOL_FEATURES:
         raise RemoteProtocolError("SET_VRING_ENABLE without PROTOCOL_FEATURES")
@@ -255,8 +277,11 @@ async def send_rarp(session: SessionState, frame: Frame) -> None:
 
 @handles(Request.NET_SET_MTU)
 async def net_set_mtu(session: SessionState, frame: Frame) -> Answer | None:
+    mtu = unpack_u64(frame.payload)
     try:
-        session.device.set_mtu(unpack_u64(frame.payload))
+        if mtu > MAX_MTU:
+            raise ValueError(f"an MTU of {mtu} bytes")
+        session.device.set_mtu(mtu)
     except ValueError as e:
         log.error("%s: NET_SET_MTU refused: %s", session.name, e)
         return FAILED
@@ -274,9 +299,7 @@ async def set_backend_req_fd(session: SessionState, frame: Frame) -> None:
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
         sock.close()
         raise RemoteProtocolError("SET_BACKEND_REQ_FD: the descriptor is not a unix stream socket")
-    if session.channel is not None:
-        session.channel.close()
-    session.channel = BackendChannel(sock, reply_ack=ProtocolFeature.REPLY_ACK in session.protocol_features)
+    session.set_channel(sock)
 
 
 def config_of(session: SessionState, frame: Frame) -> ConfigSpace:
@@ -295,7 +318,7 @@ async def get_config(session: SessionState, frame: Frame) -> Answer:
         return Answer(b"")  # specification: an empty payload is the error
     # A driver of a newer specification asks for more than there is: the rest reads as zeros.
     there = min(len(asked.data), size - asked.offset)
-    data = session.device.read_config(asked.offset, there)
+    data = session.device.config_for(session, asked.offset, there)
     return Answer(ConfigSpace(asked.offset, asked.flags, data.ljust(len(asked.data), b"\0")).pack())
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 
 import trio
 
-from vhostpc.backend.device import Device
+from vhostpc.backend.device import Device, check_device
 from vhostpc.backend.options import Options
 from vhostpc.backend.postcopy import refusal
 from vhostpc.backend.session import Session, one_sentence
 from vhostpc.errors import VhostpcError
-from vhostpc.listener import accept, bind
+from vhostpc.listener import accept, listening
+from vhostpc.listener import connect as connected
+from vhostpc.logs import rationed_logger
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 DeviceSource = Device | Callable[[], Device]
 
@@ -39,26 +39,20 @@ async def serve(
     replaced, anything else is left alone; our own is removed at the end. With ``options.once`` it returns after
     the first session.
 
-    Raises VhostpcError when the path can not be used.
+    Raises VhostpcError when the path cannot be used, or for a device that cannot serve a queue.
     """
+    if isinstance(device, Device):
+        check_device(device)
     if connect:
-        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            await sock.connect(os.fspath(path))
+            sock = await connected(path)
         except OSError as e:
-            sock.close()
             raise VhostpcError(f"cannot connect to {path}: {e.strerror}") from None
         task_status.started()
         await serve_connection(device, sock, options)
         return
-    listener = bind(path, mode=mode, group=group)
-    inode = os.stat(path).st_ino
-    try:
+    with listening(path, mode=mode, group=group) as listener:
         await serve_listener(device, listener, options, task_status=task_status)
-    finally:
-        with suppress(OSError):
-            if os.stat(path).st_ino == inode:
-                os.unlink(path)
 
 
 async def serve_listener(
@@ -95,6 +89,13 @@ async def serve_connection(
     await _serve_one(device, connection, options, "front-end", _pagefault())
 
 
+def _made(source: DeviceSource) -> Device:
+    """The device for a session. Raises VhostpcError for one that cannot serve."""
+    device = source if isinstance(source, Device) else source()
+    check_device(device)
+    return device
+
+
 def _pagefault() -> bool:
     why = refusal()
     if why is not None:
@@ -112,7 +113,7 @@ async def _serve_one(
     """One session. Its errors end it, and nothing else."""
     log.info("%s: connected", name)
     try:
-        device = source if isinstance(source, Device) else source()
+        device = _made(source)
         await Session(device, connection, options, pagefault=pagefault, name=name).run()
     except Exception as e:  # the server outlives any session
         sentence = one_sentence(e)

@@ -2,18 +2,18 @@
 
 Two tasks: one always reads, so that the end of the connection is seen whatever a handler waits for; one
 handles strictly in order. The moment the front-end is gone, memory whose pages it would have brought is given
-up, which lets every waiter go.
+up, which lets every waiter go. A third task waits for the word that a touch met a page which the front-end had taken
+away from under it (SIGBUS, see ``memory.strike``): that ends the session too.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import time
 
 import trio
 
-from vhostpc.backend import requests  # noqa: F401 - its handlers
+from vhostpc.backend import inflight_requests, requests  # noqa: F401 - their handlers
 from vhostpc.backend.answer import HANDLERS, Answer
 from vhostpc.backend.device import Device
 from vhostpc.backend.memory_requests import use_pending_memory
@@ -21,12 +21,17 @@ from vhostpc.backend.options import Options
 from vhostpc.backend.state import SessionState
 from vhostpc.errors import (
     GuestMemoryError,
+    LinkLost,
     PeerClosed,
     PostcopyRefused,
     ProtocolError,
     RemoteProtocolError,
+    Shortage,
     UfdError,
 )
+from vhostpc.logs import rationed_logger
+from vhostpc.memory.strike import struck
+from vhostpc.own_sockets import known
 from vhostpc.transport import MessageSocket
 from vhostpc.wire.vhost_user import (
     FLAG_REPLY,
@@ -40,12 +45,15 @@ from vhostpc.wire.vhost_user import (
     request_name,
 )
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 #: A message that took longer than this (s) is logged with its name.
 SLOW_MESSAGE = 0.5
 #: Whole messages read ahead of the one being handled.
 READ_AHEAD = 16
+#: How often (s), and how many times, giving up memory is tried again where there is none to put in its place.
+GIVE_UP_AGAIN = 0.1
+GIVE_UP_TRIES = 50
 
 
 class Session:
@@ -56,6 +64,7 @@ class Session:
     ) -> None:
         self.name = name
         self.state = SessionState(device, options, pagefault=pagefault, name=name)
+        self._connection = sock
         self.socket = MessageSocket(sock)
         self._frames_in, self._frames_out = trio.open_memory_channel[Frame](READ_AHEAD)
 
@@ -63,22 +72,51 @@ class Session:
         """Serve until the front-end closes the connection.
 
         Raises RemoteProtocolError, GuestMemoryError, PostcopyRefused with one sentence for the log, or what
-        the device raised. All descriptors, mappings and threads of the session are gone when it returns.
+        the device raised. All descriptors, mappings and threads of the session are gone when it returns; what could
+        not be given up is told in the log.
         """
         try:
-            async with trio.open_nursery() as nursery:
-                self.state.nursery = nursery
-                nursery.start_soon(self.state.device.handle_session, self.state)
-                nursery.start_soon(self._handle_all)
-                try:
-                    await self._read_all()
-                finally:
-                    # At once, also while a handler waits for a page that nobody will bring any more.
-                    self.state.postcopy.lost()
-                    self.state.supply.fail()
-                    nursery.cancel_scope.cancel()
+            with known(self._connection):
+                await self._serve()
         finally:
             self._close()
+
+    async def _serve(self) -> None:
+        async with trio.open_nursery() as nursery:
+            self.state.nursery = nursery
+            nursery.start_soon(self.state.device.handle_session, self.state)
+            nursery.start_soon(self._handle_all)
+            nursery.start_soon(self._watch_memory)
+            try:
+                await self._read_all()
+            finally:
+                # At once, also while a handler waits for a page that nobody will bring any more.
+                self.state.postcopy.lost()
+                why = self.state.supply.fail()
+                nursery.cancel_scope.cancel()
+                if why is not None:
+                    with trio.CancelScope(shield=True):
+                        await self._let_waiters_go(why)
+
+    async def _watch_memory(self) -> None:
+        strike = await struck(self.state.supply)
+        raise GuestMemoryError(strike.sentence(self.state.regions))
+
+    async def _let_waiters_go(self, why: str | None) -> None:
+        """There was nothing to put in the place of memory that is given up: try again, then leave who sleeps."""
+        state = self.state
+        for _ in range(GIVE_UP_TRIES):
+            if why is None or not state.supply.asleep:
+                return
+            await trio.sleep(GIVE_UP_AGAIN)
+            why = state.supply.fail()
+        log.error(
+            "%s: memory cannot be given up (%s): %d of its threads still wait for pages, and stay with all that they"
+            " use until this process ends",
+            self.name,
+            why,
+            state.gate.sleepers.leave(),
+        )
 
     async def _read_all(self) -> None:
         with self._frames_in:
@@ -86,39 +124,9 @@ class Session:
                 frame = await self.socket.receive()
                 if frame is None:
                     return
-                try:
-                    handed_on = await self._hand_on(frame)
-                except BaseException:
-                    frame.close_fds()
-                    raise
-                if not handed_on:
-                    frame.close_fds()
+                # The handler may wait for a page of this very front-end, or its reply may have found nobody.
+                if not await self.socket.hand_on(frame, self._frames_in):
                     return
-
-    async def _hand_on(self, frame: Frame) -> bool:
-        """False: there was no room, and the front-end hung up while we waited for some.
-
-        Nobody may be left to make room: the handler waits for a page of that very front-end, or its reply found
-        nobody.
-        """
-        try:
-            self._frames_in.send_nowait(frame)
-        except trio.WouldBlock:
-            pass
-        else:
-            return True
-        handed_on = False
-        async with trio.open_nursery() as nursery:
-
-            async def watch() -> None:
-                await self.socket.hung_up()
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(watch)
-            await self._frames_in.send(frame)
-            handed_on = True
-            nursery.cancel_scope.cancel()
-        return handed_on
 
     async def _handle_all(self) -> None:
         try:
@@ -152,8 +160,10 @@ class Session:
             log.warning("%s: %s is not offered and was declined", self.name, name)
             await self._acknowledge(frame, 1)
             return
-        if not spec.min_size <= len(frame.payload) <= spec.max_size:
-            raise RemoteProtocolError(f"{name}: payload of {len(frame.payload)} bytes")
+        size = len(frame.payload)
+        if size < spec.min_size or (size > spec.max_size and not spec.padded):
+            raise RemoteProtocolError(f"{name}: payload of {size} bytes")
+        frame.payload = frame.payload[: spec.max_size]
         if not spec.min_fds <= len(frame.fds) <= spec.max_fds:
             raise RemoteProtocolError(f"{name}: {len(frame.fds)} descriptors")
         answer = await HANDLERS[frame.request](state, frame)
@@ -193,8 +203,10 @@ class Session:
             except (trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
                 break
         self._frames_out.close()
-        self.socket.close()
-        self.state.close()
+        try:
+            self.socket.close()
+        finally:
+            self.state.close()
 
 
 def one_sentence(error: BaseException) -> str | None:
@@ -203,10 +215,19 @@ def one_sentence(error: BaseException) -> str | None:
         told = [one_sentence(e) for e in error.exceptions]
         known = [t for t in told if t is not None]
         return "; ".join(dict.fromkeys(known)) if len(known) == len(told) else None
-    if isinstance(error, ProtocolError | GuestMemoryError | PostcopyRefused | PeerClosed | UfdError):
+    if isinstance(
+        error,
+        ProtocolError | GuestMemoryError | LinkLost | PostcopyRefused | PeerClosed | UfdError | Shortage,
+    ):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ECONNRESET):
         return "the front-end is gone"
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         return f"this process can have no more: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return "this process can have no more memory"
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(
+        error
+    ):  # one that the device borrowed
+        return "this process can have no more threads"
     return None

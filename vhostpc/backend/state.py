@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import socket
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from functools import partial
 
 import trio
@@ -15,14 +16,17 @@ from vhostpc.backend.options import Options
 from vhostpc.backend.postcopy import Postcopy
 from vhostpc.backend.vring import Vring
 from vhostpc.errors import RemoteProtocolError, RequestFailed
+from vhostpc.logs import rationed_logger
 from vhostpc.memory.gate import Gate
+from vhostpc.memory.inflight import InflightRegion
 from vhostpc.memory.log import DirtyLog
 from vhostpc.memory.mapping import Mapping, Supply
-from vhostpc.memory.table import GuestMemory
-from vhostpc.transport import signal_event
+from vhostpc.memory.table import GuestMemory, Region
+from vhostpc.virtio.event import clear_event, signal_event
+from vhostpc.virtio.features import closed
 from vhostpc.wire.vhost_user import Feature, ProtocolFeature
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 #: A ring whose front-end gave no kick descriptor is looked at this often (s).
 POLL_INTERVAL = 0.001
@@ -38,7 +42,6 @@ class SessionState:
         self.supply = Supply()
         self.gate = Gate(self.supply, device.num_queues + 2)
         self.gate.slow = options.slow
-        self.pump_limiter = trio.CapacityLimiter(device.num_queues)
         self.postcopy = Postcopy(self.supply, name)
         self.pagefault = pagefault
         self.nursery: trio.Nursery
@@ -54,17 +57,23 @@ class SessionState:
         #: All that are mapped, in force or not.
         self.mappings: set[Mapping] = set()
         self.dirty_log: DirtyLog | None = None
+        self.inflight: InflightRegion | None = None
+        self.told_no_region = False
+        self._told_restart = False
         self.channel: BackendChannel | None = None
+        self.channel_came = trio.Event()
         self.status = 0
         self.owned = False
         self._forwarders: dict[int, trio.CancelScope] = {}
+        #: Rings whose error is being told, and whether it is to be told once more.
+        self._errors: dict[int, bool] = {}
         self.vrings = [Vring(self, i) for i in range(device.num_queues)]
 
     # --- what is offered ---
 
     @property
     def offered_features(self) -> int:
-        """GET_FEATURES: the device's bits and the framework's, less those hidden."""
+        """GET_FEATURES: the device's bits and the framework's, less those hidden, and less what needs others."""
         framework = (
             Feature.LOG_ALL
             | Feature.INDIRECT_DESC
@@ -73,7 +82,8 @@ class SessionState:
             | Feature.VERSION_1
         )
         # As plain integers: the complement of a flag holds only the bits that have names.
-        return (int(self.device.features) | int(framework)) & ~int(self.options.hide_features)
+        bits = (int(self.device.features) | int(framework)) & ~int(self.options.hide_features)
+        return closed(bits, self.device.device_id)
 
     @property
     def offered_protocol_features(self) -> ProtocolFeature:
@@ -88,6 +98,7 @@ class SessionState:
             | P.RESET_DEVICE
             | P.CONFIGURE_MEM_SLOTS
             | P.STATUS
+            | P.INFLIGHT_SHMFD
         )
         if kind.send_rarp is not Device.send_rarp:
             bits |= P.RARP
@@ -99,7 +110,20 @@ class SessionState:
             bits |= P.PAGEFAULT
         if self.options.inband:
             bits |= P.INBAND_NOTIFICATIONS
-        return bits & ~ProtocolFeature(self.options.hide_protocol_features)
+        bits &= ~ProtocolFeature(self.options.hide_protocol_features)
+        if not (P.REPLY_ACK in bits and P.BACKEND_REQ in bits):
+            bits &= ~P.INBAND_NOTIFICATIONS
+        return bits
+
+    @property
+    def smallest_ring(self) -> int:
+        """Entries of the smallest ring whose size is known; 0: none is."""
+        return min((vring.size for vring in self.vrings if vring.size), default=0)
+
+    @property
+    def regions(self) -> list[Region]:
+        """All that are known, in force or not."""
+        return [r for memory in (self.memory, self.pending_memory) if memory for r in memory.regions]
 
     # --- what rings ask ---
 
@@ -109,13 +133,22 @@ class SessionState:
 
     @property
     def may_run(self) -> bool:
-        """May rings run? Not before features are known, nor while writes should be logged and can not be."""
+        """May rings run? Not before features are known, nor while writes should be logged and cannot be."""
         if not self.features_set:
             return False
         waits_for_log = (
             self.log_all and self.dirty_log is None and ProtocolFeature.LOG_SHMFD in self.protocol_features
         )
         return not waits_for_log
+
+    def ring_starts(self) -> None:
+        """Say once what a restart of this process would mean to its front-end."""
+        if self.inflight is None and not self._told_restart:
+            self._told_restart = True
+            log.info(
+                "%s: no inflight region: should this process be started again, requests go on at the used index",
+                self.name,
+            )
 
     async def update_vrings(self) -> None:
         """Start and stop handlers after something changed that concerns all rings."""
@@ -136,6 +169,16 @@ class SessionState:
                 vring.queue.resume()
 
     # --- notification without the front-end's descriptors ---
+
+    def set_channel(self, sock: socket.socket) -> None:
+        """SET_BACKEND_REQ_FD: requests go there from now on. The socket is ours."""
+        if self.channel is not None:
+            self.channel.close()
+        self.channel = BackendChannel(
+            sock, reply_ack=ProtocolFeature.REPLY_ACK in self.protocol_features, name=self.name
+        )
+        self.nursery.start_soon(self.channel.run)
+        self.channel_came.set()
 
     @property
     def inband(self) -> bool:
@@ -159,6 +202,35 @@ class SessionState:
                 await trio.sleep(POLL_INTERVAL)
                 signal_event(fd)
 
+    def kick_from(self, fd: int, index: int) -> tuple[int, trio.CancelScope]:
+        """A kick eventfd of our own, written for all that comes from a pipe or socket, which is ours from now on.
+
+        The scope is round the task that writes it, as above.
+        """
+        own = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        scope = trio.CancelScope()
+        self.nursery.start_soon(self._forward_kicks, fd, own, index, scope)
+        return own, scope
+
+    async def _forward_kicks(self, fd: int, own: int, index: int, scope: trio.CancelScope) -> None:
+        try:
+            with scope:
+                while True:
+                    await trio.lowlevel.wait_readable(fd)
+                    if scope.cancel_called:
+                        return  # just as something came: the number of our own may be another descriptor's by now
+                    if not clear_event(fd):
+                        # Else it would be readable for ever.
+                        log.warning(
+                            "%s: ring %d: nobody kicks it any more: its descriptor has ended",
+                            self.name,
+                            index,
+                        )
+                        return
+                    signal_event(own)
+        finally:
+            os.close(fd)
+
     def own_call(self, index: int) -> int:
         """In-band: an eventfd whose signals go out as VRING_CALL. Else -1: the driver is not called."""
         if not self.inband:
@@ -173,12 +245,20 @@ class SessionState:
     async def _forward_calls(self, fd: int, index: int, scope: trio.CancelScope) -> None:
         try:
             with scope:
-                while self.channel is not None:
+                while True:
                     await trio.lowlevel.wait_readable(fd)
-                    os.eventfd_read(fd)
-                    await self._tell(partial(self.channel.vring_call, index))
+                    clear_event(fd)
+                    await self._tell_inband(index, BackendChannel.vring_call)
         finally:
             os.close(fd)
+
+    async def _tell_inband(
+        self, index: int, request: Callable[[BackendChannel, int], Awaitable[None]]
+    ) -> None:
+        """What is to be told of a ring before there is a channel is told when it comes: it may follow the set-up."""
+        while self.channel is None:
+            await self.channel_came.wait()
+        await self._tell(partial(request, self.channel, index))
 
     async def _tell(self, request: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -191,8 +271,17 @@ class SessionState:
         vring = self.vrings[index]
         if vring.err >= 0:
             signal_event(vring.err)
-        if self.inband and self.channel is not None:
-            self.nursery.start_soon(self._tell, partial(self.channel.vring_error, index))
+        if self.inband and not self._errors.get(index):
+            # One task a ring: a front-end that does not answer may break its rings as often as it likes.
+            waiting, self._errors[index] = index in self._errors, True
+            if not waiting:
+                self.nursery.start_soon(self._tell_errors, index)
+
+    async def _tell_errors(self, index: int) -> None:
+        while self._errors[index]:
+            self._errors[index] = False
+            await self._tell_inband(index, BackendChannel.vring_error)
+        del self._errors[index]
 
     async def config_changed(self) -> None:
         """For devices: tell the driver that config space changed. Nothing happens without a back-end channel."""
@@ -200,21 +289,17 @@ class SessionState:
             await self._tell(self.channel.config_changed)
 
     def close(self) -> None:
-        """Close descriptors and let go of memory; no handler runs any more."""
-        if self.channel is not None:
-            self.channel.close()
-            self.channel = None
-        for vring in self.vrings:
-            vring.close()
-        self.postcopy.close()
-        # Not left to the garbage collector: the front-end may want its memory back.
-        for memory in (self.memory, self.pending_memory):
-            if memory is not None:
-                memory.close()
-        for mapping in self.mappings:
-            mapping.close()
+        """Close descriptors and let go of memory; no handler runs any more. What fails keeps nothing else open."""
+        with ExitStack() as last_first:
+            last_first.callback(self.supply.close)
+            # Not left to the garbage collector: the front-end may want its memory back.
+            for thing in (self.inflight, self.dirty_log, *self.mappings, self.pending_memory, self.memory):
+                if thing is not None:
+                    last_first.callback(thing.close)
+            last_first.callback(self.postcopy.close)
+            for vring in self.vrings:
+                last_first.callback(vring.close)
+            if self.channel is not None:
+                last_first.callback(self.channel.close)
         self.mappings.clear()
-        if self.dirty_log is not None:
-            self.dirty_log.close()
-        self.memory = self.pending_memory = self.dirty_log = None
-        self.supply.close()
+        self.channel = self.memory = self.pending_memory = self.dirty_log = self.inflight = None

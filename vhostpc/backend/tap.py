@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import socket
 import struct
 
-from vhostpc.errors import VhostpcError
+import trio
 
-_TUNSETIFF, _TUNSETQUEUE = 0x400454CA, 0x400454D9
+from vhostpc.errors import LinkLost, VhostpcError
+
+_TUNSETIFF, _TUNGETIFF, _TUNSETQUEUE = 0x400454CA, 0x800454D2, 0x400454D9
 _IFF_TAP, _IFF_NO_PI, _IFF_MULTI_QUEUE = 0x0002, 0x1000, 0x0100
 _IFF_ATTACH_QUEUE, _IFF_DETACH_QUEUE = 0x0200, 0x0400
 
 
-def open_tap(name: str, *, multi_queue: bool = False) -> int:
-    """A non-blocking descriptor of tap device ``name``, which is made if it is not there (CAP_NET_ADMIN).
+def open_tap(name: str, *, multi_queue: bool = False, make: bool = False) -> int:
+    """A non-blocking descriptor of tap device ``name``.
 
-    ``multi_queue``: one queue of several, one call each. Raises VhostpcError that says what to do.
+    ``multi_queue``: one queue of several, one call each. ``make``: if there is none, make one (CAP_NET_ADMIN), which
+    goes with its last descriptor. Raises VhostpcError that says what to do.
     """
     if not 0 < len(name.encode()) < 16:
         raise VhostpcError(f"tap {name!r}: a name has 1 to 15 bytes")
-    try:
-        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as e:
-        raise VhostpcError(f"/dev/net/tun: {e.strerror}; is the tun module loaded?") from None
+    if not make:
+        # TUNSETIFF would make one of a name that was only mistyped.
+        try:
+            socket.if_nametoindex(name)
+        except OSError:
+            queues = " multi_queue" if multi_queue else ""
+            raise VhostpcError(
+                f"tap {name}: there is no such network device; to make it: ip tuntap add {name} mode tap{queues}"
+            ) from None
+    fd = _open_tun()
     flags = _IFF_TAP | _IFF_NO_PI | (_IFF_MULTI_QUEUE if multi_queue else 0)
     try:
         fcntl.ioctl(fd, _TUNSETIFF, struct.pack("=16sH22x", name.encode(), flags))
@@ -38,6 +49,31 @@ def open_tap(name: str, *, multi_queue: bool = False) -> int:
     return fd
 
 
+def may_open_any_tap() -> bool:
+    """Whether this process may open (and make) any tap device here, not only those of its user. Changes nothing.
+
+    Raises VhostpcError where it may open none.
+    """
+    fd = _open_tun()
+    try:
+        # The kernel looks at the rights first, then it refuses a device that is neither tun nor tap (tun_set_iff).
+        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("=16sH22x", b"", 0))
+    except OSError as e:
+        return e.errno != errno.EPERM
+    finally:
+        os.close(fd)
+    return True
+
+
+def _open_tun() -> int:
+    try:
+        return os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as e:
+        absent = e.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO)
+        mend = "modprobe tun" if absent else "let this process open it (its mode; DeviceAllow= in a unit)"
+        raise VhostpcError(f"/dev/net/tun: {e.strerror}; {mend}") from None
+
+
 def attach_queue(fd: int, attached: bool) -> None:
     """Let one queue of several have frames of the network, or give them all to the others (TUNSETQUEUE).
 
@@ -45,3 +81,20 @@ def attach_queue(fd: int, attached: bool) -> None:
     """
     flag = _IFF_ATTACH_QUEUE if attached else _IFF_DETACH_QUEUE
     fcntl.ioctl(fd, _TUNSETQUEUE, struct.pack("=16sH22x", b"", flag))
+
+
+#: Seconds between two looks whether a tap device is there. Its descriptor says nothing by itself when it is not, but to
+#: who wants to know of each frame too.
+LOOK_INTERVAL = 1.0
+
+
+async def until_deleted(fd: int, name: str) -> None:
+    """Raise LinkLost when the tap device of ``fd``, one of its attached queues, is gone; else go on for ever."""
+    while True:
+        try:
+            fcntl.ioctl(fd, _TUNGETIFF, bytes(40))
+        except OSError as e:
+            if e.errno not in (errno.EBADFD, errno.ENODEV):
+                raise
+            raise LinkLost(f"tap {name} was deleted") from None
+        await trio.sleep(LOOK_INTERVAL)

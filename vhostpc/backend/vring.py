@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -12,13 +11,16 @@ import trio
 
 from vhostpc.backend.device import Device
 from vhostpc.errors import BrokenQueue, MemoryLost, RemoteProtocolError
+from vhostpc.logs import rationed_logger
 from vhostpc.memory.gate import Gate
+from vhostpc.memory.inflight import InflightRegion
 from vhostpc.memory.log import DirtyLog
 from vhostpc.memory.table import GuestMemory
+from vhostpc.units import in_units
 from vhostpc.virtio.queue import Queue
 from vhostpc.wire.vhost_user import VringAddr
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 #: Seconds that a handler which waits for the outside world gets to end by itself when its ring stops.
 GRACE = 0.2
@@ -35,16 +37,18 @@ class RingHost(Protocol):
     device: Device
     name: str
     gate: Gate
-    pump_limiter: trio.CapacityLimiter
     nursery: trio.Nursery
     features: int
     memory: GuestMemory | None
     dirty_log: DirtyLog | None
+    inflight: InflightRegion | None
 
     @property
     def log_all(self) -> bool: ...
     @property
     def may_run(self) -> bool: ...
+    def ring_starts(self) -> None: ...
+    def own_call(self, index: int) -> int: ...
     def ring_failed(self, index: int) -> None: ...
 
 
@@ -58,7 +62,7 @@ class Vring:
     def __init__(self, session: RingHost, index: int) -> None:
         self._session = session
         self.index = index
-        self.queue = Queue(index, session.gate, session.pump_limiter, self._spawn)
+        self.queue = Queue(index, session.gate, self._spawn)
         self.size = 0
         self.addr: VringAddr | None = None
         self.started = False
@@ -66,6 +70,7 @@ class Vring:
         self.kick = -1
         self.err = -1
         self.broken = False
+        self._call_known = False
         #: Round the task that writes our own kick descriptor at intervals, where the front-end gave none.
         self.poller: trio.CancelScope | None = None
         self._scope: trio.CancelScope | None = None
@@ -115,7 +120,7 @@ class Vring:
         dirty = self._session.dirty_log if self._session.log_all else None
         memory = self._session.memory
         if dirty is not None and memory is not None and not dirty.covers(memory.end):
-            raise RemoteProtocolError(f"the dirty log of {dirty.size:#x} bytes does not cover all memory")
+            raise RemoteProtocolError(f"the dirty log of {in_units(dirty.size)} does not cover all memory")
         addr = self.addr
         self.queue.set_log(dirty, addr is not None and bool(addr.flags & 1), addr.log if addr else 0)
 
@@ -140,6 +145,18 @@ class Vring:
         if old >= 0:
             os.close(old)
 
+    def set_call(self, fd: int) -> None:
+        """Call the driver through this descriptor, ours from now on; -1: in-band if agreed, else not at all."""
+        if fd < 0:
+            fd = self._session.own_call(self.index)
+        self._call_known = True
+        self.queue.set_call(fd)
+        if fd >= 0:
+            os.close(fd)
+            if self.running:
+                # An interrupt may have been lost with the old descriptor.
+                self.queue.signal()
+
     def set_err(self, fd: int) -> None:
         old, self.err = self.err, fd
         if old >= 0:
@@ -160,6 +177,10 @@ class Vring:
 
     def _launch(self) -> None:
         self.configure()
+        self.queue.set_inflight(self._session.inflight)
+        if not self._call_known:
+            self.set_call(-1)  # who is called in-band need not say so of each ring
+        self._session.ring_starts()
         self.queue.start(self.kick)
         self._with_enabled = self.enabled
         self._done = trio.Event()
@@ -221,21 +242,31 @@ class Vring:
                 )
                 waited = 0.0
 
-    async def stop(self) -> int:
-        """GET_VRING_BASE: stop, and return the next avail index. Waits for a page only if a touch in hand does."""
+    async def set_up_anew(self) -> None:
+        """What the front-end says is no change of a running ring: it begins again, and the next KICK starts the ring.
+
+        Some front-ends do so after a reset, without GET_VRING_BASE. Waits for a page only if a touch in hand does.
+        """
         self.started = False
         await self.update()
         self.broken = False
+
+    async def stop(self) -> int:
+        """GET_VRING_BASE: stop, and return the next avail index. Waits for a page only if a touch in hand does."""
+        await self.set_up_anew()
         base = self.queue.base
         self.set_kick(-1)
         self.queue.set_call(-1)
+        self._call_known = False
         return base
 
     def close(self) -> None:
-        """Close descriptors, let go of memory. The handler has ended."""
-        self.set_kick(-1)
-        self.set_err(-1)
-        self.queue.close()
+        """Let go of memory, close descriptors. The handler has ended; what else works the queue has to end now."""
+        try:
+            self.queue.close()
+        finally:
+            self.set_kick(-1)
+            self.set_err(-1)
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

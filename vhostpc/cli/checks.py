@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import platform
 import re
@@ -15,6 +14,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from vhostpc.backend.tap import may_open_any_tap
+from vhostpc.cli.common import MORE_DESCRIPTORS, few_descriptors
+from vhostpc.errors import VhostpcError
 from vhostpc.ufd import MINIMUM_KERNEL, POSTCOPY_FEATURES, Features, Probe, Way, names, probe
 from vhostpc.ufd.dirty import DirtyWay, probe_dirty
 from vhostpc.ufd.probe import explain
@@ -31,7 +33,7 @@ class Level(Enum):
     WARN = "warn"
     """Part of what we do, or a peer, will not work."""
     FAIL = "fail"
-    """Postcopy can not work."""
+    """Postcopy cannot work."""
 
 
 @dataclass(frozen=True)
@@ -167,18 +169,26 @@ def check_locked_memory() -> Check:
     return Check("mlockall", Level.OK, text, facts={"rlimit_memlock": soft})
 
 
-def check_tun() -> Check:
+def check_descriptors() -> Check:
+    """Whether a program of ours starts."""
+    if problem := few_descriptors():
+        return Check("open files", Level.FAIL, f"no program will start: {problem}", MORE_DESCRIPTORS)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+    return Check("open files", Level.OK, f"limit: {limit}", facts={"rlimit_nofile": soft})
+
+
+def check_tap() -> Check:
+    """What ``vhostpc bridge --tap`` may do; nothing else needs it."""
     try:
-        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as e:
-        mend = (
-            "only for --tap: modprobe tun"
-            if e.errno == errno.ENOENT
-            else "only for --tap: run with CAP_NET_ADMIN"
-        )
-        return Check("/dev/net/tun", Level.NOTE, f"{e.strerror}", mend)
-    os.close(fd)
-    return Check("/dev/net/tun", Level.OK, "tap devices can be opened")
+        any_tap = may_open_any_tap()
+    except VhostpcError as e:
+        reason, _, mend = str(e).partition("; ")
+        return Check("tap devices", Level.NOTE, reason, f"only for --tap: {mend}")
+    if any_tap:
+        return Check("tap devices", Level.OK, "can be opened")
+    mend = "only for --tap: as root, ip tuntap add NAME mode tap user USER; or run with CAP_NET_ADMIN"
+    return Check("tap devices", Level.NOTE, "only those that belong to this user can be opened", mend)
 
 
 # From docs/compatibility.md: (concerns this version, what happens, what to do).
@@ -246,7 +256,8 @@ def run_checks() -> list[Check]:
         check_huge_pages(),
         check_shmem_thp(),
         check_locked_memory(),
-        check_tun(),
+        check_descriptors(),
+        check_tap(),
     ]
     programs = qemu_programs()
     checks += [check_qemu(p) for p in programs]

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
+from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import trio
 
-from vhostpc.cli.common import DONE, FAILED, common_options, start_logging
+from vhostpc.cli.common import (
+    DONE,
+    FAILED,
+    CannotHere,
+    common_options,
+    ending_signals,
+    need_descriptors,
+    start_logging,
+)
 from vhostpc.cli.demo_books import Result
 from vhostpc.cli.demo_run import MIB, SIZE, Demo
 from vhostpc.cli.endpoint import size as size_of
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
+from vhostpc.memory.available import available_memory
+from vhostpc.units import in_units
 
 SMALLEST = 32 * MIB
+BESIDES = 400 * MIB
+"""Memory of the five processes themselves, at most."""
 HARM = "VHOSTPC_DEMO_CORRUPT"
 """An environment variable for tests: one byte of one page is damaged on its way, which must be found."""
 
@@ -88,53 +100,59 @@ GOOD = "Every frame and every page is accounted for, each page came once and is 
 
 def print_tables(result: Result) -> None:
     """The result for people."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from vhostpc.cli.demo_screen import print_table, screen
 
-    console = Console()
+    console = screen()
     for title, heads, rows in tables(result):
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        for i, head in enumerate(heads):
-            table.add_column(head, justify="right" if i else "left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        print_table(console, title, heads, rows)
     if result.problems:
         console.print("The books do not balance:", style="bold red")
         for problem in result.problems:
-            console.print(f"- {problem}", style="red", highlight=False)
+            console.print(f"- {problem}", style="red", markup=False)
     else:
         console.print(GOOD, style="bold green")
 
 
 async def with_progress(demo: Demo) -> Result:
-    """Run it under a bar for each phase, on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    """Run it, and show its phases on stderr."""
+    from vhostpc.cli.demo_screen import phases
 
-    columns = (
-        TextColumn("{task.description:40}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with phases() as demo.show:
+        async with trio.open_nursery() as nursery:
+            with trio.open_signal_receiver(*(n for n in ending_signals() if n != signal.SIGINT)) as signals:
+                nursery.start_soon(_end, signals)
+                result = await demo.run()
+                nursery.cancel_scope.cancel()
+        return result
 
-        def show(what: str, share: float) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=1.0)
-            progress.update(tasks[what], completed=share)
 
-        demo.show = show
-        return await demo.run()
+async def _end(signals: AsyncIterator[int]) -> None:
+    """All processes and files go, then the program, as one that the signal has ended."""
+    async for number in signals:
+        raise SystemExit(128 + number)
+
+
+def must_fit(size: int) -> None:
+    """Raises CannotHere: there are two machines of that size for a while."""
+    needs, free = 2 * size + BESIDES, available_memory()
+    if needs > free:
+        raise CannotHere(
+            f"a machine of {in_units(size)} at both ends needs {needs // MIB} MiB of memory, and {free // MIB} MiB are"
+            " free: --size makes it smaller"
+        )
+
+
+def page_path(_: click.Context, __: click.Parameter, page: Path | None) -> Path | None:
+    """Where the report can be written, before anything is done for it."""
+    if page is not None and not (page.parent.is_dir() and os.access(page.parent, os.W_OK | os.X_OK)):
+        raise click.BadParameter(f"the folder {str(page.parent)!r} is not there, or cannot be written to")
+    return page
 
 
 def memory(_: click.Context, __: click.Parameter, text: str) -> int:
     size = size_of(text)
     if size < SMALLEST or size % 4096:
-        raise click.BadParameter(f"{text!r} is not whole pages of 4096 bytes, {SMALLEST // MIB}M at least")
+        raise click.BadParameter(f"{text!r} is not whole pages of 4 KiB, {SMALLEST // MIB}M at least")
     return size
 
 
@@ -152,6 +170,7 @@ def memory(_: click.Context, __: click.Parameter, text: str) -> int:
     "--report",
     "page",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    callback=page_path,
     metavar="FILE",
     help="Write the run in pictures: an HTML page that needs nothing else.",
 )
@@ -161,20 +180,22 @@ def demo(as_text: bool, size: int, page: Path | None) -> int:
 
     Five processes: two endpoints, a bridge at each, and this one, which drives their monitors and sends back each
     network frame that comes out of a bridge. The machine's two vCPUs rewrite and check its memory all the time. Ends
-    with 1 if the numbers do not agree, with 3 if this machine can not do it (vhostpc doctor says why).
+    with 1 if the numbers do not agree, with 3 if this machine cannot do it (vhostpc doctor says why).
     """
     start_logging()
+    need_descriptors()
+    must_fit(size)
     work = Demo(size=size, harm=bool(os.environ.get(HARM)))
     result = trio.run(with_progress, work)
+    if as_text:
+        click.echo(json.dumps(as_json(result), indent=2))
+        for problem in result.problems if not sys.stdout.isatty() else ():
+            click.echo(f"vhostpc: {problem}", err=True)
+    else:
+        print_tables(result)
     if page is not None:
         from vhostpc.cli.report import html
 
         page.write_text(html(result, work.story), encoding="utf-8")
         click.echo(f"vhostpc: the report is in {page}", err=True)
-    if as_text:
-        click.echo(json.dumps(as_json(result), indent=2))
-        for problem in result.problems:
-            click.echo(f"vhostpc: {problem}", err=True)
-    else:
-        print_tables(result)
     return FAILED if result.problems else DONE

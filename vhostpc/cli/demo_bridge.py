@@ -1,21 +1,31 @@
 """The bridge of ``vhostpc demo``, a process of its own: ``python -m vhostpc.cli.demo_bridge PATH HOST PORT``.
 
 Serves on the unix socket PATH, sends the guest's frames to HOST:PORT, says "ready" on stdout and ends when its
-stdin is closed.
+stdin is closed. If that was because its parent ended without clearing up, it removes the folder of PATH when the other
+processes have left it.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import signal
 import socket
 import sys
+import time
+import traceback
+from pathlib import Path
 
 import trio
 
 from vhostpc.backend import serve
 from vhostpc.backend.net import Bridge
+from vhostpc.errors import is_foreseen, sentence
 
 RECEIVE_BUFFER = 4 << 20
+LEAVING = 10.0
+"""Seconds that the others may take to end when the parent is gone."""
 
 
 async def run(path: str, far: tuple[str, int]) -> None:
@@ -33,10 +43,30 @@ async def run(path: str, far: tuple[str, int]) -> None:
             nursery.cancel_scope.cancel()
 
 
+def clear_up(folder: Path) -> None:
+    """Remove it when no socket is left in it, or when that takes too long."""
+    until = time.monotonic() + LEAVING
+    while time.monotonic() < until and any(path.is_socket() for path in folder.iterdir()):
+        time.sleep(0.05)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def main() -> None:
     """See the module's docstring."""
     logging.basicConfig(level="WARNING", format="bridge: %(message)s")
-    trio.run(run, sys.argv[1], (sys.argv[2], int(sys.argv[3])))
+    parent = os.getppid()
+    # It is told to end with its parent, and does so by the end of its stdin, in order.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        trio.run(run, sys.argv[1], (sys.argv[2], int(sys.argv[3])))
+    except Exception as error:
+        if not is_foreseen(error):
+            traceback.print_exc()
+        # The last line is what the demonstration tells.
+        print(sentence(error), file=sys.stderr)
+        sys.exit(1)
+    if os.getppid() != parent:
+        clear_up(Path(sys.argv[1]).parent)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +25,29 @@ ENDING = 5.0
 STEP = 0.02
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with(parent: int) -> None:
+    """In a new process: SIGTERM when ``parent`` ends, however it does (prctl(2), PR_SET_PDEATHSIG)."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(0)
+
+
 @asynccontextmanager
 async def child(name: str, module: str, *arguments: str, log: Path) -> AsyncIterator[trio.Process]:
     """``python -m module``; what it says on stderr goes to ``log``. Told to end when left, killed if it does not."""
     argv = [sys.executable, "-m", module, *arguments]
     with log.open("wb") as errors:
         process = await trio.lowlevel.open_process(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, process_group=0
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            process_group=0,
+            preexec_fn=partial(_end_with, os.getpid()),
         )
     try:
         yield process

@@ -6,7 +6,6 @@ bridge at each end. The far side of the bridges is here: a UDP socket that sends
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -22,7 +21,9 @@ from vhostpc.cli.demo_ends import STEP, End, bridge, endpoint, far_side, machine
 from vhostpc.cli.demo_relay import Relay, open_relay
 from vhostpc.errors import VhostpcError
 from vhostpc.frontend import FarSide
+from vhostpc.listener import socket_folder
 from vhostpc.ufd import Userfaultfd
+from vhostpc.ufd.trace import Way
 
 PAGE = 4096
 MIB = 1 << 20
@@ -32,6 +33,10 @@ BEFORE, PRECOPY, AFTER = 1.0, 2.5, 1.0
 """Seconds."""
 PRECOPY_RATE, POSTCOPY_RATE = 0.24, 0.15
 """Shares of memory a second: precopy is left far from its end, and the background of postcopy takes a while."""
+ONLY_REQUESTS = 1
+"""Bytes a second of background: none to speak of."""
+BRIDGE_WAITS = 10.0
+"""Seconds for a bridge at the destination to need a page."""
 CHECKS = 3000
 """Pages that a vCPU reads in a second: not so many that it fetches all by itself."""
 SAMPLE = 0.05
@@ -104,12 +109,12 @@ class Demo:
         self._relay: Relay | None = None
 
     async def run(self) -> Result:
-        """Raises UfdError where the machine can not do postcopy, VhostpcError when the work failed."""
+        """Raises UfdError where the machine cannot do postcopy, VhostpcError when the work failed."""
         Userfaultfd.open().close()  # whoever may not is told so before anything begins
         started = time.monotonic()
-        with trio.move_on_after(LIMIT) as scope, tempfile.TemporaryDirectory(prefix="vhostpc-demo-") as name:
+        with trio.move_on_after(LIMIT) as scope, socket_folder("vhostpc-demo-") as folder:
             async with AsyncExitStack() as stack:
-                await self._story(Path(name), stack)
+                await self._story(folder, stack)
         if scope.cancelled_caught:
             raise VhostpcError(f"the demonstration was not over after {LIMIT:g} s")
         self.result.seconds = time.monotonic() - started
@@ -175,7 +180,7 @@ class Demo:
             "postcopy-ram",
             "events",
             max_bandwidth=int(self.size * PRECOPY_RATE),
-            max_postcopy_bandwidth=int(self.size * POSTCOPY_RATE),
+            max_postcopy_bandwidth=ONLY_REQUESTS,
         )
         await source.command("migrate", uri=uri)
         begin = trio.current_time()
@@ -185,6 +190,9 @@ class Demo:
             await trio.sleep(STEP)
         self.show(COPYING, 1)
         await source.command("migrate-start-postcopy")
+        await self._until_a_bridge_waits(source, destination)
+        rate = int(self.size * POSTCOPY_RATE)
+        await source.command("migrate-set-parameters", max_postcopy_bandwidth=rate)
         most = 0
         for end, left in ((source, True), (destination, False)):
             while (found := await end.migration())["status"] != "completed":
@@ -197,6 +205,13 @@ class Demo:
                     self.show(FOLLOWING, 1 - remaining / max(most, 1))
                 await trio.sleep(STEP)
         self.show(FOLLOWING, 1)
+
+    async def _until_a_bridge_waits(self, source: End, destination: End) -> None:
+        """What this is about: before the background can bring all that a bridge needs, on a busy machine."""
+        with trio.move_on_after(BRIDGE_WAITS):
+            while not any(device["faults"]["count"] for device in (await destination.report())["devices"]):
+                self._must_go_on(await source.migration(), source, "active", "device", "postcopy-active")
+                await trio.sleep(STEP)
 
     @staticmethod
     def _must_go_on(found: dict[str, Any], end: End, *statuses: str) -> None:
@@ -272,7 +287,9 @@ class Demo:
             for client, thread, _, page, way, read_ns, woken_ns in found["faults"]:
                 name = found["clients"][str(client)]
                 who = f"{name}'s bridge" if name in backends else vcpus.get(thread, "guest's drivers")
-                self.story.faults.append(Fault(who, page, self._at(read_ns), self._at(woken_ns), way == 0))
+                self.story.faults.append(
+                    Fault(who, page, self._at(read_ns), self._at(woken_ns), way == str(Way.ASKED))
+                )
 
     def _waits(self, here: dict[str, Any]) -> list[Waits]:
         rows = []

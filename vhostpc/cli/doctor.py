@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
+import textwrap
 from dataclasses import asdict
 
 import click
@@ -18,16 +22,34 @@ MARKS = {
 }
 
 
-def text_report(checks: list[Check]) -> str:
-    """One line a check; what to do about it on the next."""
+LEAST_TEXT = 40
+"""Columns of text that are worth standing beside a name."""
+
+
+def text_report(checks: list[Check], columns: int | None = None) -> str:
+    """One line a check; what to do about it on the next. ``columns``: of a screen, on which lines are broken."""
     width = max(len(c.name) for c in checks)
+    beside = columns is None or columns - width - 8 >= LEAST_TEXT
     lines = []
     for check in checks:
         word, colour = MARKS[check.level]
-        lines.append(f"{click.style(f'{word:4}', fg=colour)}  {check.name:{width}}  {check.text}")
-        if check.mend:
-            lines.append(f"{'':4}  {'':{width}}  -> {check.mend}")
+        mark = click.style(f"{word:4}", fg=colour)
+        texts = [check.text, *([f"-> {check.mend}"] if check.mend else [])]
+        if beside:
+            first, *more = [line for text in texts for line in broken(text, columns and columns - width - 8)]
+            lines.append(f"{mark}  {check.name:{width}}  {first}")
+            lines += [f"{'':4}  {'':{width}}  {line}" for line in more]
+        else:
+            lines.append(f"{mark}  {check.name}")
+            lines += [f"  {line}" for text in texts for line in broken(text, columns and columns - 2)]
     return "\n".join(lines)
+
+
+def broken(text: str, columns: int | None) -> list[str]:
+    """Between words only: what is longer, such as a path, can still be copied."""
+    if columns is None:
+        return [text]
+    return textwrap.wrap(text, max(columns, 1), break_long_words=False, break_on_hyphens=False)
 
 
 @click.command()
@@ -36,7 +58,7 @@ def text_report(checks: list[Check]) -> str:
 def doctor(as_json: bool) -> int:
     """Say whether postcopy migration of vhost-user devices can work here, and what to change if not.
 
-    Exit code 0 if it can, 3 if it can not.
+    Exit code 0 if it can, 3 if it cannot.
     """
     checks = run_checks()
     can = not any(c.level is Level.FAIL for c in checks)
@@ -44,7 +66,9 @@ def doctor(as_json: bool) -> int:
         found = {"postcopy": can, "checks": [{**asdict(c), "level": c.level.value} for c in checks]}
         click.echo(json.dumps(found, indent=2))
     else:
-        click.echo(text_report(checks))
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM", "dumb") == "dumb"
+        click.echo(text_report(checks, columns), color=False if plain else None)
         click.echo()
-        click.echo("Postcopy can work here." if can else "Postcopy can not work here; everything else can.")
+        click.echo("Postcopy can work here." if can else "Postcopy cannot work here; everything else can.")
     return DONE if can else CANNOT

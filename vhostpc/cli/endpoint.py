@@ -3,42 +3,72 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import math
 import re
 import signal
+import sys
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import click
 import trio
 
-from vhostpc.cli.common import Failure, common_options, start_logging
+from vhostpc.cli.common import (
+    Failure,
+    common_options,
+    complete_file,
+    ending_signals,
+    need_descriptors,
+    start_logging,
+)
+from vhostpc.dialect import DEFAULT, DIALECTS, Compat
 from vhostpc.endpoint import Endpoint
 from vhostpc.endpoint.machine import Block, Spec, open_machine
-from vhostpc.errors import VhostpcError
+from vhostpc.errors import is_foreseen, sentence
+from vhostpc.logs import rationed_logger
 from vhostpc.migration import uri
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.machine import Machine
-from vhostpc.migration.options import Compat, Options
+from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import After
-from vhostpc.qmp import Events, Monitor
+from vhostpc.qmp import Events, Monitor, sizes
+from vhostpc.qmp.screen import Screen, shared
 from vhostpc.qmp.terminal import TextMonitor
 from vhostpc.ufd.dirty import DirtyWay
+from vhostpc.units import in_units
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 DEFER, STDIO = "defer", "stdio"
 TRACED_FAULTS = 1 << 16
-_SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+MOST_A_SECOND = 1_000_000_000
 
 
 def size(text: str) -> int:
-    """Bytes from a number with an optional K, M, G or T."""
-    number, suffix = text.rstrip("bB"), ""
-    if number and number[-1].lower() in _SIZES:
-        number, suffix = number[:-1], number[-1].lower()
-    if not re.fullmatch(r"[0-9]{1,18}", number):
-        raise click.BadParameter(f"{text!r} is not a size such as 256M")
-    return int(number) * _SIZES[suffix]
+    """Bytes from what QEMU takes for a size: 256M, 1.5G, 268435456, 0x10000000; and 256MB."""
+    try:
+        found = sizes.size(re.sub(r"(?i)(?<=[0-9.][kmgtpe])b$", "", text.strip()))
+    except sizes.TooLarge:
+        found = -1 if text.strip().startswith("-") else 1 << 64
+    except ValueError:
+        found = -1
+    if found < 0:
+        hexadecimal = re.match(r"(?i)\s*\+?0x", text) is not None
+        why = " (a hexadecimal number is whole bytes, without a unit)" if hexadecimal else ""
+        raise click.BadParameter(f"{text!r} is not a size such as 256M or 1.5G{why}")
+    if found >> 63:
+        raise click.BadParameter(f"{text!r} is more than a file can have, 2^63 - 1 bytes")
+    return found
+
+
+class Seconds(click.FloatRange):
+    """A number that is one: no NaN, which is in every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return found
 
 
 def blocks(_: click.Context, __: click.Parameter, given: Sequence[str]) -> list[Block]:
@@ -57,9 +87,13 @@ def blocks(_: click.Context, __: click.Parameter, given: Sequence[str]) -> list[
             page = size(value)
         ram = Block(name, size(length), page)
         if page < 4096 or page & (page - 1):
-            raise click.BadParameter(f"page={page}: the size of a host page is a power of two from 4096 on")
+            raise click.BadParameter(
+                f"page={value}: the size of a host page is a power of two from 4 KiB on, not {in_units(page)}"
+            )
         if ram.length == 0 or ram.length % page:
-            raise click.BadParameter(f"{text!r}: {ram.length} bytes are not whole pages of {page}")
+            raise click.BadParameter(
+                f"{text!r}: {in_units(ram.length)} are not whole pages of {in_units(page)}"
+            )
         if name in found:
             raise click.BadParameter(f"there are two blocks {name!r}")
         found[name] = ram
@@ -86,15 +120,20 @@ async def until_told(endpoint: Endpoint, events: Events, signals: AsyncIterator[
     async for number in signals:
         signal.signal(number, signal.SIG_DFL)
         events.shutdown("host-signal")
-        endpoint.quit()
+        endpoint.quit(signal.Signals(number).name)
         return
 
 
 async def serve(
-    endpoint: Endpoint, events: Events, qmp: str | None, monitor: str | None, incoming: str | None
+    endpoint: Endpoint,
+    events: Events,
+    qmp: str | None,
+    monitor: str | None,
+    incoming: str | None,
+    screen: Screen | None = None,
 ) -> None:
     """Serve the endpoint and its monitors until it is told to quit."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(*ending_signals()) as signals:
         async with contextlib.AsyncExitStack() as stack:
             if qmp is not None:
                 await stack.enter_async_context(Monitor(endpoint, events).listening(qmp))
@@ -105,10 +144,10 @@ async def serve(
             nursery.start_soon(until_told, endpoint, events, signals)
             await nursery.start(endpoint.serve)
             if monitor == STDIO:
-                nursery.start_soon(text.serve_stdio)
+                nursery.start_soon(text.serve_stdio, 0, 1, screen)
             if incoming not in (None, DEFER):
                 assert incoming is not None
-                address = uri.parse(incoming, endpoint.options.compat, incoming=True)
+                address = uri.parse(incoming, endpoint.options.dialect, incoming=True)
                 await endpoint.incoming(address, exit_on_error=True)
             log.info("ready on %s", ", ".join(p for p in (qmp, monitor) if p))
             await endpoint.ended()
@@ -135,6 +174,7 @@ async def run(
     qmp: str | None,
     monitor: str | None,
     incoming: str | None,
+    screen: Screen | None = None,
 ) -> BaseException | None:
     """Make the machine and serve it; why a machine that was waited for did not come, None if all is well."""
     events = Events(options)
@@ -151,7 +191,7 @@ async def run(
             trace=trace,
             spin_us=spin_us,
         )
-        await serve(served, events, qmp, monitor, incoming)
+        await serve(served, events, qmp, monitor, incoming, screen)
         return served.error
 
 
@@ -168,7 +208,7 @@ async def run(
     multiple=True,
     callback=blocks,
     metavar="NAME=SIZE[,page=SIZE]",
-    help="A RAM block; page: the size of its host pages (2M: huge ones).",
+    help="A RAM block; page: the size of its host pages, 2M for huge ones.  [default of page: 4K]",
 )
 @click.option(
     "--vcpus", type=click.IntRange(1, 64), metavar="N", help="vCPUs of a machine of its own.  [default: 1]"
@@ -176,12 +216,13 @@ async def run(
 @click.option(
     "--backend",
     multiple=True,
+    shell_complete=complete_file,
     metavar="SOCKET",
     help="A network device of a machine of its own: the socket of its vhost-user back-end.",
 )
 @click.option(
     "--backend-timeout",
-    type=click.FloatRange(min=0.1),
+    type=Seconds(min=0.1),
     default=10,
     show_default=True,
     metavar="SECONDS",
@@ -189,7 +230,7 @@ async def run(
 )
 @click.option(
     "--vcpu-writes",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, MOST_A_SECOND),
     default=1000,
     show_default=True,
     metavar="N",
@@ -197,7 +238,7 @@ async def run(
 )
 @click.option(
     "--vcpu-checks",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, MOST_A_SECOND),
     default=20000,
     show_default=True,
     metavar="N",
@@ -227,15 +268,15 @@ async def run(
 )
 @click.option(
     "--compat",
-    type=click.Choice(["7.2", "10.0"]),
-    default="10.0",
+    type=click.Choice(list(DIALECTS)),
+    default=DEFAULT,
     show_default=True,
     help="The QEMU whose manners are kept.",
 )
 @click.option("-S", "--stopped", is_flag=True, help="Do not start the machine: cont does.")
 @click.option(
     "--postcopy-after-seconds",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     metavar="N",
     help="Switch a precopy to postcopy by itself after N seconds.",
 )
@@ -268,8 +309,8 @@ def endpoint(
 
     With --incoming and neither --vcpus nor --backend it holds what comes from QEMU as it came; --ram then says only
     how large its blocks are. Else it has a machine of its own, which needs --ram; with --incoming that is empty until
-    one comes. The monitor's commands are QEMU's. SIGTERM and the monitor's quit end it with code 0; a machine that
-    fails to come ends it with 1.
+    one comes. The monitor's commands are QEMU's. SIGTERM, SIGINT, SIGHUP and the monitor's quit end it with code 0;
+    a machine that fails to come ends it with 1.
     """
     if qmp is None and monitor is None:
         raise click.UsageError("give --qmp or --monitor, or nobody can drive it")
@@ -287,13 +328,17 @@ def endpoint(
         tracking=DirtyWay(dirty_tracking) if dirty_tracking else None,
         timeout=backend_timeout,
     )
-    start_logging()
+    screen = shared(sys.stderr) if monitor == STDIO else None
+    start_logging(screen)
+    need_descriptors()
     open_it: contextlib.AbstractAsyncContextManager[Machine]
     open_it = open_machine(spec, empty=incoming is not None) if own else held(ram)
     after = After(postcopy_after_seconds, postcopy_after_passes)
     trace = TRACED_FAULTS if trace_faults else 0
-    error = trio.run(run, open_it, Options(compat), after, trace, spin_us, stopped, qmp, monitor, incoming)
+    error = trio.run(
+        run, open_it, Options(compat), after, trace, spin_us, stopped, qmp, monitor, incoming, screen
+    )
     if error is not None:
-        what = error if isinstance(error, VhostpcError | OSError) else "failed"
+        what = sentence(error) if is_foreseen(error) else "failed"
         raise Failure(f"the machine did not come: {what}")
     return 0

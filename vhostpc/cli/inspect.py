@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import click
 
-from vhostpc.cli.common import DONE, Failure, common_options
-from vhostpc.cli.inspect_report import Report
+from vhostpc.cli.common import DONE, FAILED, Failure, common_options, complete_file, ended_in_order
+from vhostpc.cli.inspect_report import Json, Report, Tell, Words
+from vhostpc.errors import VhostpcError
+from vhostpc.listener import listening
 from vhostpc.wire.elements import BadStream
 from vhostpc.wire.stream import MAX_DEVICES, StreamReader
 
@@ -20,20 +22,26 @@ CHUNK = 1 << 20
 
 
 @contextlib.contextmanager
-def _listen(family: socket.AddressFamily, address: str | tuple[str, int]) -> Iterator[Callable[[int], bytes]]:
+def _tcp(address: tuple[str, int]) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
-        if family != socket.AF_UNIX:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
+            listener.bind(address)
             listener.listen(1)
-            where = listener.getsockname()
-            words = f"unix:{where}" if isinstance(where, str) else f"tcp:{where[0]}:{where[1]}"
-            click.echo(f"waiting for a source at {words}", err=True)
-            connection, _ = listener.accept()
-        finally:
-            if isinstance(address, str):
-                os.unlink(address)
+        except (OSError, UnicodeError) as error:  # UnicodeError: no host can have that name
+            why = error.strerror if isinstance(error, OSError) else error
+            raise VhostpcError(f"cannot listen on tcp:{address[0]}:{address[1]}: {why}") from None
+        yield listener
+
+
+@contextlib.contextmanager
+def _first(listening: AbstractContextManager[socket.socket]) -> Iterator[Callable[[int], bytes]]:
+    with ended_in_order(), listening as listener:
+        where = listener.getsockname()
+        words = f"unix:{where}" if isinstance(where, str) else f"tcp:{where[0]}:{where[1]}"
+        click.echo(f"waiting for a source at {words}", err=True)
+        connection, _ = listener.accept()
     with connection:
         yield connection.recv
 
@@ -45,24 +53,23 @@ def opened(source: str) -> Iterator[Callable[[int], bytes]]:
     if source == "-":
         yield lambda count: os.read(sys.stdin.fileno(), count)
     elif kind == "unix" and rest:
-        with _listen(socket.AF_UNIX, rest) as read:
+        with _first(listening(rest)) as read:
             yield read
     elif kind == "tcp" and rest:
         host, _, port = rest.rpartition(":")
         if not port.isdigit() or int(port) > 65535:
             raise click.BadParameter(f"{source}: tcp:HOST:PORT wants a port from 0 to 65535")
         host = host.removeprefix("[").removesuffix("]")
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with _listen(family, (host, int(port))) as read:
+        with _first(_tcp((host, int(port)))) as read:
             yield read
     else:
         with open(source, "rb", buffering=0) as file:
             yield file.read
 
 
-def inspect_stream(read: Callable[[int], bytes], limit: int = MAX_DEVICES) -> Report:
-    """Read to the end of the stream, of the bytes, or to the first byte that is wrong."""
-    report = Report()
+def inspect_stream(read: Callable[[int], bytes], tell: Tell, limit: int = MAX_DEVICES) -> Report:
+    """Read to the end of the stream, of the bytes, or to the first byte that is wrong; tell each element."""
+    report = Report(tell)
     reader = StreamReader(limit=limit)
     try:
         while not reader.ended:
@@ -73,6 +80,7 @@ def inspect_stream(read: Callable[[int], bytes], limit: int = MAX_DEVICES) -> Re
         report.wrong = wrong
     else:
         report.trailing = reader.unread
+        report.doubts += [] if reader.doubt is None else [reader.doubt]
         while data := read(CHUNK) if report.trailing else b"":
             report.trailing += len(data)
     report.flush()
@@ -80,7 +88,7 @@ def inspect_stream(read: Callable[[int], bytes], limit: int = MAX_DEVICES) -> Re
 
 
 @click.command()
-@click.argument("source", metavar="FILE|-|unix:PATH|tcp:HOST:PORT")
+@click.argument("source", metavar="FILE|-|unix:PATH|tcp:HOST:PORT", shell_complete=complete_file)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for machines.")
 @common_options
 def inspect(source: str, as_json: bool) -> int:
@@ -89,13 +97,13 @@ def inspect(source: str, as_json: bool) -> int:
     With unix: and tcp: it listens for one source, as a destination would, and never answers. Exit code 1 if
     a byte of the stream is wrong; the first one is named.
     """
+    told: Json | Words = Json(sys.stdout) if as_json else Words(sys.stdout)
     with opened(source) as read:
-        report = inspect_stream(read)
-    if as_json:
-        click.echo(json.dumps(report.as_json(), indent=2))
-    else:
-        for line in report.lines():
-            click.echo(line)
-    if report.wrong is not None:
-        raise Failure(str(report.wrong))
-    return DONE
+        report = inspect_stream(read, told.tell)
+    told.end(report)
+    sys.stdout.flush()
+    if report.wrong is None:
+        return DONE
+    if isinstance(told, Words) and sys.stdout.isatty():
+        return FAILED  # whoever reads it has just been told
+    raise Failure(str(report.wrong))

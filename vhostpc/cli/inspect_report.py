@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 from vhostpc.errors import StreamError
+from vhostpc.migration.heads import refusals
+from vhostpc.units import in_units, page_sizes
 from vhostpc.wire import elements as el
 from vhostpc.wire import vmdesc
 from vhostpc.wire.ramrec import EndOfSection, RamPage
-from vhostpc.wire.split import read_package
+from vhostpc.wire.split import split_package
 
 
 @dataclass
@@ -41,13 +44,6 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def size(count: int) -> str:
-    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if count >> shift and not count & ((1 << shift) - 1):
-            return f"{count >> shift} {unit}"
-    return f"{count} bytes"
-
-
 def command_words(event: object) -> str:
     match event:
         case el.Ping(value=value):
@@ -55,10 +51,10 @@ def command_words(event: object) -> str:
         case el.PostcopyAdvise(page_sizes=None):
             return "POSTCOPY_ADVISE, not of RAM"
         case el.PostcopyAdvise(page_sizes=sizes, target_page=target):
-            return f"POSTCOPY_ADVISE: host page sizes {sizes:#x}, target page {target:#x}"
+            return f"POSTCOPY_ADVISE: host pages of {page_sizes(sizes)}, target pages of {page_sizes(target)}"
         case el.RamDiscard(block=block, ranges=ranges):
             total = sum(length for _, length in ranges)
-            return f"POSTCOPY_RAM_DISCARD: {size(total)} of {block} in {counted(len(ranges), 'range')}"
+            return f"POSTCOPY_RAM_DISCARD: {in_units(total)} of {block} in {counted(len(ranges), 'range')}"
         case el.BitmapRequest(block=block):
             return f"RECV_BITMAP: {block}"
     names = {
@@ -72,15 +68,27 @@ def command_words(event: object) -> str:
     return names[type(event)]  # type: ignore[index]
 
 
-class Report:
-    """Feed it events; then ``lines`` or ``as_json``."""
+Tell = Callable[[int, str, str, dict[str, Any]], None]
+"""Takes what is said about an element: its offset, its kind, words for people, names and values for machines."""
 
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, str, str, dict[str, Any]]] = []
+
+class Report:
+    """Feed it events: each element is told at once. Then ``lines`` or ``as_json`` have what there is to say of all.
+
+    Nothing is kept for each element: a stream may have any number of them.
+    """
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
         self.blocks: tuple[el.BlockInfo, ...] = ()
         self.pages: dict[str, Counter[str]] = {}
         self.wrong: el.BadStream | None = None
+        self.refused: dict[str, int] = {}
+        """What a destination of ours does not take, with the byte where it stands first."""
+        self.doubts: list[int] = []
+        """Bytes before which device sections can be read in another way, too."""
         self.trailing = 0
+        self._return_path = False
         self._ram: RamSections | None = None
 
     def take(self, event: el.StreamEvent) -> None:
@@ -96,11 +104,16 @@ class Report:
                 self.pages[event.block][kind] += event.pages
                 if self._ram is not None:
                     self._ram.pages[kind] += event.pages
+                if event.kind in (el.RunKind.XBZRLE, el.RunKind.COMPRESSED):
+                    self._refuse(event, f"RAM pages in the form {event.kind.value!r}")
             case RamPage() | EndOfSection() | el.RamFlush() | el.RamData() | el.Footer():
                 pass
             case _:
                 self.flush()
                 self._element(event)
+
+    def _refuse(self, event: el.At, why: str) -> None:
+        self.refused.setdefault(why, event.offset)
 
     def flush(self) -> None:
         """End the line of RAM sections."""
@@ -109,9 +122,12 @@ class Report:
             self._row(ram.offset, "ram", ram.words(), sections=ram.sections, pages=dict(ram.pages))
 
     def _row(self, offset: int, kind: str, words: str, **more: Any) -> None:
-        self.rows.append((offset, kind, words, more))
+        self._tell(offset, kind, words, more)
 
     def _element(self, event: el.StreamEvent, indent: str = "") -> None:
+        if isinstance(event, el.Configuration | el.RamBlocks):
+            for why in refusals(event):
+                self._refuse(event, why)
         match event:
             case el.Header():
                 self._row(event.offset, "header", f"QEVM, version {el.VERSION}", version=el.VERSION)
@@ -123,7 +139,7 @@ class Report:
             case el.RamBlocks():
                 self.blocks = event.blocks
                 self.pages = {block.name: Counter() for block in event.blocks}
-                words = f"{len(event.blocks)} of {size(event.total)} in all"
+                words = f"{len(event.blocks)} of {in_units(event.total)} in all"
                 self._row(event.offset, "blocks", words, total=event.total)
             case el.DeviceSection():
                 words = (
@@ -143,14 +159,22 @@ class Report:
                 )
             case el.Package():
                 self._row(event.offset, "package", f"{len(event.blob)} bytes:", size=len(event.blob))
-                for inner in read_package(event):
+                if not self._return_path:
+                    self._refuse(event, "a package, and no return path to ask for pages on was opened")
+                found = split_package(event)
+                for inner in found.elements:
                     self._element(inner, "  ")
+                if found.doubt is not None:
+                    self.doubts.append(found.doubt)
             case el.EndOfStream():
                 self._row(event.offset, "end", "end of the stream")
             case el.VmDescription():
                 self._description(event)
             case _:
                 assert isinstance(event, el.At)
+                self._return_path = self._return_path or isinstance(event, el.OpenReturnPath)
+                if isinstance(event, el.EnableColo):
+                    self._refuse(event, "ENABLE_COLO")
                 words = command_words(event)
                 self._row(
                     event.offset, "command", indent + words, name=words.split(maxsplit=1)[0].rstrip(":,")
@@ -181,31 +205,39 @@ class Report:
         self.wrong = event.disagrees
 
     def lines(self) -> Iterator[str]:
-        """The report in words."""
-        for offset, kind, words, _ in self.rows:
-            yield f"{offset:>12}  {kind:<13}  {words}"
+        """What follows the elements, in words."""
         if self.blocks:
             width = max(len(block.name) for block in self.blocks)
             yield ""
             yield "RAM blocks"
             for block in self.blocks:
-                more = f", pages of {size(block.page_size)}" if block.page_size else ""
+                more = f", pages of {in_units(block.page_size)}" if block.page_size else ""
                 more += f", at {block.guest_address:#x}" if block.guest_address is not None else ""
                 yield (
-                    f"  {block.name:<{width}}  {size(block.length)}{more}: "
+                    f"  {block.name:<{width}}  {in_units(block.length)}{more}: "
                     f"{pages_in_words(self.pages[block.name])}"
                 )
         if self.trailing:
             yield ""
             yield f"{self.trailing} bytes follow the end; they are not part of the stream."
+        for doubt in self.doubts:
+            yield ""
+            yield f"The device sections before byte {doubt} can be read in more than one way."
+        if self.refused:
+            yield ""
+            yield "A destination of ours refuses this stream:"
+            for why, offset in self.refused.items():
+                yield f"{offset:>12}  {why}"
         yield ""
         yield f"Wrong: {self.wrong}" if self.wrong else "Nothing wrong."
 
     def as_json(self) -> dict[str, Any]:
+        """All but the elements."""
         wrong = self.wrong and {"offset": self.wrong.offset, "reason": self.wrong.reason}
         return {
             "wrong": wrong,
-            "elements": [{"offset": at, "kind": kind, **more} for at, kind, _, more in self.rows],
+            "refused": [{"offset": at, "reason": why} for why, at in self.refused.items()],
+            "doubts": self.doubts,
             "ram": [
                 {
                     "name": block.name,
@@ -218,3 +250,33 @@ class Report:
             ],
             "trailing": self.trailing,
         }
+
+
+class Words:
+    """Tells in words, a line for each element."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def tell(self, offset: int, kind: str, words: str, _: dict[str, Any]) -> None:
+        self._out.write(f"{offset:>12}  {kind:<13}  {words}\n")
+
+    def end(self, report: Report) -> None:
+        self._out.writelines(f"{line}\n" for line in report.lines())
+
+
+class Json:
+    """Tells one JSON object, element by element."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._begun = False
+
+    def tell(self, offset: int, kind: str, _: str, more: dict[str, Any]) -> None:
+        before = ",\n" if self._begun else '{\n  "elements": [\n'
+        self._begun = True
+        self._out.write(f"{before}    {json.dumps({'offset': offset, 'kind': kind, **more})}")
+
+    def end(self, report: Report) -> None:
+        rest = json.dumps(report.as_json(), indent=2).removeprefix("{")
+        self._out.write(f"\n  ],{rest}\n" if self._begun else f'{{\n  "elements": [],{rest}\n')

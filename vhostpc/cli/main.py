@@ -1,27 +1,30 @@
 """The command ``vhostpc``: finds the subcommand, and turns what went wrong into one sentence and a code.
 
-Exit codes: 0 done, 1 the work failed, 2 wrong usage, 3 this machine can not do it (``vhostpc doctor`` says
+Exit codes: 0 done, 1 the work failed, 2 wrong usage, 3 this machine cannot do it (``vhostpc doctor`` says
 why), 130 interrupted from the keyboard.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from vhostpc.cli.common import CANNOT, DONE, FAILED, Settings, common_options
-from vhostpc.errors import PostcopyRefused, UfdError, VhostpcError
+from vhostpc.cli.streams import hold_streams, let_stdout_go
+from vhostpc.errors import PostcopyRefused, Shortage, UfdError, VhostpcError, is_foreseen, sentence
 
 INTERRUPTED = 130
 
 # Name: (where it lives, what --help says). A subcommand is imported when it is called.
 COMMANDS = {
     "backend": ("vhostpc.cli.backend:backend", "Serve a device of yours to a vhost-user front-end."),
+    "bridge": ("vhostpc.cli.bridge:bridge", "Join a guest's network card to UDP or to a tap device."),
+    "blk": ("vhostpc.cli.blk:blk", "Serve a file, or memory, to a guest as a disk."),
     "demo": (
         "vhostpc.cli.demo:demo",
         "Show a postcopy migration with traffic on this machine, without QEMU.",
@@ -35,7 +38,19 @@ COMMANDS = {
         "Tell a migration stream of QEMU in words; name its first wrong byte.",
     ),
     "doctor": ("vhostpc.cli.doctor:doctor", "Say whether this machine can do it, and what to change if not."),
+    "completion": (
+        "vhostpc.cli.completion:completion",
+        "Print a script by which a shell completes commands, options and file names.",
+    ),
 }
+
+
+def load(name: str) -> click.Command:
+    """The subcommand of that name."""
+    module, attribute = COMMANDS[name][0].split(":")
+    command = getattr(importlib.import_module(module), attribute)
+    assert isinstance(command, click.Command)
+    return command
 
 
 class LazyGroup(click.Group):
@@ -45,12 +60,16 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module, name = COMMANDS[cmd_name][0].split(":")
-        command = getattr(importlib.import_module(module), name)
-        assert isinstance(command, click.Command)
-        return command
+        return load(cmd_name) if cmd_name in COMMANDS else None
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The names, without loading what they stand for: a person waits at each press of the key."""
+        found = [
+            CompletionItem(name, help=text)
+            for name, (_, text) in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -83,16 +102,12 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-def sentence(error: BaseException) -> tuple[str, int]:
+def told(error: BaseException) -> tuple[str, int]:
     """What to say about an error, and the exit code."""
-    if isinstance(error, UfdError | PostcopyRefused):
-        return str(error), CANNOT
-    if isinstance(error, VhostpcError):
-        return str(error), FAILED
-    if isinstance(error, OSError):
-        what = f"{error.filename}: " if error.filename else ""
-        return f"{what}{error.strerror or error}", FAILED
-    return f"internal error: {type(error).__name__}: {error} (--debug shows the traceback)", FAILED
+    text = sentence(error)
+    if isinstance(error, UfdError | PostcopyRefused | Shortage):
+        return text, CANNOT
+    return text if is_foreseen(error) else f"{text} (--debug shows the traceback)", FAILED
 
 
 def report(error: BaseException, debug: bool) -> int:
@@ -115,31 +130,37 @@ def report(error: BaseException, debug: bool) -> int:
         return INTERRUPTED
     if isinstance(first, SystemExit):
         return first.code if isinstance(first.code, int) else FAILED
-    text, code = sentence(first)
+    text, code = told(first)
     click.echo(f"vhostpc: {text}", err=True)
     return code
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
+def run(
+    arguments: Sequence[str] | None = None, command: click.Command | None = None, name: str = "vhostpc"
+) -> int:
+    """Run the command line and return the exit code. ``command``: a single one, called ``name`` in its usage line."""
     options = Settings()
     try:
         # With standalone_mode off, click returns the code given to Context.exit, or what the command returns.
-        code = cli.main(
+        code = (command or cli).main(
             args=list(arguments) if arguments is not None else None,
-            prog_name="vhostpc",
+            prog_name=name,
             standalone_mode=False,
             obj=options,
         )
     except BrokenPipeError:
-        # Whoever read our output has enough; Python must not complain about the rest of it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        let_stdout_go()
         return FAILED
     except BaseException as error:
         return report(error, options.debug)
     return code if isinstance(code, int) else DONE
 
 
-def main() -> NoReturn:
-    """Entry point of the installed command."""
-    sys.exit(run())
+def main(only: str | None = None, name: str = "vhostpc") -> NoReturn:
+    """Entry point of the installed command. ``only``: of a program that is this one subcommand, called ``name``."""
+    hold_streams()
+    if only is None:
+        sys.exit(run())
+    command = load(only)
+    command.context_settings = {"help_option_names": ["-h", "--help"]}
+    sys.exit(run(command=command, name=name))

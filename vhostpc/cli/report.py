@@ -15,11 +15,20 @@ from vhostpc.cli.pictures import BOTTOM, STYLE, TOP, Band, Frame, cells, svg, te
 COLUMNS = 40
 MOST_DOTS = 2500
 """Of each client, so that the page stays small; the slowest are kept."""
+LEAST_WIDTH = 820
+"""Pixels of a picture in a window: where it has fewer, it scrolls. Its letters would be too small to read."""
+KEY = (
+    ("gap", "pink: the switch. The machine stands: it has left its source and does not run here yet"),
+    ("alarm", "red: a vCPU that stands at the switch, from its last beat at the source to its first here"),
+)
+"""What has one meaning in all pictures."""
 PAGE_STYLE = """
-:root{color-scheme:light dark;--ink:#23272e;--soft:#5d6570;--line:#d9dde3;--back:#fff;--good:#1f7a55;--bad:#b3261e}
+:root{color-scheme:light dark;--ink:#23272e;--soft:#5d6570;--line:#d9dde3;--back:#fff;--good:#1f7a55;--bad:#b3261e;
+--alarm:#c23b3b}
 @media (prefers-color-scheme:dark){:root{--ink:#e6e9ee;--soft:#a4acb8;--line:#3a414c;--back:#12151a;--good:#4cc79c;
---bad:#ef7b7b}}
-@media print{:root{--ink:#000;--soft:#444;--line:#ccc;--back:#fff}figure,table{break-inside:avoid}}
+--bad:#ef7b7b;--alarm:#ef7b7b}}
+@media print{:root{--ink:#000;--soft:#444;--line:#ccc;--back:#fff;--alarm:#c23b3b}
+figure,table{break-inside:avoid}}
 body{margin:2rem auto;max-width:54rem;padding:0 1rem;color:var(--ink);background:var(--back);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 h1{font-size:1.5rem;margin:0 0 .2rem}h2{font-size:1.1rem;margin:2.2rem 0 .3rem}p{margin:.3rem 0 .6rem}
@@ -27,11 +36,14 @@ h1{font-size:1.5rem;margin:0 0 .2rem}h2{font-size:1.1rem;margin:2.2rem 0 .3rem}p
 table{border-collapse:collapse;margin:.4rem 0 1.2rem;font-variant-numeric:tabular-nums;font-size:.9rem}
 th,td{padding:.22rem .9rem .22rem 0;text-align:right;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child{text-align:left}th{font-weight:600;vertical-align:bottom}
-caption{text-align:left;font-weight:600;padding:.3rem 0}
+caption{text-align:left;font-weight:600;padding:.3rem 0}td{white-space:nowrap}
+.scroll{overflow-x:auto}@media screen{.scroll .pic{min-width:LEASTpx}}
+.key{list-style:none;padding:0;margin:.6rem 0}.key i{display:inline-block;width:.9em;height:.9em;margin-right:.5em;
+vertical-align:-.1em}.key .gap{background:var(--alarm);opacity:.28}.key .alarm{background:var(--alarm)}
 .facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:.5rem 1rem;padding:0;
 margin:.8rem 0;list-style:none}
 .facts b{display:block;font-size:1.25rem}
-""".replace("\n", "")
+""".replace("\n", "").replace("LEAST", str(LEAST_WIDTH))
 
 
 class Pictures:
@@ -73,8 +85,8 @@ class Pictures:
             "lanes": (
                 "Who stood still, and when",
                 "One lane for each vCPU and everybody else who touches memory: the higher a column, the more of that "
-                "moment was spent waiting for pages; a full one stood still. In red, the vCPUs from their last beat "
-                "at the source to their first here. At the right: the part of the postcopy phase spent waiting.",
+                "moment was spent waiting for pages; a full one stood still. "
+                "At the right: the part of the postcopy phase spent waiting.",
                 self.lanes(),
             ),
             "memory": (
@@ -225,7 +237,12 @@ def facts(result: Result) -> list[tuple[str, str]]:
 def table_html(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(h)}</th>" for h in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><caption>{escape(title)}</caption><tr>{head}</tr>{body}</table>"
+    return scrolling(f"<table><caption>{escape(title)}</caption><tr>{head}</tr>{body}</table>", title)
+
+
+def scrolling(what: str, name: str) -> str:
+    """Sideways in a narrow window, by keys as well."""
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(name)}">{what}</div>'
 
 
 def html(result: Result, story: Story) -> str:
@@ -239,9 +256,10 @@ def html(result: Result, story: Story) -> str:
     )
     told = "".join(f"<li><b>{escape(a)}</b>{escape(b)}</li>" for a, b in facts(result))
     figures = "".join(
-        f"<h2>{escape(title)}</h2><figure>{picture}<figcaption>{escape(read)}</figcaption></figure>"
+        f"<h2>{escape(title)}</h2><figure>{scrolling(picture, title)}<figcaption>{escape(read)}</figcaption></figure>"
         for title, read, picture in Pictures(result, story).all().values()
     )
+    key = "".join(f'<li><i class="{kind}"></i>{escape(words)}</li>' for kind, words in KEY)
     numbers = "".join(table_html(*table) for table in tables(result))
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/>'
@@ -249,9 +267,9 @@ def html(result: Result, story: Story) -> str:
         f"<title>A machine moves</title><style>{PAGE_STYLE}{STYLE}</style></head><body>"
         "<h1>A machine moves</h1>"
         '<p class="soft">By precopy, then by postcopy, from one endpoint to another on this computer, with two vCPUs '
-        "that rewrite and check their memory, and network traffic through a vhost-user bridge. The red line in all "
-        "pictures is the switch: the machine stands.</p>"
-        f'{verdict}<ul class="facts">{told}</ul>{figures}<h2>The numbers</h2>{numbers}</body></html>\n'
+        "that rewrite and check their memory, and network traffic through a vhost-user bridge.</p>"
+        f'{verdict}<ul class="facts">{told}</ul><p>In all pictures:</p><ul class="key">{key}</ul>{figures}'
+        f"<h2>The numbers</h2>{numbers}</body></html>\n"
     )
 
 

@@ -1,38 +1,43 @@
 """A vhost-user back-end of our own machine, for the machine's life: one connection, in QEMU's order of messages.
 
-A back-end that is killed, breaks the protocol or answers too late is left: it is named in the log and among the
-machine's problems, its userfaultfd is no longer read, and the machine goes on without it.
+A back-end that is killed, breaks the protocol, lies or answers too late is left: it is named in the log and among the
+machine's problems, its userfaultfd is no longer read, and the machine goes on without it. So it does where we fail with
+it in a way that nobody thought of; then the log has the traceback.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from math import inf
 
 import trio
 
 from vhostpc.errors import (
-    LocalProtocolError,
     PeerClosed,
     PostcopyRefused,
-    RemoteProtocolError,
+    ProtocolError,
     RequestFailed,
+    UfdError,
+    VhostpcError,
+    sentence,
 )
 from vhostpc.frontend import BackendPostcopy, Driver, FrontEnd, GuestRegion, MemoryShare, connect, start_ring
 from vhostpc.frontend.rings import ring_addr
 from vhostpc.frontend.share import DirtyLog
+from vhostpc.logs import rationed_logger
 from vhostpc.ufd.client import Client, ClientNumbers
 from vhostpc.ufd.service import FaultService
 from vhostpc.wire.vhost_user import Feature, ProtocolFeature
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 TIMEOUT = 10.0
 """Seconds that an answer may take, unless the back-end waits for a page meanwhile."""
+SILENCE = 0.5
+"""Seconds that one is waited for without a word."""
 NO_LOG = "Migration disabled: vhost lacks VHOST_F_LOG_ALL feature."
 NO_LOG_FD = "Migration disabled: vhost-user backend lacks VHOST_USER_PROTOCOL_F_LOG_SHMFD feature."
-_TROUBLE = (PeerClosed, RequestFailed, RemoteProtocolError, PostcopyRefused, OSError)
 MRG_RXBUF = 1 << 15
 WANTED = int(Feature.VERSION_1 | Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES) | MRG_RXBUF
 """Features that our driver has a use for."""
@@ -44,14 +49,33 @@ _FEATURES_OK, _DRIVER_OK = 0xB, 0xF
 async def open_backend(
     path: str, name: str, regions: Sequence[GuestRegion], *, timeout: float = TIMEOUT
 ) -> AsyncIterator[BackEnd]:
-    """Connect to the socket and negotiate. Raises PeerClosed, RequestFailed, RemoteProtocolError."""
-    async with connect(path, timeout=timeout) as front:
-        await front.negotiate(features=WANTED)
-        backend = BackEnd(front, name, path, regions, timeout)
-        try:
-            yield backend
-        finally:
-            backend.end_of_life()
+    """Connect to the socket and negotiate. Raises PeerClosed, RequestFailed, RemoteProtocolError.
+
+    Tells in the log whom it waits for, and until when.
+    """
+    wait = trio.CancelScope()
+    # Of nobody's nursery: the connection made meanwhile lives longer.
+    trio.lowlevel.spawn_system_task(_tell_wait, wait, f"{name}: waiting for the back-end at {path}", timeout)
+    try:
+        async with connect(path, timeout=timeout) as front:
+            try:
+                await front.negotiate(features=WANTED)
+            except (PeerClosed, ProtocolError, RequestFailed) as error:
+                raise type(error)(f"the back-end at {path}: {error}") from None
+            wait.cancel()
+            backend = BackEnd(front, name, path, regions, timeout)
+            try:
+                yield backend
+            finally:
+                backend.end_of_life()
+    finally:
+        wait.cancel()
+
+
+async def _tell_wait(wait: trio.CancelScope, what: str, timeout: float) -> None:
+    with wait:
+        await trio.sleep(SILENCE)
+        log.warning("%s, for %g s at most", what, timeout)
 
 
 class BackEnd:
@@ -84,7 +108,7 @@ class BackEnd:
         return 12 if self.features & (int(Feature.VERSION_1) | MRG_RXBUF) else 10
 
     def blocked(self) -> str | None:
-        """Why a machine with this back-end can not migrate, in QEMU's words."""
+        """Why a machine with this back-end cannot migrate, in QEMU's words."""
         if not self.front.offered_features & Feature.LOG_ALL:
             return NO_LOG
         if ProtocolFeature.LOG_SHMFD not in self.front.protocol_features:
@@ -103,13 +127,16 @@ class BackEnd:
         return self.problem is None
 
     def leave(self, why: str) -> None:
-        """It is of no more use: close the connection, read its faults no more."""
+        """It is of no more use: close the connection, read its faults no more. Raises nothing."""
         if self.problem is not None:
             return
         self.problem = f"back-end {self.name} ({self.path}): {why}"
         log.error("%s: the machine goes on without it", self.problem)
         self.front.close()
-        self._forget()
+        try:
+            self._forget()
+        except Exception:
+            log.exception("%s: leaving it", self.name)
 
     def end_of_life(self) -> None:
         """From here on a connection that ends is no trouble."""
@@ -129,8 +156,15 @@ class BackEnd:
             return
         try:
             await call()
-        except _TROUBLE as error:
-            self.leave(f"{what}: {error}")
+        except Exception as error:
+            self.leave(f"{what}: {self._why(error)}")
+
+    def _why(self, error: Exception) -> str:
+        """One sentence; what is nobody's word for a back-end's doing goes to the log as well."""
+        if isinstance(error, VhostpcError | OSError):
+            return str(error)
+        log.error("%s: an error that nobody thought of", self.name, exc_info=error)
+        return f"{type(error).__name__}: {error}"
 
     # --- rings
 
@@ -172,7 +206,7 @@ class BackEnd:
         await self.front.set_features(self.features | (int(Feature.LOG_ALL) if self._log else 0))
 
     async def stop(self) -> list[int] | None:
-        """Stop its rings; where each goes on, None if it can not say. May wait for a page that the back-end needs.
+        """Stop its rings; where each goes on, None if it cannot say. May wait for a page that the back-end needs.
 
         It writes no guest memory when this returns, unless it was left.
         """
@@ -180,13 +214,9 @@ class BackEnd:
 
         async def stop_all() -> None:
             rings = range(len(self._rings))
-            with trio.CancelScope() as scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._limit, scope)
-                    bases.extend(await self.front.get_vring_bases(rings, timeout=float("inf")))
-                    nursery.cancel_scope.cancel()
-            if scope.cancelled_caught:
-                raise RequestFailed(f"GET_VRING_BASE: no answer within {self._timeout:g} s")
+            bases.extend(
+                await self._while_it_waits_for_pages(lambda: self.front.get_vring_bases(rings, timeout=inf))
+            )
             await self._set_status(0)
 
         try:
@@ -195,22 +225,41 @@ class BackEnd:
             count, self._rings = len(self._rings), []
         return bases if self.works and len(bases) == count else None
 
-    async def _limit(self, scope: trio.CancelScope) -> None:
-        """Cancel when time is up; a back-end that waits for a page may take as long as the page does."""
-        while True:
-            await trio.sleep(self._timeout)
-            if not self._waits_for_page():
-                scope.cancel()
-                return
+    async def _while_it_waits_for_pages(self, ask: Callable[[], Awaitable[list[int]]]) -> list[int]:
+        """Its answer. A back-end that waits for a page may take as long as the page does. Raises RequestFailed."""
+        answers: list[list[int]] = []
+        errors: list[Exception] = []
+
+        async def wait() -> None:
+            try:
+                answers.append(await ask())
+            except Exception as error:  # by itself: a nursery would put it into a group
+                errors.append(error)
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            while True:
+                await trio.sleep(self._timeout)
+                if not self._waits_for_page():
+                    nursery.cancel_scope.cancel()
+                    break
+        if errors:
+            raise errors[0]
+        if not answers:
+            raise RequestFailed(f"GET_VRING_BASE: no answer within {self._timeout:g} s")
+        return answers[0]
 
     def _waits_for_page(self) -> bool:
         client = self._client()
-        return client is not None and not client.removed and client.numbers().waiting_now > 0
+        return client is not None and not client.removed and client.numbers().waiting_for_page > 0
 
     # --- dirty log
 
     async def set_log(self, area: DirtyLog | None) -> None:
         """From now on it marks what it writes in ``area``; None: no more."""
+        if area is self._log:
+            return
         self._log = area
         if self._rings:  # else when it starts
             await self._try("dirty log", self._switch_log)
@@ -233,8 +282,14 @@ class BackEnd:
             await postcopy.advise()
         except PostcopyRefused:
             raise
-        except _TROUBLE as error:
-            raise PostcopyRefused(f"postcopy refused: {self.name} does not answer ADVISE: {error}") from None
+        except (OSError, UfdError) as error:  # trouble of ours, with what it answered
+            raise PostcopyRefused(
+                f"postcopy refused: the faults of {self.name} cannot be read here: {sentence(error)}"
+            ) from None
+        except Exception as error:
+            raise PostcopyRefused(
+                f"postcopy refused: {self.name} does not answer ADVISE: {self._why(error)}"
+            ) from None
         self.postcopy = postcopy
 
     async def listen(self) -> None:
@@ -244,8 +299,8 @@ class BackEnd:
         try:
             await self.postcopy.listen()
             await self.postcopy.share(self._memory)
-        except (*_TROUBLE, LocalProtocolError) as error:
-            raise PostcopyRefused(f"postcopy refused by {self.name}: {error}") from None
+        except Exception as error:
+            raise PostcopyRefused(f"postcopy refused by {self.name}: {self._why(error)}") from None
 
     async def end(self) -> None:
         """POSTCOPY_END, or the end of a precopy that might have become one."""
@@ -257,8 +312,7 @@ class BackEnd:
             self._numbers = self.numbers()
             await postcopy.end()
 
-        await self._try("POSTCOPY_END", end)
-        postcopy.forget()
+        await self._try("POSTCOPY_END", end)  # who is left has been forgotten before
         self.postcopy = None
 
     def _client(self) -> Client | None:

@@ -6,6 +6,7 @@ happens: the machine never runs at both ends, and a machine that does not run ha
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -17,7 +18,16 @@ from typing import Any, Protocol
 import trio
 
 from vhostpc.endpoint.waits import tell_waits
-from vhostpc.errors import ChannelLost, MigrationRefused, VhostpcError
+from vhostpc.errors import (
+    ChannelLost,
+    MigrationRefused,
+    VhostpcError,
+    first_of,
+    is_foreseen,
+    let_go,
+    sentence,
+)
+from vhostpc.logs import rationed_logger
 from vhostpc.memory.ramblock import Bits
 from vhostpc.migration.channel import Channel, connect, listen
 from vhostpc.migration.incoming import Incoming
@@ -29,7 +39,7 @@ from vhostpc.migration.state import BUSY, IN_POSTCOPY, Event, Status
 from vhostpc.migration.state import Machine as StatusMachine
 from vhostpc.migration.uri import Address, Exec, Fd, File
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 
 class Listener(Protocol):
@@ -63,7 +73,7 @@ def came(incoming: Incoming | None) -> dict[str, Any]:
 
 NOT_FINAL = "Migration is not finalized yet"
 # QEMU tells nothing but the status there.
-_WITHOUT_NUMBERS = frozenset({Status.NONE, Status.SETUP, Status.FAILED, Status.CANCELLED})
+_WITHOUT_NUMBERS = frozenset({Status.NONE, Status.SETUP, Status.FAILING, Status.FAILED, Status.CANCELLED})
 
 
 class Endpoint:
@@ -101,7 +111,7 @@ class Endpoint:
             self.run_state = "inmigrate"
         else:
             self.run_state = "running" if machine.running else "prelaunch"
-        self._state = StatusMachine("destination" if incoming else "source", options.compat)
+        self._state = StatusMachine("destination" if incoming else "source", options.dialect)
         self._error_desc: str | None = None
         self._began = 0.0
         self._total_ms: int | None = None
@@ -109,6 +119,7 @@ class Endpoint:
         self._outgoing: Outgoing | None = None
         self._connecting: trio.CancelScope | None = None
         self._before = "running"  # run state before the migration stopped the machine
+        self._to_command = False
         self._switching = False  # the migration has the machine: it alone starts it again
         self._starting = trio.Lock()  # one migrate at a time
         self._sent = trio.Event()  # nothing of the last one is under way any more
@@ -116,6 +127,7 @@ class Endpoint:
         # As a destination.
         self._incoming: Incoming | None = None
         self._addresses: list[dict[str, Any]] = []
+        self._ends_with_it = False  # the program does, if a machine does not come, and tells why
         self.has_listened = False
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -126,7 +138,13 @@ class Endpoint:
             await self._quit.wait()
             nursery.cancel_scope.cancel()
 
-    def quit(self) -> None:
+    def quit(self, why: str = "quit") -> None:
+        if not self._quit.is_set():
+            listens = self._state.side == "destination" and self.status is Status.SETUP
+            if self.status in BUSY and not listens:
+                log.error("migration: broken off by %s, it was %s", why, self.status)
+            else:
+                log.info("ended by %s", why)
         self._quit.set()
 
     async def ended(self) -> None:
@@ -138,28 +156,32 @@ class Endpoint:
         return self._state.status
 
     def info(self) -> MigrationInfo:
-        status, old = self.status, self.options.compat == "7.2"
+        status, dialect = self.status, self.options.dialect
         came = self._state.side == "destination"
-        # Why a postcopy is paused is told by the source of 10.0 only; the log has it always.
-        error = self._error_desc if status is Status.FAILED or not (old or came) else None
+        # Why a postcopy is paused is told by a source only, and not by all; the log has it always.
+        told_early = dialect.error_before_failed and not came
+        error = self._error_desc if status is Status.FAILED or told_early else None
         told_always = MigrationInfo(status, error_desc=error, blocked_reasons=[*self.machine.blocked()])
         if came:
-            told = self._addresses if old or status in BUSY else []
+            told = self._addresses if dialect.address_after_listening or status in BUSY else []
             return replace(told_always, socket_address=told)
         outgoing = self._outgoing
         if outgoing is None or status in _WITHOUT_NUMBERS:
             return told_always
-        in_postcopy, ended = status in IN_POSTCOPY, status not in BUSY
+        ended = status not in BUSY
+        stopped = status in IN_POSTCOPY and dialect.downtime_in_postcopy
         elapsed = self._total_ms
         if elapsed is None:
             elapsed = round((trio.current_time() - self._began) * 1000)
+        ram = outgoing.ram_info()
         return replace(
             told_always,
-            ram=outgoing.ram_info(),
+            ram=ram,
+            remaining=None if ended else ram.remaining,
             setup_time=outgoing.setup_ms,
             total_time=elapsed,
-            downtime=outgoing.downtime_ms if ended or (in_postcopy and not old) else None,
-            expected_downtime=None if ended or (in_postcopy and not old) else outgoing.expected_downtime_ms,
+            downtime=outgoing.downtime_ms if ended or stopped else None,
+            expected_downtime=None if ended or stopped else outgoing.expected_downtime_ms,
         )
 
     def report(self) -> dict[str, Any]:
@@ -179,7 +201,7 @@ class Endpoint:
         return {
             "next": following,
             "clients": {str(n): incoming.service.name_of(n) for n in clients} if incoming is not None else {},
-            "faults": [list(row) for row in rows],
+            "faults": [row.row() for row in rows],
         }
 
     def map(self, cells: int) -> dict[str, Any]:
@@ -211,27 +233,46 @@ class Endpoint:
     # --- running or not
 
     async def stop(self) -> None:
+        while self._switching:
+            self._before = "paused"  # it stands, or is about to; it stays so should the migration fail
+            if not await self._put_back():
+                break
+        if self._switching and self.status in BUSY:
+            return
         if self.run_state == "inmigrate":
             self._autostart = False
-        elif self._switching:
-            self._before = "paused"  # it stands, or is about to; it stays so should the migration fail
         elif self.machine.running:
             await self._stand("paused")
         elif self.run_state == "postmigrate" and not self.machine.runnable:
             self.run_state = "paused"  # a held machine is taken back, and can be sent once more
 
     async def cont(self) -> None:
+        while self._switching:
+            if not await self._put_back():
+                raise MigrationRefused(self._not_final())
         if self.run_state == "inmigrate":
             self._autostart = True
             return
-        if self._state.side == "source" and not self._state.may_run:
-            raise MigrationRefused(
-                f"{NOT_FINAL}: the guest may be running at the destination ({self.status})"
-            )
-        if self._switching:
-            raise MigrationRefused(NOT_FINAL)
-        if not self.machine.running:
-            await self._go()
+        if self._state.side == "source" and not self._state.person_may_run:
+            raise MigrationRefused(self._not_final())
+        if self.machine.running and self.run_state == "running":
+            return
+        if self.status is Status.COMPLETED and self._state.side == "source" and self.machine.runnable:
+            log.warning("the machine runs here again, although it was sent: see that it runs nowhere else")
+        await self._go()
+
+    async def _put_back(self) -> bool:
+        """A migration that has told its last status still has the machine for a moment: wait for its end. False, and at
+        once, where that is not to be waited for: it is under way, or its command takes its time."""
+        if self.status in BUSY or (self.status is Status.COMPLETED and self._to_command):
+            return False
+        await self._sent.wait()
+        return True
+
+    def _not_final(self) -> str:
+        if self._state.person_may_run:
+            return NOT_FINAL
+        return f"{NOT_FINAL}: the guest may be running at the destination ({self.status})"
 
     async def _stand(self, run_state: str) -> None:
         """Stop the machine, if it runs."""
@@ -256,20 +297,27 @@ class Endpoint:
     def moved(self, event: Event, error: BaseException | None = None) -> None:
         """Apply an event to the status and tell of the change."""
         before = self.status
-        if before is Status.CANCELLING:
+        if before is Status.CANCELLING and event is not Event.PACKAGE:
             if event not in (Event.FAIL, Event.NEVER_RAN):
                 return  # what is still being done is broken off already
             event = Event.FAIL
         after = self._state.move(event)
         if error is not None and after is not Status.CANCELLED:
-            self._error_desc = str(error)
+            self._error_desc = sentence(error)
         if after is before:
+            return
+        if after is Status.FAILING:
+            self._events.migration(after)
+            self.moved(Event.FAIL, error)
             return
         if after is Status.COMPLETED and self._state.side == "source":
             self.run_state = "postmigrate"
         if after not in BUSY:
             self._total_ms = round((trio.current_time() - self._began) * 1000)
-        why = f": {error}" if error is not None else ""
+        at_the_end = (
+            self._ends_with_it and after is Status.FAILED and error is not None and is_foreseen(error)
+        )
+        why = f": {sentence(error)}" if error is not None and not at_the_end else ""
         log.log(
             logging.ERROR if why and after is not Status.CANCELLED else logging.INFO,
             "migration: %s%s",
@@ -300,7 +348,8 @@ class Endpoint:
                 except ChannelLost as error:
                     raise MigrationRefused(str(error)) from None
             self._outgoing = None
-            self._state = StatusMachine("source", self.options.compat)
+            self._to_command = isinstance(address, Exec)
+            self._state = StatusMachine("source", self.options.dialect)
             self._error_desc, self._total_ms = None, None
             self._began = trio.current_time()
             self._early_switch = False
@@ -343,14 +392,18 @@ class Endpoint:
                     await outgoing.send()
                 finally:
                     nursery.cancel_scope.cancel()
-        except* (VhostpcError, OSError) as group:
-            error = group.exceptions[0]
+        except* Exception as group:  # whatever it is, it ends the migration and not the machine
+            error = first_of(group)
+            if not is_foreseen(error):
+                log.error("migration: %s", sentence(error), exc_info=error)
             if outgoing is None:
                 self.moved(Event.FAIL, error)
+            let_go(group)
         finally:
             try:
                 await self._after_sending(outgoing, error)
             finally:
+                _free_now()
                 self._switching = False
                 self._sent.set()
 
@@ -382,16 +435,31 @@ class Endpoint:
                 "migration: the guest may be running at the destination: it is not started here by itself (cont)"
             )
             return
-        if self._before == "running":
-            await self._go()
-        else:
+        if self._before != "running":
             self.run_state = self._before
+            return
+        try:
+            await self._go()
+        except Exception as trouble:
+            self.run_state = "paused"
+            why = sentence(trouble)
+            log.error(
+                "the machine could not be started again (cont): %s", why, exc_info=not is_foreseen(trouble)
+            )
 
     async def cancel(self) -> None:
+        outgoing = self._outgoing
+        if self.status in IN_POSTCOPY and (outgoing is None or outgoing.may_run_there):
+            # 7.2 would do it, and lose the pages that only one side has.
+            raise MigrationRefused("Postcopy migration in progress, cannot cancel.")
         if self._state.side != "source" or self.status not in BUSY:
             return
-        if self._outgoing is not None:
-            self._outgoing.cancel()
+        if outgoing is not None:
+            outgoing.cancel()
+            # The end of a precopy: it fails, and only a person can find out where the machine runs. Or the status
+            # says postcopy before there is any: it fails, and the machine runs on.
+            if outgoing.may_run_there or self.status in IN_POSTCOPY:
+                return
         self.moved(Event.CANCEL)
         if self._connecting is not None:
             self._connecting.cancel()
@@ -403,7 +471,8 @@ class Endpoint:
 
     def parameters_changed(self) -> None:
         """What is under way takes its new limits."""
-        if self._outgoing is not None and self.status in (Status.ACTIVE, Status.POSTCOPY_ACTIVE):
+        going = (Status.ACTIVE, Status.POSTCOPY_DEVICE, Status.POSTCOPY_ACTIVE)
+        if self._outgoing is not None and self.status in going:
             self._outgoing.limits_changed()
 
     async def stop_to_send(self) -> None:
@@ -427,12 +496,13 @@ class Endpoint:
         self, address: Address, exit_on_error: bool, task_status: trio.TaskStatus[None]
     ) -> None:
         begun = False
+        self._ends_with_it = exit_on_error
         try:
             async with AsyncExitStack() as stack:
                 async with listen(address) as listener:
                     self._addresses = listener.socket_address
                     self.moved(Event.START)
-                    if self.options.compat == "7.2":  # told in any case there, while the status stays none
+                    if not self.options.dialect.setup_while_listening:  # the event is told in any case
                         self._events.emit("MIGRATION", {"status": str(Status.SETUP)})
                     task_status.started()
                     begun = True  # from here on the status says what becomes of it
@@ -449,23 +519,37 @@ class Endpoint:
                 )
                 stack.callback(incoming.close)
                 await incoming.receive()
-        except (VhostpcError, OSError) as error:
+        except Exception as error:
             if not begun:
                 raise
             if self._incoming is None:  # else it has told
                 self.moved(Event.FAIL, error)
+            let_go(error)
+            _free_now()
             if exit_on_error:
                 self.error = error
-                self.quit()
+                self.quit("a machine that did not come")
+        else:
+            _free_now()
+        finally:
+            self._ends_with_it = False
 
     async def _arrived(self, postcopy: bool) -> None:
         """The machine may run here now."""
+        if postcopy and self._state.allows(Event.LOADED):
+            self.moved(Event.LOADED)
         machine = self.machine
         to_run = postcopy or machine.came_as == "running"
         if machine.runnable and self._autostart and to_run:
             await self._go()
         else:
             self.run_state = "paused" if to_run else machine.came_as
+
+
+def _free_now() -> None:
+    """A migration has ended. The tracebacks of its cancelled tasks are cycles, which hold descriptors until they are
+    collected, and that could be hours in a process that does little."""
+    gc.collect()
 
 
 class _Source:

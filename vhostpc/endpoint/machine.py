@@ -7,34 +7,39 @@ so that both wait for the same ones.
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from uuid import UUID
 
 import trio
 
 from vhostpc.endpoint.backends import TIMEOUT, BackEnd, open_backend
 from vhostpc.endpoint.netdev import AREA, NetDevice
 from vhostpc.endpoint.sections import MACHINE, VCPU, description, globalstate, name_of, run_state_of
-from vhostpc.errors import GuestMemoryError, MemoryLost, MigrationRefused, StreamError, UfdError
+from vhostpc.errors import GuestMemoryError, MemoryLost, MigrationRefused, Shortage, StreamError, UfdError
 from vhostpc.frontend import DirtyLog, GuestRegion
+from vhostpc.logs import rationed_logger
+from vhostpc.memory.available import available_memory
 from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet, refusal
 from vhostpc.memory.vcpu import Area, VCpu, stop_all
 from vhostpc.memory.waits import Waits
 from vhostpc.ufd.client import ClientNumbers
 from vhostpc.ufd.dirty import DirtyTracker, DirtyWay
 from vhostpc.ufd.service import FaultService
+from vhostpc.units import in_units, sizes_differ
 from vhostpc.wire.elements import Configuration, DeviceSection, RamBlocks
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 NAME = "vhostpc-1"
 RAM_SECTION = 1
 RUN_STATES = ("running", "paused", "prelaunch")
 """How it leaves, in QEMU's words: prelaunch is before it first ran."""
+MOST_STATE = 64 << 10
+"""Bytes of a section of this machine in the stream, at most."""
 GIB = 1 << 30
 
 
@@ -69,7 +74,7 @@ class Spec:
 async def open_machine(spec: Spec, *, empty: bool = False) -> AsyncIterator[OwnMachine]:
     """Make the machine, stopped. ``empty``: its memory and its devices' state come from elsewhere.
 
-    Raises GuestMemoryError for memory that can not be had, PeerClosed and others for back-ends.
+    Raises GuestMemoryError for memory that cannot be had, PeerClosed and others for back-ends.
     """
     async with AsyncExitStack() as stack:
         ram = stack.enter_context(RamSet())
@@ -81,9 +86,7 @@ async def open_machine(spec: Spec, *, empty: bool = False) -> AsyncIterator[OwnM
             )
             devices.append(NetDevice(i, ram, regions, i * AREA, backend))
             stack.callback(devices[-1].close)
-        vcpus = make_vcpus(ram, spec, len(devices) * AREA)
-        for vcpu in vcpus:
-            stack.callback(vcpu.close)
+        vcpus = [stack.enter_context(vcpu) for vcpu in make_vcpus(ram, spec, len(devices) * AREA)]
         dirty_log = DirtyLog(regions)
         stack.callback(dirty_log.close)
         nursery = await stack.enter_async_context(trio.open_nursery())
@@ -114,18 +117,24 @@ def make_blocks(ram: RamSet, blocks: Sequence[Block], devices: int, vcpus: int) 
             made = ram.create(block.name, block.length, block.page_size)
         except OSError as e:
             raise GuestMemoryError(
-                f"RAM block {block.name!r}, {block.length:#x} bytes in pages of {block.page_size:#x}, can not be had: "
-                f"{refusal(e, block.length, block.page_size)}"
+                f"RAM block {block.name!r}, {in_units(block.length)} in pages of {in_units(block.page_size)}, "
+                f"cannot be had: {refusal(e, block.length, block.page_size)}"
             ) from None
         unit = max(GIB, block.page_size)
         at = (at + unit - 1) // unit * unit
         regions.append(GuestRegion(at, block.length, made))
         at += block.length
+    # All of it is written: a machine that does not fit would be killed by the kernel, without a word.
+    total = sum(block.length for block in blocks if block.page_size == TARGET_PAGE)
+    if total > (free := available_memory()):
+        raise GuestMemoryError(
+            f"a machine of {in_units(total)} does not fit: this computer has {free >> 20} MiB to give"
+        )
     return regions
 
 
-def make_vcpus(ram: RamSet, spec: Spec, devices: int) -> list[VCpu]:
-    """``devices``: bytes of the first block that belong to devices."""
+def make_vcpus(ram: RamSet, spec: Spec, devices: int) -> Iterator[VCpu]:
+    """One after the other. ``devices``: bytes of the first block that belong to devices. Raises OSError."""
     skip = devices // TARGET_PAGE
     areas = []
     for block in ram.blocks:
@@ -134,10 +143,10 @@ def make_vcpus(ram: RamSet, spec: Spec, devices: int) -> list[VCpu]:
             areas.append(Area(block, skip, pages - skip))
         skip = 0
     touch = [Area(ram.blocks[0], 0, devices // TARGET_PAGE)] if devices else []
-    return [
-        VCpu(ram, areas, i, spec.vcpus, seed=spec.seed, touch=touch, writes=spec.writes, reads=spec.checks)
-        for i in range(spec.vcpus)
-    ]
+    for i in range(spec.vcpus):
+        yield VCpu(
+            ram, areas, i, spec.vcpus, seed=spec.seed, touch=touch, writes=spec.writes, reads=spec.checks
+        )
 
 
 class OwnMachine:
@@ -197,26 +206,47 @@ class OwnMachine:
         return found
 
     async def fill(self) -> None:
-        """Make it a machine that never ran."""
+        """Make it a machine that never ran. Raises Shortage, OSError: it cannot run here."""
         for vcpu in self.vcpus:
             await vcpu.fill()
         for device in self.devices:
             await device.reset()
+        await self._hold_vcpus()
         self._whole = True
 
     # --- running or not
 
+    async def _hold_vcpus(self) -> None:
+        """From here on each has its thread, for life: :meth:`cont` only lets them go. Raises Shortage."""
+        for vcpu in self.vcpus:
+            if not vcpu.held:
+                try:
+                    await self._nursery.start(self._hold, vcpu)
+                except Shortage as error:
+                    raise Shortage(f"this machine cannot run here: {error}") from None
+
+    async def _hold(self, vcpu: VCpu, *, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            await vcpu.hold(task_status=task_status)
+        except MemoryLost as error:
+            self._problem(f"{vcpu.name} stopped: {error}")
+
+    def _problem(self, text: str) -> None:
+        self._problems.append(text)
+        log.error("%s", text)
+
     async def cont(self) -> None:
+        """All that running needs is there since :meth:`fill` or :meth:`loaded`: nothing can be wanting here."""
         async with self._change():
             if self.running:
                 return
             if not self._whole or self.ram.lost:
                 why = "its memory is lost" if self.ram.lost else "nothing has come"
-                raise MigrationRefused(f"The machine can not run here: {why}")
+                raise MigrationRefused(f"The machine cannot run here: {why}")
             self.running = True
             try:
                 for vcpu in self.vcpus:
-                    await self._nursery.start(self._run_vcpu, vcpu)
+                    vcpu.go()
                 async with trio.open_nursery() as nursery:
                     for device in self.devices:
                         nursery.start_soon(device.start, self._nursery)
@@ -236,13 +266,6 @@ class OwnMachine:
         finally:
             self._changing.set()
             self._changing = None
-
-    async def _run_vcpu(self, vcpu: VCpu, *, task_status: trio.TaskStatus[None]) -> None:
-        try:
-            await vcpu.run(task_status=task_status)
-        except MemoryLost as error:
-            self._problems.append(f"{vcpu.name} stopped: {error}")
-            log.error("%s", self._problems[-1])
 
     async def stop(self) -> None:
         async with self._change():
@@ -274,9 +297,12 @@ class OwnMachine:
         return list(dict.fromkeys(reason for reason in reasons if reason is not None))
 
     def postcopy_refusal(self) -> str | None:
-        """Why this machine can not come by postcopy, one sentence."""
+        """Why this machine cannot come by postcopy, one sentence."""
         reasons = [backend.postcopy_refusal() for backend in self.backends if backend.works]
         return next((reason for reason in reasons if reason is not None), None)
+
+    def state_size(self) -> int:
+        return (len(self._expected()) + 1) * MOST_STATE
 
     async def save(self) -> tuple[Sequence[DeviceSection], bytes]:
         counts = {"vcpus": len(self.vcpus), "net_devices": len(self.devices), "stopped_ns": self._stopped_ns}
@@ -289,12 +315,22 @@ class OwnMachine:
         sections.append(globalstate(number + len(sections), self._leaves_as))
         return sections, description(self.configuration, sections)
 
+    @property
+    def early(self) -> Sequence[DeviceSection]:
+        return ()
+
     async def start_tracking(self) -> None:
+        """Raises UfdError, Shortage, OSError: then nothing is tracked, and it runs on as before."""
         self.tracker = DirtyTracker(self.ram, self.spec.tracking)
-        await self.tracker.start(await self._nursery.start(self._host_tracking))
-        log.info("writes are tracked by %s", self.tracker.way.value)
-        for backend in self.backends:
-            await backend.set_log(self._log)
+        try:
+            await self.tracker.start(await self._nursery.start(self._host_tracking))
+            log.info("writes are tracked by %s", self.tracker.way.value)
+            for backend in self.backends:
+                await backend.set_log(self._log)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.stop_tracking()
+            raise
 
     async def _host_tracking(self, *, task_status: trio.TaskStatus[trio.Nursery]) -> None:
         """A nursery for the tracker's loop: what ends it is the next sync's to tell, and ends nothing else."""
@@ -305,29 +341,34 @@ class OwnMachine:
                 await self._tracked.wait()
                 nursery.cancel_scope.cancel()
         except* UfdError as group:
-            self._problems.append(str(group.exceptions[0]))
+            self._problem(str(group.exceptions[0]))
 
     async def sync_dirty(self) -> int:
         assert self.tracker is not None
         return await self.tracker.sync() + self._log.merge(self._regions)
 
     async def stop_tracking(self) -> None:
-        for backend in self.backends:
-            await backend.set_log(None)
-        if self.tracker is not None:
-            await self.tracker.stop()
-            self.tracker.close()
-            self.tracker = None
-        self._tracked.set()
+        try:
+            for backend in self.backends:
+                await backend.set_log(None)
+        finally:
+            tracker, self.tracker = self.tracker, None
+            if tracker is not None:
+                with tracker:
+                    await tracker.stop()
+            self._tracked.set()
 
     # --- arriving
 
     def accept(self, configuration: Configuration) -> None:
         if configuration.machine != NAME:
             raise StreamError(f"Machine type received is {configuration.machine!r} and local is '{NAME}'")
+        if configuration.uuid is not None:
+            log.warning("UUID is received %s, but local uuid isn't set", UUID(bytes=configuration.uuid))
 
     async def advise(self, service: FaultService) -> None:
         self._service = service
+        await self._hold_vcpus()  # before it is waited for
         for backend in self.backends:
             await backend.advise(service)
 
@@ -343,17 +384,17 @@ class OwnMachine:
                 raise StreamError(f"RAM block {block.name!r} of this machine does not come")
             theirs = came[block.name]
             if theirs.length != block.length:
-                raise StreamError(f"Size mismatch: {block.name}: {theirs.length:#x} != {block.length:#x}")
+                raise StreamError(sizes_differ(block.name, theirs.length, block.length))
             size = theirs.page_size or TARGET_PAGE
             if postcopy and size != block.page_size:
                 raise StreamError(
-                    f"RAM block {block.name!r} has pages of {size:#x} at the source, not of {block.page_size:#x}"
+                    f"RAM block {block.name!r} has pages of {in_units(size)} at the source, "
+                    f"not of {in_units(block.page_size)}"
                 )
         self._came.clear()
         self._whole = False
         for block in self.ram.blocks:
-            if block.count_bits(Bits.RECEIVED):  # of a migration that failed
-                block.discard()
+            block.discard()  # what it was before it left, or came of a migration that failed
 
     async def listen(self) -> None:
         for backend in self.backends:
@@ -364,7 +405,7 @@ class OwnMachine:
         if key not in self._expected():
             raise StreamError(f"{name_of(section)} comes, and this machine has no such device")
         if key in self._came:
-            raise StreamError(f"{name_of(section)} comes twice")
+            log.warning("%s comes twice: the last one counts", name_of(section))
         if section.idstr == "vhost-user-net":
             await self.devices[section.instance].load(section)
         elif section.idstr == "vcpu":
@@ -398,6 +439,10 @@ class OwnMachine:
         for idstr, instance in self._expected():
             if (idstr, instance) not in self._came:
                 raise StreamError(f"the state of {idstr!r} (instance {instance}) does not come")
+        try:
+            await self._hold_vcpus()
+        except Shortage as error:
+            raise StreamError(str(error)) from None
         self._whole = True
 
     async def end(self) -> None:

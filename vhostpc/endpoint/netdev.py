@@ -10,8 +10,7 @@ Frames keep their order, so a frame that came says of all before it whether they
 
 from __future__ import annotations
 
-import logging
-import os
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +19,15 @@ import trio
 
 from vhostpc.endpoint.backends import BackEnd
 from vhostpc.endpoint.sections import NET, name_of
-from vhostpc.errors import MemoryLost, StreamError
+from vhostpc.errors import MemoryLost, Shortage, StreamError, sentence
 from vhostpc.frontend import Driver, GuestRegion, RingLayout
+from vhostpc.logs import rationed_logger
 from vhostpc.memory.ramblock import RamSet
+from vhostpc.virtio.event import signal_event
 from vhostpc.wire.elements import DeviceSection
 from vhostpc.wire.vhost_user import Feature
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 RX, TX = 0, 1
 AREA = 4 << 20
@@ -92,7 +93,10 @@ class NetDevice:
     # --- life
 
     def make_drivers(self) -> list[Driver]:
-        """For the features that the back-end's driver has acknowledged. Those before are freed."""
+        """For the features that the back-end's driver has acknowledged. Those before are freed.
+
+        All that they need until :meth:`close` is had here. Raises Shortage, OSError.
+        """
         self.close()
         event_idx = bool(self.backend.features & Feature.EVENT_IDX)
         for index, layout in enumerate(self._layouts):
@@ -120,7 +124,7 @@ class NetDevice:
         """Start the back-end's rings and the traffic, which runs in ``nursery`` until :meth:`stop`."""
         await self.backend.start(self._drivers, self._bases)
         for driver in self._drivers:  # what waits in the rings since they were stopped
-            os.eventfd_write(driver.kick, 1)
+            signal_event(driver.kick)
         self._idle = trio.Event()
         self._scope = trio.CancelScope()
         nursery.start_soon(self._traffic, self._scope, self._idle)
@@ -133,17 +137,35 @@ class NetDevice:
         self._scope = None
         await self._idle.wait()
         bases = await self.backend.stop()
-        if bases is None:
-            # As QEMU does where the back-end is gone: go on behind what it has used.
-            bases = []
-            for driver in self._drivers:
-                try:
-                    waiting = await driver.look()
-                except (MemoryLost, OSError) as error:  # it left nonsense behind
-                    self._problem(f"{self.name}: what its back-end used last is not known: {error}")
-                    waiting = 0
-                bases.append((driver.numbers().used_index + waiting) & 0xFFFF)
-        self._bases = bases
+        self._bases = [
+            await self._base(index, driver, None if bases is None else bases[index])
+            for index, driver in enumerate(self._drivers)
+        ]
+
+    async def _base(self, index: int, driver: Driver, said: int | None) -> int:
+        """Where a ring goes on. What its back-end says is taken if it can be. May wait for a page."""
+        numbers = driver.numbers()
+        try:
+            waiting = await driver.look()
+        except MemoryLost as error:
+            self._problem(f"{self.name}: what its back-end used last is not known: {error}")
+            waiting = 0
+        except OSError:
+            self._lies(f"it has used more of ring {index} than there was")
+            waiting = 0
+        if said is not None:
+            behind = (said - numbers.used_index) & 0xFFFF
+            if waiting <= behind <= (numbers.avail_index - numbers.used_index) & 0xFFFF:
+                return said
+            self._lies(f"it says that ring {index} goes on at {said}, where it cannot have come to")
+        # As QEMU does where the back-end is gone: go on behind what it has used.
+        return (numbers.used_index + waiting) & 0xFFFF
+
+    def _lies(self, what: str) -> None:
+        if self.backend.works:
+            self.backend.leave(what)
+        else:  # what it left behind
+            self._problem(f"{self.name}: of its back-end: {what}")
 
     def close(self) -> None:
         for driver in self._drivers:
@@ -158,10 +180,17 @@ class NetDevice:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._drivers[RX].run)
                     await self._send()
-        except* (MemoryLost, OSError) as group:
-            self._problem(f"{self.name}: its driver stopped: {group.exceptions[0]}")
+        except* Exception as group:
+            self._stopped(group.exceptions[0])
         finally:
             idle.set()
+
+    def _stopped(self, error: Exception) -> None:
+        if isinstance(error, OSError) and error.errno == errno.EBADMSG:
+            self._lies("it has used more of a ring than there was")
+        elif not isinstance(error, MemoryLost | OSError):
+            log.error("%s: an error that nobody thought of", self.name, exc_info=error)
+        self._problem(f"{self.name}: its driver stopped: {error}")
 
     async def _send(self) -> None:
         tx = self._drivers[TX]
@@ -244,13 +273,16 @@ class NetDevice:
             raise StreamError(
                 f"{what}: the back-end {self.backend.name} does not offer all of the features {values['features']:#x}"
             )
-        drivers = self.make_drivers()
+        try:
+            drivers = self.make_drivers()
+        except (Shortage, OSError) as error:
+            raise StreamError(f"this machine cannot run here: {self.name}: {sentence(error)}") from None
         for driver, key in zip(drivers, ("rx_driver", "tx_driver"), strict=True):
             driver.load(values[key])
         rx, tx = drivers
         first, end = values["flying_first"], values["flying_end"]
         if first > rx.numbers().received.next or first > end or end != tx.numbers().posted:
-            raise StreamError(f"{what}: frames {first} to {end} can not be those that were on their way")
+            raise StreamError(f"{what}: frames {first} to {end} cannot be those that were on their way")
         self._flying, self._settled = (first, end), False
         self._lost_before = values["lost_at_switch"]
         self._bases = [values["rx_base"], values["tx_base"]]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import trio
 
-log = logging.getLogger(__name__)
+from vhostpc.logs import rationed_logger
+
+log = rationed_logger(__name__)
 
 FIRST, LONGEST = 1.0, 60.0
 """Seconds without progress until the first line, and between two lines at most."""

@@ -1,10 +1,15 @@
 """Our own front-end: drives any vhost-user back-end without a virtual machine, through postcopy too."""
 
-from vhostpc.frontend.client import FrontEnd, connect, listen, over
-from vhostpc.frontend.driver import Driver, FarSide, RingLayout
-from vhostpc.frontend.postcopy import BackendPostcopy
-from vhostpc.frontend.rings import start_ring, stop_ring
-from vhostpc.frontend.share import DirtyLog, GuestRegion, MemoryShare, Mode
+from typing import TYPE_CHECKING
+
+from vhostpc.lazy import exports
+
+if TYPE_CHECKING:
+    from vhostpc.frontend.client import FrontEnd, connect, listen, over
+    from vhostpc.frontend.driver import Driver, FarSide, RingLayout
+    from vhostpc.frontend.postcopy import BackendPostcopy
+    from vhostpc.frontend.rings import start_ring, stop_ring
+    from vhostpc.frontend.share import DirtyLog, GuestRegion, MemoryShare, Mode
 
 __all__ = [
     "BackendPostcopy",
@@ -22,3 +27,14 @@ __all__ = [
     "start_ring",
     "stop_ring",
 ]
+
+__getattr__ = exports(
+    __name__,
+    {
+        "vhostpc.frontend.client": "FrontEnd connect listen over",
+        "vhostpc.frontend.driver": "Driver FarSide RingLayout",
+        "vhostpc.frontend.postcopy": "BackendPostcopy",
+        "vhostpc.frontend.rings": "start_ring stop_ring",
+        "vhostpc.frontend.share": "DirtyLog GuestRegion MemoryShare Mode",
+    },
+)

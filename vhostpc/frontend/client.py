@@ -6,16 +6,19 @@ order and every reply is verified: number, flags, size.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from types import TracebackType
 
 import trio
 
-from vhostpc.errors import PeerClosed, RemoteProtocolError, RequestFailed
+from vhostpc.errors import LocalProtocolError, PeerClosed, RemoteProtocolError, RequestFailed, naming
+from vhostpc.listener import accept, connect_to, listening
+from vhostpc.logs import rationed_logger
 from vhostpc.transport import MessageSocket
 from vhostpc.wire.vhost_user import (
     FLAG_NEED_REPLY,
@@ -25,6 +28,7 @@ from vhostpc.wire.vhost_user import (
     ConfigSpace,
     Feature,
     Frame,
+    Inflight,
     ProtocolFeature,
     Request,
     VringAddr,
@@ -51,11 +55,15 @@ KNOWN_PROTOCOL_FEATURES = (
 )
 REPLY_FLAGS = VERSION | FLAG_REPLY
 
+log = rationed_logger(__name__)
+
 OnBackendRequest = Callable[[Frame], int]
 
 
 LAST_REQUESTS = 256
 """Requests of a back-end that are remembered."""
+MOST_INDEX = 0xFFFF
+"""The highest index of a split ring."""
 
 
 class FrontEnd:
@@ -69,7 +77,7 @@ class FrontEnd:
         """What was acknowledged with SET_FEATURES."""
         self.protocol_features = ProtocolFeature(0)
         self.queues = 1
-        """GET_QUEUE_NUM: queue pairs for net, queues for others."""
+        """GET_QUEUE_NUM: queues, or, with some back-ends, pairs of them."""
         self.memory_slots = 0
         self.closed = trio.Event()
         """The back-end closed the connection, or broke the protocol: ``error`` says why."""
@@ -86,24 +94,35 @@ class FrontEnd:
     # --- the connection ---
 
     async def read(self) -> None:
-        """Read replies until the connection ends: run by whoever made the session."""
+        """Read replies until the connection ends: run by whoever made the session. Raises nothing."""
         try:
             with self._frames_in:
                 while (frame := await self._stream.receive()) is not None:
-                    await self._frames_in.send(frame)
+                    # Of a back-end that sends what nobody asked for the end is seen all the same.
+                    if not await self._stream.hand_on(frame, self._frames_in):
+                        break
         except (OSError, trio.ClosedResourceError):
             pass
         except RemoteProtocolError as e:
             self.error = e
+        except Exception as e:  # whoever made the session has others
+            log.exception("reading a back-end's messages")
+            self.error = RequestFailed(f"its messages could not be read: {e!r}")
         finally:
             self.closed.set()
             for call in self._on_closed:
-                call()
+                self._tell(call)
+
+    def _tell(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:
+            log.exception("a back-end's connection has ended")
 
     def on_closed(self, call: Callable[[], None]) -> None:
-        """Call when the connection ends, at once if it has ended."""
+        """Call when the connection ends, at once if it has ended. An exception of it goes to the log."""
         if self.closed.is_set():
-            call()
+            self._tell(call)
         else:
             self._on_closed.append(call)
 
@@ -124,16 +143,19 @@ class FrontEnd:
     async def send(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = 0) -> None:
         """Send one message and wait for nothing. ``flags`` besides the version. Nothing is checked.
 
-        Raises PeerClosed when the back-end is gone.
+        Raises PeerClosed when the back-end is gone, RequestFailed when it takes no more for ``timeout``.
         """
         await self.send_bytes(encode(request, payload, flags=flags), fds, request_name(request))
 
     async def send_bytes(self, data: bytes, fds: Sequence[int] = (), what: str = "bytes") -> None:
-        """Send bytes that need not be a message."""
-        try:
-            await self._stream.send(data, fds)
-        except (OSError, trio.ClosedResourceError):
-            raise PeerClosed(f"{what}: the back-end is gone") from None
+        """Send bytes that need not be a message. Behind a RequestFailed half of them may have gone."""
+        with trio.move_on_after(self.timeout):
+            try:
+                await self._stream.send(data, fds)
+            except (OSError, trio.ClosedResourceError):
+                raise PeerClosed(f"{what}: the back-end is gone") from None
+            return
+        raise RequestFailed(f"{what}: the back-end reads nothing for {self.timeout:g} s")
 
     async def receive(self, timeout: float | None = None) -> Frame:
         """The next message of the back-end, whatever it is. Raises PeerClosed, RequestFailed (too late)."""
@@ -259,6 +281,8 @@ class FrontEnd:
             self.protocol_features = accepted
         if ProtocolFeature.MQ in self.protocol_features:
             self.queues = await self.ask_u64(Request.GET_QUEUE_NUM)
+            if not self.queues:
+                raise RemoteProtocolError("GET_QUEUE_NUM: the back-end has no queue")
         if ProtocolFeature.CONFIGURE_MEM_SLOTS in self.protocol_features:
             self.memory_slots = await self.ask_u64(Request.GET_MAX_MEM_SLOTS)
         if ProtocolFeature.BACKEND_REQ in self.protocol_features:
@@ -277,7 +301,8 @@ class FrontEnd:
 
     async def open_backend_channel(self) -> None:
         """SET_BACKEND_REQ_FD: give the back-end a socket for its own requests, and serve it."""
-        ours, theirs = trio.socket.socketpair()
+        with naming("channel for requests of a back-end"):
+            ours, theirs = trio.socket.socketpair()
         with theirs:
             try:
                 await self.tell(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
@@ -289,16 +314,22 @@ class FrontEnd:
 
     async def _serve_backend(self, stream: MessageSocket) -> None:
         try:
-            with suppress(OSError):
-                while (frame := await stream.receive()) is not None:
-                    self.backend_requests.append((frame.request, frame.payload))
-                    known = frame.request in BackendRequest._value2member_map_
+            while (frame := await stream.receive()) is not None:
+                self.backend_requests.append((frame.request, frame.payload))
+                known = frame.request in BackendRequest._value2member_map_
+                try:
                     status = self.on_backend_request(frame) if known else 1
+                finally:
                     frame.close_fds()
-                    if frame.need_reply:
-                        await stream.send(encode(frame.request, pack_u64(status), flags=FLAG_REPLY))
+                if frame.need_reply:
+                    await stream.send(encode(frame.request, pack_u64(status), flags=FLAG_REPLY))
+        except OSError:
+            pass
         except RemoteProtocolError as e:
             self.error = self.error or e
+        except Exception as e:
+            log.exception("serving a back-end's requests")
+            self.error = self.error or RequestFailed(f"its requests could not be served: {e!r}")
         finally:
             stream.close()
 
@@ -330,7 +361,10 @@ class FrontEnd:
         return (await self.get_vring_bases([index], timeout=timeout))[0]
 
     async def get_vring_bases(self, rings: Sequence[int], *, timeout: float | None = None) -> list[int]:
-        """Stop these rings, asked for all at once; the next available index of each. ``timeout``: for each answer."""
+        """Stop these rings, asked for all at once; the next available index of each. ``timeout``: for each answer.
+
+        Raises RemoteProtocolError also for an index that a split ring cannot have.
+        """
         asked = [(Request.GET_VRING_BASE, VringState(index, 0).pack()) for index in rings]
         frames = await self.request_all(asked, size=8, timeout=timeout)
         for frame in frames:
@@ -342,8 +376,37 @@ class FrontEnd:
                 raise RemoteProtocolError(
                     f"GET_VRING_BASE of ring {index} was answered for ring {state.index}"
                 )
+            if state.num > MOST_INDEX:
+                raise RemoteProtocolError(
+                    f"GET_VRING_BASE of ring {index} was answered with {state.num:#x}, no index of a split ring"
+                )
             bases.append(state.num)
         return bases
+
+    # --- the inflight region ---
+
+    async def get_inflight_fd(self, queues: int, queue_size: int) -> tuple[Inflight, int] | None:
+        """Have the back-end make an inflight region; its descriptor is the caller's. None: it makes none.
+
+        Who acknowledges INFLIGHT_SHMFD (``negotiate`` does where it is asked to) also sends :meth:`set_inflight_fd`
+        before a ring starts: libvhost-user ends without it.
+        """
+        frame = await self.request(
+            Request.GET_INFLIGHT_FD, Inflight(0, 0, queues, queue_size).pack(), size=24
+        )
+        told = Inflight.unpack(frame.payload)
+        fds = frame.take_fds()
+        if told.size and len(fds) == 1:
+            return told, fds[0]
+        for fd in fds:
+            os.close(fd)
+        if told.size:
+            raise RemoteProtocolError(f"GET_INFLIGHT_FD: {told.size} bytes and {len(fds)} descriptors")
+        return None
+
+    async def set_inflight_fd(self, region: Inflight, fd: int) -> None:
+        """Hand over the region: a fresh one, or that of a back-end which is gone. No ring may be started."""
+        await self.tell(Request.SET_INFLIGHT_FD, region.pack(), [fd])
 
     async def _vring_fd(self, request: Request, index: int, fd: int | None) -> None:
         no_fd = 0x100 if fd is None else 0
@@ -352,7 +415,7 @@ class FrontEnd:
     # --- the rest ---
 
     async def get_config(self, offset: int, size: int) -> bytes:
-        """GET_CONFIG. Raises RequestFailed when the back-end refuses."""
+        """GET_CONFIG. Raises RequestFailed when the back-end refuses, RemoteProtocolError for a wrong reply."""
         payload = ConfigSpace(offset, 0, bytes(size)).pack()
         frame = await self.request(Request.GET_CONFIG, payload)
         frame.close_fds()
@@ -360,7 +423,10 @@ class FrontEnd:
             raise RequestFailed(f"GET_CONFIG of {size} bytes at {offset} was refused")
         if len(frame.payload) != len(payload):
             raise RemoteProtocolError(f"GET_CONFIG: {len(frame.payload)} bytes, not {len(payload)}")
-        return ConfigSpace.unpack(frame.payload).data
+        try:
+            return ConfigSpace.unpack(frame.payload).data
+        except LocalProtocolError as e:
+            raise RemoteProtocolError(f"GET_CONFIG: {e}") from None
 
     async def set_config(self, offset: int, data: bytes, *, migration: bool = False) -> None:
         await self.tell(Request.SET_CONFIG, ConfigSpace(offset, int(migration), data).pack())
@@ -410,24 +476,28 @@ async def connect(path: str | os.PathLike[str], *, timeout: float = 10) -> Async
     Tries again until ``timeout`` seconds have passed, since the back-end may just be starting. Raises
     PeerClosed.
     """
-    sock = None
+    sock: socket.socket | None = None
     problem: OSError | None = None
     with trio.move_on_after(timeout):
         while sock is None:
-            attempt = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            with naming(f"socket for {os.fspath(path)}"):
+                attempt = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                await attempt.connect(os.fspath(path))
+                await connect_to(attempt, path)
                 sock = attempt
             except OSError as e:
                 problem = e
                 attempt.close()
+                if e.errno == errno.ENAMETOOLONG:
+                    break  # that does not pass
                 await trio.sleep(0.02)
             except BaseException:
                 attempt.close()
                 raise
     if sock is None:
         why = problem.strerror if problem else "no answer"
-        raise PeerClosed(f"no back-end listens on {os.fspath(path)}: {why}")
+        waited = "" if problem and problem.errno == errno.ENAMETOOLONG else f", waited for {timeout:g} s"
+        raise PeerClosed(f"no back-end listens on {os.fspath(path)}: {why}{waited}")
     async with over(sock, timeout=timeout) as front:
         yield front
 
@@ -435,15 +505,10 @@ async def connect(path: str | os.PathLike[str], *, timeout: float = 10) -> Async
 @asynccontextmanager
 async def listen(path: str | os.PathLike[str], *, timeout: float = 10) -> AsyncIterator[FrontEnd]:
     """A session with the first back-end that connects to ``path`` within ``timeout`` seconds."""
-    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        await listener.bind(os.fspath(path))
-        try:
-            listener.listen()
-            sock = None
-            with trio.move_on_after(timeout):
-                sock, _ = await listener.accept()
-        finally:
-            os.unlink(path)
+    with listening(path) as made, trio.socket.from_stdlib_socket(made) as listener:
+        sock: trio.socket.SocketType | None = None
+        with trio.move_on_after(timeout):
+            sock = await accept(listener)
     if sock is None:
         raise PeerClosed(f"no back-end connected to {os.fspath(path)} within {timeout:g} s")
     async with over(sock, timeout=timeout) as front:

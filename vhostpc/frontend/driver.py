@@ -1,6 +1,6 @@
 """The guest's side of virtqueues: a driver per queue in C, and the far side that its frames go to.
 
-A driver touches guest memory like a guest's processor: each call here is one C call on a borrowed thread and
+A driver touches guest memory like a guest's processor: each call here is one C call on a thread of its own and
 may wait for a page. Frames carry a stream, a number and a CRC-32, so that a lost, doubled or damaged one is
 found and counted.
 """
@@ -11,16 +11,19 @@ import errno
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import trio
 
-from vhostpc._native import check, ffi, lib
+from vhostpc._native import check, ffi, lib, made
 from vhostpc._native.entries import Thread
+from vhostpc._native.handles import Handle
 from vhostpc._native.loop import run_loop
-from vhostpc.errors import StreamError
+from vhostpc._native.threads import KeptThread
+from vhostpc.errors import StreamError, naming
 from vhostpc.frontend.share import GuestRegion
 from vhostpc.memory.ramblock import RamSet, touched
 
@@ -120,12 +123,20 @@ def _frames(raw: Any) -> FrameNumbers:
     )
 
 
+def _eventfd(stack: ExitStack) -> int:
+    """A non-blocking one, closed by ``stack``."""
+    with naming("eventfd of a ring"):
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    stack.callback(os.close, fd)
+    return fd
+
+
 class Driver:
     """One queue. ``kick`` and ``call`` are its eventfds, for SET_VRING_KICK and SET_VRING_CALL.
 
     One call at a time; each raises MemoryLost when the RAM set was given up. ``event_idx`` says that
     VIRTIO_F_EVENT_IDX was negotiated, ``header`` how many bytes of device header stand before a frame (net:
-    12), ``receive`` that the device writes.
+    12), ``receive`` that the device writes. Raises ValueError for a layout that cannot be, Shortage, OSError.
     """
 
     def __init__(
@@ -141,54 +152,63 @@ class Driver:
     ) -> None:
         self.layout = layout
         self.receive = receive
-        self.kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         raw = ffi.new("struct vpc_driver_config *")
         for name in RingLayout.__dataclass_fields__:
             setattr(raw, name, getattr(layout, name))
         raw.header, raw.receive, raw.event_idx, raw.stream = header, receive, event_idx, stream
-        raw.kick_fd, raw.call_fd = self.kick, self.call
-        self._limiter = trio.CapacityLimiter(1)
-        self._handle = lib.vpc_driver_new(ram.handle, raw)
-        if self._handle == ffi.NULL:
-            self.close()
-            raise ValueError(f"a ring can not be laid out like this: {layout}")
-        try:
+        # All that its calls and its loop need is had here: they cannot fail for want of a thread.
+        with ExitStack() as stack:
+            self._thread = KeptThread(Thread.DRIVER, "the driver of a ring")
+            stack.callback(self._thread.close)
+            self.kick, self.call = _eventfd(stack), _eventfd(stack)
+            raw.kick_fd, raw.call_fd = self.kick, self.call
+            new = lib.vpc_driver_new(ram.handle, raw)
+            if new == ffi.NULL and ffi.errno == errno.EINVAL:
+                raise ValueError(f"a ring cannot be laid out like this: {layout}")
+            self._native = Handle(
+                made(new, "driver of a ring"),
+                lib.vpc_driver_free,
+                "this driver is closed",
+                needs=[ram.handle],
+            )
+            stack.callback(self._native.close)
             for r in regions:
-                rc = lib.vpc_driver_add_region(self._handle, r.guest_addr, r.size, r.block.index, r.offset)
+                rc = lib.vpc_driver_add_region(self.handle, r.guest_addr, r.size, r.block.index, r.offset)
                 check(rc, f"region at {r.guest_addr:#x}")
-        except BaseException:
-            self.close()
-            raise
+            stack.pop_all()
+
+    @property
+    def handle(self) -> Any:
+        """The C handle; ValueError after :meth:`close`."""
+        return self._native.raw
 
     async def reset(self) -> None:
         """Make the ring empty. May wait for a page."""
-        await self._hop(lambda: lib.vpc_driver_reset(self._handle))
+        await self._hop(lambda: lib.vpc_driver_reset(self.handle))
 
     async def post(self, count: int = 1, frame_len: int = 64) -> int:
         """Make up to ``count`` chains available and kick if the device wants it; returns how many.
 
         They are frames of ``frame_len`` bytes, or empty buffers of a receive queue. May wait for a page.
         """
-        return await self._hop(lambda: lib.vpc_driver_post(self._handle, count, frame_len))
+        return await self._hop(lambda: lib.vpc_driver_post(self.handle, count, frame_len))
 
     async def reap(self) -> int:
         """Take what the device has used; returns how many chains. May wait for a page."""
-        return await self._hop(lambda: lib.vpc_driver_reap(self._handle))
+        return await self._hop(lambda: lib.vpc_driver_reap(self.handle))
 
     async def run(self, count: int = 0, frame_len: int = 64, *, per_second: float = 0) -> None:
         """Post and reap until ``count`` chains have come back (0: until cancelled).
 
-        At most ``per_second`` chains a second if that is not 0. One C call on a borrowed thread; cancelling
+        At most ``per_second`` chains a second if that is not 0. One C call on its thread; cancelling
         takes effect when no page is waited for.
         """
         interval = int(1e9 / per_second) if per_second else 0
-        handle = self._handle
+        handle = self.handle
         rc = await run_loop(
             lambda: lib.vpc_driver_run(handle, count, frame_len, interval),
             lambda: lib.vpc_driver_stop(handle),
-            self._limiter,
-            Thread.DRIVER,
+            self._thread,
         )
         touched(rc, "driver")
 
@@ -197,22 +217,22 @@ class Driver:
 
         Raises OSError (EBADMSG) when they are more than the chains in flight.
         """
-        return await self._hop(lambda: lib.vpc_driver_look(self._handle))
+        return await self._hop(lambda: lib.vpc_driver_look(self.handle))
 
     def unseen(self, first: int, end: int) -> int:
         """How many of these frame numbers no frame received so far had. Touches nothing."""
-        return int(lib.vpc_driver_unseen(self._handle, first, end))
+        return int(lib.vpc_driver_unseen(self.handle, first, end))
 
     def save(self) -> bytes:
         """What a driver of the same layout needs to go on elsewhere. Touches nothing; no call may run."""
-        room = check(lib.vpc_driver_save(self._handle, ffi.NULL, 0), "state of a driver")
+        room = check(lib.vpc_driver_save(self.handle, ffi.NULL, 0), "state of a driver")
         buffer = ffi.new("unsigned char[]", room)
-        check(lib.vpc_driver_save(self._handle, buffer, room), "state of a driver")
+        check(lib.vpc_driver_save(self.handle, buffer, room), "state of a driver")
         return bytes(ffi.buffer(buffer, room))
 
     def load(self, state: bytes) -> None:
         """Go on where another driver was when it was saved. Raises StreamError, having changed nothing."""
-        rc = lib.vpc_driver_load(self._handle, ffi.from_buffer(state), len(state))
+        rc = lib.vpc_driver_load(self.handle, ffi.from_buffer(state), len(state))
         if rc == -errno.EINVAL:
             raise StreamError(
                 f"the state of a queue is that of another ring than ours of {self.layout.num} entries"
@@ -223,16 +243,19 @@ class Driver:
 
     def move(self, ram: RamSet) -> None:
         """The guest moved: the same addresses in another RAM set, and new eventfds. Touches nothing."""
+        with ExitStack() as stack:
+            kick, call = _eventfd(stack), _eventfd(stack)
+            check(lib.vpc_driver_move(self.handle, ram.handle, kick, call), "moving a driver")
+            stack.pop_all()
         for fd in (self.kick, self.call):
             os.close(fd)
-        self.kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        check(lib.vpc_driver_move(self._handle, ram.handle, self.kick, self.call), "moving a driver")
+        self.kick, self.call = kick, call
+        self._native.now_needs(ram.handle)
 
     def numbers(self) -> DriverNumbers:
         """Touches nothing."""
         raw = ffi.new("struct vpc_driver_stats *")
-        lib.vpc_driver_stats(self._handle, raw)
+        lib.vpc_driver_stats(self.handle, raw)
         return DriverNumbers(
             posted=int(raw.posted),
             completed=int(raw.completed),
@@ -246,14 +269,13 @@ class Driver:
         )
 
     async def _hop(self, call: Any) -> int:
-        rc = await trio.to_thread.run_sync(call, limiter=self._limiter, thread_name=Thread.DRIVER)
-        return touched(rc, "driver")
+        return touched(await self._thread.call(call), "driver")
 
     def close(self) -> None:
         """Free it and close the eventfds. Not while a call runs."""
-        if self._handle is not None:
-            lib.vpc_driver_free(self._handle)
-            self._handle = None
+        if not self._native.closed:
+            self._native.close(idle=self._thread.idle)
+            self._thread.close()
             for fd in (self.kick, self.call):
                 os.close(fd)
 
@@ -270,17 +292,23 @@ class FarSide:
     """What stands behind a bridge: a datagram socket that checks frames, and may echo them."""
 
     def __init__(self, sock: socket.socket | trio.socket.SocketType, *, echo: bool = False) -> None:
-        self._handle = lib.vpc_far_new(sock.fileno(), echo)
-        if self._handle == ffi.NULL:
-            raise MemoryError("far side")
-        self._limiter = trio.CapacityLimiter(1)
+        self._thread = KeptThread(Thread.FAR, "the far side")
+        try:
+            raw = made(lib.vpc_far_new(sock.fileno(), echo), "far side")
+        except BaseException:
+            self._thread.close()
+            raise
+        self._native = Handle(raw, lib.vpc_far_free, "this far side is closed")
+
+    @property
+    def handle(self) -> Any:
+        """The C handle; ValueError after :meth:`close`."""
+        return self._native.raw
 
     async def run(self) -> None:
-        """One C call on a borrowed thread until cancelled."""
-        handle = self._handle
-        rc = await run_loop(
-            lambda: lib.vpc_far_run(handle), lambda: lib.vpc_far_stop(handle), self._limiter, Thread.FAR
-        )
+        """One C call on its thread until cancelled."""
+        handle = self.handle
+        rc = await run_loop(lambda: lib.vpc_far_run(handle), lambda: lib.vpc_far_stop(handle), self._thread)
         check(rc, "far side")
 
     def numbers(self) -> FrameNumbers:
@@ -293,14 +321,13 @@ class FarSide:
 
     def _numbers(self) -> tuple[FrameNumbers, int]:
         raw, echoed = ffi.new("struct vpc_frame_stats *"), ffi.new("uint64_t *")
-        lib.vpc_far_stats(self._handle, raw, echoed)
+        lib.vpc_far_stats(self.handle, raw, echoed)
         return _frames(raw), int(echoed[0])
 
     def close(self) -> None:
         """Not while :meth:`run` runs. The socket stays the caller's."""
-        if self._handle is not None:
-            lib.vpc_far_free(self._handle)
-            self._handle = None
+        self._native.close(idle=self._thread.idle)
+        self._thread.close()
 
     def __enter__(self) -> FarSide:
         return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 
-from vhostpc.errors import LocalProtocolError, PostcopyRefused, RequestFailed
+from vhostpc.errors import LocalProtocolError, PostcopyRefused, RequestFailed, UfdError
 from vhostpc.frontend.client import FrontEnd
 from vhostpc.frontend.share import BackendRegion, MemoryShare, check_mode, set_nonblocking
 from vhostpc.ufd import Userfaultfd, is_userfaultfd
@@ -43,7 +43,7 @@ class BackendPostcopy:
         """POSTCOPY_ADVISE: get the back-end's ufd and read its faults from now on. May be repeated.
 
         The client of the last ADVISE is the one whose faults come. Raises PostcopyRefused when the back-end
-        gives no ufd.
+        gives no ufd, UfdError and OSError when we cannot read it.
         """
         if ProtocolFeature.PAGEFAULT not in self.front.protocol_features:
             raise PostcopyRefused(f"postcopy refused: {self.name} did not offer it (PAGEFAULT)")
@@ -58,7 +58,12 @@ class BackendPostcopy:
             if not is_userfaultfd(fd):
                 raise PostcopyRefused(f"postcopy refused: {self.name}'s descriptor is no userfaultfd")
             set_nonblocking(fd)
-            with Userfaultfd.from_fd(frame.take_fd()) as ufd:
+            try:
+                ufd = Userfaultfd.from_fd(fd)
+            except UfdError as e:
+                raise PostcopyRefused(f"postcopy refused: {self.name}'s userfaultfd: {e}") from None
+            frame.take_fd()
+            with ufd:
                 client = self.service.add_client(ufd, self.name)
         finally:
             frame.close_fds()

@@ -14,9 +14,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vhostpc.errors import LocalProtocolError, PostcopyRefused, RemoteProtocolError
+from vhostpc.errors import LocalProtocolError, PostcopyRefused, RemoteProtocolError, naming
 from vhostpc.frontend.client import FrontEnd
 from vhostpc.memory.ramblock import RamBlock
+from vhostpc.units import in_units
 from vhostpc.wire.vhost_user import (
     LogArea,
     MemoryRegion,
@@ -97,7 +98,11 @@ class MemoryShare:
     # --- outside postcopy ---
 
     async def share(self) -> None:
-        """Send what the back-end does not have yet, and take away what is no longer there."""
+        """Send what the back-end does not have yet, and take away what is no longer there.
+
+        Raises RequestFailed, RemoteProtocolError (too few memory slots) and PeerClosed.
+        """
+        check_mode(self)
         if self.mode is Mode.TABLE:
             payload = pack_table([r.wire for r in self.regions])
             await self.front.tell(Request.SET_MEM_TABLE, payload, [r.block.fd for r in self.regions])
@@ -114,7 +119,7 @@ class MemoryShare:
         """The three steps. ``store`` is called with verified addresses before the last of them.
 
         ``ack``: the number of the last message; None takes QEMU's rule (the last message that was built, 0 if
-        there was none). Raises PostcopyRefused, before the ack, when the addresses can not be right.
+        there was none). Raises PostcopyRefused, before the ack, when the addresses cannot be right.
         """
         if self.mode is Mode.TABLE:
             built = Request.SET_MEM_TABLE
@@ -137,8 +142,17 @@ class MemoryShare:
                 f"postcopy refused: SET_MEM_TABLE was answered with {len(frame.payload)} bytes in place of "
                 f"{len(payload)}: this back-end does not know the exchange of addresses"
             )
-        bases = list(zip(self.regions, unpack_table(frame.payload), strict=True))
-        return verified([BackendRegion(r, answer.user_addr) for r, answer in bases], [a for _, a in bases])
+        try:
+            answers = unpack_table(frame.payload)
+        except LocalProtocolError as e:
+            raise PostcopyRefused(f"postcopy refused: SET_MEM_TABLE was answered with a {e}") from None
+        if len(answers) != len(self.regions):
+            raise PostcopyRefused(
+                f"postcopy refused: SET_MEM_TABLE was answered with {len(answers)} regions in place of"
+                f" {len(self.regions)}"
+            )
+        bases = [BackendRegion(r, a.user_addr) for r, a in zip(self.regions, answers, strict=True)]
+        return verified(bases, answers)
 
     async def _exchange_slots(self) -> tuple[Request, list[BackendRegion]]:
         built = Request.NONE
@@ -189,7 +203,7 @@ def verified(bases: list[BackendRegion], answers: Sequence[MemoryRegion]) -> lis
         where = f"postcopy refused: the back-end's answer for the region at {r.guest_addr:#x}"
         if answer.guest_addr != r.guest_addr or answer.size != r.size:
             raise PostcopyRefused(
-                f"{where} is for {answer.size:#x} bytes at {answer.guest_addr:#x}: regions must be answered "
+                f"{where} is for {in_units(answer.size)} at {answer.guest_addr:#x}: regions must be answered "
                 f"in the order and size they were sent"
             )
         if b.base == r.user_addr:
@@ -198,7 +212,7 @@ def verified(bases: list[BackendRegion], answers: Sequence[MemoryRegion]) -> lis
                 f"table mode) does not tell where it mapped the memory, so its faults could not be served"
             )
         if b.base == 0 or b.base + r.size > 1 << 64:
-            raise PostcopyRefused(f"{where} is the address {b.base:#x}, which can not hold it")
+            raise PostcopyRefused(f"{where} is the address {b.base:#x}, which cannot hold it")
         # Addresses are congruent with offsets, so that pages of the one are pages of the other.
         if (b.base - (r.block.fd_offset + r.offset)) % r.block.page_size:
             raise PostcopyRefused(f"{where}, {b.base:#x}, is not aligned to its pages")
@@ -217,7 +231,8 @@ class DirtyLog:
     def __init__(self, regions: Sequence[GuestRegion]) -> None:
         end = max(r.guest_addr + r.size for r in regions)
         self.size = (end // LOG_PAGE + 63) // 64 * 8
-        self.fd = os.memfd_create("vhostpc-log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        with naming("dirty log"):
+            self.fd = os.memfd_create("vhostpc-log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, self.size)
             # A back-end that cut it short would make our next look at it fatal.

@@ -12,8 +12,11 @@ import trio
 
 from vhostpc._native import lib
 from vhostpc._native.entries import Thread
+from vhostpc._native.sleepers import Sleepers
 from vhostpc.errors import MemoryLost
 from vhostpc.memory.mapping import Supply
+
+_WAIT = "a touch of guest memory that has to wait for its page"
 
 
 class Gate:
@@ -26,7 +29,8 @@ class Gate:
     armed  postcopy                          inline with VPC_TRY, which gives up before it touches an
                                              absent page; then the same call on a borrowed thread
     slow   a backing that may read a disk    always on a borrowed thread
-    lost   the supplier of pages is gone     MemoryLost
+    lost   pages are gone, or whoever        MemoryLost
+           brings them
     =====  ================================  ==========================================================
 
     The threads are counted by a limiter of the session's own: with trio's default one, forty waiting touches
@@ -36,35 +40,42 @@ class Gate:
     def __init__(self, supply: Supply, threads: int) -> None:
         self.supply = supply
         self.slow = False
+        #: The calls that may be asleep, those of pumps among them.
+        self.sleepers = Sleepers()
         self._limiter = trio.CapacityLimiter(threads)
 
     async def call(
-        self, touch: Callable[[int], int], *, waiting_room: trio.CapacityLimiter | None = None
+        self,
+        touch: Callable[[int], int],
+        *,
+        waiting_room: trio.CapacityLimiter | None = None,
+        try_first: bool = False,
+        left: Callable[[], None],
     ) -> int:
         """Run ``touch(flags)``, a C call that returns >= 0 or -errno, and return that value.
 
-        May wait for a page, without holding up the trio loop; a waiting call can not be cancelled, it ends
-        with the page, or with MemoryLost when :meth:`Supply.fail` is called. ``waiting_room``: for a call that
-        is known to wait, threads other than the session's few.
+        May wait for a page, without holding up the trio loop; a waiting call cannot be cancelled, it ends
+        with the page, or with MemoryLost when :meth:`Supply.fail` is called. Where that could not let it go and
+        ``sleepers.leave`` was called, LeftAsleep: what the call uses must stay then. ``waiting_room``: threads other
+        than the session's few, for a call that is known to wait, or (``try_first``) for one of many that may. Raises
+        Shortage, with nothing touched.
         """
-        if waiting_room is not None:
-            return self.checked(
-                await trio.to_thread.run_sync(touch, 0, limiter=waiting_room, thread_name=Thread.LATE)
-            )
-        if not self.slow:
+        if not self.slow and (waiting_room is None or try_first):
             await trio.lowlevel.checkpoint_if_cancelled()
             rc = touch(lib.VPC_TRY)
             if rc != -errno.EAGAIN:
                 # Never cancelled after the call: what it did must not be forgotten.
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 return self.checked(rc)
-        return self.checked(
-            await trio.to_thread.run_sync(touch, 0, limiter=self._limiter, thread_name=Thread.HOP)
-        )
+        if waiting_room is not None:
+            rc = await self.sleepers.run(lambda: touch(0), waiting_room, Thread.LATE, _WAIT, left=left)
+        else:
+            rc = await self.sleepers.run(lambda: touch(0), self._limiter, Thread.HOP, _WAIT, left=left)
+        return self.checked(rc)
 
     @staticmethod
     def checked(rc: int) -> int:
         """``rc``, or MemoryLost for -EOWNERDEAD."""
         if rc == -errno.EOWNERDEAD:
-            raise MemoryLost("the front-end is gone and will bring no more pages")
+            raise MemoryLost("the front-end is gone and will bring no more pages, or has taken pages away")
         return rc

@@ -7,26 +7,35 @@ import os
 from typing import Any
 
 from vhostpc._native import ffi, lib
+from vhostpc._native.handles import Handle
 from vhostpc.errors import GuestMemoryError
+from vhostpc.memory.mapping import Supply
+from vhostpc.units import in_units
 
 
 class DirtyLog:
     """Maps ``size`` bytes at ``offset`` of ``fd``; the descriptor may be closed afterwards.
 
-    Raises GuestMemoryError when the area is empty or longer than its file.
+    A page of it that goes, because the front-end shrinks the file, makes ``supply`` lost. Raises GuestMemoryError
+    when the area is empty or longer than its file.
     """
 
-    def __init__(self, fd: int, offset: int, size: int) -> None:
+    def __init__(self, supply: Supply, fd: int, offset: int, size: int) -> None:
         out = ffi.new("struct vpc_log **")
-        rc = lib.vpc_log_new(fd, offset, size, out)
+        rc = lib.vpc_log_new(supply.handle, fd, offset, size, out)
         if rc in (-errno.EFBIG, -errno.EINVAL):
             raise GuestMemoryError(
-                f"dirty log: {size:#x} bytes at {offset:#x} do not lie in a file of that size"
+                f"dirty log: {in_units(size)} at {offset:#x} do not lie in a file of that size"
             )
         if rc < 0:
             raise GuestMemoryError(f"dirty log: {os.strerror(-rc)}")
-        self.handle: Any = ffi.gc(out[0], lib.vpc_log_unref)
+        self._native = Handle(out[0], lib.vpc_log_unref, "this dirty log is closed")
         self.size = size
+
+    @property
+    def handle(self) -> Any:
+        """The C handle; ValueError after :meth:`close`."""
+        return self._native.raw
 
     def covers(self, guest_end: int) -> bool:
         """Has every page below guest address ``guest_end`` a bit?"""
@@ -34,5 +43,4 @@ class DirtyLog:
 
     def close(self) -> None:
         """Let go of our hold; rings keep theirs until they are told of another log."""
-        self.handle, handle = ffi.NULL, self.handle
-        ffi.release(handle)
+        self._native.close()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import enum
 import errno
 import os
 from dataclasses import dataclass
 from typing import Any
 
 from vhostpc._native import check, ffi, lib
+from vhostpc._native.handles import Handle
+from vhostpc.enums import WordEnum
 from vhostpc.errors import GuestMemoryError, PostcopyRefused
 from vhostpc.memory.addr import OwnAddr
+from vhostpc.units import in_units
 
 
-class Backing(enum.IntEnum):
+class Backing(WordEnum):
     """What kind of file system a mapping comes from. Postcopy works on the first two."""
 
     TMPFS = 1
@@ -39,7 +41,12 @@ class Supply:
     def __init__(self) -> None:
         out = ffi.new("struct vpc_supply **")
         check(lib.vpc_supply_new(out), "guest memory")
-        self.handle: Any = ffi.gc(out[0], lib.vpc_supply_unref)
+        self._native = Handle(out[0], lib.vpc_supply_unref, "this supply is closed")
+
+    @property
+    def handle(self) -> Any:
+        """The C handle; ValueError after :meth:`close`."""
+        return self._native.raw
 
     def arm(self, ufd: int) -> None:
         """Register maps made from now on with this userfaultfd; a copy is kept until :meth:`disarm`."""
@@ -49,22 +56,29 @@ class Supply:
         """Every page has arrived (POSTCOPY_END): unregister all mappings, close our copies of the ufd."""
         check(lib.vpc_supply_disarm(self.handle), "UFFDIO_UNREGISTER")
 
-    def fail(self) -> None:
+    def fail(self) -> str | None:
         """No page will come any more: release every waiter, so that nothing is read, sent or created.
 
         Each armed mapping is replaced by private memory and its waiters are woken; they see
-        :class:`MemoryLost`. The shared file stays as it was, also for a guest that lives on.
+        :class:`MemoryLost`. The shared file stays as it was, also for a guest that lives on. Returns None, or why
+        there is no memory to replace all of them with: who waits in the others sleeps on (:attr:`asleep`). It may
+        be tried again.
         """
-        lib.vpc_supply_fail(self.handle)
+        rc = lib.vpc_supply_fail(self.handle)
+        return os.strerror(-rc) if rc < 0 else None
+
+    @property
+    def asleep(self) -> int:
+        """Threads that wait for a page; after :meth:`fail` only those that it could not let go."""
+        return lib.vpc_supply_asleep(self.handle)
 
     @property
     def lost(self) -> bool:
-        return not self.handle or bool(lib.vpc_supply_is_lost(self.handle))
+        return self._native.closed or bool(lib.vpc_supply_is_lost(self.handle))
 
     def close(self) -> None:
         """Let go of it, and of the userfaultfd; what is still mapped holds its own copy."""
-        self.handle, handle = ffi.NULL, self.handle
-        ffi.release(handle)
+        self._native.close()
 
     def stats(self) -> WaitStats:
         out = ffi.new("struct vpc_wait_stats *")
@@ -80,26 +94,35 @@ def mlock_future_in_force() -> bool:
 class Mapping:
     """``size`` bytes at ``offset`` of ``fd`` (duplicated), shared, kept from children and core dumps.
 
-    ``armed``: mapped without access until :meth:`register`. Raises GuestMemoryError for an empty, wrapping,
-    unaligned (4096) or too long range, PostcopyRefused for armed memory that is neither tmpfs nor hugetlbfs.
+    ``armed``: mapped without access until :meth:`register`. Raises GuestMemoryError for an empty, wrapping
+    or too long range, for an unaligned (4096) armed one, PostcopyRefused for armed memory that is neither tmpfs nor
+    hugetlbfs.
     Never touches a page.
     """
 
     def __init__(self, supply: Supply, fd: int, offset: int, size: int, *, armed: bool = False) -> None:
         out = ffi.new("struct vpc_map **")
-        where = f"{size:#x} bytes at {offset:#x} of the descriptor"
+        where = f"{in_units(size)} at {offset:#x} of the descriptor"
         rc = lib.vpc_map_new(supply.handle, fd, offset, size, armed, out)
         if rc == -errno.EFBIG:
             raise GuestMemoryError(f"memory region: {where} end after the end of its file")
         if rc == -errno.EINVAL:
-            raise GuestMemoryError(f"memory region: {where} are empty, unaligned or not a regular file's")
+            unaligned = ", unaligned" if armed else ""
+            raise GuestMemoryError(
+                f"memory region: {where} are empty, wrapping{unaligned} or not a regular file's"
+            )
         if rc == -errno.EOPNOTSUPP:
             raise PostcopyRefused(
                 "postcopy needs guest memory on tmpfs (memfd, /dev/shm) or hugetlbfs; this is another file system"
             )
         if rc < 0:
             raise GuestMemoryError(f"memory region: {where}: {os.strerror(-rc)}")
-        self.handle: Any = ffi.gc(out[0], lib.vpc_map_unref)
+        self._native = Handle(out[0], lib.vpc_map_unref, "this mapping is closed")
+
+    @property
+    def handle(self) -> Any:
+        """The C handle; ValueError after :meth:`close`."""
+        return self._native.raw
 
     @property
     def address(self) -> OwnAddr:
@@ -116,5 +139,4 @@ class Mapping:
 
     def close(self) -> None:
         """Let go of our hold; it is unmapped when no table holds it either."""
-        self.handle, handle = ffi.NULL, self.handle
-        ffi.release(handle)
+        self._native.close()

@@ -6,7 +6,6 @@ in and out by bounded copies in C, on a borrowed thread, since any of them may w
 
 from __future__ import annotations
 
-import enum
 import errno
 import fcntl
 import mmap
@@ -17,9 +16,12 @@ from typing import Any
 
 import trio
 
-from vhostpc._native import check, ffi, lib
+from vhostpc._native import check, ffi, lib, made
 from vhostpc._native.entries import Thread
-from vhostpc.errors import BadAddress, MemoryLost
+from vhostpc._native.handles import Handle
+from vhostpc._native.threads import borrow
+from vhostpc.enums import WordEnum
+from vhostpc.errors import BadAddress, MemoryLost, PageBorn, naming
 
 TARGET_PAGE = 4096
 MEMFD_NAME = 200
@@ -28,7 +30,7 @@ _HUGE_SHIFT = 26
 _MFD_HUGETLB = 0x4
 
 
-class Bits(enum.IntEnum):
+class Bits(WordEnum):
     """The bitmaps of a block, one bit a host page."""
 
     RECEIVED = 0
@@ -36,29 +38,48 @@ class Bits(enum.IntEnum):
     DIRTY = 2
     HELD = 3
     ASKED = 4
+    DISCARDED = 5
+    """The stream's RAM_DISCARD took it, or a part of it has come: its source will send it."""
 
 
 def make_memfd(name: str, length: int, page_size: int = TARGET_PAGE) -> int:
     """A new memfd of ``length`` bytes; ``page_size`` above 4096 takes huge pages of that size.
 
-    Raises OSError (ENOMEM when mapped later, if there are not enough huge pages).
+    Its length is sealed: back-ends have the descriptor, and one that shrank the file would end whoever touches what is
+    gone (SIGBUS). Raises OSError (ENOMEM when mapped later, if there are not enough huge pages).
     """
-    flags = os.MFD_CLOEXEC
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     if page_size > mmap.PAGESIZE:
         flags |= _MFD_HUGETLB | (page_size.bit_length() - 1) << _HUGE_SHIFT
     # The name is for people who look into /proc: a peer's may be longer than the kernel takes, or be no text.
     label = name.encode("utf-8", "surrogateescape").replace(b"\0", b"?")[:MEMFD_NAME]
-    fd = os.memfd_create(os.fsdecode(label), flags)
+    with naming(f"memory file {name}"):
+        fd = os.memfd_create(os.fsdecode(label), flags)
     try:
         os.ftruncate(fd, length)
+        # The last one, so that nobody seals it against our own writes.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
+def shared_copy(fd: int) -> int:
+    """A descriptor of the same file to be given away: an open file of its own.
+
+    So whatever flags a peer sets on it (O_APPEND makes each write go to the file's end) are not ours. Where the file
+    cannot be opened again, a copy of ``fd``. Raises OSError without descriptors.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    try:
+        return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+    except OSError:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+
+
 def refusal(error: OSError, length: int, page_size: int) -> str:
-    """Why such a block can not be had; for want of huge pages also what to write where."""
+    """Why such a block cannot be had; for want of huge pages also what to write where."""
     why = (error.strerror or str(error)).rpartition(": ")[2]
     if error.errno != errno.ENOMEM or page_size <= mmap.PAGESIZE:
         return why
@@ -74,7 +95,10 @@ def touched(rc: int, what: str) -> int:
 
 
 class RamBlock:
-    """One block of a :class:`RamSet`: its name, index in the set, length and host page size in bytes."""
+    """One block of a :class:`RamSet`: its name, index in the set, length and host page size in bytes.
+
+    ``fd`` is for peers, for back-ends to map: what is written here goes another way.
+    """
 
     def __init__(
         self, ram: RamSet, index: int, name: str, fd: int, fd_offset: int, length: int, page_size: int
@@ -108,6 +132,10 @@ class RamBlock:
     def count_bits(self, which: Bits) -> int:
         return check(lib.vpc_ram_count_bits(self._ram.handle, self.index, which), "RAM bits")
 
+    def count_owed(self) -> int:
+        """Host pages that are DISCARDED and not RECEIVED."""
+        return check(lib.vpc_ram_count_owed(self._ram.handle, self.index), "RAM bits")
+
     def count_cells(self, which: Bits, cells: int) -> list[int]:
         """The same in each of ``cells`` equal parts, the block's pages at most: part i begins at i * pages // cells."""
         out = ffi.new("uint32_t[]", max(cells, 1))
@@ -115,9 +143,34 @@ class RamBlock:
         return [int(n) for n in out[0:cells]]
 
     def discard(self, offset: int = 0, length: int | None = None) -> None:
-        """Punch a hole (whole host pages) and forget that these pages were received or requested."""
+        """Punch a hole (whole host pages) and forget that these pages were received, requested or discarded.
+
+        Raises OSError, and PageBorn where the kernel leaves a page all the same: a part of a huge page that somebody
+        holds is only cleared, and would be read as zeros instead of being missed.
+        """
         length = self.length - offset if length is None else length
-        check(lib.vpc_ram_discard(self._ram.handle, self.index, offset, length), f"discard in {self.name}")
+        left = ffi.new("uint64_t *")
+        rc = lib.vpc_ram_discard(self._ram.handle, self.index, offset, length, left)
+        if rc == -errno.EEXIST:
+            raise PageBorn(
+                f"host page {left[0]} of {self.name!r} is still there after its discard: it belongs to a huge "
+                "page that somebody holds (I/O that is under way), or whoever maps it has touched it again",
+                self.name,
+                int(left[0]),
+            )
+        check(rc, f"discard in {self.name}")
+
+    def born(self, first: int = 0, count: int | None = None) -> int | None:
+        """The first of these host pages (default: all to the end) that is there and was not received. Touches nothing.
+
+        None also where the kernel does not tell: huge pages, before Linux 5.13.
+        """
+        count = self.pages - first if count is None else count
+        page = ffi.new("uint64_t *")
+        rc = lib.vpc_ram_born(self._ram.handle, self.index, first, count, page)
+        if rc == -errno.EOPNOTSUPP:
+            return None
+        return int(page[0]) if check(rc, f"pages of {self.name}") else None
 
     def discards(self, room: int = 64 << 10) -> Iterator[bytes]:
         """RAM_DISCARD commands for the DIRTY pages, in pieces of at most ``room`` bytes; none if nothing is dirty."""
@@ -177,19 +230,17 @@ class RamBlock:
 
     async def _hop(self, call: Any, *args: Any) -> int:
         handle = self._ram.handle
-        rc = await trio.to_thread.run_sync(
-            lambda: call(handle, self.index, *args), limiter=self._ram.limiter, thread_name=Thread.BLOCKS
-        )
-        return touched(rc, f"RAM block {self.name}")
+        what = f"RAM block {self.name}"
+        rc = await borrow(lambda: call(handle, self.index, *args), self._ram.limiter, Thread.BLOCKS, what)
+        return touched(rc, what)
 
 
 class RamSet:
     """All RAM blocks of a machine. Close it after everything that uses it."""
 
     def __init__(self, threads: int = 16) -> None:
-        self._handle = lib.vpc_ram_new()
-        if self._handle == ffi.NULL:
-            raise MemoryError("RAM set")
+        raw = made(lib.vpc_ram_new(), "RAM set")
+        self._native = Handle(raw, lib.vpc_ram_free, "this RAM set is closed")
         self.limiter = trio.CapacityLimiter(threads)
         """For copies that may wait for a page: never trio's default."""
         self.blocks: list[RamBlock] = []
@@ -202,9 +253,7 @@ class RamSet:
     @property
     def handle(self) -> Any:
         """The C handle; ValueError after :meth:`close`."""
-        if self._handle is None:
-            raise ValueError("this RAM set is closed")
-        return self._handle
+        return self._native.raw
 
     def __getitem__(self, name: str) -> RamBlock:
         for block in self.blocks:
@@ -223,18 +272,22 @@ class RamSet:
     def add(
         self, name: str, fd: int, length: int, page_size: int = TARGET_PAGE, fd_offset: int = 0
     ) -> RamBlock:
-        """A block on ``length`` bytes of ``fd`` from ``fd_offset``; we keep a copy of ``fd``.
+        """A block on ``length`` bytes of ``fd`` from ``fd_offset``; we keep a copy of ``fd``, and one for peers.
 
+        Whoever else can shrink that file can end this process by it: :func:`make_memfd` makes one that nobody can.
         Raises OSError: EINVAL (not whole pages), ERANGE (longer than the file), EEXIST (name taken).
         """
         raw = name.encode("utf-8", "surrogateescape")
         if b"\0" in raw:
             raise OSError(errno.EINVAL, "a block's name has no NUL in it")
-        index = check(
-            lib.vpc_ram_add(self.handle, raw, fd, fd_offset, length, page_size),
-            f"RAM block {name}",
-        )
-        own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        with naming(f"RAM block {name}"):
+            own = shared_copy(fd)
+        try:
+            rc = lib.vpc_ram_add(self.handle, raw, fd, fd_offset, length, page_size)
+            index = check(rc, f"RAM block {name}")
+        except BaseException:
+            os.close(own)
+            raise
         block = RamBlock(self, index, name, own, fd_offset, length, page_size)
         self.blocks.append(block)
         return block
@@ -247,10 +300,8 @@ class RamSet:
         raise BadAddress(f"{address:#x} is in no RAM block")
 
     def close(self) -> None:
-        """Unmap everything. No loop may be using the set."""
-        if self._handle is not None:
-            lib.vpc_ram_free(self._handle)
-            self._handle = None
+        """Unmap everything, as soon as no call uses it and no object of C: close those first."""
+        self._native.close(idle=not self.limiter.borrowed_tokens)
         for block in self.blocks:
             if block.fd >= 0:
                 os.close(block.fd)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from vhostpc._native import check, ffi, lib
+from vhostpc._native.handles import Handle
 from vhostpc.errors import GuestMemoryError
 from vhostpc.memory.addr import FrontAddr, GuestAddr
 from vhostpc.memory.mapping import Backing, Mapping, Supply
+from vhostpc.units import in_units
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class GuestMemory:
     """An immutable region table over ``struct vpc_gm``.
 
     Rings and chains in hand count as users; the memory is unmapped with the last of them. Raises
-    GuestMemoryError for regions that wrap, are unaligned (4096), or overlap in guest or front-end addresses.
+    GuestMemoryError for regions that wrap, or overlap in guest or front-end addresses, and for armed ones that are
+    unaligned (4096).
     """
 
     def __init__(self, supply: Supply, regions: Iterable[Region]) -> None:
@@ -36,7 +39,7 @@ class GuestMemory:
         self.mappings = frozenset(r.mapping for r in self.regions)
         out = ffi.new("struct vpc_gm **")
         check(lib.vpc_gm_new(supply.handle, out), "memory table")
-        self.handle: Any = ffi.gc(out[0], lib.vpc_gm_unref)
+        self._native = Handle(out[0], lib.vpc_gm_unref, "this memory table is closed")
         try:
             for r in self.regions:
                 self._add(r)
@@ -44,13 +47,20 @@ class GuestMemory:
             self.close()
             raise
 
+    @property
+    def handle(self) -> Any:
+        """The C handle; ValueError after :meth:`close`."""
+        return self._native.raw
+
     def _add(self, r: Region) -> None:
         rc = lib.vpc_gm_add(self.handle, r.mapping.handle, r.guest_addr, r.size, r.user_addr)
-        where = f"region at guest address {r.guest_addr:#x}, {r.size:#x} bytes"
+        where = f"region at guest address {r.guest_addr:#x}, {in_units(r.size)}"
         if rc == -errno.EEXIST:
             raise GuestMemoryError(f"{where}, overlaps another one")
         if rc == -errno.EINVAL:
-            raise GuestMemoryError(f"{where}, front-end address {r.user_addr:#x}: unaligned or wrapping")
+            raise GuestMemoryError(
+                f"{where}, front-end address {r.user_addr:#x}: wrapping, or unaligned in postcopy"
+            )
         if rc < 0:
             raise GuestMemoryError(f"{where}: {os.strerror(-rc)}")
 
@@ -71,5 +81,4 @@ class GuestMemory:
 
     def close(self) -> None:
         """Let go of our hold on the table; rings and chains in hand keep theirs."""
-        self.handle, handle = ffi.NULL, self.handle
-        ffi.release(handle)
+        self._native.close()

@@ -16,9 +16,11 @@ from typing import Any
 
 import trio
 
-from vhostpc._native import check, ffi, lib
+from vhostpc._native import check, ffi, lib, made
 from vhostpc._native.entries import Thread
+from vhostpc._native.handles import Handle
 from vhostpc._native.loop import run_loop
+from vhostpc._native.threads import KeptThread, borrow
 from vhostpc.errors import StreamError
 from vhostpc.memory.ramblock import RamBlock, RamSet, touched
 from vhostpc.memory.waits import Waits, waits_of
@@ -102,12 +104,13 @@ class VCpu:
     Use::
 
         await vcpu.fill()                   # all of them, before any runs
-        await nursery.start(vcpu.run)
+        await nursery.start(vcpu.hold)      # its thread is there, and parked
+        vcpu.go()                           # this cannot fail for want of anything
         ...
-        await vcpu.stop()                   # no thread of it touches memory any more
-        state = vcpu.save()                 # ... at the destination: restore(state), run
+        await vcpu.stop()                   # parked again: it touches no memory any more
+        state = vcpu.save()                 # ... at the destination: restore(state), hold, go
 
-    Raises ValueError for areas with fewer pages than vCPUs. Close it before the RAM set.
+    Raises ValueError for areas with fewer pages than vCPUs, OSError. Close it before the RAM set.
     """
 
     def __init__(
@@ -126,16 +129,18 @@ class VCpu:
         self.areas, self.touch = tuple(areas), tuple(touch)
         self.index, self.count = index, count
         self._limiter = trio.CapacityLimiter(1)
-        self._ended: trio.Event | None = None
+        self._look = trio.Lock()
+        self.held = False
+        """Its thread is there."""
+        self._run: trio.Event | None = None  # the end of a run that has a thread for itself
         if not 0 <= index < count:
             raise ValueError(f"there is no vCPU {index} of {count}")
-        self._handle = lib.vpc_vcpu_new(ram.handle, index, count)
-        if self._handle == ffi.NULL:
-            raise MemoryError("vCPU")
+        raw = made(lib.vpc_vcpu_new(ram.handle, index, count), self.name)
+        self._native = Handle(raw, lib.vpc_vcpu_free, f"vCPU {index} is closed", needs=[ram.handle])
         try:
             for is_touch, listed in ((0, self.areas), (1, self.touch)):
                 for a in listed:
-                    rc = lib.vpc_vcpu_add_area(self._handle, a.block.index, a.first, a.count, is_touch)
+                    rc = lib.vpc_vcpu_add_area(self.handle, a.block.index, a.first, a.count, is_touch)
                     check(rc, f"pages {a.first} to {a.first + a.count} of {a.block.name}")
             if self._set_state(seed, 0, 0) < 0:
                 raise ValueError(f"{count} vCPUs need at least a page of memory each")
@@ -145,60 +150,90 @@ class VCpu:
         self.set_rates(writes, reads)
 
     @property
+    def handle(self) -> Any:
+        """The C handle; ValueError after :meth:`close`."""
+        return self._native.raw
+
+    @property
     def name(self) -> str:
         return f"vCPU {self.index}"
 
     @property
     def running(self) -> bool:
-        return self._ended is not None
+        """From :meth:`go` until its thread has parked again, or has ended."""
+        return not self._native.closed and not lib.vpc_vcpu_parked(self.handle)
 
     def set_rates(self, writes: int, reads: int) -> None:
         """Pages a second that are rewritten and read; 0: none. Also while it runs."""
-        check(lib.vpc_vcpu_set_rates(self._handle, writes, reads), self.name)
+        check(lib.vpc_vcpu_set_rates(self.handle, writes, reads), self.name)
 
     async def fill(self) -> None:
         """Write its own pages in generation 0. Raises OSError (EINVAL) when it has rewritten some already."""
-        await self._hop(lambda: lib.vpc_vcpu_fill(self._handle))
+        await self._hop(lambda: lib.vpc_vcpu_fill(self.handle))
+
+    async def hold(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Have its thread until cancelled: one C call, parked but from :meth:`go` to :meth:`stop`, when it may wait
+        for a page, which then holds up both.
+
+        Started when there is a thread. Raises Shortage, naming the vCPU; MemoryLost when the RAM set is given up,
+        and nothing read after that has counted.
+        """
+        await self._live(False, task_status)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run until :meth:`stop` or cancelled: one C call on a borrowed thread, which may wait for a page.
+        """:meth:`hold` for one run that begins at once, until :meth:`stop` or cancelled. Raises as that does."""
+        await self._live(True, task_status)
 
-        A page that is waited for holds up both. Raises MemoryLost when the RAM set is given up; nothing read
-        after that has counted.
-        """
-        handle = self._handle
-        rc = lib.vpc_vcpu_arm(handle) if self._ended is None else -errno.EBUSY
-        check(rc, f"{self.name} runs already")
-        ended = self._ended = trio.Event()
-        task_status.started()
+    async def _live(self, once: bool, task_status: trio.TaskStatus[None]) -> None:
+        handle = self.handle
+        check(-errno.EBUSY if self.held else lib.vpc_vcpu_arm(handle), f"{self.name} runs already")
+        thread = KeptThread(Thread.VCPU, self.name)
+        self.held = True
+        self._run = trio.Event() if once else None
         try:
+            if once:
+                self.go()
+            task_status.started()
             rc = await run_loop(
-                lambda: lib.vpc_vcpu_run(handle),
-                lambda: lib.vpc_vcpu_stop(handle),
-                self._limiter,
-                Thread.VCPU,
+                lambda: lib.vpc_vcpu_run(handle, once), lambda: lib.vpc_vcpu_end(handle), thread
             )
         finally:
-            self._ended = None
-            ended.set()
+            self.held = False
+            thread.close()
+            if self._run is not None:
+                self._run.set()
         touched(rc, self.name)
+
+    def go(self) -> None:
+        """Let its thread run. Raises ValueError when it has none, OSError (EBUSY) when it runs."""
+        if not self.held:
+            raise ValueError(f"{self.name} has no thread: hold it first")
+        check(lib.vpc_vcpu_go(self.handle), self.name)
 
     async def stop(self) -> None:
         """No thread of it touches memory any more when this returns. Nothing happens if it does not run."""
-        if self._ended is not None:
-            lib.vpc_vcpu_stop(self._handle)
-            await self._ended.wait()
+        if not self.running:
+            return
+        run, event = self._run, lib.vpc_vcpu_parked_fd(self.handle)
+        lib.vpc_vcpu_stop(self.handle)
+        async with self._look:
+            lib.vpc_event_clear(event)
+            while self.running:
+                await trio.lowlevel.wait_readable(event)
+                lib.vpc_event_clear(event)
+        if run is not None:
+            await run.wait()
 
     async def sweep(self) -> tuple[int, BadPage | None]:
         """Check all its own pages, stopped: how many are bad, and the first. May wait for each of them."""
         self._must_stand()
         raw = ffi.new("struct vpc_vcpu_bad *")
-        bad = await self._hop(lambda: lib.vpc_vcpu_sweep(self._handle, raw))
+        bad = await self._hop(lambda: lib.vpc_vcpu_sweep(self.handle, raw))
         return bad, self._bad_page(raw)
 
     def numbers(self) -> VCpuNumbers:
         raw = ffi.new("struct vpc_vcpu_stats *")
-        lib.vpc_vcpu_stats(self._handle, raw)
+        lib.vpc_vcpu_stats(self.handle, raw)
         return VCpuNumbers(
             beats=int(raw.beats),
             reads=int(raw.reads),
@@ -224,7 +259,7 @@ class VCpu:
         """
         self._must_stand()
         raw = ffi.new("struct vpc_vcpu_state *")
-        check(lib.vpc_vcpu_state(self._handle, raw), self.name)
+        check(lib.vpc_vcpu_state(self.handle, raw), self.name)
         return self._head(int(raw.seed), int(raw.step), int(raw.draws)) + self._layout()
 
     def restore(self, data: bytes) -> None:
@@ -267,7 +302,7 @@ class VCpu:
 
     def _set_state(self, seed: int, step: int, draws: int) -> int:
         raw = ffi.new("struct vpc_vcpu_state *", {"seed": seed, "step": step, "draws": draws})
-        return lib.vpc_vcpu_set_state(self._handle, raw)
+        return lib.vpc_vcpu_set_state(self.handle, raw)
 
     # ---
 
@@ -291,15 +326,15 @@ class VCpu:
         )
 
     async def _hop(self, call: Callable[[], int]) -> int:
-        rc = await trio.to_thread.run_sync(call, limiter=self._limiter, thread_name=Thread.VCPU)
-        return touched(rc, self.name)
+        return touched(await borrow(call, self._limiter, Thread.VCPU, self.name), self.name)
 
     def close(self) -> None:
-        """Free it. It may not be running."""
-        if self._handle is not None:
+        """Free it. It may not be running, nor have a thread."""
+        if not self._native.closed:
             self._must_stand()
-            lib.vpc_vcpu_free(self._handle)
-            self._handle = None
+            if self.held:
+                raise ValueError(f"{self.name} still has its thread")
+            self._native.close(idle=not self._limiter.borrowed_tokens)
 
     def __enter__(self) -> VCpu:
         return self

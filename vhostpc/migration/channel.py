@@ -18,10 +18,11 @@ from typing import Any
 import trio
 
 from vhostpc.errors import ChannelLost, MigrationRefused
+from vhostpc.listener import bound_file, remove
+from vhostpc.listener import connect as connect_unix
 from vhostpc.migration import ends
 from vhostpc.migration.uri import Address, Exec, Fd, File, Tcp, Unix
 
-FULL = 0.02  # seconds between two attempts at a unix socket whose queue is full
 UNIX_PATH = 107
 """Bytes of the longest path of a unix socket."""
 
@@ -31,7 +32,7 @@ class Channel:
 
     ``in_fd`` and ``out_fd`` are the descriptors to read from and to write to, the same one for a socket; -1 where
     the channel goes one way only. They belong to the channel, and are non-blocking where their kind can be: a
-    regular file can not, and poll() always calls it ready. Python reads and writes a file on a thread, ``vpc-file``.
+    regular file cannot, and poll() always calls it ready. Python reads and writes a file on a thread, ``vpc-file``.
     """
 
     def __init__(self, stream: trio.SocketStream | ends.Ends) -> None:
@@ -246,10 +247,27 @@ async def _resolve(address: Tcp, *, passive: bool) -> _Found:
         why = e.args[1]
     except ValueError:  # no name that DNS could hold
         why = "Name or service not known"
+    except RuntimeError as e:  # trio looks a name up on a thread
+        if "can't start new thread" not in str(e):
+            raise
+        why = "no thread can be started for it"
     else:
         proto = socket.IPPROTO_MPTCP if address.mptcp else 0
         return [(item[0], item[1], proto, item[3], item[4]) for item in found]
     raise ChannelLost(f"address resolution failed for {address.host}:{address.port}: {why}")
+
+
+def _keep_alive(sock: socket.socket | trio.socket.SocketType, address: Tcp) -> None:
+    if not address.keep_alive:
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPCNT, address.keep_alive_count),
+        (socket.TCP_KEEPIDLE, address.keep_alive_idle),
+        (socket.TCP_KEEPINTVL, address.keep_alive_interval),
+    ):
+        if value:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 async def _connect_tcp(address: Tcp) -> Channel:
@@ -258,8 +276,7 @@ async def _connect_tcp(address: Tcp) -> Channel:
         with ExitStack() as unless_connected:
             try:
                 sock = unless_connected.enter_context(trio.socket.socket(family, kind, proto))
-                if address.keep_alive:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                _keep_alive(sock, address)
                 await sock.connect(where)
             except OSError as e:
                 error = e
@@ -305,6 +322,7 @@ def _bound(address: Tcp, family: int, kind: int, proto: int, where: Any) -> sock
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     if family == socket.AF_INET6:
                         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+                    _keep_alive(sock, address)  # its connections inherit it
                     sock.bind((where[0], number, *where[2:]))
                     sock.listen(1)
                 except OSError as e:
@@ -333,21 +351,10 @@ def _unix_name(address: Unix) -> bytes:
 
 async def _connect_unix(address: Unix) -> Channel:
     name = _unix_name(address)
-    with ExitStack() as unless_connected:
-        try:
-            sock = unless_connected.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            sock.setblocking(False)
-            await trio.lowlevel.checkpoint()
-            # EAGAIN: too many wait to be let in there already. That this is over is told by nothing but an attempt
-            # (trio's own connect would take the socket, which is writable, for connected).
-            while code := sock.connect_ex(name):
-                if code != errno.EAGAIN:
-                    raise OSError(code, os.strerror(code))
-                await trio.sleep(FULL)
-        except OSError as e:
-            raise ChannelLost(f"Failed to connect to '{address.path}': {_why(e)}") from None
-        unless_connected.pop_all()
-        return Channel(trio.SocketStream(trio.socket.from_stdlib_socket(sock)))
+    try:
+        return Channel(trio.SocketStream(await connect_unix(name)))
+    except OSError as e:
+        raise ChannelLost(f"Failed to connect to '{address.path}': {_why(e)}") from None
 
 
 def _listen_unix(listener: Listener, address: Unix) -> None:
@@ -365,16 +372,10 @@ def _listen_unix(listener: Listener, address: Unix) -> None:
                         os.unlink(name)
             sock.bind(name)
             if not address.abstract:
-                listener._stack.callback(_unlink, name, os.lstat(name))
+                unless_bound.callback(remove, name, bound_file(name))
             sock.listen(1)
         except OSError as e:
             raise ChannelLost(f"Failed to bind socket to {address.path}: {_why(e)}") from None
-        unless_bound.pop_all()
+        listener._stack.enter_context(unless_bound.pop_all())
     listener._listen_at(sock)
     listener.socket_address.append(told)
-
-
-def _unlink(name: bytes, ours: os.stat_result) -> None:
-    with suppress(OSError):
-        if os.path.samestat(os.lstat(name), ours):
-            os.unlink(name)

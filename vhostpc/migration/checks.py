@@ -9,6 +9,7 @@ from vhostpc.memory.mapping import mlock_future_in_force
 from vhostpc.memory.ramblock import RamBlock
 from vhostpc.ufd.flags import Features
 from vhostpc.ufd.uffd import Userfaultfd
+from vhostpc.units import in_units, page_sizes
 from vhostpc.wire.elements import BadStream, PostcopyAdvise, RamBlocks, RamDiscard
 from vhostpc.wire.ramrec import TARGET_PAGE
 
@@ -16,24 +17,26 @@ from vhostpc.wire.ramrec import TARGET_PAGE
 def check_advise(event: PostcopyAdvise, *, postcopy: bool, two_way: bool) -> None:
     """``postcopy``: the capability here; ``two_way``: the channel. Raises BadStream: why not, and what to change."""
     why = None
-    if not postcopy:
+    if event.page_sizes is None and not postcopy:
+        return  # for dirty bitmaps, and they would be sections of their own
+    if event.page_sizes is None:
+        why = "RAM postcopy is enabled but have 0 byte advise"
+    elif not postcopy:
         why = "the source may switch to postcopy, and postcopy-ram is not enabled here"
-    elif event.page_sizes is None:
-        why = "POSTCOPY_ADVISE without page sizes: not for RAM"
     elif event.target_page != TARGET_PAGE:
         why = f"the source has target pages of {event.target_page} bytes, not {TARGET_PAGE}"
     elif not two_way:
         why = "the source may switch to postcopy, and the channel goes one way only"
     elif mlock_future_in_force():
         why = (
-            "postcopy can not be done here: mlockall(MCL_FUTURE) is in force in this process, "
+            "postcopy cannot be done here: mlockall(MCL_FUTURE) is in force in this process, "
             "and mapping memory would create the missing pages"
         )
     else:
         try:
             Userfaultfd.open(features=Features.MISSING_SHMEM).close()
         except UfdError as e:
-            why = f"postcopy can not be done here: {e}"
+            why = f"postcopy cannot be done here: {e}"
     if why is not None:
         raise BadStream(event.offset, why)
 
@@ -46,8 +49,8 @@ def check_page_sizes(event: RamBlocks, advised: PostcopyAdvise, blocks: Sequence
     if ours != advised.page_sizes:
         raise BadStream(
             event.offset,
-            f"postcopy needs pages of the same sizes: RAM here has {ours:#x} (or'ed), "
-            f"the source advised {advised.page_sizes:#x}",
+            f"postcopy needs pages of the same sizes: RAM here has pages of {page_sizes(ours)}, "
+            f"the source advised {page_sizes(advised.page_sizes)}",
         )
 
 
@@ -58,5 +61,5 @@ def check_discard(event: RamDiscard, block: RamBlock) -> None:
             raise BadStream(
                 event.offset,
                 f"discard of {length:#x} bytes at {start:#x} of {block.name!r}, "
-                f"which are not whole pages of {block.page_size:#x}",
+                f"which are not whole pages of {in_units(block.page_size)}",
             )

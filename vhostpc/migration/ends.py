@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import select
 import signal
@@ -17,7 +16,9 @@ from typing import Literal, Protocol, TypeVar
 import trio
 
 from vhostpc._native.entries import Thread
-from vhostpc.errors import ChannelLost
+from vhostpc._native.threads import KeptThread
+from vhostpc.errors import ChannelLost, Shortage
+from vhostpc.logs import rationed_logger
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -27,7 +28,7 @@ Way = Literal["out", "in"]
 LAST_WORD = 10.0
 """Seconds that a command which brought a stream has to end once its pipes are closed: then it is killed."""
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 
 UNSENT = 32 << 10
@@ -195,21 +196,20 @@ class PipeEnds:
 
 
 class FileEnds:
-    """A file, or what else can not be polled; one way. Read and written on a thread, which no peer can hold up."""
+    """A file, or what else cannot be polled; one way. Read and written on a thread, which no peer can hold up."""
 
-    def __init__(self, fd: int, way: Way) -> None:
+    def __init__(self, fd: int, way: Way, thread: KeptThread) -> None:
+        """Takes both over: the last word of a stream must not be wanting for a thread."""
         self.in_fd, self.out_fd = (fd, -1) if way == "in" else (-1, fd)
         self._fd = fd
-        self._limiter = trio.CapacityLimiter(1)
+        self._thread = thread
 
     async def _on_thread(self, call: Callable[[int], T], doing: str) -> T:
         if self._fd < 0:
             raise _lost(doing, "file", None)
         fd = self._fd
         try:
-            return await trio.to_thread.run_sync(
-                lambda: call(fd), limiter=self._limiter, thread_name=Thread.FILE
-            )
+            return await self._thread.call(lambda: call(fd))
         except OSError as e:
             raise _lost(doing, "file", e) from None
 
@@ -234,12 +234,9 @@ class FileEnds:
         """Waits for a thread that is still at it."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            try:
-                with trio.CancelScope(shield=True):
-                    async with self._limiter:
-                        pass
-            finally:
-                os.close(fd)
+            with trio.CancelScope(shield=True):
+                await self._thread.call(lambda: os.close(fd))
+            self._thread.close()
 
 
 def run(args: Sequence[str], way: Way) -> PipeEnds:
@@ -289,13 +286,25 @@ async def open_file(path: str, offset: int, way: Way) -> FileEnds:
             raise
         return fd
 
+    thread = file_thread()
     try:
-        # Also when cancelled, so that it can not get lost.
-        fd = await trio.to_thread.run_sync(open_it, limiter=trio.CapacityLimiter(1), thread_name=Thread.FILE)
-    except (OSError, ValueError, OverflowError) as e:
+        # Also when cancelled, so that it cannot get lost.
+        fd = await thread.call(open_it)
+    except BaseException as e:
+        thread.close()
+        if not isinstance(e, OSError | ValueError | OverflowError):
+            raise
         why = e.strerror if isinstance(e, OSError) else "Invalid argument"
         raise ChannelLost(f"Could not {'open' if way == 'in' else 'create'} '{path}': {why}") from None
-    return FileEnds(fd, way)
+    return FileEnds(fd, way, thread)
+
+
+def file_thread() -> KeptThread:
+    """The thread of a file. Raises ChannelLost."""
+    try:
+        return KeptThread(Thread.FILE, "reading or writing a file")
+    except Shortage as e:
+        raise ChannelLost(str(e)) from None
 
 
 def inherited(name: str) -> int:
@@ -344,14 +353,14 @@ def _of_descriptor(fd: int, words: str, way: Way) -> Ends:
         sock.setblocking(False)
         return SocketEnds(trio.SocketStream(trio.socket.from_stdlib_socket(sock)))
     if access == (os.O_WRONLY if way == "in" else os.O_RDONLY):
-        raise ChannelLost(f"{words} can not be {'read from' if way == 'in' else 'written to'}")
+        raise ChannelLost(f"{words} cannot be {'read from' if way == 'in' else 'written to'}")
     if stat.S_ISFIFO(kind):
         return PipeEnds(fd, -1) if way == "in" else PipeEnds(-1, fd)
     if stat.S_ISCHR(kind) and _can_be_polled(fd):
         two_way = access == os.O_RDWR
         return PipeEnds(fd if two_way or way == "in" else -1, fd if two_way or way == "out" else -1)
     if stat.S_ISREG(kind) or stat.S_ISBLK(kind) or stat.S_ISCHR(kind):
-        return FileEnds(fd, way)
+        return FileEnds(fd, way, file_thread())
     raise ChannelLost(f"{words} is neither a socket nor a pipe nor a file")
 
 

@@ -7,12 +7,14 @@ from types import TracebackType
 from typing import Any
 
 from vhostpc.errors import MigrationRefused, StreamError
+from vhostpc.memory.available import available_memory
 from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet, refusal
 from vhostpc.ufd.service import FaultService
+from vhostpc.units import in_units, sizes_differ
 from vhostpc.wire.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
 
 MOST_RAM = 1 << 42
-"""Bytes of a block, at most: its bitmaps take a part in six thousand, whether anything has come or not."""
+"""Bytes of a block, at most: its bitmaps take a part in five thousand, whether anything has come or not."""
 
 
 class HeldMachine:
@@ -34,6 +36,8 @@ class HeldMachine:
         self.page_sizes = dict(page_sizes or {})
         self.lengths = dict(lengths or {})
         self.ram = RamSet()
+        self.early: list[DeviceSection] = []
+        """Device sections that came before the pages, and go before them."""
         self.devices: list[DeviceSection] = []
         self.description = b""
         """JSON about the device sections; a machine that came by postcopy has none."""
@@ -47,8 +51,8 @@ class HeldMachine:
         return self._configuration
 
     def device(self, idstr: str, instance: int = 0) -> DeviceSection:
-        """Raises KeyError."""
-        for section in self.devices:
+        """The first of that name and number: a QEMU may send several. Raises KeyError."""
+        for section in (*self.early, *self.devices):
             if (section.idstr, section.instance) == (idstr, instance):
                 return section
         raise KeyError(f"{idstr} {instance}")
@@ -75,7 +79,7 @@ class HeldMachine:
 
     @property
     def ram_section(self) -> int:
-        return 1 + max((section.section_id for section in self.devices), default=0)
+        return 1 + max((section.section_id for section in (*self.early, *self.devices)), default=0)
 
     def blocked(self) -> Sequence[str]:
         return ()
@@ -85,6 +89,9 @@ class HeldMachine:
 
     async def cont(self) -> None:
         raise MigrationRefused("This machine is held: it can be sent on, it does not run here")
+
+    def state_size(self) -> int:
+        return sum(len(section.encode()) for section in self.devices)
 
     async def save(self) -> tuple[Sequence[DeviceSection], bytes]:
         return self.devices, self.description
@@ -115,26 +122,39 @@ class HeldMachine:
             if name not in came:
                 raise StreamError(f"RAM block {name!r} was to come, and the source has none of that name")
             if came[name] != length:
-                raise StreamError(f"Size mismatch: {name}: {came[name]:#x} != {length:#x}")
+                raise StreamError(sizes_differ(name, came[name], length))
+        self._must_fit(listed, postcopy)
         for block in listed.blocks:
-            if block.length > MOST_RAM:
-                raise StreamError(
-                    f"RAM block {block.name!r} has {block.length:#x} bytes, more than can be held"
-                )
             size = self._page_size(block, postcopy)
             try:
                 self.ram.create(block.name, block.length, size)
             except OSError as e:
                 raise StreamError(
-                    f"RAM block {block.name!r}, {block.length:#x} bytes in pages of {size:#x}, can not be had: "
+                    f"RAM block {block.name!r}, {in_units(block.length)} in pages of {in_units(size)}, cannot be had: "
                     f"{refusal(e, block.length, size)}"
                 ) from None
+
+    def _must_fit(self, listed: RamBlocks, postcopy: bool) -> None:
+        """Blocks that were not said to come cost bitmaps and time for their length, whether anything comes or not."""
+        for block in listed.blocks:
+            if block.length > MOST_RAM:
+                raise StreamError(
+                    f"RAM block {block.name!r} has {in_units(block.length)}, more than can be held"
+                )
+        small = [b for b in listed.blocks if self._page_size(b, postcopy) == TARGET_PAGE]
+        total = sum(block.length for block in small if block.name not in self.lengths)
+        if total > (free := available_memory()):
+            raise StreamError(
+                f"RAM blocks of {total >> 20} MiB, and this machine has {free >> 20} MiB to give: blocks that are"
+                " hardly used can be held where --ram NAME=SIZE says that they come"
+            )
 
     def _page_size(self, block: BlockInfo, postcopy: bool) -> int:
         said = self.page_sizes.get(block.name, page_size_of(block))
         if postcopy and said != page_size_of(block):
             raise StreamError(
-                f"RAM block {block.name!r} has pages of {page_size_of(block):#x} at the source, not of {said:#x}"
+                f"RAM block {block.name!r} has pages of {in_units(page_size_of(block))} at the source, "
+                f"not of {in_units(said)}"
             )
         return said
 
@@ -142,7 +162,7 @@ class HeldMachine:
         pass
 
     async def load(self, section: DeviceSection) -> None:
-        self.devices.append(section)
+        (self.early if section.early else self.devices).append(section)
 
     async def loaded(self, description: bytes) -> None:
         self.description = description

@@ -8,25 +8,31 @@ the package, which may wait for a page like anybody else.
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from enum import Enum, auto
 
 import trio
 
-from vhostpc.errors import ChannelLost, StreamError, VhostpcError
+from vhostpc.errors import ChannelLost, PageBorn, StreamError, VhostpcError, first_of, is_foreseen, sentence
+from vhostpc.logs import rationed_logger
 from vhostpc.memory.ramblock import Bits
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.checks import check_advise, check_discard, check_page_sizes
+from vhostpc.migration.heads import check_head
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.state import Event
+from vhostpc.migration.turns import in_turns, pieces
 from vhostpc.migration.waits import tell_waits
 from vhostpc.ufd.ramchannel import LoadNumbers, RamChannel
 from vhostpc.ufd.service import FaultService, ServiceNumbers
 from vhostpc.wire.elements import (
+    LOADED,
+    MUST_HEAR,
     BadStream,
     BitmapRequest,
+    Busy,
     Configuration,
     DeviceSection,
     EnableColo,
@@ -44,19 +50,25 @@ from vhostpc.wire.elements import (
 )
 from vhostpc.wire.ramrec import REASONS, BadRamStream
 from vhostpc.wire.return_path import Pong, Shut
-from vhostpc.wire.split import Inside, read_package
+from vhostpc.wire.split import Inside, split_package_in_slices
 from vhostpc.wire.stream import MAX_DEVICES, RamMode, StreamReader
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 Report = Callable[[Event, BaseException | None], None]
 
 CHUNK = 64 << 10
+DISCARD = 512 << 20
+"""Bytes of a block that are discarded in one turn of the loop."""
+ELEMENTS = 1000
+"""Elements of a package that are loaded in one turn of the loop."""
 MAX_ANSWERS = 64 << 10
 """Bytes of the return path that may wait while a source sends PINGs and reads no answer."""
+END_WAIT = 2.0
+"""Seconds in which more must come behind what may be the end of a precopy."""
 SHUT_LIMIT = 10.0  # seconds in which the source must take our last word
 TROUBLE = (VhostpcError, OSError)
-"""What a peer, a machine or the system can do to a migration. Anything else is an error of this program."""
+"""What a peer or the system can do to a channel."""
 
 
 class Phase(Enum):
@@ -112,10 +124,12 @@ class Incoming:
         self._report = report
         self._run = run
         self._reader = StreamReader(RamMode.PAUSE, limit=limit)
-        self._events = self._reader.feed(b"")
+        self._events = self._reader.feed_in_slices(b"")
         self._pages: RamChannel | None = None
         self._loads: list[LoadNumbers] = []
         self._last = False
+        self._packaged = False
+        """The whole package is here, so the source may be sending pages."""
         self._return_path = False
         self._advised: PostcopyAdvise | None = None
         self._description = b""
@@ -125,7 +139,9 @@ class Incoming:
         self._faults_ended: trio.Event | None = None
         self._scope = trio.CancelScope()
         self._receiving = self._closed = False
-        self._paused = self._reads_on = False
+        self._paused = self._switching = self._reads_on = self._hung_up = False
+        self._must_hear = False
+        """The source takes its machine back if it does not hear a PONG of the package."""
         self._error: BaseException | None = None
         """The first trouble, which all others follow from."""
 
@@ -160,10 +176,11 @@ class Incoming:
     async def receive(self) -> None:
         """Receive to the end: all pages are here, the source was told, the machine was started.
 
-        Raises StreamError (what is wrong, at which byte), ChannelLost, PostcopyRefused, OSError: the machine has not
-        run here; the source was told so, where it can be. From RUN on it does not raise for such: it pauses. All
-        pages, clients and waiters stay, and so does this call, until it is cancelled or :meth:`close` is called.
-        Then, and whenever it is cancelled with pages missing, who waits for a page gets MemoryLost.
+        Raises StreamError (what is wrong, at which byte), ChannelLost, PostcopyRefused, OSError, and whatever else
+        goes wrong in this process: the machine has not run here; the source was told so, where it can be. From RUN on
+        it raises for nothing: it pauses. All pages, clients and waiters stay, and so does this call, until it is
+        cancelled or :meth:`close` is called. Then, and whenever it is cancelled with pages missing, who waits for a
+        page gets MemoryLost.
         """
         self._receiving = True
         try:
@@ -207,23 +224,25 @@ class Incoming:
         error = caught
         cancelled = _is_cancelled(caught)
         if not cancelled:
-            while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-                error = error.exceptions[0]
-            error = self._error or error
+            error = self._error or first_of(error)
         if not self.service.closed:
             self.service.give_up()
             if self._return_path and self.phase is not Phase.RUNNING:
                 with suppress(*TROUBLE):
                     self.service.send(Shut(1).encode())
         self._reads_on = (
-            self._return_path and self.phase is Phase.LISTENING and not (cancelled or self._closed)
+            self._return_path
+            and (self.phase is Phase.LISTENING or (self.phase is Phase.PRECOPY and self._switching))
+            and not (cancelled or self._closed)
         )
         if not self._reads_on:
             self.channel.shut_down()
         if cancelled or self._closed:
             return error
-        if self._paused:
-            log.error("migration: the pause ends: %s", error)
+        if not is_foreseen(error):
+            log.error("migration: %s", sentence(error), exc_info=error)
+        if self._paused and self.phase is Phase.RUNNING:
+            log.error("migration: the pause ends: %s", sentence(error))
         elif self.phase is Phase.RUNNING:
             self._report(Event.LOSE, error)
         else:
@@ -231,8 +250,9 @@ class Incoming:
         return error
 
     async def _read_on(self) -> None:
-        """Our word that it never ran lets the source go on. But it sends pages now, and what is sent to a channel that
-        broke may come to its notice before our word does. So what comes is thrown away, until it hangs up."""
+        """Our word that it never ran lets the source go on. But it sends its package or pages now, and what is sent to
+        a channel that broke may come to its notice before our word does. So what comes is thrown away, until it hangs
+        up."""
         with suppress(*TROUBLE):
             while True:
                 with trio.move_on_after(SHUT_LIMIT) as limit:
@@ -248,35 +268,46 @@ class Incoming:
         if package is None:
             await self._end_precopy()
             return
+        self._must_hear = any(isinstance(inside, Ping) and inside.value == MUST_HEAR for inside in package)
         await self._listen(package)
         nursery.start_soon(self._load_package, package)
-        nursery.start_soon(tell_waits, self.service, self.channel.shut_down)
+        nursery.start_soon(self._tell_waits)
         await self._postcopy()
         await self._loaded.wait()
         await self._end_postcopy()
 
     async def _precopy(self, nursery: trio.Nursery) -> list[Inside] | None:
         """All that comes before the package, whose elements are the result; None at the end of the stream."""
+        refusal: Exception | None = None
         while (event := await self._next()) is not None:
             if isinstance(event, OpenReturnPath):
                 self._open_return_path(event, nursery)
-            elif isinstance(event, Ping):
+            if refusal is not None:
+                raise refusal
+            if isinstance(event, OpenReturnPath):
+                continue
+            if isinstance(event, Ping):
                 self._pong(event)
             elif isinstance(event, Configuration):
-                self.machine.accept(event)
+                try:
+                    check_head(event)
+                    self.machine.accept(event)
+                except Exception as error:  # told when it can be: the return path is opened behind this
+                    refusal = error
             elif isinstance(event, PostcopyAdvise):
                 await self._advise(event)
             elif isinstance(event, RamBlocks):
                 self._accept_blocks(event)
             elif isinstance(event, RamDiscard):
-                self._discard(event)
+                self._switching = True  # the package is on its way
+                await self._discard(event)
             elif isinstance(event, Package):
                 if not self._return_path:
                     raise BadStream(
                         event.offset, "a package, and no return path to ask for pages on was opened"
                     )
                 # The whole of it has come before anything of it is done: from LISTEN on the channel is for pages.
-                return read_package(event)
+                return await self._elements(event)
             elif isinstance(event, DeviceSection):
                 await self.machine.load(event)
             elif isinstance(event, VmDescription):
@@ -288,16 +319,15 @@ class Incoming:
         return None
 
     async def _end_precopy(self) -> None:
-        if self._pages is None or not self._last:
-            what = "before RAM" if self._pages is None else "before the end of RAM"
-            raise BadStream(self._reader.offset, f"the stream ends {what}")
-        if self._reader.unread:
-            # A guest that can write a device's state could have forged an earlier end.
-            raise BadStream(self._reader.offset, f"{self._reader.unread} bytes behind the end of the stream")
+        if self._pages is None:
+            raise BadStream(self._reader.offset, "the stream ends before RAM")
+        # A source without a return path has ended: what QEMU takes is not refused here.
+        if not self._last:
+            log.warning("migration: the stream ends without the last section of RAM")
+        self._tell_rest(self._reader.unread, self._reader.doubt)
         await self.machine.loaded(self._description)
         log.info("migration: all is here, by precopy")
-        if missing := self.missing():  # a source may leave out what its guest called free
-            log.warning("migration: %d host pages were not sent: they are zero", missing)
+        self._settle()
         await self._stop_faults()
         if self._advised is not None:
             await self.machine.end()
@@ -322,21 +352,30 @@ class Incoming:
         """Device state, while pages come: what a load waits for is asked for and served meanwhile."""
         try:
             left = sum(isinstance(inside, DeviceSection) for inside in package)
+            held: list[Ping] = []
             if not left:
                 await self.machine.loaded(b"")
-            for inside in package:
+            for number, inside in enumerate(package, 1):
                 if isinstance(inside, DeviceSection):
                     await self.machine.load(inside)
                     left -= 1
-                    if not left:  # before PONG 3, which says that nothing can go wrong any more
+                    if not left:
                         await self.machine.loaded(b"")
                         log.info("migration: device state is loaded")
+                elif isinstance(inside, Ping) and inside.value == LOADED:
+                    held.append(inside)  # that it runs: behind it our word that it never ran is not believed
                 elif isinstance(inside, Ping):
-                    self._pong(inside)
+                    self._pong_in_package(inside)
                 elif isinstance(inside, PostcopyRun):
                     await self._start(True)
+                else:
+                    self._other(inside)
+                if not number % ELEMENTS:
+                    await trio.lowlevel.checkpoint()
+            for ping in held:
+                self._pong_in_package(ping)
             self._loaded.set()
-        except TROUBLE as error:
+        except Exception as error:
             if self.machine.ram.lost:
                 await trio.sleep_forever()  # given up by whoever ends all this, and says why
             self._error = self._error or error
@@ -350,18 +389,27 @@ class Incoming:
                     self._pong(event)
                 else:
                     self._other(event)
-            if missing := self.missing():
-                raise StreamError(f"the source says that all is sent, and {missing} host pages never came")
-        except TROUBLE as error:
+            self._settle()
+        except Exception as error:
             self._error = self._error or error
-            if self.phase is not Phase.RUNNING:
+            # A link that is lost is no failure: the whole package is here, and nothing but we can run it.
+            lost = (self._hung_up or isinstance(error, ChannelLost)) and not self._must_hear
+            if self.phase is not Phase.RUNNING and not lost:
                 self.service.give_up()  # a load may wait for one
                 raise
             await self._pause(error)
         log.info("migration: all pages are here")
 
+    def _settle(self) -> None:
+        """The source says that all is sent. It leaves out what its guest called free, and what of a virtio-mem is not
+        plugged: such a page is zero. One that it discarded here it has to send."""
+        if owed := self.service.owed():
+            raise StreamError(f"the source says that all is sent, and {owed} host pages never came")
+        if zero := self.service.settle():
+            log.warning("migration: %d host pages were not sent: they are zero", zero)
+
     async def _pause(self, error: BaseException) -> None:
-        """The link is lost, the machine may be running: keep all that there is, until this is cancelled."""
+        """The link is lost, the machine runs or is about to: keep all that there is, until this is cancelled."""
         log.warning("migration: %d host pages are missing; who waits for one goes on waiting", self.missing())
         self.channel.shut_down()
         self.service.set_return_path(None)  # requests wait in the outbox
@@ -370,13 +418,25 @@ class Incoming:
         self._report(Event.LOSE, error)
         await trio.sleep_forever()
 
+    async def _tell_waits(self) -> None:
+        """What goes wrong in telling stops nothing but the telling."""
+        try:
+            await tell_waits(self.service, self.loads, self.channel.shut_down)
+        except Exception as error:
+            log.error("migration: who waits is told no more: %s", sentence(error), exc_info=error)
+
     async def _end_postcopy(self) -> None:
-        """Every page is here. In QEMU's order."""
-        await self._stop_faults()
-        await self.machine.end()
-        self.service.disarm()
-        if self._reader.unread:
-            log.warning("migration: the source sent %d bytes behind the end", self._reader.unread)
+        """Every page is here, in QEMU's order: whatever goes wrong now, the machine is whole and the source is told."""
+        try:
+            await self.machine.end()
+        except Exception as error:
+            log.error("migration: all pages are here, but: %s", sentence(error), exc_info=error)
+        await self._stop_faults()  # behind END: a fault that was on its way until then is still answered
+        try:
+            self.service.disarm()
+        except Exception as error:
+            log.error("migration: all pages are here, but: %s", sentence(error), exc_info=error)
+        self._tell_rest(self._reader.unread, None)
         await self._shut()
 
     async def _start(self, postcopy: bool) -> None:
@@ -398,16 +458,23 @@ class Incoming:
         """The next element; None at the end of the stream."""
         while True:
             event = next(self._events, None)
+            if isinstance(event, Busy):
+                await trio.lowlevel.checkpoint()
+                continue
             if event is not None:
                 return event
             if self._reader.ended:
                 return None
             if self._reader.paused:
                 await self._records()
-                self._events = self._reader.feed(b"")
+                self._events = self._reader.feed_in_slices(b"")
                 continue
-            data = await self.channel.receive_some(CHUNK)
-            self._events = self._reader.feed(data) if data else self._reader.eof()
+            data = b""
+            # What could be the end may be what a guest wrote into a device's state: then more comes.
+            with trio.move_on_after(END_WAIT if self._reader.may_end else math.inf):
+                data = await self.channel.receive_some(CHUNK)
+            self._hung_up = not data
+            self._events = self._reader.feed_in_slices(data) if data else self._reader.eof_in_slices()
 
     async def _records(self) -> None:
         """The RAM section that begins, and what follows of it, in C."""
@@ -430,8 +497,25 @@ class Incoming:
             self._last = True
         elif isinstance(event, OpenReturnPath):
             log.warning("migration: the return path is opened again, at byte %d", event.offset)
-        elif isinstance(event, EnableColo | PostcopyResume | BitmapRequest):
-            raise BadStream(event.offset, f"{type(event).__name__}, which is not for a destination as this")
+        elif isinstance(event, PostcopyResume | BitmapRequest):
+            log.warning("migration: %s outside a recovery, at byte %d", type(event).__name__, event.offset)
+        elif isinstance(event, EnableColo):
+            raise BadStream(
+                event.offset, "ENABLE_COLO command come in migration stream, but x-colo capability is not set"
+            )
+
+    async def _elements(self, package: Package) -> list[Inside]:
+        found = await in_turns(split_package_in_slices(package))
+        self._tell_rest(package.start + len(package.blob) - found.end, found.doubt)
+        return found.elements
+
+    @staticmethod
+    def _tell_rest(unread: int, doubt: int | None) -> None:
+        """What was not read, and what could have been read otherwise: QEMU minds neither."""
+        if unread:
+            log.warning("migration: the source sent %d bytes behind the end", unread)
+        if doubt is not None:
+            log.warning("migration: the sections before byte %d can be read in more than one way", doubt)
 
     def _open_return_path(self, event: OpenReturnPath, nursery: trio.Nursery) -> None:
         if self._return_path:
@@ -449,7 +533,7 @@ class Incoming:
         try:
             with self._faults:
                 await self.service.run()
-        except TROUBLE as error:
+        except Exception as error:
             self._error = self._error or error
             raise
         finally:
@@ -464,6 +548,15 @@ class Incoming:
         if self.service.numbers().outbox_bytes > MAX_ANSWERS:
             raise BadStream(event.offset, "a PING, and the source does not read the answers to those before")
         self._send(Pong(event.value).encode())
+
+    def _pong_in_package(self, event: Ping) -> None:
+        """A link that is lost by now keeps nobody from loading, unless the source counts on the answer."""
+        try:
+            self._pong(event)
+        except ChannelLost as error:
+            if self._must_hear and event.value == MUST_HEAR:
+                raise
+            log.warning("migration: PING %d cannot be answered: %s", event.value, error)
 
     def _send(self, message: bytes) -> None:
         """Never waits; behind what waits already."""
@@ -489,15 +582,21 @@ class Incoming:
 
     async def _advise(self, event: PostcopyAdvise) -> None:
         check_advise(event, postcopy=self.postcopy, two_way=self.channel.two_way)
+        if event.page_sizes is None:
+            log.info("migration: POSTCOPY_ADVISE for dirty bitmaps, of which there are none here")
+            return
         self._advised = event
         await self.machine.advise(self.service)
         log.info("migration: the source may switch to postcopy")
 
     def _accept_blocks(self, event: RamBlocks) -> None:
+        check_head(event)
         self.machine.accept_blocks(event, postcopy=self._advised is not None)
         blocks = self.machine.ram.blocks
         if self._advised is not None:
             check_page_sizes(event, self._advised, blocks)
+        for block in blocks:  # what another stream discarded is nothing to this one
+            block.set_bits(Bits.DISCARDED, value=False)
         self._pages = self.service.open_channel(self.channel.in_fd, holes=self._advised is None)
         log.info(
             "migration: %r: %d KiB of RAM in %d blocks",
@@ -506,8 +605,16 @@ class Incoming:
             len(blocks),
         )
 
-    def _discard(self, event: RamDiscard) -> None:
+    async def _discard(self, event: RamDiscard) -> None:
         block = self.machine.ram[event.block]
         check_discard(event, block)
-        for start, length in event.ranges:
-            block.discard(start, length)
+        try:
+            # Each page once, whatever the ranges are, and not too many without giving others their turn.
+            for start, length in pieces(event.ranges, max(DISCARD, block.page_size)):
+                block.discard(start, length)
+                block.set_bits(Bits.DISCARDED, start // block.page_size, length // block.page_size)
+                await trio.lowlevel.checkpoint()
+        except PageBorn as e:
+            if not (others := self.service.others()):
+                raise
+            raise PageBorn(f"{e} (the back-ends are {others})", e.block, e.page) from None

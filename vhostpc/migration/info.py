@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from vhostpc.migration.options import Compat
+from vhostpc.dialect import Dialect
 from vhostpc.migration.state import Status
 
 PAGE = 4096
@@ -29,7 +29,7 @@ class RamInfo:
     downtime_bytes: int = 0
     postcopy_bytes: int = 0
 
-    def as_qmp(self, compat: Compat) -> dict[str, Any]:
+    def as_qmp(self, dialect: Dialect) -> dict[str, Any]:
         told: dict[str, Any] = {
             "total": self.total,
             "postcopy-requests": self.postcopy_requests,
@@ -49,7 +49,7 @@ class RamInfo:
             "normal-bytes": self.normal * PAGE,
             "normal": self.normal,
         }
-        if compat == "7.2":
+        if dialect.skipped_pages:
             told["skipped"] = 0
         return told
 
@@ -67,11 +67,13 @@ class MigrationInfo:
     total_time: int | None = None
     downtime: int | None = None
     expected_downtime: int | None = None
+    remaining: int | None = None
+    """Bytes that have not been sent."""
     error_desc: str | None = None
     socket_address: list[dict[str, Any]] = field(default_factory=list)
     blocked_reasons: list[str] = field(default_factory=list)
 
-    def as_qmp(self, compat: Compat) -> dict[str, Any]:
+    def as_qmp(self, dialect: Dialect) -> dict[str, Any]:
         told: dict[str, Any] = {}
         if self.status is not Status.NONE:
             told["status"] = str(self.status)
@@ -80,7 +82,9 @@ class MigrationInfo:
             if value is not None:
                 told[name.replace("_", "-")] = value
         if self.ram is not None:
-            told["ram"] = self.ram.as_qmp(compat)
+            told["ram"] = self.ram.as_qmp(dialect)
+        if self.remaining is not None and dialect.remaining:
+            told["remaining"] = self.remaining
         if self.socket_address:
             told["socket-address"] = self.socket_address
         if self.blocked_reasons:

@@ -63,7 +63,7 @@ class Machine(Protocol):
         ...
 
     def blocked(self) -> Sequence[str]:
-        """Why it can not migrate now, one sentence each (a back-end that can not log its writes)."""
+        """Why it cannot migrate now, one sentence each (a back-end that cannot log its writes)."""
         ...
 
     async def stop(self) -> None:
@@ -71,15 +71,29 @@ class Machine(Protocol):
         ...
 
     async def cont(self) -> None:
-        """Run. Raises MigrationRefused if it can not run here (it is held)."""
+        """Run. Raises MigrationRefused if it cannot run here (it is held).
+
+        It asks for nothing that may be short, threads or descriptors or maps: all that running needs was had before
+        the machine ran for the first time, or by :meth:`loaded`, and is kept over a :meth:`stop`.
+        """
+        ...
+
+    def state_size(self) -> int:
+        """Bytes that the sections of ``save`` take in the stream, at most. Asked while it runs; never waits."""
+        ...
+
+    @property
+    def early(self) -> Sequence[DeviceSection]:
+        """Device sections that go before the pages: what a destination must know of a device to take them."""
         ...
 
     async def save(self) -> tuple[Sequence[DeviceSection], bytes]:
-        """Device sections of the stopped machine, in order, and the JSON that describes them (b"": none)."""
+        """The other device sections of the stopped machine, in order, and the JSON that describes all (b"": none)."""
         ...
 
     async def start_tracking(self) -> None:
-        """From now on each write to its memory is found by ``sync_dirty``."""
+        """From now on each write to its memory is found by ``sync_dirty``. If it raises, it has undone itself, and
+        what ``sync_dirty`` and ``stop_tracking`` need is had here."""
         ...
 
     async def sync_dirty(self) -> int:
@@ -91,7 +105,7 @@ class Machine(Protocol):
     # --- arriving
 
     def postcopy_refusal(self) -> str | None:
-        """Why it can not come by postcopy, one sentence that names the back-end; None: it can."""
+        """Why it cannot come by postcopy, one sentence that names the back-end; None: it can."""
         ...
 
     def accept(self, configuration: Configuration) -> None:
@@ -99,13 +113,16 @@ class Machine(Protocol):
         ...
 
     async def advise(self, service: FaultService) -> None:
-        """POSTCOPY_ADVISE: get the userfaultfd of each back-end. Raises PostcopyRefused naming the back-end."""
+        """POSTCOPY_ADVISE: get the userfaultfd of each back-end, and what else postcopy needs that is had by now.
+
+        Raises PostcopyRefused naming the back-end, Shortage.
+        """
         ...
 
     def accept_blocks(self, listed: RamBlocks, *, postcopy: bool) -> None:
         """Make or check the blocks; from here on they are in ``ram``. ``postcopy``: sizes of pages were said.
 
-        Raises StreamError, one sentence, for blocks that do not match or can not be had.
+        Raises StreamError, one sentence, for blocks that do not match or cannot be had.
         """
         ...
 
@@ -114,11 +131,13 @@ class Machine(Protocol):
         ...
 
     async def load(self, section: DeviceSection) -> None:
-        """Take one device section. May wait for a page, on a thread of its own. Raises StreamError."""
+        """Take one device section; one may come twice. May wait for a page, on a thread of its own, unless it is
+        ``early``, from before the pages. Raises StreamError."""
         ...
 
     async def loaded(self, description: bytes) -> None:
-        """All sections have come. Raises StreamError if one is missing: the machine has not run here.
+        """All sections have come, and all is had that running needs. Raises StreamError if a section is missing, or
+        something cannot be had: the machine has not run here.
 
         ``description``: the JSON about the sections, b"" in postcopy.
         """

@@ -4,21 +4,21 @@ Python writes what stands between RAM sections; the sections are made and sent i
 rounds of a twentieth of a second. Between two rounds is the time to look: has somebody asked for postcopy, does what
 is left fit the downtime, have pages become dirty again? The order of things on the wire is QEMU's.
 
-One border divides failures: the first byte of the package lets the destination run. Before it the machine runs on
-here; behind it only the destination knows, and a lost link is a pause.
+One border divides failures: the package's last byte. Before it is written the destination cannot run the machine, and
+it runs on here after any failure. From that byte on only the destination's word that it never ran (SHUT other than 0)
+lets it run here again; silence is a pause. In a precopy the byte is the one that ends the stream.
 """
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import trio
 
-from vhostpc.errors import ChannelLost, MigrationRefused, StreamError, VhostpcError
+from vhostpc.errors import ChannelLost, MigrationRefused, StreamError, sentence
+from vhostpc.logs import rationed_logger
 from vhostpc.memory.ramblock import TARGET_PAGE, Bits, total_pages
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.info import RamInfo
@@ -28,6 +28,9 @@ from vhostpc.migration.pace import Pace
 from vhostpc.migration.state import Event
 from vhostpc.ufd.pagesource import UNLIMITED, Ended, PageSource, SourceNumbers
 from vhostpc.wire.elements import (
+    LOADED,
+    MAX_PACKAGE,
+    MUST_HEAR,
     BlockInfo,
     EndOfStream,
     Footer,
@@ -47,12 +50,12 @@ from vhostpc.wire.elements import (
 )
 from vhostpc.wire.ramrec import RamFlag
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
-LOADED = 3
-"""The PING inside the package: its PONG says that all device state was taken, just before the machine runs."""
+LAST_WORD = 10.0
+"""Seconds in which a destination's word is waited for once a write to it has failed behind the border."""
 _END_OF_PAGES = int(RamFlag.EOS).to_bytes(8, "big")
-_VERSIONED = re.compile(r"-(\d+)\.\d+$")
+CANCELLED = "the migration was cancelled"
 
 
 class Watcher(Protocol):
@@ -98,6 +101,7 @@ class Outgoing:
         self.machine = machine
         self.channel = channel
         self.options = options
+        self.dialect = options.dialect.of_machine(machine.configuration.machine)
         self.after = after or After()
         self._postcopy = "postcopy-ram" in options
         self._return_path = self._postcopy or "return-path" in options
@@ -114,7 +118,9 @@ class Outgoing:
         self._bytes_at: dict[str, int] = {}
         self._passes = 0
         self._package_told = False
-        self._package_begun = False
+        self._loaded_told = False
+        self._package_going: trio.CancelScope | None = None
+        self._package_whole = False
         self._all_sent = False
         self._cancelled = False
         self._remaining = 0
@@ -126,27 +132,29 @@ class Outgoing:
         self._postcopy_wanted = True
 
     def cancel(self) -> None:
-        """Break it off: :meth:`send` fails. Raises MigrationRefused where the machine may run there already."""
-        if self._package_told or self._package_begun:
-            raise MigrationRefused("Postcopy migration in progress, cannot cancel.")
-        if self._all_sent:
-            raise MigrationRefused(
-                "All has been sent and the guest may run at the destination, cannot cancel."
-            )
+        """Break it off: :meth:`send` fails, unless the package's last byte has just gone: then it goes on.
 
+        Where a precopy waits for the destination's last word, the machine may run there: see :attr:`may_run_there`.
+        Raises MigrationRefused where it may run there by postcopy.
+        """
+        if self._package_whole:
+            raise MigrationRefused("Postcopy migration in progress, cannot cancel.")
         self._cancelled = True
+        if self._package_going is not None:
+            self._package_going.cancel()  # the channel stays: the last byte may be through
+            return
         self.channel.shut_down()
         self.source.stop()  # a pipe wakes nobody
 
     def _check_cancelled(self) -> None:
         """Just before a border from which on nothing can be cancelled."""
         if self._cancelled:
-            raise ChannelLost("the migration was cancelled")
+            raise ChannelLost(CANCELLED)
 
     @property
     def may_run_there(self) -> bool:
-        """All that the destination needs to run has been sent, or has begun to be."""
-        return self._package_begun or self._all_sent
+        """The border has been passed: all that the destination needs to run has been written."""
+        return self._package_whole or self._all_sent
 
     @property
     def setup_ms(self) -> int | None:
@@ -203,7 +211,8 @@ class Outgoing:
 
         What comes of it is told to the watcher: FINISH; FAIL where the machine has not run there and may go on here;
         NEVER_RAN where the destination said that it could not run it; LOSE where only the destination knows. The same
-        error is raised: ChannelLost, StreamError, OSError. Cancelled, it tells the watcher as for a lost link.
+        error is raised: ChannelLost, StreamError, OSError, and whatever else goes wrong in this process. Cancelled, it
+        tells the watcher as for a lost link.
         """
         error: BaseException | None = None
         try:
@@ -215,13 +224,13 @@ class Outgoing:
         with trio.CancelScope(shield=True):
             try:
                 await self.machine.stop_tracking()
-            except (VhostpcError, OSError) as trouble:  # it changes nothing about where the machine is
-                log.warning("migration: writes may still be tracked: %s", trouble)
+            except Exception as trouble:  # it changes nothing about where the machine is
+                log.warning("migration: writes may still be tracked: %s", sentence(trouble))
         self._mark("ended")
         if error is None:
             self._watcher.moved(Event.FINISH, None)
-        elif not self._package_begun:
-            # 7.2's status said postcopy before anything of the package had been sent.
+        elif not self._package_whole:
+            # The status may say postcopy before anything of the package has been sent.
             self._watcher.moved(Event.NEVER_RAN if self._package_told else Event.FAIL, error)
         else:
             self._tell_package()
@@ -242,7 +251,7 @@ class Outgoing:
         for block in machine.ram.blocks:
             block.set_bits(Bits.DIRTY)
         await machine.start_tracking()
-        self._passed()
+        self._passed(tell=not self.dialect.precopy_passes_only)
         await self._say(self._head())
         self._mark("active")
         self._watcher.moved(Event.CONNECT, None)
@@ -250,7 +259,7 @@ class Outgoing:
         log.info("migration: %r, %d MiB of RAM", machine.configuration.machine, total >> 20)
         if not self._postcopy and self.after != After():
             log.warning(
-                "migration: it can not switch to postcopy by itself: the capability postcopy-ram is off"
+                "migration: it cannot switch to postcopy by itself: the capability postcopy-ram is off"
             )
         if await self._precopy():
             await self._switch()
@@ -263,16 +272,17 @@ class Outgoing:
     def _count_dirty(self) -> int:
         return sum(b.count_bits(Bits.DIRTY) * b.page_size for b in self.machine.ram.blocks)
 
-    def _passed(self) -> None:
+    def _passed(self, *, tell: bool) -> None:
         self._passes += 1
-        self._watcher.passed(self._passes)
+        if tell:
+            self._watcher.passed(self._passes)
 
-    async def _sync(self) -> None:
+    async def _sync(self, *, tell: bool = True) -> None:
         before = self._count_dirty()
         await self.machine.sync_dirty()
         self._remaining = self._count_dirty()
         self._pace.synced((self._remaining - before) // TARGET_PAGE)
-        self._passed()
+        self._passed(tell=tell)
 
     # --- precopy
 
@@ -319,9 +329,8 @@ class Outgoing:
         await self._watcher.stop()
         if not self._package_told:
             self._watcher.moved(Event.SWITCH, None)
-        await self._sync()
-        found = _VERSIONED.search(self.machine.configuration.machine)
-        if found and int(found[1]) >= 10:  # QEMU's own machines; older ones do not know it
+        await self._sync(tell=not self.dialect.precopy_passes_only)
+        if self.dialect.switchover_start:
             await self._say(SwitchoverStart().encode())
 
     async def _complete(self) -> None:
@@ -335,24 +344,49 @@ class Outgoing:
         if isinstance(more, Ended):
             raise self._failed(more)
         if more:
-            raise StreamError("pages that are withheld can not be left out of the last pass")
+            raise StreamError("pages that are withheld cannot be left out of the last pass")
         devices, description = await self.machine.save()
         await self._say(b"".join(section.encode() for section in devices))
-        # A destination waits for a description; what it says is not looked at. Its last byte may let it run.
         self._check_cancelled()
+        # The border, a byte by itself: from here on a cancel leaves the machine to a person.
         self._all_sent = True
-        await self._say(EndOfStream().encode() + VmDescription(description or b"{}").encode())
-        if self._return_path:
-            ended = await self.source.wait()
-            if ended is not Ended.SHUT or self.source.numbers().shut:
-                raise self._failed(ended)
+        try:
+            await self._say(EndOfStream().encode())
+        except BaseException:
+            self._all_sent = False  # it was not written
+            raise
+        # A destination waits for a description; what it says is not looked at.
+        await self._finish_precopy(VmDescription(description or b"{}").encode())
         self._mark("switched")
+
+    async def _finish_precopy(self, last: bytes) -> None:
+        broken: ChannelLost | None = None
+        try:
+            await self._say(last)
+        except ChannelLost as error:
+            broken = error
+        if self._return_path:
+            ended = await self._last_word() if broken else await self.source.wait()
+            if ended is Ended.SHUT and not self.source.numbers().shut:
+                return  # it has all, whatever became of the description
+            if ended is not None:
+                raise self._failed(ended)
+        if broken:
+            raise broken
+
+    async def _last_word(self) -> Ended | None:
+        """A write has failed behind the border: what has the destination said? None: nothing that it ended with."""
+        ended: Ended | None = None
+        with trio.move_on_after(LAST_WORD):
+            ended = await self.source.wait()
+        return ended
 
     # --- postcopy
 
     async def _switch(self) -> None:
         machine, source = self.machine, self.source
-        if self.options.compat == "7.2":  # its status says so before the machine has stopped
+        _check_package(machine.state_size())  # while it still runs
+        if self.dialect.postcopy_before_stop:
             self._tell_package()
         await self._stop()
         if not self._remaining:
@@ -364,44 +398,82 @@ class Outgoing:
                 await self._say(commands)
         devices, _ = await machine.save()
         blob = PostcopyListen().encode() + b"".join(section.encode() for section in devices)
-        blob += Ping(LOADED).encode() + PostcopyRun().encode()
+        blob += Ping(LOADED).encode()
+        if self.dialect.loaded_ping:
+            blob += Ping(MUST_HEAR).encode()
+        blob += PostcopyRun().encode()
+        _check_package(len(blob))
+        section = machine.ram_section
+        footer = Footer(section).encode()
+        nothing = SectionEnd(section).encode() + _END_OF_PAGES + footer
+        source.set_tail(
+            footer + nothing + EndOfStream().encode()
+        )  # behind the border it may be too late for memory
         await self._say(Ping(2).encode())
         self._check_cancelled()
-        self._package_begun = True  # from its first byte on the machine may run there
-        await self._say(Package(blob).encode() + Ping(4).encode())
+        await self._send_package(Package(blob).encode())
         self._mark("switched")
         self._bytes_at["package"] = self._said + source.numbers().bytes
         self._tell_package()
-        section = machine.ram_section
-        await self._say(SectionPart(section).encode())
-        footer = Footer(section).encode()
-        nothing = SectionEnd(section).encode() + _END_OF_PAGES + footer
-        source.set_tail(footer + nothing + EndOfStream().encode())
+        await self._say_behind(Ping(4).encode() + SectionPart(section).encode())
         source.set_rate(self.options["max-postcopy-bandwidth"] or UNLIMITED)
         source.switch()
         self.channel.keep_unsent_small()
-        ended = await source.serve()
+        try:
+            ended = await source.serve(self._tell_loaded)
+        finally:
+            if source.numbers().heard:
+                self._tell_loaded()  # it came with what ended it
         numbers = source.numbers()
         if ended is not Ended.SHUT or numbers.shut or numbers.dirty_left:
             raise self._failed(ended)
         self._all_sent = True
+
+    async def _send_package(self, package: bytes) -> None:
+        """The border is its last byte: until the kernel has taken that one the machine cannot run there."""
+        try:
+            with trio.CancelScope() as self._package_going:
+                await self.channel.send_all(package)
+                self._package_whole = True
+        finally:
+            self._package_going = None
+        if not self._package_whole:
+            raise ChannelLost(CANCELLED)
+        self._said += len(package)
+        if self._cancelled:
+            log.warning("migration: the cancel came too late: the package had gone, it goes on as postcopy")
+            self._cancelled = False
+
+    async def _say_behind(self, data: bytes) -> None:
+        """As :meth:`_say`, behind the border: a link that broke may have brought the destination's word before."""
+        try:
+            await self._say(data)
+        except ChannelLost as error:
+            ended = await self._last_word()
+            raise (self._failed(ended) if ended is Ended.SHUT else error) from None
 
     def _tell_package(self) -> None:
         if not self._package_told:
             self._package_told = True
             self._watcher.moved(Event.PACKAGE, None)
 
+    def _tell_loaded(self) -> None:
+        if self.dialect.loaded_ping and not self._loaded_told:
+            self._loaded_told = True
+            self._watcher.moved(Event.LOADED, None)
+
     # --- both
 
     def limits_changed(self) -> None:
         """``max-bandwidth`` or ``max-postcopy-bandwidth`` was changed: the new one holds at once."""
-        name = "max-postcopy-bandwidth" if self._package_begun else "max-bandwidth"
+        name = "max-postcopy-bandwidth" if self._package_whole else "max-bandwidth"
         self.source.set_rate(self.options[name] or UNLIMITED)
 
     def _failed(self, ended: Ended) -> Exception:
         numbers = self.source.numbers()
         if ended is Ended.STOPPED:
-            return ChannelLost("the migration was cancelled")
+            waits = ", and the destination had not said its last word: the guest may be running there"
+            return ChannelLost(CANCELLED + (waits if self._all_sent else ""))
         if ended is Ended.SHUT and numbers.shut and not numbers.pongs >> LOADED & 1:
             return NeverRan("the destination says that it failed, and did not run the machine")
         left = total_pages(self.machine.ram.blocks, Bits.DIRTY)
@@ -442,7 +514,17 @@ class Outgoing:
             )
         )
         section = self.machine.ram_section
-        return b"".join([*parts, SectionStart(section).encode(), listed.encode(), Footer(section).encode()])
+        parts += [SectionStart(section).encode(), listed.encode(), Footer(section).encode()]
+        return b"".join([*parts, *(early.encode() for early in self.machine.early)])
+
+
+def _check_package(size: int) -> None:
+    """Raises MigrationRefused: the stream says the length of a package in 32 bits."""
+    if size > MAX_PACKAGE:
+        raise MigrationRefused(
+            f"The machine's device state has {size} bytes: a package holds {MAX_PACKAGE} at most, "
+            "so it can move by precopy only"
+        )
 
 
 class NeverRan(StreamError):

@@ -2,17 +2,18 @@
 
 A pair that is not in the table raises. Two rules hold in whatever order things happen: the machine never runs
 on both sides, and a source is always running or has a status that says why not. They rest on one border: the
-first byte of the package, which lets the destination run. Before it the source runs on by itself after any
-failure (``FAIL``); from there on a lost link only pauses (``LOSE``), and only the destination's word that it
-never ran (``NEVER_RAN``) lets the source run again.
+package's last byte, without which the destination cannot run. Before it is written the source runs on by itself
+after any failure (``FAIL``); from there on a lost link only pauses (``LOSE``), and only the destination's word that
+it never ran (``NEVER_RAN``) lets the source run again.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import cache
 from typing import Literal
 
-from vhostpc.migration.options import Compat
+from vhostpc.dialect import Dialect
 
 
 class Status(StrEnum):
@@ -23,11 +24,13 @@ class Status(StrEnum):
     CANCELLING = "cancelling"
     CANCELLED = "cancelled"
     ACTIVE = "active"
+    POSTCOPY_DEVICE = "postcopy-device"
     POSTCOPY_ACTIVE = "postcopy-active"
     POSTCOPY_PAUSED = "postcopy-paused"
     POSTCOPY_RECOVER_SETUP = "postcopy-recover-setup"
     POSTCOPY_RECOVER = "postcopy-recover"
     COMPLETED = "completed"
+    FAILING = "failing"
     FAILED = "failed"
     PRE_SWITCHOVER = "pre-switchover"
     DEVICE = "device"
@@ -39,7 +42,8 @@ class Event(StrEnum):
     START = "start"  # migrate; migrate-incoming
     CONNECT = "connect"  # the channel stands, the stream begins
     SWITCH = "switch"  # source: the machine has stopped, device state follows
-    PACKAGE = "package"  # the package's first byte (source), RUN's package is taken (destination)
+    PACKAGE = "package"  # the package's last byte was written (source), it is taken (destination)
+    LOADED = "loaded"  # device state is, at the destination: RUN is reached there, the source hears of it
     FINISH = "finish"
     FAIL = "fail"  # before the package
     LOSE = "lose"  # the link, from the package on
@@ -74,6 +78,8 @@ _SOURCE: Table = {
     # What was under way when cancel came ends as cancelled, however it ends.
     (S.CANCELLING, E.FAIL): S.CANCELLED,
     (S.CANCELLING, E.CANCEL): S.CANCELLING,
+    # But a package whose last byte had gone by then.
+    (S.CANCELLING, E.PACKAGE): S.POSTCOPY_ACTIVE,
     (S.POSTCOPY_ACTIVE, E.FINISH): S.COMPLETED,
     (S.POSTCOPY_ACTIVE, E.LOSE): S.POSTCOPY_PAUSED,
     (S.POSTCOPY_ACTIVE, E.NEVER_RAN): S.FAILED,
@@ -81,24 +87,42 @@ _SOURCE: Table = {
     (S.POSTCOPY_RECOVER, E.RESUME): S.POSTCOPY_ACTIVE,
     (S.POSTCOPY_RECOVER, E.LOSE): S.POSTCOPY_PAUSED,
 }
-SOURCE: dict[Compat, Table] = {
-    "7.2": {
-        **_SOURCE,
+
+
+@cache
+def source_table(dialect: Dialect) -> Table:
+    table = dict(_SOURCE)
+    if dialect.device_status:
+        table |= {(S.ACTIVE, E.SWITCH): S.DEVICE, (S.DEVICE, E.PACKAGE): S.POSTCOPY_ACTIVE}
+    else:
         # The status does not tell when the machine stops; it does when the package goes.
-        (S.ACTIVE, E.SWITCH): S.ACTIVE,
-        (S.ACTIVE, E.FINISH): S.COMPLETED,
-        (S.ACTIVE, E.PACKAGE): S.POSTCOPY_ACTIVE,
-        (S.POSTCOPY_PAUSED, E.RECOVER): S.POSTCOPY_RECOVER,
-    },
-    "10.0": {
-        **_SOURCE,
-        (S.ACTIVE, E.SWITCH): S.DEVICE,
-        (S.DEVICE, E.PACKAGE): S.POSTCOPY_ACTIVE,
-        (S.POSTCOPY_PAUSED, E.RECOVER): S.POSTCOPY_RECOVER_SETUP,
-        (S.POSTCOPY_RECOVER_SETUP, E.RECONNECT): S.POSTCOPY_RECOVER,
-        (S.POSTCOPY_RECOVER_SETUP, E.LOSE): S.POSTCOPY_PAUSED,
-    },
-}
+        table |= {
+            (S.ACTIVE, E.SWITCH): S.ACTIVE,
+            (S.ACTIVE, E.FINISH): S.COMPLETED,
+            (S.ACTIVE, E.PACKAGE): S.POSTCOPY_ACTIVE,
+        }
+    if S.POSTCOPY_RECOVER_SETUP in dialect.statuses:
+        table |= {
+            (S.POSTCOPY_PAUSED, E.RECOVER): S.POSTCOPY_RECOVER_SETUP,
+            (S.POSTCOPY_RECOVER_SETUP, E.RECONNECT): S.POSTCOPY_RECOVER,
+            (S.POSTCOPY_RECOVER_SETUP, E.LOSE): S.POSTCOPY_PAUSED,
+        }
+    else:
+        table[S.POSTCOPY_PAUSED, E.RECOVER] = S.POSTCOPY_RECOVER
+    if dialect.loaded_ping:
+        table |= {
+            (S.DEVICE, E.PACKAGE): S.POSTCOPY_DEVICE,
+            (S.CANCELLING, E.PACKAGE): S.POSTCOPY_DEVICE,
+            (S.POSTCOPY_DEVICE, E.LOADED): S.POSTCOPY_ACTIVE,
+            (S.POSTCOPY_DEVICE, E.FINISH): S.COMPLETED,
+            (S.POSTCOPY_DEVICE, E.LOSE): S.POSTCOPY_PAUSED,
+            (S.POSTCOPY_DEVICE, E.NEVER_RAN): S.FAILED,
+        }
+    if S.FAILING in dialect.statuses:
+        table = {pair: S.FAILING if after is S.FAILED else after for pair, after in table.items()}
+        table[S.FAILING, E.FAIL] = S.FAILED
+    return table
+
 
 _DESTINATION: Table = {
     (S.SETUP, E.FAIL): S.FAILED,
@@ -109,35 +133,53 @@ _DESTINATION: Table = {
     (S.POSTCOPY_ACTIVE, E.LOSE): S.POSTCOPY_PAUSED,
     # The package could not be loaded: the machine has not run here.
     (S.POSTCOPY_ACTIVE, E.NEVER_RAN): S.FAILED,
+    # Nor after its link was lost meanwhile.
+    (S.POSTCOPY_PAUSED, E.NEVER_RAN): S.FAILED,
     (S.POSTCOPY_PAUSED, E.RECOVER): S.POSTCOPY_RECOVER,
     (S.POSTCOPY_RECOVER, E.RESUME): S.POSTCOPY_ACTIVE,
     (S.POSTCOPY_RECOVER, E.LOSE): S.POSTCOPY_PAUSED,
 }
-DESTINATION: dict[Compat, Table] = {
-    "7.2": {
-        **_DESTINATION,
-        (S.NONE, E.START): S.NONE,
-        (S.NONE, E.CONNECT): S.ACTIVE,
-        (S.NONE, E.FAIL): S.FAILED,
-    },
-    "10.0": {
-        **_DESTINATION,
-        (S.NONE, E.START): S.SETUP,
-        (S.FAILED, E.START): S.SETUP,
-        (S.SETUP, E.CONNECT): S.ACTIVE,
-    },
-}
 
-SOURCE_HOLDS = frozenset(
-    {S.POSTCOPY_ACTIVE, S.POSTCOPY_PAUSED, S.POSTCOPY_RECOVER_SETUP, S.POSTCOPY_RECOVER, S.COMPLETED}
+
+@cache
+def destination_table(dialect: Dialect) -> Table:
+    table = dict(_DESTINATION)
+    if dialect.setup_while_listening:
+        table |= {(S.NONE, E.START): S.SETUP, (S.SETUP, E.CONNECT): S.ACTIVE}
+    else:
+        table |= {
+            (S.NONE, E.START): S.NONE,
+            (S.NONE, E.CONNECT): S.ACTIVE,
+            (S.NONE, E.FAIL): S.FAILED,
+        }
+    if dialect.exit_on_error:
+        table[S.FAILED, E.START] = S.SETUP
+    if dialect.loaded_ping:
+        table |= {
+            (S.ACTIVE, E.PACKAGE): S.POSTCOPY_DEVICE,
+            (S.POSTCOPY_DEVICE, E.LOADED): S.POSTCOPY_ACTIVE,
+            (S.POSTCOPY_DEVICE, E.LOSE): S.POSTCOPY_PAUSED,
+            (S.POSTCOPY_DEVICE, E.NEVER_RAN): S.FAILED,
+        }
+    return table
+
+
+IN_POSTCOPY = frozenset(
+    {
+        S.POSTCOPY_DEVICE,
+        S.POSTCOPY_ACTIVE,
+        S.POSTCOPY_PAUSED,
+        S.POSTCOPY_RECOVER_SETUP,
+        S.POSTCOPY_RECOVER,
+    }
 )
+"""Statuses of a migration whose package has gone, and whose pages may come after the machine runs."""
+
+SOURCE_HOLDS = IN_POSTCOPY | {S.COMPLETED}
 """Statuses in which the machine may be running at the destination, so never at the source."""
 
 BUSY = frozenset(Status) - set(_FINAL)
 """Statuses of a migration that is under way."""
-
-IN_POSTCOPY = frozenset({S.POSTCOPY_ACTIVE, S.POSTCOPY_PAUSED, S.POSTCOPY_RECOVER_SETUP, S.POSTCOPY_RECOVER})
-"""Statuses of a migration whose pages come after the machine runs."""
 
 RUNS_HERE = frozenset({S.POSTCOPY_ACTIVE, S.POSTCOPY_PAUSED, S.POSTCOPY_RECOVER, S.COMPLETED})
 """Statuses in which the machine may be running at the destination, seen from there."""
@@ -146,11 +188,11 @@ RUNS_HERE = frozenset({S.POSTCOPY_ACTIVE, S.POSTCOPY_PAUSED, S.POSTCOPY_RECOVER,
 class Machine:
     """The status of one end. ``history`` is all it has been, the first being ``none``."""
 
-    def __init__(self, side: Literal["source", "destination"], compat: Compat) -> None:
+    def __init__(self, side: Literal["source", "destination"], dialect: Dialect) -> None:
         self.side = side
         self.status = Status.NONE
         self.history = [Status.NONE]
-        self._table = (SOURCE if side == "source" else DESTINATION)[compat]
+        self._table = source_table(dialect) if side == "source" else destination_table(dialect)
 
     def allows(self, event: Event) -> bool:
         return (self.status, event) in self._table
@@ -172,3 +214,8 @@ class Machine:
         if self.side == "source":
             return self.status not in SOURCE_HOLDS
         return self.status in RUNS_HERE
+
+    @property
+    def person_may_run(self) -> bool:
+        """Whether somebody may let it run at the source: also when it has completed by precopy, as with QEMU."""
+        return self.may_run or (self.status is Status.COMPLETED and IN_POSTCOPY.isdisjoint(self.history))

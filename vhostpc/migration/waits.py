@@ -1,30 +1,59 @@
-"""Who waits for pages that do not come: a line in the log that says which client, which page and how long."""
+"""What a destination tells its log while pages come: who waits long for one, and that there is no memory for them."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 
 import trio
 
+from vhostpc.logs import rationed_logger
+from vhostpc.ufd.ramchannel import LoadNumbers
 from vhostpc.ufd.service import FaultService
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 FIRST = 1.0
 """Seconds of a wait after which it is told; then each time it has become twice as long."""
 
 
-async def tell_waits(service: FaultService, lost: Callable[[], None]) -> None:
-    """Look on until cancelled. ``lost`` is called when requests can no longer be sent: nobody else would notice."""
+class Shortage:
+    """No memory for pages that have come: one line when it begins, one when it is over."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def look(self, short: bool) -> None:
+        if short and self._since is None:
+            self._since = time.monotonic()
+            log.warning(
+                "migration: no memory for a page that has come (a full tmpfs, no huge page, a limit): "
+                "it is tried again until there is some"
+            )
+        elif not short and self._since is not None:
+            log.warning(
+                "migration: there is memory for pages again, after %.1f s", time.monotonic() - self._since
+            )
+            self._since = None
+
+
+async def tell_waits(
+    service: FaultService, loads: Callable[[], list[LoadNumbers]], lost: Callable[[], None]
+) -> None:
+    """Look on until cancelled: who waits for long, and whether there is memory for what comes.
+
+    ``loads``: the numbers of the channels, the last one's last. ``lost`` is called when requests can no longer be sent:
+    nobody else would notice.
+    """
     told: tuple[int, int] | None = None  # client and since when
     first = due = FIRST
+    shortage = Shortage()
     while True:
         await trio.sleep(first / 2)
         numbers = service.numbers()
         if numbers.send_errno:
             lost()
+        shortage.look(bool(numbers.short_now) or any(load.short for load in loads()[-1:]))
         longest = service.waiting(1)
         if not longest:
             continue

@@ -11,6 +11,7 @@ from typing import Any
 import trio
 
 from vhostpc.errors import PeerClosed, RequestFailed
+from vhostpc.listener import connect
 
 TIMEOUT = 30.0
 
@@ -93,7 +94,7 @@ class QmpClient:
 @asynccontextmanager
 async def open_monitor(path: str, name: str) -> AsyncIterator[QmpClient]:
     """Connect to the monitor at ``path`` and negotiate. Raises OSError, PeerClosed, RequestFailed."""
-    async with await trio.open_unix_socket(path) as stream, trio.open_nursery() as nursery:
+    async with trio.SocketStream(await connect(path)) as stream, trio.open_nursery() as nursery:
         client = QmpClient(stream, name)
         nursery.start_soon(client._run)
         await client._greet()

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
+import socket
+import stat
+import struct
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from vhostpc.errors import VhostpcError
+from vhostpc.dialect import Dialect
+from vhostpc.errors import is_foreseen, sentence
+from vhostpc.logs import rationed_logger
 from vhostpc.migration import uri
-from vhostpc.migration.options import IN_PROGRESS, Compat, parameters
-from vhostpc.migration.state import BUSY, IN_POSTCOPY, Status
+from vhostpc.migration.options import IN_PROGRESS, parameters
+from vhostpc.migration.state import BUSY, Status
 from vhostpc.qmp import types
 from vhostpc.qmp.endpoint import Endpoint
 from vhostpc.qmp.events import Events
 from vhostpc.qmp.schema import ANY, BOOL, NOTHING, STR, Array, Enum, Int, Introspection, Member, Struct, Type
 from vhostpc.wire.qmp import NOT_FOUND, QmpError
 
-VERSIONS: dict[Compat, tuple[int, int, int]] = {"7.2": (7, 2, 22), "10.0": (10, 0, 2)}
+log = rationed_logger(__name__)
+
 MOST_CELLS = 1 << 16
 """Of a map of memory: the reply is one line."""
 
@@ -33,22 +39,47 @@ class Session:
     oob: bool = False
     received: list[int] = field(default_factory=list)  # descriptors that no getfd has named yet
     named: dict[str, int] = field(default_factory=dict)
+    own_end: bool = False  # the last descriptors that came were connections to this program
     text: bool = False  # a text monitor of its own, where ``migrate`` without -d waits
     leaving: bool = False  # the reply under way is the last: then the program ends
 
     @property
-    def compat(self) -> Compat:
-        return self.endpoint.options.compat
+    def dialect(self) -> Dialect:
+        return self.endpoint.options.dialect
 
     def take_received(self, fds: list[int]) -> None:
-        """Descriptors came with a message; those before, which nobody named, are closed."""
+        """Descriptors came with a message; those before, which nobody named, are closed. So are connections to this
+        program: as long as it holds a client's end of one it cannot see that the client has gone."""
         if fds:
             _close(self.received)
-            self.received = fds
+            own = [fd for fd in fds if _leads_here(fd)]
+            _close(own)
+            self.received = [fd for fd in fds if fd not in own]
+            self.own_end = bool(own)
 
     def close(self) -> None:
         _close([*self.received, *self.named.values()])
         self.received, self.named = [], {}
+
+
+def _leads_here(fd: int) -> bool:
+    """Whether a descriptor is a connection to a socket that this process listens on, a monitor's or a migration's.
+
+    (``own_sockets`` knows ends without a name too, but has to be told of each.)
+    """
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:  # no socket
+        return False
+    try:
+        if sock.family != socket.AF_UNIX or not sock.getpeername():
+            return False  # what has no name was not listened on
+        peer: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        return peer == os.getpid()
+    except OSError:  # not connected
+        return False
+    finally:
+        sock.detach()
 
 
 def _close(fds: list[int]) -> None:
@@ -65,8 +96,8 @@ class Command:
 
     name: str
     handler: Handler
-    arguments: Callable[[Compat], Struct] = lambda _: NOTHING
-    result: Callable[[Compat], Type] = lambda _: NOTHING
+    arguments: Callable[[Dialect], Struct] = lambda _: NOTHING
+    result: Callable[[Dialect], Type] = lambda _: NOTHING
     oob: bool = False
 
 
@@ -81,14 +112,14 @@ async def _capabilities(session: Session, arguments: dict[str, Any]) -> Any:
     return {}
 
 
-def version(compat: Compat) -> dict[str, Any]:
+def version(dialect: Dialect) -> dict[str, Any]:
     """What ``query-version`` and the greeting say: the QEMU whose manners are kept, and who keeps them."""
-    major, minor, micro = VERSIONS[compat]
+    major, minor, micro = dialect.version
     return {"qemu": {"micro": micro, "minor": minor, "major": major}, "package": "vhostpc"}
 
 
 async def _version(session: Session, _: dict[str, Any]) -> Any:
-    return version(session.compat)
+    return version(session.dialect)
 
 
 async def _commands(_: Session, __: dict[str, Any]) -> Any:
@@ -96,13 +127,13 @@ async def _commands(_: Session, __: dict[str, Any]) -> Any:
 
 
 async def _schema(session: Session, _: dict[str, Any]) -> Any:
-    return schema(session.compat)
+    return schema(session.dialect)
 
 
 async def _status(session: Session, _: dict[str, Any]) -> Any:
     state = session.endpoint.run_state
     told: dict[str, Any] = {"status": state, "running": state == "running"}
-    if session.compat == "7.2":
+    if session.dialect.singlestep:
         told["singlestep"] = False
     return told
 
@@ -126,7 +157,7 @@ async def _quit(session: Session, _: dict[str, Any]) -> Any:
 def _address(session: Session, arguments: dict[str, Any], *, incoming: bool = False) -> uri.Address:
     text, channels = arguments.get("uri"), arguments.get("channels")
     if text is not None and not channels:
-        return uri.parse(text, session.compat, incoming=incoming)
+        return uri.parse(text, session.dialect, incoming=incoming)
     if text is None and channels:
         return uri.from_channels(channels)
     raise QmpError("need either 'uri' or 'channels' argument")
@@ -141,7 +172,16 @@ def _with_descriptor(session: Session, address: uri.Address, *, incoming: bool =
         return address
     if address.name not in session.named:
         raise QmpError(f"File descriptor named '{address.name}' has not been found")
-    return uri.Fd(address.name, session.named.pop(address.name))
+    fd = session.named.pop(address.name)
+    if not session.dialect.fd_of_file and not _is_channel(fd):
+        os.close(fd)
+        raise QmpError("fd: migration to a file is not supported. Use file: instead.")
+    return uri.Fd(address.name, fd)
+
+
+def _is_channel(fd: int) -> bool:
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)
 
 
 async def _migrate(session: Session, arguments: dict[str, Any]) -> Any:
@@ -181,9 +221,6 @@ async def _incoming(session: Session, arguments: dict[str, Any]) -> Any:
 
 
 async def _cancel(session: Session, _: dict[str, Any]) -> Any:
-    # 7.2 would do it, and lose the pages that only one side has.
-    if session.endpoint.info().status in IN_POSTCOPY:
-        raise QmpError("Postcopy migration in progress, cannot cancel.")
     await session.endpoint.cancel()
     return {}
 
@@ -220,12 +257,12 @@ async def _set_parameters(session: Session, arguments: dict[str, Any]) -> Any:
 
 async def _get_parameters(session: Session, _: dict[str, Any]) -> Any:
     options = session.endpoint.options
-    values = {name: options[name] for name in parameters(session.compat)}
+    values = {name: options[name] for name in parameters(session.dialect)}
     return {name: value for name, value in values.items() if value is not None}
 
 
 async def _info(session: Session, _: dict[str, Any]) -> Any:
-    return session.endpoint.info().as_qmp(session.compat)
+    return session.endpoint.info().as_qmp(session.dialect)
 
 
 async def _report(session: Session, _: dict[str, Any]) -> Any:
@@ -248,6 +285,8 @@ async def _verify(session: Session, _: dict[str, Any]) -> Any:
 
 
 async def _getfd(session: Session, arguments: dict[str, Any]) -> Any:
+    if not session.received and session.own_end:
+        raise QmpError("The file descriptor is a connection to this program itself")
     if not session.received:
         raise QmpError("No file descriptor supplied via SCM_RIGHTS")
     fd, *others = session.received
@@ -302,18 +341,18 @@ _ROWS = (
     Command(
         "migrate-set-capabilities",
         _set_capabilities,
-        lambda compat: Struct((Member("capabilities", Array(types.capability_status(compat))),)),
+        lambda dialect: Struct((Member("capabilities", Array(types.capability_status(dialect))),)),
     ),
     Command(
         "query-migrate-capabilities",
         _get_capabilities,
-        result=lambda compat: Array(types.capability_status(compat)),
+        result=lambda dialect: Array(types.capability_status(dialect)),
     ),
     Command("migrate-set-parameters", _set_parameters, types.parameter_set),
     Command(
         "query-migrate-parameters",
         _get_parameters,
-        result=lambda compat: types.parameter_set(compat, result=True),
+        result=lambda dialect: types.parameter_set(dialect, result=True),
     ),
     Command("query-migrate", _info, result=types.info),
     # Ours, no commands of QEMU.
@@ -344,19 +383,19 @@ COMMANDS = {row.name: row for row in _ROWS}
 
 
 @cache
-def _arguments(name: str, compat: Compat) -> Struct:
-    return COMMANDS[name].arguments(compat)
+def _arguments(name: str, dialect: Dialect) -> Struct:
+    return COMMANDS[name].arguments(dialect)
 
 
 @cache
-def schema(compat: Compat) -> list[dict[str, Any]]:
+def schema(dialect: Dialect) -> list[dict[str, Any]]:
     """The result of ``query-qmp-schema``."""
     told = Introspection()
     for row in _ROWS:
         told.command(
-            row.name, row.arguments(compat), row.result(compat), **({"allow-oob": True} if row.oob else {})
+            row.name, row.arguments(dialect), row.result(dialect), **({"allow-oob": True} if row.oob else {})
         )
-    told.event("MIGRATION", Struct((Member("status", types.status(compat)),)))
+    told.event("MIGRATION", Struct((Member("status", types.status(dialect)),)))
     told.event("MIGRATION_PASS", Struct((Member("pass", Int()),)))
     told.event("STOP", NOTHING)
     told.event("RESUME", NOTHING)
@@ -379,8 +418,10 @@ async def call(session: Session, name: str, arguments: dict[str, Any], *, out_of
     """Run a command; its result. Every refusal is a QmpError."""
     command = find(session, name, out_of_band=out_of_band)
     try:
-        return await command.handler(session, _arguments(name, session.compat).check(arguments))
+        return await command.handler(session, _arguments(name, session.dialect).check(arguments))
     except QmpError:
         raise
-    except VhostpcError as exc:
-        raise QmpError(str(exc)) from exc
+    except Exception as exc:  # a command that fails ends neither the monitor nor the machine
+        if not is_foreseen(exc):
+            log.error("monitor: %s: %s", name, sentence(exc), exc_info=exc)
+        raise QmpError(sentence(exc)) from exc

@@ -52,7 +52,7 @@ class Endpoint(Protocol):
         ...
 
     def postcopy_refusal(self) -> str | None:
-        """Why a machine can not come here by postcopy, one sentence; None: it can."""
+        """Why a machine cannot come here by postcopy, one sentence; None: it can."""
         ...
 
     async def stop(self) -> None:
@@ -72,7 +72,7 @@ class Endpoint(Protocol):
         ...
 
     async def cancel(self) -> None:
-        """Cancel what is being sent; nothing if nothing is."""
+        """Cancel what is being sent; nothing if nothing is. Refuses where the guest may run there by postcopy."""
         ...
 
     async def start_postcopy(self) -> None: ...
@@ -81,6 +81,6 @@ class Endpoint(Protocol):
         """``options`` has new parameters: what is under way takes its new limits."""
         ...
 
-    def quit(self) -> None:
-        """End the program, once the reply to this has gone out."""
+    def quit(self, why: str = "quit") -> None:
+        """End the program, once the reply to this has gone out. ``why``: for the log."""
         ...

@@ -1,44 +1,33 @@
 """The text monitor: a line in, text out, as QEMU words it. Every command stands on one of QMP's.
 
-Source: QEMU's manual (monitor); texts as recorded from 7.2 and 10.0.
+Source: QEMU's manual (monitor); texts as recorded from 7.2, 10.0 and 11.1.
 """
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vhostpc.migration.options import Compat, parameters
+from vhostpc.migration.options import Options, Parameter, parameters
 from vhostpc.migration.state import BUSY, Status
+from vhostpc.qmp import sizes
 from vhostpc.qmp.commands import Session, call
+from vhostpc.qmp.line import Arguments, BadLine, Line
 from vhostpc.wire.qmp import QmpError
 
-_SUFFIX = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
+_IN_MIB = ("max-bandwidth", "avail-switchover-bandwidth")
 _NO_SIZE = (
     "Parameter '{}' expects a non-negative number below 2^64\nOptional suffix k, M, G, T, P or E means kilo-, "
     "mega-, giga-, tera-, peta-\nand exabytes, respectively."
 )
-_WORD = re.compile(r'\s*(?:"([^"]*)"|(\S+))')
-
 
 UNDER_WAY = BUSY - {Status.POSTCOPY_PAUSED}
 """Statuses in which ``migrate`` without -d goes on waiting."""
 
-_OWN_GLOBAL: dict[Compat, str] = {"7.2": "decompress-error-check: on", "10.0": "send-switchover-start: on"}
-# QEMU's settings of a machine type, which say how its streams look.
-_GLOBALS: dict[Compat, tuple[str, ...]] = {
-    compat: (
-        *("globals:", "store-global-state: on", "only-migratable: off", "send-configuration: on"),
-        *("send-section-footer: on", own, "clear-bitmap-shift: 18"),
-    )
-    for compat, own in _OWN_GLOBAL.items()
-}
 
-
-class _Usage(Exception):
-    pass
+Handler = Callable[[Session, Arguments], Awaitable[str]]
 
 
 @dataclass(frozen=True)
@@ -46,25 +35,23 @@ class _Row:
     names: str
     arguments: str  # as help shows them
     help: str
-    handler: Callable[[Session, list[str]], Awaitable[str]]
-    words: int = 0  # how many must come
-    options: str = ""
+    handler: Handler
+    types: tuple[str, ...] = ()  # as line.py says
+    newer: tuple[str, ...] = ()  # where a dialect's are others
 
 
-async def _set_capability(session: Session, words: list[str]) -> str:
-    name, state = (*words, "")[:2]
-    if state not in ("on", "off"):
-        raise _Usage("Expected 'on' or 'off'")
+async def _set_capability(session: Session, given: Arguments) -> str:
+    name, state = given.values
     if name not in dict(session.endpoint.options.capabilities()):
         raise QmpError(f"invalid parameter value: {name}")
-    one = {"capability": name, "state": state == "on"}
+    one = {"capability": name, "state": state}
     await call(session, "migrate-set-capabilities", {"capabilities": [one]})
     return ""
 
 
-async def _set_parameter(session: Session, words: list[str]) -> str:
-    name, text = words
-    row = parameters(session.compat).get(name)
+async def _set_parameter(session: Session, given: Arguments) -> str:
+    name, text = map(str, given.values)
+    row = parameters(session.dialect).get(name)
     if row is None:
         raise QmpError(f"invalid parameter value: {name}")
     if row.kind == "mapping":
@@ -74,34 +61,51 @@ async def _set_parameter(session: Session, words: list[str]) -> str:
         if text not in ("on", "off"):
             raise QmpError(f"Parameter '{name}' expects 'on' or 'off'")
         value = text == "on"
+    elif row.kind == "words":
+        value = text.split()
     elif row.kind not in ("enum", "text"):
-        found = re.fullmatch(r"(0x[0-9a-f]+|[0-9]+(?:\.[0-9]+)?)([bkmgtpe]?)", text, re.IGNORECASE)
-        if found is None:
-            raise QmpError(_NO_SIZE.format(name))
-        # Bandwidths that QEMU's text monitor takes without a suffix are in MiB.
-        unit = "m" if name in ("max-bandwidth", "avail-switchover-bandwidth") else "b"
-        try:
-            number = int(found[1], 16) if found[1].lower().startswith("0x") else float(found[1])
-            if found[1].isdigit():
-                number = int(found[1])
-            value = int(number * _SUFFIX[found[2].lower() or unit])
-        except (ValueError, OverflowError):  # thousands of digits
-            raise QmpError(_NO_SIZE.format(name)) from None
+        value = _number(row, text)
     await call(session, "migrate-set-parameters", {name: value})
     return ""
 
 
-def _simple(name: str, *arguments: str) -> Callable[[Session, list[str]], Awaitable[str]]:
-    async def handler(session: Session, words: list[str]) -> str:
-        await call(session, name, dict(zip(arguments, words, strict=False)))
+def _number(row: Parameter, text: str) -> int:
+    """In QEMU's words for each sort of number. Raises QmpError."""
+    if row.kind in ("uint8", "uint32"):
+        try:
+            number = sizes.unsigned(text)
+        except ValueError:
+            raise QmpError(f"Parameter '{row.name}' expects uint64") from None
+        if number >> int(row.kind.removeprefix("uint")):
+            raise QmpError(f"Parameter '{row.name}' expects {row.kind}_t")
+        return number
+    try:
+        # Bandwidths that QEMU's text monitor takes without a suffix are in MiB.
+        number = sizes.size(text, "m" if row.name in _IN_MIB else "b")
+    except sizes.TooLarge:
+        if row.name in _IN_MIB:
+            raise QmpError(f"Invalid size {text}") from None
+        raise QmpError(f"Value '{text}' is out of range for parameter '{row.name}'") from None
+    except ValueError:
+        if row.name in _IN_MIB:
+            raise QmpError(f"Invalid size {text}") from None
+        raise QmpError(_NO_SIZE.format(row.name)) from None
+    if number >> 63 and row.name in (*_IN_MIB, "xbzrle-cache-size"):
+        raise QmpError(f"Invalid size {text}")
+    return number
+
+
+def _simple(name: str, *arguments: str) -> Handler:
+    async def handler(session: Session, given: Arguments) -> str:
+        await call(session, name, dict(zip(arguments, given.values, strict=True)))
         return ""
 
     return handler
 
 
-async def _migrate(session: Session, words: list[str]) -> str:
-    await call(session, "migrate", {"uri": words[-1], "resume": "-r" in words[:-1]})
-    if "-d" in words[:-1]:
+async def _migrate(session: Session, given: Arguments) -> str:
+    await call(session, "migrate", {"uri": given.values[0], "resume": "r" in given.options})
+    if "d" in given.options:
         return ""
     if not session.text:
         return "terminal does not allow synchronous migration, continuing detached\n"
@@ -111,9 +115,12 @@ async def _migrate(session: Session, words: list[str]) -> str:
     return f"Error: {info.error_desc}\n" if info.error_desc else ""
 
 
-async def _info_migrate(session: Session, _: list[str]) -> str:
+async def _info_migrate(session: Session, given: Arguments) -> str:
     info = await call(session, "query-migrate", {})
-    lines = list(_GLOBALS[session.compat])
+    if session.dialect.grouped_info:
+        settings = session.dialect.globals if given.options else ()
+        return "".join(f"{line}\n" for line in (*_grouped(info), *settings))
+    lines = list(session.dialect.globals)
     if "status" in info:
         why = f" ({info['error-desc']})" if "error-desc" in info else ""
         lines.append(f"Migration status: {info['status']}{why}")
@@ -152,28 +159,72 @@ async def _info_migrate(session: Session, _: list[str]) -> str:
     return "".join(line + "\n" for line in lines)
 
 
-async def _info_capabilities(session: Session, _: list[str]) -> str:
+def _size(number: int) -> str:
+    """With three digits and a binary prefix, as QEMU's size_to_str."""
+    # The next prefix from 1000 of the one before on.
+    power = min(max(math.frexp(number / (1000 / 1024))[1] - 1, 0) // 10, 6)
+    return f"{number / (1 << 10 * power):.3g} {('', 'Ki', 'Mi', 'Gi', 'Ti', 'Pi', 'Ei')[power]}B"
+
+
+_TIMES = (
+    ("total", "total-time"),
+    ("setup", "setup-time"),
+    ("exp_down", "expected-downtime"),
+    ("down", "downtime"),
+)
+
+
+def _grouped(info: dict[str, Any]) -> list[str]:
+    """``info migrate`` with several numbers on a line."""
+    lines = []
+    if reasons := info.get("blocked-reasons"):
+        lines += ["Outgoing migration blocked:", *(f"  {reason}" for reason in reasons)]
+    if "status" in info:
+        why = f" ({info['error-desc']})" if "error-desc" in info else ""
+        lines.append(f"Status: \t\t{info['status']}{why}")
+    if info.get("total-time"):
+        told = [f"{word}={info[name]}" for word, name in _TIMES if name in info]
+        lines.append(f"Time (ms): \t\t{', '.join(told)}")
+    if "remaining" in info:
+        lines.append(f"Remaining: \t\t{_size(info['remaining'])}")
+    if addresses := info.get("socket-address"):
+        lines += ["Sockets: [", *(f"\t{_spelt(address)}" for address in addresses), "]"]
+    if ram := info.get("ram"):
+        rates = f", dirty={ram['dirty-pages-rate']}" if ram["dirty-pages-rate"] else ""
+        others = [f"dirty_syncs={ram['dirty-sync-count']}"]
+        if ram["postcopy-requests"]:
+            others.append(f"postcopy_req={ram['postcopy-requests']}")
+        if ram["downtime-bytes"]:
+            others.append(f"downtime_bytes={ram['downtime-bytes']}")
+        lines += [
+            "RAM info:",
+            f"  Throughput (Mbps): \t{ram['mbps']:.2f}",
+            f"  Sizes: \t\tpagesize={_size(ram['page-size'])}, total={_size(ram['total'])}",
+            f"  Transfers: \t\ttransferred={_size(ram['transferred'])}, remain={_size(ram['remaining'])}",
+            f"    Channels: \t\tprecopy={_size(ram['precopy-bytes'])}, multifd={_size(ram['multifd-bytes'])}, "
+            f"postcopy={_size(ram['postcopy-bytes'])}",
+            f"    Page Types: \tnormal={ram['normal']}, zero={ram['duplicate']}",
+            f"  Page Rates (pps): \ttransfer={ram['pages-per-second']}{rates}",
+            f"  Others: \t\t{', '.join(others)}",
+        ]
+    return lines
+
+
+def _spelt(address: dict[str, Any]) -> str:
+    if address["type"] == "inet":
+        return f"tcp:{address['host']}:{address['port']}"
+    return f"unix:{address['path']}" if address["type"] == "unix" else f"fd:{address['str']}"
+
+
+async def _info_capabilities(session: Session, _: Arguments) -> str:
     found = session.endpoint.options.capabilities()
     return "".join(f"{name}: {'on' if on else 'off'}\n" for name, on in found)
 
 
-async def _info_parameters(session: Session, _: list[str]) -> str:
+async def _info_parameters(session: Session, _: Arguments) -> str:
     lines = []
-    rows = parameters(session.compat)
-    hidden = ("multifd-zlib-level", "multifd-zstd-level", "multifd-qatzip-level", "tls-authz")
-    names = [name for name in rows if name not in hidden]
-    names.remove("max-cpu-throttle")
-    names.insert(names.index("tls-creds"), "max-cpu-throttle")
-    names.insert(names.index("max-postcopy-bandwidth") + 1, "tls-authz")
-    if "zero-page-detection" in names:
-        names.remove("zero-page-detection")
-        names.insert(names.index("multifd-compression"), "zero-page-detection")
-    # xbzrle-cache-size and what follows it come after the compression.
-    for name in ("multifd-compression", "zero-page-detection"):
-        if name in names:
-            names.remove(name)
-            names.insert(names.index("xbzrle-cache-size"), name)
-    for name in names:
+    rows = parameters(session.dialect)
+    for name in session.dialect.parameters_in_text:
         value = session.endpoint.options[name]
         if value is None:
             continue
@@ -181,29 +232,46 @@ async def _info_parameters(session: Session, _: list[str]) -> str:
             value = f"'{value}'"
         elif rows[name].kind == "bool":
             value = "on" if value else "off"
+        elif rows[name].kind == "words":
+            lines.append("".join((f"{name}:", *(f" {word}" for word in value), "\n")))
+            continue
         unit = f" {rows[name].unit}" if rows[name].unit else ""
         lines.append(f"{name}: {value}{unit}\n")
     return "".join(lines)
 
 
-async def _info_status(session: Session, _: list[str]) -> str:
+async def _info_status(session: Session, _: Arguments) -> str:
     state = session.endpoint.run_state
     if state == "running":
         return "VM status: running\n"
     return f"VM status: paused{'' if state == 'paused' else f' ({state})'}\n"
 
 
-async def _help(_: Session, words: list[str]) -> str:
-    table = _INFO if words[:1] == ["info"] else _ROWS
-    name = " ".join(words)
-    if not words or words == ["info"]:
-        return "".join(_line(row, table) for row in table)
-    found = next((row for row in table if words[-1] in row.names.split("|")), None)
-    return _line(found, table) if found else f"unknown command: '{name}'\n"
+async def _help(session: Session, given: Arguments) -> str:
+    words = Line(str(given.values[0])).strings()
+    return "" if words is None else _help_of(session, words)
 
 
-def _line(row: _Row, table: tuple[_Row, ...]) -> str:
-    prefix = "info " if table is _INFO else ""
+async def _info_help(session: Session, __: Arguments) -> str:
+    return _help_of(session, ["info"])
+
+
+def _help_of(session: Session, words: list[str]) -> str:
+    info = words[:1] == ["info"]
+    table = _info_rows(session) if info else _ROWS
+    asked = words[: 2 if info else 1]
+    if not asked or asked == ["info"]:
+        return "".join(_line(row, info=info) for row in table)
+    found = _find(table, asked[-1])
+    return _line(found, info=info) if found else f"unknown command: '{' '.join(asked)}'\n"
+
+
+def _find(table: tuple[_Row, ...], name: str) -> _Row | None:
+    return next((row for row in table if name in row.names.split("|")), None)
+
+
+def _line(row: _Row, *, info: bool) -> str:
+    prefix = "info " if info else ""
     return f"{prefix}{row.names} {row.arguments} -- {row.help}\n"
 
 
@@ -213,12 +281,25 @@ _INFO = (
     _Row("migrate_parameters", "", "show current migration parameters", _info_parameters),
     _Row("status", "", "show the current VM status (running|paused)", _info_status),
 )
+_MIGRATE_ALL = _Row(
+    "migrate", "[-a]", "show migration status (-a: all, dump all status)", _info_migrate, ("-a",)
+)
+
+
+def _info_rows(session: Session) -> tuple[_Row, ...]:
+    return (_MIGRATE_ALL, *_INFO[1:]) if session.dialect.grouped_info else _INFO
+
+
 _ROWS = (
     _Row("cont|c", "", "resume emulation", _simple("cont")),
-    _Row("help|?", "[cmd]", "show the help", _help, -1),
-    _Row("info", "[subcommand]", "show various information about the system state", _help, -1),
+    _Row("help|?", "[cmd]", "show the help", _help, ("S?",)),
+    _Row("info", "[subcommand]", "show various information about the system state", _info_help),
     _Row(
-        "migrate", "[-d] [-r] uri", "migrate to URI (using -d to not wait for completion)", _migrate, 1, "dr"
+        "migrate",
+        "[-d] [-r] uri",
+        "migrate to URI (using -d to not wait for completion)",
+        _migrate,
+        ("-d", "-r", "s"),
     ),
     _Row("migrate_cancel", "", "cancel the current VM migration", _simple("migrate_cancel")),
     _Row(
@@ -226,16 +307,23 @@ _ROWS = (
         "uri",
         "Continue an incoming migration from an -incoming defer",
         _simple("migrate-incoming", "uri"),
-        1,
+        ("s",),
     ),
     _Row(
         "migrate_set_capability",
         "capability state",
         "Enable/Disable the usage of a capability for migration",
         _set_capability,
-        2,
+        ("s", "b"),
     ),
-    _Row("migrate_set_parameter", "parameter value", "Set the parameter for migration", _set_parameter, 2),
+    _Row(
+        "migrate_set_parameter",
+        "parameter value",
+        "Set the parameter for migration",
+        _set_parameter,
+        ("s", "s"),
+        ("s", "S"),
+    ),
     _Row("migrate_start_postcopy", "", "switch a migration to postcopy", _simple("migrate-start-postcopy")),
     _Row("quit|q", "", "quit the emulator", _simple("quit")),
     _Row("stop|s", "", "stop emulation", _simple("stop")),
@@ -247,33 +335,56 @@ async def run(session: Session, line: str) -> str:
     return (await _run(session, line)).replace("\n", "\r\n")
 
 
-async def _run(session: Session, line: str) -> str:
-    words = [found[1] if found[1] is not None else found[2] for found in _WORD.finditer(line)]
-    if not words:
+async def _run(session: Session, text: str) -> str:
+    line = Line(text)
+    name = line.name()
+    if not name:
         return ""
-    table: tuple[_Row, ...] = _ROWS
-    name, prefix = words.pop(0), ""
-    if name == "info" and words:
-        table, name, prefix = _INFO, words.pop(0), "info "
-    row = next((row for row in table if name in row.names.split("|")), None)
+    row = _find(_ROWS, name)
+    if row is not None and row.names == "info" and line.rest:
+        row = _find(_info_rows(session), line.name())
     if row is None:
-        return f"unknown command: '{prefix}{name}'\n"
-    if row.names == "info":
-        return await _help(session, ["info"])
-    hint = f'Try "help {prefix}{name}" for more information\n'
-    given = [word for word in words if row.options and re.fullmatch("-.+", word)]
-    for word in given:
-        if word[1:] not in row.options:
-            return f"{row.names}: unsupported option {word}\n{hint}"
-    plain = [word for word in words if word not in given]
-    if row.words >= 0:
-        if len(plain) < min(row.words, 1) or (row.handler is _set_parameter and len(plain) < 2):
-            return f"{row.names}: string expected\n{hint}"
-        if len(plain) > row.words:
-            return f"{row.names}: extraneous characters at the end of line\n{hint}"
+        return f"unknown command: '{line.read}'\n"
+    said = line.read
     try:
-        return await row.handler(session, given + plain)
-    except _Usage as exc:
-        return f"{exc}\n{hint}"
+        types = row.newer if row.newer and session.dialect.parameter_is_rest else row.types
+        return await row.handler(session, line.arguments(row.names, types))
+    except BadLine as exc:
+        return f'{exc}\nTry "help {said.rstrip()}" for more information\n'
     except QmpError as exc:
         return f"Error: {exc}\n"
+
+
+_SCHEMES = ("exec:", "fd:", "file:", "tcp:", "unix:")
+
+
+def complete(options: Options, before: str) -> list[str]:
+    """What the last word of a line that begins with ``before`` may become."""
+    *words, word = before.lstrip().split(" ")
+    words = [one for one in words if one]
+    return [one for one in _candidates(options, words) if one.startswith(word)]
+
+
+def _candidates(options: Options, words: list[str]) -> list[str]:
+    names = [name for row in _ROWS for name in row.names.split("|")]
+    match words:
+        case [] | ["help" | "?"]:
+            return names
+        case ["info"] | ["help" | "?", "info"]:
+            return [row.names for row in _INFO]
+        case ["migrate"]:
+            return ["-d", *_SCHEMES]
+        case ["migrate", "-d"] | ["migrate_incoming"]:
+            return [*_SCHEMES]
+        case ["migrate_set_capability"]:
+            return [name for name, _ in options.capabilities()]
+        case ["migrate_set_capability", _]:
+            return ["on", "off"]
+        case ["migrate_set_parameter"]:
+            return [*parameters(options.dialect)]
+        case ["migrate_set_parameter", name]:
+            row = parameters(options.dialect).get(name)
+            if row is None or row.kind not in ("bool", "enum"):
+                return []
+            return ["on", "off"] if row.kind == "bool" else [*row.values]
+    return []

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import trio
 
-from vhostpc.listener import accept, bind
+from vhostpc.listener import accept, listening
+from vhostpc.logs import rationed_logger
 
 CLIENTS = 64
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 
 class SocketServer(ABC):
@@ -31,16 +30,12 @@ class SocketServer(ABC):
     @contextlib.asynccontextmanager
     async def listening(self, path: str | os.PathLike[str]) -> AsyncIterator[None]:
         """Serve at a unix socket's path for the length of a block. The socket exists when it begins and is
-        removed when it ends. Raises VhostpcError if the path can not be had."""
-        listener = trio.socket.from_stdlib_socket(bind(path))
-        with listener:
-            try:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._accept, listener, nursery)
-                    yield
-                    nursery.cancel_scope.cancel()
-            finally:
-                Path(path).unlink(missing_ok=True)
+        removed when it ends. Raises VhostpcError if the path cannot be had."""
+        with listening(path) as sock, trio.socket.from_stdlib_socket(sock) as listener:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._accept, listener, nursery)
+                yield
+                nursery.cancel_scope.cancel()
 
     async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         while True:

@@ -1,32 +1,35 @@
 """The monitor's server: QMP for any number of clients on a unix socket.
 
 Each client has a reader, a worker that runs its commands one after the other, and a writer. What a client can
-make this process hold is bounded: :data:`QUEUED` commands, :data:`UNSENT` messages; a client that leaves more
-events than that unread is cut off. Out-of-band commands, once agreed on, are run by the reader.
+make this process hold is bounded: commands that wait (:data:`QUEUED`, :data:`QUEUED_BYTES`), one that is being read,
+one that is run, and messages that it does not read (``unsent.py``); a client that leaves too many events unread is cut
+off. Out-of-band commands, once agreed on, are run by the reader.
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
-import logging
 import socket
 from typing import Any
 
 import trio
 
+from vhostpc.logs import rationed_logger
 from vhostpc.qmp import commands
 from vhostpc.qmp.commands import Session
 from vhostpc.qmp.endpoint import Endpoint
 from vhostpc.qmp.events import Events
 from vhostpc.qmp.listening import SocketServer
+from vhostpc.qmp.unsent import EVENTS, Unsent
 from vhostpc.wire import qmp
 
 QUEUED = 8
-UNSENT = 1024
+QUEUED_BYTES = 64 << 10
+"""Of JSON, that may wait when one more command is added."""
 _FDS = 16  # descriptors that one message may bring; QEMU's bound
 
-log = logging.getLogger(__name__)
+log = rationed_logger(__name__)
 
 
 class Monitor(SocketServer):
@@ -57,7 +60,9 @@ class _Client:
         self._socket = client
         self._session = session
         self._scope = trio.CancelScope()
-        self._out, self._unsent = trio.open_memory_channel[dict[str, Any]](UNSENT)
+        self._unsent = Unsent()
+        self._queued = 0  # bytes of JSON that wait
+        self._fewer = trio.Event()
         self._queue, self._waiting = trio.open_memory_channel["qmp.Value | qmp.Broken"](QUEUED)
 
     async def run(self) -> None:
@@ -65,7 +70,7 @@ class _Client:
         try:
             with self._scope:
                 # Before a nursery, so a client that is gone already is an OSError and no group of them.
-                greeting = qmp.greeting(commands.version(self._session.compat))
+                greeting = qmp.greeting(commands.version(self._session.dialect))
                 await self._send(qmp.encode(greeting))
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write)
@@ -75,15 +80,9 @@ class _Client:
             self._session.events.forget(self._event)
 
     def _event(self, message: dict[str, Any]) -> None:
-        if not self._session.negotiated:
-            return
-        try:
-            self._out.send_nowait(message)
-        except trio.WouldBlock:
-            log.warning("monitor: a client does not read, with %d messages unsent: cut off", UNSENT)
+        if self._session.negotiated and not self._unsent.event(message):
+            log.warning("monitor: a client does not read, with %d events unsent: cut off", EVENTS)
             self._scope.cancel()
-        except trio.ClosedResourceError:
-            pass
 
     async def _read(self) -> None:
         reader = qmp.Reader()
@@ -93,9 +92,15 @@ class _Client:
                 while data := await self._receive():
                     for item in reader.feed(data):
                         if self._session.oob and isinstance(item, qmp.Value) and _is_oob(item.value):
-                            await self._out.send(await self._reply(item))
+                            await self._unsent.reply(await self._reply(item))
                         else:
-                            await self._queue.send(item)
+                            await self._enqueue(item)
+
+    async def _enqueue(self, item: qmp.Value | qmp.Broken) -> None:
+        while self._queued > QUEUED_BYTES:
+            await self._fewer.wait()
+        self._queued += item.size
+        await self._queue.send(item)
 
     async def _receive(self) -> bytes:
         """The next bytes; nothing when the client has gone. Descriptors go to the session."""
@@ -113,11 +118,19 @@ class _Client:
         return data
 
     async def _work(self) -> None:
-        async with self._out, self._waiting:
-            async for item in self._waiting:
-                await self._out.send(await self._reply(item))
-                if self._session.leaving:
-                    return  # what is queued still goes out
+        try:
+            async with self._waiting:
+                async for item in self._waiting:
+                    self._queued -= item.size
+                    self._fewer.set()
+                    self._fewer = trio.Event()
+                    await self._unsent.reply(await self._reply(item))
+                    if self._session.leaving:
+                        return  # what is unsent still goes out
+        finally:
+            self._queued = 0
+            self._fewer.set()
+            self._unsent.close()
 
     async def _reply(self, item: qmp.Value | qmp.Broken) -> dict[str, Any]:
         asked = item.value if isinstance(item, qmp.Value) else None
@@ -133,11 +146,8 @@ class _Client:
             return qmp.refusal(exc, asked)
 
     async def _write(self) -> None:
-        try:
-            async for message in self._unsent:
-                await self._send(qmp.encode(message))
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            await self._unsent.drain(self._send)
         self._scope.cancel()  # all is said, or nobody listens
 
     async def _send(self, data: bytes) -> None:

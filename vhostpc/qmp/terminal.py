@@ -2,27 +2,37 @@
 
 A line in, its text and a prompt out, for people with ``nc -U``, ``socat`` or a terminal. Two things are not QEMU's.
 It echoes nothing: QEMU edits lines itself and echoes each character with escape codes, here that is left to the
-terminal, or to ``rlwrap``. And a line that is too long is refused, where QEMU runs the part that fits.
+terminal, or to ``rlwrap``; on this program's own terminal to prompt_toolkit, if it is there (``editing.py``). And a
+line that is too long is refused, where QEMU runs the part that fits.
 
 A client has one task and at most one line and its answer in memory. One that does not read waits in its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import stat
-from collections.abc import Iterator
-from typing import Protocol
+import sys
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from vhostpc.errors import VhostpcError
+from vhostpc.errors import VhostpcError, sentence
+from vhostpc.logs import rationed_logger
 from vhostpc.qmp import human
-from vhostpc.qmp.commands import VERSIONS, Session
+from vhostpc.qmp.commands import Session
 from vhostpc.qmp.endpoint import Endpoint
 from vhostpc.qmp.events import Events
 from vhostpc.qmp.listening import SocketServer
+from vhostpc.qmp.screen import Screen, is_dumb
+
+log = rationed_logger(__name__)
+
+if TYPE_CHECKING:
+    from vhostpc.qmp.editing import Editor
 
 MAX_LINE = 4095
 """Bytes of the longest line, as with QEMU."""
@@ -85,6 +95,10 @@ class _Wire(Protocol):
         """Raises OSError when nobody is there any more."""
         ...
 
+    async def ask(self) -> None:
+        """Show the prompt: what is received is the answer to it. Raises OSError."""
+        ...
+
 
 class TextMonitor(SocketServer):
     """Serves one endpoint to people. ``quit`` ends the program (``Endpoint.quit``)."""
@@ -104,44 +118,76 @@ class TextMonitor(SocketServer):
         if leaving:
             self.endpoint.quit()
 
-    async def serve_stdio(self, in_fd: int = 0, out_fd: int = 1) -> None:
+    async def serve_stdio(self, in_fd: int = 0, out_fd: int = 1, screen: Screen | None = None) -> None:
         """Serve two descriptors, which stay the caller's and stay as they are (blocking, most likely).
 
+        ``screen``: where the log goes, if that is the same terminal.
         Returns when the input ends: the program goes on, as QEMU does. A terminal's end-of-file key ends nothing.
         Raises VhostpcError where they are no open descriptors.
         """
+        async with self._opened(in_fd, out_fd, screen) as stdio:
+            leaving = await self._run(stdio)
+        if leaving:
+            self.endpoint.quit()
+
+    @contextlib.asynccontextmanager
+    async def _opened(self, in_fd: int, out_fd: int, screen: Screen | None) -> AsyncIterator[_Wire]:
+        if editor := self._editor(in_fd, out_fd, screen):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(editor.run)
+                try:
+                    yield editor
+                finally:
+                    await editor.aclose()
+                    nursery.cancel_scope.cancel()
+            return
         try:
-            stdio = _Stdio(in_fd, out_fd)
+            stdio = _Stdio(in_fd, out_fd, screen)
         except OSError as exc:
             raise VhostpcError(f"The monitor has no standard input or output: {exc.strerror}") from exc
         try:
-            leaving = await self._run(stdio)
+            yield stdio
         finally:
             stdio.close()
-        if leaving:
-            self.endpoint.quit()
+
+    def _editor(self, in_fd: int, out_fd: int, screen: Screen | None) -> Editor | None:
+        """A person's terminal with all that the library for it can do; None where there is no library, or no person."""
+        standard = in_fd == 0 and out_fd == 1 and sys.stdin is sys.__stdin__ and sys.stdout is sys.__stdout__
+        if not standard or not (os.isatty(0) and os.isatty(1)) or is_dumb():
+            return None
+        try:
+            from vhostpc.qmp.editing import Editor
+        except ImportError:
+            return None
+        try:
+            return Editor(PROMPT, lambda before: human.complete(self.endpoint.options, before), screen)
+        except Exception as exc:
+            log.warning("monitor: lines cannot be edited here: %s", sentence(exc))
+            return None
 
     async def _run(self, wire: _Wire) -> bool:
         """Serve to the end; whether that was ``quit``."""
         session = Session(self.endpoint, self.events, negotiated=True, text=True)
         lines = Lines()
-        version = ".".join(map(str, VERSIONS[session.compat]))
+        version = ".".join(map(str, session.dialect.version))
 
         async def say(text: str) -> None:
             text = text.replace("\r\n", "\n").replace("\n", wire.newline)
             await wire.send(_bytes(text))
 
         try:
-            await say(f"QEMU {version} monitor - type 'help' for more information\n{PROMPT}")
+            await say(f"QEMU {version} monitor - type 'help' for more information\n")
+            await wire.ask()
             while data := await wire.receive():
                 for line in lines.feed(data):
                     if line is None:
                         text = f"Error: a line has at most {MAX_LINE} bytes: this one was not run\n"
                     else:
                         text = await human.run(session, line)
-                    await say(text if session.leaving else text + PROMPT)
+                    await say(text)
                     if session.leaving:
                         return True
+                    await wire.ask()
         except OSError:  # nobody is there any more
             pass
         finally:
@@ -163,13 +209,17 @@ class _Socket:
         while view:
             view = view[await self._sock.send(view) :]
 
+    async def ask(self) -> None:
+        await self.send(PROMPT.encode())
+
 
 class _Stdio:
     """Standard input and output. Their modes are shared with other programs, so they are opened anew, non-blocking,
     where that can be; elsewhere no more is written at a time than surely fits (but for another user's terminal,
     which may hold us up while it is stopped)."""
 
-    def __init__(self, in_fd: int, out_fd: int) -> None:
+    def __init__(self, in_fd: int, out_fd: int, screen: Screen | None) -> None:
+        self._screen = screen
         self._terminal = os.isatty(in_fd)
         self.newline = "\n" if os.isatty(out_fd) else "\r\n"  # a terminal adds the rest
         self._in = _anew(in_fd, os.O_RDONLY)
@@ -189,6 +239,8 @@ class _Stdio:
                 data = os.read(self._in, CHUNK)
             except BlockingIOError:
                 continue
+            if self._screen is not None:
+                self._screen.prompt = ""  # who typed has ended the line
             if not data and self._terminal and not self._hung_up():
                 return b"\n"  # the key for the end of a file: a new prompt
             return data
@@ -210,7 +262,14 @@ class _Stdio:
             except BlockingIOError:
                 continue
 
+    async def ask(self) -> None:
+        await self.send(PROMPT.encode())
+        if self._screen is not None:
+            self._screen.prompt = PROMPT
+
     def close(self) -> None:
+        if self._screen is not None:
+            self._screen.prompt = ""
         for fd in (self._in, self._out):
             trio.lowlevel.notify_closing(fd)
             os.close(fd)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vhostpc.migration.options import CAPABILITIES, Compat, Parameter, parameters
+from vhostpc.dialect import Dialect
+from vhostpc.migration.options import Parameter, parameters
 from vhostpc.qmp.schema import (
     BOOL,
     NUMBER,
@@ -20,31 +21,49 @@ from vhostpc.qmp.schema import (
 _INT = Int()
 _UNSIGNED = {"size": 64, "uint64": 64, "uint32": 32, "uint8": 8}
 
-_INET = Struct(
-    (
-        Member("host", STR),
-        Member("port", STR),
-        Member("numeric", BOOL, True),
-        Member("to", Int(16, False), True),
-        *optional(("ipv4", "ipv6", "keep-alive", "mptcp"), BOOL),
+
+def _one_of(tag: str, kinds: tuple[tuple[str, Struct], ...]) -> Struct:
+    return Struct((Member(tag, Enum(tuple(name for name, _ in kinds))),), tag, kinds)
+
+
+def _inet(dialect: Dialect) -> Struct:
+    return Struct(
+        (
+            Member("host", STR),
+            Member("port", STR),
+            Member("numeric", BOOL, True),
+            Member("to", Int(16, False), True),
+            *optional(("ipv4", "ipv6", "keep-alive", "mptcp"), BOOL),
+            *optional(dialect.keep_alive, Int(32, False)),
+        )
     )
-)
-_SOCKET_KINDS = (
-    ("inet", _INET),
-    ("unix", Struct((Member("path", STR), *optional(("abstract", "tight"), BOOL)))),
-    ("vsock", Struct((Member("cid", STR), Member("port", STR)))),
-    ("fd", Struct((Member("str", STR),))),
-)
-_SOCKET = Struct((Member("type", Enum(tuple(k for k, _ in _SOCKET_KINDS))),), "type", _SOCKET_KINDS)
-_TRANSPORTS = (
-    ("socket", _SOCKET),
-    ("exec", Struct((Member("args", Array(STR)),))),
-    ("rdma", _INET),
-    ("file", Struct((Member("filename", STR), Member("offset", Int(64, False))))),
-)
-_ADDRESS = Struct((Member("transport", Enum(tuple(k for k, _ in _TRANSPORTS))),), "transport", _TRANSPORTS)
-_CHANNEL = Struct((Member("channel-type", Enum(("main", "cpr"))), Member("addr", _ADDRESS)))
-_CHANNELS = Member("channels", Array(_CHANNEL), True)
+
+
+def _socket(dialect: Dialect) -> Struct:
+    return _one_of(
+        "type",
+        (
+            ("inet", _inet(dialect)),
+            ("unix", Struct((Member("path", STR), *optional(("abstract", "tight"), BOOL)))),
+            ("vsock", Struct((Member("cid", STR), Member("port", STR)))),
+            ("fd", Struct((Member("str", STR),))),
+        ),
+    )
+
+
+def _channels(dialect: Dialect) -> Member:
+    address = _one_of(
+        "transport",
+        (
+            ("socket", _socket(dialect)),
+            ("exec", Struct((Member("args", Array(STR)),))),
+            ("rdma", _inet(dialect)),
+            ("file", Struct((Member("filename", STR), Member("offset", Int(64, False))))),
+        ),
+    )
+    channel = Struct((Member("channel-type", Enum(("main", "cpr"))), Member("addr", address)))
+    return Member("channels", Array(channel), True)
+
 
 _BITMAP = Struct(
     (
@@ -69,23 +88,24 @@ SHUTDOWN_CAUSES = Enum(
 )
 
 
-def migrate(compat: Compat) -> Struct:
-    if compat == "7.2":
-        return Struct((Member("uri", STR), *optional(("blk", "inc", "detach", "resume"), BOOL)))
-    return Struct((Member("uri", STR, True), _CHANNELS, *optional(("detach", "resume"), BOOL)))
+def _where_to(dialect: Dialect) -> tuple[Member, ...]:
+    return (Member("uri", STR, True), _channels(dialect)) if dialect.channels else (Member("uri", STR),)
 
 
-def incoming(compat: Compat) -> Struct:
-    if compat == "7.2":
-        return Struct((Member("uri", STR),))
-    return Struct((Member("uri", STR, True), _CHANNELS, Member("exit-on-error", BOOL, True)))
+def migrate(dialect: Dialect) -> Struct:
+    return Struct((*_where_to(dialect), *optional(dialect.migrate_flags, BOOL)))
 
 
-def capability_status(compat: Compat) -> Struct:
+def incoming(dialect: Dialect) -> Struct:
+    stays = optional(("exit-on-error",), BOOL) if dialect.exit_on_error else ()
+    return Struct((*_where_to(dialect), *stays))
+
+
+def capability_status(dialect: Dialect) -> Struct:
     features = [(name, "unstable") for name in ("x-colo", "x-ignore-shared")]
-    if compat != "7.2":
-        features.append(("zero-blocks", "deprecated"))
-    return Struct((Member("capability", Enum(CAPABILITIES[compat], tuple(features))), Member("state", BOOL)))
+    features += [(name, "deprecated") for name in dialect.deprecated_capabilities]
+    names = Enum(dialect.capabilities, tuple(features))
+    return Struct((Member("capability", names), Member("state", BOOL)))
 
 
 def parameter(row: Parameter) -> Type:
@@ -95,37 +115,33 @@ def parameter(row: Parameter) -> Type:
         return BOOL
     if row.kind == "enum":
         return Enum(row.values)
+    if row.kind == "words":
+        return Array(STR)
     return StrOrNull() if row.kind == "text" else _MAPPING
 
 
-def parameter_set(compat: Compat, *, result: bool = False) -> Struct:
-    """All parameters, each optional; in a result, texts are never null."""
+def parameter_set(dialect: Dialect, *, result: bool = False) -> Struct:
+    """All parameters, each optional; in a result, texts are never null, whatever the type says."""
+    never_null = result and not dialect.null_parameters
     return Struct(
         tuple(
             Member(
                 row.name,
-                STR if result and row.kind == "text" else parameter(row),
+                STR if never_null and row.kind == "text" else parameter(row),
                 True,
                 ("unstable",) if row.unstable else (),
             )
-            for row in parameters(compat).values()
+            for row in parameters(dialect).values()
         )
     )
 
 
-def status(compat: Compat) -> Enum:
-    recover = () if compat == "7.2" else ("postcopy-recover-setup",)
-    return Enum(
-        (
-            *"none setup cancelling cancelled active postcopy-active postcopy-paused".split(),
-            *recover,
-            *"postcopy-recover completed failed colo pre-switchover device wait-unplug".split(),
-        )
-    )
+def status(dialect: Dialect) -> Enum:
+    return Enum(dialect.statuses)
 
 
-def run_status(compat: Compat) -> Struct:
-    single = (Member("singlestep", BOOL),) if compat == "7.2" else ()
+def run_status(dialect: Dialect) -> Struct:
+    single = (Member("singlestep", BOOL),) if dialect.singlestep else ()
     return Struct((Member("running", BOOL), *single, Member("status", RUN_STATES)))
 
 
@@ -137,7 +153,7 @@ VERSION = Struct(
 )
 
 
-def info(compat: Compat) -> Struct:
+def info(dialect: Dialect) -> Struct:
     """``query-migrate``: the fields that are told here."""
     numbers = (
         "transferred remaining total duplicate skipped normal normal-bytes dirty-pages-rate mbps "
@@ -148,16 +164,17 @@ def info(compat: Compat) -> Struct:
         tuple(
             Member(name, NUMBER if name == "mbps" else _INT)
             for name in numbers
-            if name != "skipped" or compat == "7.2"
+            if name != "skipped" or dialect.skipped_pages
         )
     )
     return Struct(
         (
-            Member("status", status(compat), True),
+            Member("status", status(dialect), True),
             Member("ram", ram, True),
+            *optional(("remaining",) if dialect.remaining else (), _INT),
             *optional(("total-time", "expected-downtime", "downtime", "setup-time"), _INT),
             Member("error-desc", STR, True),
             Member("blocked-reasons", Array(STR), True),
-            Member("socket-address", Array(_SOCKET), True),
+            Member("socket-address", Array(_socket(dialect)), True),
         )
     )

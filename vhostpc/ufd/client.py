@@ -41,8 +41,13 @@ class ClientNumbers:
     """Woken at once: the page had come in the meantime."""
     requested_already: int
     """Faults on pages that somebody had asked for before."""
+    repeated: int
+    """Faults of a thread that waited for that page already, and came back to it after a signal: they are no waits of
+    their own. A ufd without THREAD_ID tells no thread from another: there it is also that of another thread."""
     other_events: int
     waiting_now: int
+    waiting_for_page: int
+    """Of those, the ones at addresses of a range: their pages will come. Of no other can it be said."""
     last_unknown: int
     """Address of the last fault that found nothing, 0 if there was none."""
     error: int
@@ -103,8 +108,10 @@ class Client:
             found_nothing=int(raw.found_nothing),
             received_already=int(raw.received_already),
             requested_already=int(raw.requested_already),
+            repeated=int(raw.repeated),
             other_events=int(raw.other_events),
             waiting_now=int(raw.waiting_now),
+            waiting_for_page=int(raw.waiting_for_page),
             last_unknown=int(raw.last_unknown),
             error=int(raw.error),
             waits=waits_of(raw.histogram, int(raw.longest_ns)),

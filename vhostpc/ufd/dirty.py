@@ -11,20 +11,23 @@ import mmap
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import trio
 
-from vhostpc._native import ffi, lib
+from vhostpc._native import ffi, lib, made
 from vhostpc._native.entries import Thread
+from vhostpc._native.handles import Handle
 from vhostpc._native.loop import run_loop
-from vhostpc.errors import UfdError
+from vhostpc._native.threads import KeptThread
+from vhostpc.errors import UfdError, VhostpcError
 from vhostpc.memory.ramblock import RamSet
 from vhostpc.ufd.flags import Features, names
 from vhostpc.ufd.loops import Loops
+from vhostpc.ufd.probe import SHORT
 from vhostpc.ufd.uffd import Userfaultfd
 
 
@@ -71,29 +74,29 @@ class DirtyTracker:
 
     It is started once. ``way``: one of DirtyWay, None for the best that the kernel has. Absent pages are not made
     by it. Blocks that are added later are not tracked; no page may be discarded meanwhile; and the memory may not be
-    armed for postcopy, which is another userfaultfd. Raises UfdError, saying what the kernel lacks.
+    armed for postcopy, which is another userfaultfd. Raises UfdError, saying what the kernel lacks or what is short;
+    OSError and Shortage for what is short. What it needs until its end is had here.
     """
 
     def __init__(self, ram: RamSet, way: DirtyWay | None = None) -> None:
         self.ram = ram
         self.way = _best() if way is None else way
-        with _open(self.way) as ufd, _pagemap(self.way) as pagemap:
-            self._handle = lib.vpc_dirty_new(ram.handle, ufd.fileno(), pagemap)
-        if self._handle == ffi.NULL:
-            raise MemoryError("dirty tracking")
-        handle = self._handle
-        self._loops = Loops(lambda: lib.vpc_dirty_free(handle))
-        self._limiter = trio.CapacityLimiter(1)
-        self._loop_limiter = trio.CapacityLimiter(1)
+        with ExitStack() as stack:
+            self._thread = _thread(stack, "dirty tracking")
+            self._loop_thread: KeptThread | None = None
+            if self.way is DirtyWay.WP_SYNC:
+                self._loop_thread = _thread(stack, "the loop of dirty tracking")
+            raw = _made(ram, self.way)
+            self._threads = stack.pop_all()
+        self._native = Handle(raw, lib.vpc_dirty_free, "this dirty tracker is closed", needs=[ram.handle])
+        self._loops = Loops()
         self._loop_ended: trio.Event | None = None
         self._started = False
 
     @property
     def handle(self) -> Any:
         """The C handle; ValueError after :meth:`close`."""
-        if self._handle is None:
-            raise ValueError("this dirty tracker is closed")
-        return self._handle
+        return self._native.raw
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Protect all blocks; writes from here on are found.
@@ -104,12 +107,12 @@ class DirtyTracker:
         if self._started:
             raise ValueError("dirty tracking was started before")
         self._started = True
-        if self.way is DirtyWay.WP_SYNC:
-            await nursery.start(self._run)
+        if self._loop_thread is not None:
+            await nursery.start(self._run, self._loop_thread)
         try:
             rc = await self._hop(lib.vpc_dirty_start)
             if rc < 0:
-                raise self._start_failure(-rc)
+                raise _start_failure(self.ram, self.way, self.handle, -rc)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self.stop()
@@ -123,15 +126,15 @@ class DirtyTracker:
         """
         rc = await self._hop(lib.vpc_dirty_sync) if self._started else -errno.ESHUTDOWN
         if rc < 0:
-            raise self._failure(-rc)
+            raise _failure(-rc)
         return rc
 
     async def stop(self) -> None:
         """Protect nothing any more. What was written since the last :meth:`sync` is not known. Harmless again."""
-        if self._handle is None:
+        if self._native.closed:
             return
         if self._loop_ended is not None:
-            lib.vpc_dirty_stop(self._handle)
+            lib.vpc_dirty_stop(self.handle)
             await self._loop_ended.wait()
         await self._hop(lib.vpc_dirty_end)
 
@@ -146,21 +149,9 @@ class DirtyTracker:
             sync_ns=int(raw.sync_ns),
         )
 
-    def try_once(self) -> None:
-        """Start and sync, on memory that nobody writes: does the kernel do it? Raises UfdError."""
-        rc = lib.vpc_dirty_start(self.handle)
-        if rc < 0:
-            raise self._start_failure(-rc)
-        rc = lib.vpc_dirty_sync(self.handle)
-        if rc < 0:
-            raise self._failure(-rc)
-
-    def _failure(self, err: int) -> UfdError:
-        if err == errno.ESHUTDOWN:
-            return UfdError("dirty tracking does not run", err)
-        return UfdError(f"dirty tracking: {os.strerror(err)} [{errno.errorcode.get(err, err)}]", err)
-
-    async def _run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def _run(
+        self, thread: KeptThread, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         handle = self.handle
         ended = self._loop_ended = trio.Event()
         task_status.started()
@@ -169,38 +160,26 @@ class DirtyTracker:
                 rc = await run_loop(
                     lambda: lib.vpc_dirty_run(handle),
                     lambda: lib.vpc_dirty_stop(handle),
-                    self._loop_limiter,
-                    Thread.DIRTY,
+                    thread,
                 )
         finally:
             ended.set()
         if rc < 0:
-            raise self._failure(-rc)
+            raise _failure(-rc)
 
     async def _hop(self, call: Any) -> int:
-        """On a borrowed thread, since it takes as long as there is memory; it waits for nothing."""
+        """On a thread, since it takes as long as there is memory; it waits for nothing."""
         handle = self.handle
         with self._loops.running(lambda: None):
-            return await trio.to_thread.run_sync(
-                lambda: int(call(handle)), limiter=self._limiter, thread_name=Thread.DIRTY
-            )
-
-    def _start_failure(self, err: int) -> UfdError:
-        raw = ffi.new("struct vpc_dirty_stats *")
-        lib.vpc_dirty_stats(self.handle, raw)
-        if raw.block < 0:
-            return _lacks(self.way, "the ioctl PAGEMAP_SCAN", err)
-        name = self.ram.blocks[raw.block].name
-        watched = "another userfaultfd watches it (it is armed for postcopy, or tracked already)"
-        why = watched if err == errno.EBUSY else os.strerror(err)
-        return UfdError(f"writes to {name} can not be tracked: {why} [{errno.errorcode.get(err, err)}]", err)
+            return await self._thread.call(lambda: int(call(handle)))
 
     def close(self) -> None:
         """Stop and free, at once or when its threads have ended."""
-        if self._handle is not None:
-            lib.vpc_dirty_stop(self._handle)
-            self._handle = None
+        if not self._native.closed:
+            lib.vpc_dirty_stop(self.handle)
+            self._native.close(idle=self._loops.idle)
             self._loops.close()
+            self._threads.close()
 
     def __enter__(self) -> DirtyTracker:
         return self
@@ -215,23 +194,70 @@ def probe_dirty() -> dict[DirtyWay, str]:
     """Try each way on a page of our own: why it does not work, "" where it does. Does not raise."""
     found = {}
     for way in DirtyWay:
-        with RamSet() as ram:
-            ram.create("probe", mmap.PAGESIZE)
-            try:
-                with DirtyTracker(ram, way) as tracker:
-                    tracker.try_once()
-                found[way] = ""
-            except UfdError as e:
-                found[way] = str(e)
+        try:
+            _try(way)
+            found[way] = ""
+        except (VhostpcError, OSError) as e:
+            found[way] = str(e)
     return found
 
 
+def _try(way: DirtyWay) -> None:
+    """Start and sync, on memory that nobody writes: does the kernel do it? Raises UfdError, OSError."""
+    with RamSet() as ram:
+        ram.create("probe", mmap.PAGESIZE)
+        handle = _made(ram, way)
+        try:
+            if (rc := lib.vpc_dirty_start(handle)) < 0:
+                raise _start_failure(ram, way, handle, -rc)
+            if (rc := lib.vpc_dirty_sync(handle)) < 0:
+                raise _failure(-rc)
+        finally:
+            lib.vpc_dirty_free(handle)
+
+
 def _best() -> DirtyWay:
-    found = probe_dirty()
-    for way, problem in found.items():
-        if not problem:
+    """What the kernel has, not what is left of it: a shortage is raised, and no reason for a lesser way."""
+    last: UfdError | None = None
+    for way in DirtyWay:
+        try:
+            _try(way)
             return way
-    raise UfdError(found[DirtyWay.WP_SYNC])
+        except UfdError as e:
+            if e.errno in SHORT:
+                raise
+            last = e
+    assert last is not None
+    raise last
+
+
+def _made(ram: RamSet, way: DirtyWay) -> Any:
+    """The C handle of a tracker. Raises UfdError, OSError."""
+    with _open(way) as ufd, _pagemap(way) as pagemap:
+        return made(lib.vpc_dirty_new(ram.handle, ufd.fileno(), pagemap), "dirty tracking")
+
+
+def _failure(err: int) -> UfdError:
+    if err == errno.ESHUTDOWN:
+        return UfdError("dirty tracking does not run", err)
+    return UfdError(f"dirty tracking: {os.strerror(err)} [{errno.errorcode.get(err, err)}]", err)
+
+
+def _start_failure(ram: RamSet, way: DirtyWay, handle: Any, err: int) -> UfdError:
+    raw = ffi.new("struct vpc_dirty_stats *")
+    lib.vpc_dirty_stats(handle, raw)
+    if raw.block < 0:
+        return _lacks(way, "the ioctl PAGEMAP_SCAN", err)
+    name = ram.blocks[raw.block].name
+    watched = "another userfaultfd watches it (it is armed for postcopy, or tracked already)"
+    why = watched if err == errno.EBUSY else os.strerror(err)
+    return UfdError(f"writes to {name} cannot be tracked: {why} [{errno.errorcode.get(err, err)}]", err)
+
+
+def _thread(stack: ExitStack, what: str) -> KeptThread:
+    thread = KeptThread(Thread.DIRTY, what)
+    stack.callback(thread.close)
+    return thread
 
 
 def _lacks(way: DirtyWay, what: str, err: int) -> UfdError:
@@ -257,7 +283,7 @@ def _pagemap(way: DirtyWay) -> Iterator[int]:
         fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as e:
         text = (
-            f"tracking writes by {way.value} needs /proc/self/pagemap, which can not be opened: {e.strerror}"
+            f"tracking writes by {way.value} needs /proc/self/pagemap, which cannot be opened: {e.strerror}"
         )
         raise UfdError(text, e.errno or 0) from None
     try:

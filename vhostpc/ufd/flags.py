@@ -5,10 +5,14 @@ Sources: ioctl_userfaultfd(2), ``include/uapi/linux/userfaultfd.h``.
 
 from __future__ import annotations
 
-from enum import KEEP, IntEnum, IntFlag
+from enum import KEEP
+
+from vhostpc.enums import NamedFlag, WordEnum, names
+
+__all__ = ["FaultFlags", "Features", "Ioctls", "RegisterMode", "Way", "names"]
 
 
-class Features(IntFlag, boundary=KEEP):
+class Features(NamedFlag, boundary=KEEP):
     """``UFFD_FEATURE_*``: what UFFDIO_API offers and enables."""
 
     PAGEFAULT_FLAG_WP = 1 << 0
@@ -30,7 +34,7 @@ class Features(IntFlag, boundary=KEEP):
     MOVE = 1 << 16
 
 
-class Ioctls(IntFlag, boundary=KEEP):
+class Ioctls(NamedFlag, boundary=KEEP):
     """``_UFFDIO_*`` as a set of bits: what a ufd, or a registered range, can do."""
 
     REGISTER = 1 << 0x00
@@ -45,7 +49,7 @@ class Ioctls(IntFlag, boundary=KEEP):
     API = 1 << 0x3F
 
 
-class RegisterMode(IntFlag):
+class RegisterMode(NamedFlag):
     """``UFFDIO_REGISTER_MODE_*``: which faults of a range are reported."""
 
     MISSING = 1 << 0
@@ -53,7 +57,7 @@ class RegisterMode(IntFlag):
     MINOR = 1 << 2
 
 
-class FaultFlags(IntFlag, boundary=KEEP):
+class FaultFlags(NamedFlag, boundary=KEEP):
     """``UFFD_PAGEFAULT_FLAG_*``; without any bit: a read of a missing page."""
 
     WRITE = 1 << 0
@@ -61,7 +65,7 @@ class FaultFlags(IntFlag, boundary=KEEP):
     MINOR = 1 << 2
 
 
-class Way(IntEnum):
+class Way(WordEnum):
     """The ways to open a ufd, in the order in which they are worth trying (values of ``vpc_uffd.h``)."""
 
     DEVICE = 0
@@ -70,13 +74,3 @@ class Way(IntEnum):
     """userfaultfd(2): needs CAP_SYS_PTRACE or ``vm.unprivileged_userfaultfd=1``."""
     USER_MODE_ONLY = 2
     """userfaultfd(2) with UFFD_USER_MODE_ONLY: Linux 5.11, no privilege; faults of the kernel itself fail."""
-
-
-def names(bits: IntFlag) -> list[str]:
-    """The names of the set bits in order of value; ``bit N`` for one that has no name here."""
-    found = []
-    value = int(bits)
-    for shift in range(value.bit_length()):
-        if value >> shift & 1:
-            found.append(type(bits)(1 << shift).name or f"bit {shift}")
-    return found

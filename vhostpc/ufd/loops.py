@@ -1,4 +1,4 @@
-"""Handles that long C loops work on: freed when nobody does any more."""
+"""Long C loops that work on one handle: its end is theirs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from contextlib import contextmanager
 
 
 class Loops:
-    """C loops that work on one handle: it is freed when it is closed and the last of them has ended."""
+    """C loops that work on one handle; each keeps the handle's object until it has ended."""
 
-    def __init__(self, free: Callable[[], None]) -> None:
-        self._free = free
+    def __init__(self) -> None:
         self._stops: list[Callable[[], None]] = []
-        self._closing = False
 
     @contextmanager
     def running(self, stop: Callable[[], None]) -> Iterator[None]:
@@ -21,15 +19,13 @@ class Loops:
             yield
         finally:
             self._stops.remove(stop)
-            if self._closing and not self._stops:
-                self._free()
+
+    @property
+    def idle(self) -> bool:
+        """None runs."""
+        return not self._stops
 
     def close(self) -> None:
-        """Stop what runs; free now, or when that has ended."""
-        if self._closing:
-            return
-        self._closing = True
-        if not self._stops:
-            self._free()
+        """Stop what runs."""
         for stop in list(self._stops):
             stop()

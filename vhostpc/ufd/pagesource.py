@@ -6,9 +6,8 @@ memory, whole and never armed.
 
 from __future__ import annotations
 
-import enum
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,9 +15,12 @@ from typing import Any
 
 import trio
 
-from vhostpc._native import check, ffi, lib
+from vhostpc._native import check, ffi, lib, made
 from vhostpc._native.entries import Thread
+from vhostpc._native.handles import Handle
 from vhostpc._native.loop import run_loop
+from vhostpc._native.threads import KeptThread
+from vhostpc.enums import WordEnum
 from vhostpc.errors import StreamError
 from vhostpc.memory.ramblock import Bits, RamSet
 from vhostpc.wire.ramrec import REASONS, BadRecord
@@ -27,7 +29,7 @@ UNLIMITED = 0xFFFFFFFFFFFFFFFF
 """Background rate: as fast as the socket takes it."""
 
 
-class Ended(enum.IntEnum):
+class Ended(WordEnum):
     """Why :meth:`PageSource.serve` returned."""
 
     PEER_CLOSED = 2
@@ -59,6 +61,35 @@ class SourceNumbers:
     """A bit for each PONG value below 32 that came."""
     shut: int
     """The value of the destination's SHUT; 0, success, also before one came."""
+    heard: bool
+    """The PONG of MUST_HEAR came."""
+
+
+class PageScan:
+    """Which page of ``ram`` is sent next: as long as a migration lives, over all its connections.
+
+    The DIRTY bits of its blocks say what is to be sent. ``background_rate`` is in bytes a second besides what is
+    asked for; 0 sends only what is asked for.
+    """
+
+    def __init__(self, ram: RamSet, background_rate: int = 0) -> None:
+        self.ram = ram
+        raw = made(lib.vpc_scan_new(ram.handle, background_rate), "page scan")
+        self._native = Handle(raw, lib.vpc_scan_free, "this page scan is closed", needs=[ram.handle])
+
+    @property
+    def handle(self) -> Any:
+        """The C handle; ValueError after :meth:`close`."""
+        return self._native.raw
+
+    def set_rate(self, background_rate: int) -> None:
+        """As :meth:`PageSource.set_rate`, while no source of this scan runs."""
+        lib.vpc_scan_set_rate(self.handle, background_rate)
+
+    def close(self) -> None:
+        """Let go of it; page sources that use it keep it alive."""
+        if not self._native.closed:
+            self._native.close()
 
 
 class PageSource:
@@ -66,6 +97,9 @@ class PageSource:
 
     ``background_rate`` is in bytes a second besides what is asked for; 0 sends only what is asked for. A
     small send buffer keeps requested pages from waiting behind others.
+
+    With ``scan``, that of an earlier connection, its pages, rate and numbers of pages go on; the numbers of bytes and
+    requests are this connection's.
     """
 
     def __init__(
@@ -75,52 +109,70 @@ class PageSource:
         *,
         background_rate: int = 0,
         return_path: int | None = None,
+        scan: PageScan | None = None,
     ) -> None:
-        """``return_path``: the descriptor to read requests from, -1 for none; None: ``sock`` itself."""
+        """``return_path``: the descriptor to read requests from, -1 for none; None: ``sock`` itself.
+
+        Raises Shortage, OSError: all that sending needs is had here.
+        """
         fd = sock if isinstance(sock, int) else sock.socket.fileno()
         self.ram = ram
-        self._handle = lib.vpc_save_new(
-            ram.handle, fd, fd if return_path is None else return_path, background_rate
+        self._scan = scan or PageScan(ram, background_rate)
+        self._own_scan = scan is None
+        back = fd if return_path is None else return_path
+        # From the first page to the last: there is a place in the stream from which on none may be lacking.
+        self._thread = KeptThread(Thread.SOURCE, "the page source")
+        try:
+            raw = made(lib.vpc_save_new(self._scan.handle, fd, back), "page source")
+        except BaseException:
+            self._thread.close()
+            self._close_scan()
+            raise
+        self._native = Handle(
+            raw, lib.vpc_save_free, "this page source is closed", needs=[self._scan.handle, ram.handle]
         )
-        if self._handle == ffi.NULL:
-            raise OSError(errno.ENOMEM, "page source: no memory or no descriptors left")
-        self._limiter = trio.CapacityLimiter(1)
 
     @property
     def handle(self) -> Any:
         """The C handle; ValueError after :meth:`close`."""
-        if self._handle is None:
-            raise ValueError("this page source is closed")
-        return self._handle
+        return self._native.raw
 
-    async def serve(self) -> Ended:
-        """One C call on a borrowed thread until the peer closes or says that it is done, or cancelled.
+    async def serve(self, heard: Callable[[], None] | None = None) -> Ended:
+        """One C call on its thread until the peer closes or says that it is done, or cancelled.
 
+        ``heard`` is called on the trio thread when the PONG of MUST_HEAR comes before that; it must not raise.
         Raises :class:`~vhostpc.errors.StreamError` for a request that is none, OSError when sending fails.
         """
         handle = self.handle
-        rc = await run_loop(lambda: lib.vpc_save_run(handle), self.stop, self._limiter, Thread.SOURCE)
-        return self._ended(rc)
+        while True:
+            rc = await run_loop(
+                lambda: lib.vpc_save_run(handle), lambda: lib.vpc_save_stop(handle), self._thread
+            )
+            if rc != lib.VPC_SAVE_HEARD:
+                return self._ended(rc)
+            if heard is not None:
+                heard()
 
     async def wait(self) -> Ended:
         """Read what the peer says until it closes or says that it is done. Raises as :meth:`serve`."""
         handle = self.handle
-        rc = await run_loop(lambda: lib.vpc_save_wait(handle), self.stop, self._limiter, Thread.SOURCE)
+        rc = await run_loop(
+            lambda: lib.vpc_save_wait(handle), lambda: lib.vpc_save_stop(handle), self._thread
+        )
         return self._ended(rc)
 
     async def round(self, section: int, *, last: bool = False, budget_ms: int = 50) -> bool | Ended:
         """Send one RAM section of precopy with its frames: whether pages are still dirty, or why it ended early.
 
         A PART takes about ``budget_ms`` milliseconds at the background rate; the END (``last``) has all dirty pages
-        and no limit. ``section``: its number. One C call on a borrowed thread. Cancelled, the stream is left in the
+        and no limit. ``section``: its number. One C call on its thread. Cancelled, the stream is left in the
         middle. Raises as :meth:`serve`.
         """
         handle, budget = self.handle, budget_ms * 1_000_000
         rc = await run_loop(
             lambda: lib.vpc_save_round(handle, section, last, budget),
-            self.stop,
-            self._limiter,
-            Thread.SOURCE,
+            lambda: lib.vpc_save_stop(handle),
+            self._thread,
         )
         return bool(rc) if rc in (0, 1) else self._ended(rc)
 
@@ -130,7 +182,7 @@ class PageSource:
 
     def keep_zeros(self, on: bool) -> None:
         """Send pages of zeros as data. Before a call that sends."""
-        lib.vpc_save_keep_zeros(self.handle, on)
+        lib.vpc_scan_keep_zeros(self._scan.handle, on)
 
     def stop(self) -> None:
         """End what runs, or the next call, where it stands: it returns STOPPED."""
@@ -148,7 +200,8 @@ class PageSource:
 
     def set_rate(self, background_rate: int) -> None:
         """Bytes a second for what nobody asked for; 0 stops it, UNLIMITED does not limit it."""
-        lib.vpc_save_set_rate(self.handle, background_rate)
+        lib.vpc_scan_set_rate(self._scan.handle, background_rate)
+        lib.vpc_save_kick(self.handle)
 
     def hold(self, block: str, first: int = 0, count: int | None = None) -> None:
         """Withhold host pages until :meth:`release`, also when they are asked for."""
@@ -161,7 +214,8 @@ class PageSource:
 
     def hold_all(self, on: bool = True) -> None:
         """Withhold everything that is asked for from now on, and the background; False releases it."""
-        lib.vpc_save_hold_all(self.handle, on)
+        lib.vpc_scan_hold_all(self._scan.handle, on)
+        lib.vpc_save_kick(self.handle)
 
     @contextmanager
     def holding_all(self) -> Iterator[None]:
@@ -176,25 +230,26 @@ class PageSource:
         """Wait until a request was withheld or the end was sent since the last call."""
         fd = lib.vpc_save_notify_fd(self.handle)
         await trio.lowlevel.wait_readable(fd)
-        with open(fd, "rb", buffering=0, closefd=False) as event:  # noqa: ASYNC230  an eventfd that is ready
-            event.read(8)
+        lib.vpc_event_clear(fd)
 
     def numbers(self) -> SourceNumbers:
-        raw = self._raw()
+        raw, pages = self._raw(), ffi.new("struct vpc_scan_stats *")
+        lib.vpc_scan_stats(self._scan.handle, pages)
         return SourceNumbers(
             bytes=int(raw.bytes),
-            data_pages=int(raw.data_pages),
-            zero_pages=int(raw.zero_pages),
+            data_pages=int(pages.data_pages),
+            zero_pages=int(pages.zero_pages),
             requests=int(raw.requests),
-            requested_pages=int(raw.requested_pages),
-            background_pages=int(raw.background_pages),
+            requested_pages=int(pages.requested_pages),
+            background_pages=int(pages.background_pages),
             useless=int(raw.useless),
             held=int(raw.held),
             held_ever=int(raw.held_ever),
-            dirty_left=int(raw.dirty_left),
+            dirty_left=int(pages.dirty_left),
             eos_sent=bool(raw.eos_sent),
             pongs=int(raw.pongs),
             shut=int(raw.shut),
+            heard=bool(raw.heard),
         )
 
     def _raw(self) -> Any:
@@ -203,10 +258,16 @@ class PageSource:
         return raw
 
     def close(self) -> None:
-        """Close our copy of the socket. Not while :meth:`serve` runs."""
-        if self._handle is not None:
-            lib.vpc_save_free(self._handle)
-            self._handle = None
+        """Close our copy of the socket; what still runs is ended."""
+        if not self._native.closed:
+            self.stop()
+            self._native.close(idle=self._thread.idle)
+            self._thread.close()
+            self._close_scan()
+
+    def _close_scan(self) -> None:
+        if self._own_scan:
+            self._scan.close()
 
     def __enter__(self) -> PageSource:
         return self

@@ -20,6 +20,10 @@ POSTCOPY_FEATURES = Features.MISSING_SHMEM | Features.MISSING_HUGETLBFS
 """What postcopy of a virtual machine's shared memory needs (Linux 4.11)."""
 
 
+SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
+"""What says nothing about the kernel or our rights: this process, or the machine, has no more just now."""
+
+
 def kernel_version(release: str | None = None) -> tuple[int, int]:
     """Major and minor of the running kernel, or of ``release`` (as ``uname -r`` prints it)."""
     found = re.match(r"(\d+)\.(\d+)", release if release is not None else platform.release())
@@ -63,7 +67,7 @@ def explain_way(way: Way, err: int) -> str:
 
 
 def explain(failures: Mapping[Way, int]) -> str:
-    """One sentence for people: userfaultfd can not be opened, why, and what to change."""
+    """One sentence for people: userfaultfd cannot be opened, why, and what to change."""
     if kernel_version() < MINIMUM_KERNEL:
         needed = ".".join(map(str, MINIMUM_KERNEL))
         return f"userfaultfd needs Linux {needed} or later, this is {platform.release()}"
@@ -79,7 +83,7 @@ def explain(failures: Mapping[Way, int]) -> str:
         mend.append("grant CAP_SYS_PTRACE")
     if unprivileged is None and Way.USER_MODE_ONLY not in failures:
         mend.append("let user-mode-only be tried, which needs no privilege")
-    text = f"userfaultfd can not be opened: {why}"
+    text = f"userfaultfd cannot be opened: {why}"
     return f"{text}; to mend it, {' or '.join(mend)}" if mend else text
 
 

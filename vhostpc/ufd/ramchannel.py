@@ -9,10 +9,12 @@ from typing import Any, Protocol
 
 import trio
 
-from vhostpc._native import check, ffi, lib
+from vhostpc._native import check, ffi, lib, made
 from vhostpc._native.entries import Thread
+from vhostpc._native.handles import Handle
 from vhostpc._native.loop import run_loop
-from vhostpc.errors import ChannelLost, MemoryLost
+from vhostpc._native.threads import KeptThread
+from vhostpc.errors import ChannelLost, MemoryLost, PageBorn
 from vhostpc.memory.ramblock import RamSet
 from vhostpc.ufd.loops import Loops
 from vhostpc.wire.ramrec import BadRamStream, BadRecord
@@ -31,7 +33,7 @@ class LoadNumbers:
     placed: int
     """Host pages that this channel created."""
     already: int
-    """Host pages that were there: skipped, never overwritten."""
+    """Host pages that had come before: skipped, never overwritten."""
     runs: int
     """Placing calls."""
     reads: int
@@ -39,6 +41,10 @@ class LoadNumbers:
     """RAM sections read to their end, where their frames are read too."""
     ended: bool
     """The last of them was the END."""
+    shortages: int
+    """Host pages for which there was no memory at once: they were waited for."""
+    short: bool
+    """There is none now: the page is tried again until there is."""
 
 
 class Service(Protocol):
@@ -51,8 +57,7 @@ class Service(Protocol):
     def handle(self) -> Any: ...
     @property
     def spin_ns(self) -> int: ...
-    @property
-    def limiter(self) -> trio.CapacityLimiter: ...
+    def born(self, block: int, page: int, what: str, then: str = "") -> PageBorn: ...
     def place_fd(self) -> int: ...
     def missing(self) -> int: ...
 
@@ -61,34 +66,46 @@ class RamChannel:
     """One socket that brings RAM records. Not armed: plain writes, the last copy of a page wins."""
 
     def __init__(self, service: Service, sock: trio.SocketStream | int, *, holes: bool = False) -> None:
-        """``holes``: no page will be missing later (no postcopy), so a zero page may stay a hole of the file."""
+        """``holes``: no page will be missing later (no postcopy), so a zero page may stay a hole of the file.
+
+        Raises Shortage, OSError: all that loading needs is had here.
+        """
         fd = sock if isinstance(sock, int) else sock.socket.fileno()
         self._service = service
-        self._handle = lib.vpc_load_new(service.ram.handle, service.handle, fd, service.place_fd())
-        if self._handle == ffi.NULL:
-            raise OSError(errno.ENOMEM, "RAM channel: no memory or no descriptors left")
+        self._thread = KeptThread(Thread.LOAD, "loading RAM")
+        ram, faults = service.ram.handle, service.handle
+        try:
+            raw = made(lib.vpc_load_new(ram, faults, fd, service.place_fd()), "RAM channel")
+        except BaseException:
+            self._thread.close()
+            raise
+        self._native = Handle(raw, lib.vpc_load_free, "this RAM channel is closed", needs=[ram, faults])
         if holes:
-            lib.vpc_load_keep_holes(self._handle)
-        free = self._handle
-        self._loops = Loops(lambda: lib.vpc_load_free(free))
+            lib.vpc_load_keep_holes(raw)
+        self._loops = Loops()
+
+    @property
+    def handle(self) -> Any:
+        """The C handle; ValueError after :meth:`close`."""
+        return self._native.raw
 
     def feed(self, data: bytes) -> None:
         """Bytes of the stream that were read already, before a :meth:`load`. Raises OSError, ENOSPC: over 256 KiB."""
-        check(lib.vpc_load_feed(self._handle, data, len(data)), "RAM channel")
+        check(lib.vpc_load_feed(self.handle, data, len(data)), "RAM channel")
 
     def take(self) -> bytes:
         """After a :meth:`load`: what it read too far."""
         room = ffi.new("unsigned char[]", INPUT_ROOM)
-        return bytes(ffi.buffer(room, lib.vpc_load_take(self._handle, room, INPUT_ROOM)))
+        return bytes(ffi.buffer(room, lib.vpc_load_take(self.handle, room, INPUT_ROOM)))
 
     @property
     def block(self) -> int:
         """Index of the block that the next record may continue; -1: it has to name one."""
-        return int(lib.vpc_load_block(self._handle))
+        return int(lib.vpc_load_block(self.handle))
 
     @block.setter
     def block(self, index: int) -> None:
-        check(lib.vpc_load_set_block(self._handle, index), "RAM channel")
+        check(lib.vpc_load_set_block(self.handle, index), "RAM channel")
 
     async def load(self, section: int | None = None, *, last: bool = False) -> LoadNumbers:
         """Load records until the end of the section; pages are placed and waiters woken meanwhile.
@@ -97,12 +114,14 @@ class RamChannel:
         Then its footers and the headers of its further parts are read too, and it ends before anything else, or
         behind the END's footer.
 
-        One C call on a borrowed thread that never waits for a page. Raises
+        One C call on its thread, which never waits for a page. Where there is no memory for a page that is
+        missing it waits for memory. Raises
         :class:`~vhostpc.wire.ramrec.BadRamStream` (what is malformed, and at which byte),
-        :class:`~vhostpc.errors.ChannelLost` at the end of the file before the end of the section, and OSError
-        when a page can not be placed. After Cancelled the channel can be used again.
+        :class:`~vhostpc.errors.ChannelLost` at the end of the file before the end of the section,
+        :class:`~vhostpc.errors.PageBorn` when a page comes and one that nobody sent is there, and OSError when a page
+        cannot be placed. After Cancelled the channel can be used again.
         """
-        handle, spin = self._handle, self._service.spin_ns
+        handle, spin = self.handle, self._service.spin_ns
         if section is not None:
             lib.vpc_load_follow(handle, section, last)
 
@@ -111,12 +130,10 @@ class RamChannel:
 
         # It works on both handles, its own and the service's.
         with self._service.loops.running(stop), self._loops.running(stop):
-            rc = await run_loop(
-                lambda: lib.vpc_load_run(handle, spin), stop, self._service.limiter, Thread.LOAD
-            )
+            rc = await run_loop(lambda: lib.vpc_load_run(handle, spin), stop, self._thread)
             raw = self._raw(handle)
         if rc == lib.VPC_LOAD_EOS:
-            return self.numbers()
+            return self._numbers(raw)
         if rc == -errno.EBADMSG and raw.why != BadRecord.TRUNCATED:
             raise BadRamStream(BadRecord(raw.why), int(raw.bad_offset))
         if rc in (lib.VPC_LOAD_EOF, -errno.EBADMSG, -errno.ECONNRESET, -errno.EPIPE):
@@ -125,13 +142,23 @@ class RamChannel:
                 f"the source of pages closed the channel{cut}, after {int(raw.bytes)} bytes; "
                 f"{self._service.missing()} host pages are missing"
             )
+        if rc == -errno.EEXIST:
+            raise self._service.born(
+                int(raw.bad_block),
+                int(raw.bad_page),
+                "has come, and a page that nobody sent is there",
+                "; what came is not placed, and no source sends a page twice: it cannot be had again",
+            )
         if self._service.ram.lost:
             raise MemoryLost("the memory was given up while its pages were still coming")
         check(rc, "placing pages")
         raise ChannelLost("loading was stopped")
 
     def numbers(self) -> LoadNumbers:
-        raw = self._raw(self._handle)
+        return self._numbers(self._raw(self.handle))
+
+    @staticmethod
+    def _numbers(raw: Any) -> LoadNumbers:
         return LoadNumbers(
             bytes=int(raw.bytes),
             data_pages=int(raw.data_pages),
@@ -142,6 +169,8 @@ class RamChannel:
             reads=int(raw.reads),
             sections=int(raw.sections),
             ended=bool(raw.ended),
+            shortages=int(raw.shortages),
+            short=bool(raw.short_now),
         )
 
     @staticmethod
@@ -152,8 +181,9 @@ class RamChannel:
 
     def close(self) -> None:
         """Close our copy of the descriptor; a :meth:`load` that still runs is ended."""
-        self._handle = None
+        self._native.close(idle=self._loops.idle)
         self._loops.close()
+        self._thread.close()
 
     def __enter__(self) -> RamChannel:
         return self

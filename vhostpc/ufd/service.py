@@ -1,21 +1,26 @@
 """The fault service: serves the faults of any number of clients from a source of pages behind a socket.
 
-The whole way of a page runs in C on borrowed threads without the GIL: fault, request, records, placing,
+The whole way of a page runs in C on threads of their own without the GIL: fault, request, records, placing,
 wake. Each page is placed once, through our own ufd into our own mapping; every waiter is woken.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import trio
 
-from vhostpc._native import check, ffi, lib
+from vhostpc._native import check, ffi, lib, made
 from vhostpc._native.entries import Thread
+from vhostpc._native.handles import Handle
 from vhostpc._native.loop import run_loop
+from vhostpc._native.threads import KeptThread
+from vhostpc.errors import PageBorn
+from vhostpc.logs import rationed_logger
 from vhostpc.memory.ramblock import Bits, RamBlock, RamSet
 from vhostpc.memory.waits import Waits
 from vhostpc.ufd.client import Client, ClientRange
@@ -24,6 +29,12 @@ from vhostpc.ufd.loops import Loops
 from vhostpc.ufd.ramchannel import LoadNumbers, RamChannel
 from vhostpc.ufd.trace import Trace, Traced
 from vhostpc.ufd.uffd import Userfaultfd
+
+log = rationed_logger(__name__)
+
+OWN = "own mapping"
+_KEPT: list[Userfaultfd] = []
+"""Of memory that could not be replaced: their end would let go who waits there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +50,10 @@ class ServiceNumbers:
     wakes: int
     outbox_bytes: int
     waiting_now: int
+    shortages: int
+    """Faults that could not be answered here at once, for want of memory."""
+    short_now: int
+    """Those that are being tried again."""
     send_errno: int
     """errno of the broken return path, 0 while it works."""
 
@@ -70,33 +85,41 @@ class FaultService:
 
     ``spin_us`` keeps both loops polling so many microseconds after their last event instead of sleeping:
     faults are answered faster, a core is burnt. ``trace``: how many answered faults to remember one by one, the last
-    ones (:meth:`traced`); 0 for none. Closing it ends its loops.
+    ones (:meth:`traced`); 0 for none. Closing it ends its loops. Raises Shortage, OSError.
     """
 
     def __init__(self, ram: RamSet, *, spin_us: int = 0, trace: int = 0) -> None:
         self.ram = ram
-        self._handle = lib.vpc_fault_new(ram.handle)
-        if self._handle == ffi.NULL:
-            raise OSError(errno.ENOMEM, "fault service: no memory or no descriptors left")
-        free = self._handle
-        self.loops = Loops(lambda: lib.vpc_fault_free(free))
+        # Had at once: the loop begins where there is a way back, and what it serves may be behind it.
+        self._thread = KeptThread(Thread.FAULT, "the fault loop")
+        try:
+            raw = made(lib.vpc_fault_new(ram.handle), "fault service")
+        except BaseException:
+            self._thread.close()
+            raise
+        self._native = Handle(raw, lib.vpc_fault_free, "this fault service is closed", needs=[ram.handle])
+        self.loops = Loops()
         self._spin_ns = spin_us * 1000
-        self._limiter = trio.CapacityLimiter(8)
         self._ufd: Userfaultfd | None = None
         self._own: Client | None = None
         self._names: dict[int, str] = {}
-        self._trace = Trace(free, trace) if trace else None
+        self._stays = False
+        self._trace: Trace | None = None
+        if trace:
+            try:
+                self._trace = Trace(self.handle, trace)
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def handle(self) -> Any:
         """The C handle; ValueError after :meth:`close`."""
-        if self._handle is None:
-            raise ValueError("this fault service is closed")
-        return self._handle
+        return self._native.raw
 
     @property
     def closed(self) -> bool:
-        return self._handle is None
+        return self._native.closed
 
     @property
     def armed(self) -> bool:
@@ -112,15 +135,22 @@ class FaultService:
     def arm(self) -> None:
         """Register all RAM blocks: from now on our own touches of missing pages are faults like any other.
 
-        Opens our own ufd, through which pages are placed. Raises UfdError where that is not possible.
+        Opens our own ufd, through which pages are placed. Raises UfdError where that is not possible, and PageBorn
+        where a page is there that was not received: what is to come could not be placed, or would never be missed.
         """
         ufd = Userfaultfd.open(optional=Features.THREAD_ID)
+        own: Client | None = None
         try:
             for block in self.ram.blocks:
                 ufd.register(block.base, block.length)
-            own = self.add_client(ufd, "own mapping")
+            for block in self.ram.blocks:
+                if (page := block.born()) is not None:
+                    raise self.born(block.index, page, "has not come, and a page is there")
+            own = self.add_client(ufd, OWN)
             own.set_ranges(ClientRange(b.base, b.length, b, 0) for b in self.ram.blocks)
         except BaseException:
+            if own is not None:
+                own.remove()
             ufd.close()
             raise
         self._ufd, self._own = ufd, own
@@ -143,8 +173,15 @@ class FaultService:
         if not self.ram.lost:
             for block in self.ram.blocks:
                 self._ufd.unregister(block.base, block.length)
-        self._ufd.close()
-        self._ufd = None
+        self._close_ufd()
+
+    def born(self, block: int, page: int, what: str, then: str = "") -> PageBorn:
+        """The error for a page that nobody sent (numbers of block and host page): who could have made it."""
+        name = self.ram.blocks[block].name
+        who = "it was made in this process"
+        if others := self.others():
+            who += f" or by {others}, which touched or locked (mlockall) memory before its userfaultfd was registered"
+        return PageBorn(f"host page {page} of {name!r} {what}: {who}{then}", name, page)
 
     def add_client(self, ufd: Userfaultfd | int, name: str) -> Client:
         """Read the faults of ``ufd`` from now on; we keep a copy of the descriptor.
@@ -161,6 +198,10 @@ class FaultService:
         """The name of the client of this number, also of one that was removed. Raises KeyError."""
         return self._names[client]
 
+    def others(self) -> str:
+        """The names of all clients that there were, but our own mapping: ``a or b``, or nothing."""
+        return " or ".join(dict.fromkeys(name for name in self._names.values() if name != OWN))
+
     def set_return_path(self, sock: trio.SocketStream | int | None) -> None:
         """Where page requests go; None: they wait until there is somewhere.
 
@@ -174,10 +215,11 @@ class FaultService:
         check(lib.vpc_fault_send(self.handle, message, len(message)), "return path")
 
     async def run(self) -> None:
-        """The fault loop: one C call on a borrowed thread until cancelled.
+        """The fault loop: one C call on its thread until cancelled.
 
         Cancelled while pages are missing, it gives our own mapping up (:meth:`give_up`): nobody serves its
-        faults any more, and a touch that waits in it could not end.
+        faults any more, and a touch that waits in it could not end. What had faulted until then and has come is
+        answered first. Raises PageBorn where a page that lies ready here (:meth:`supply`) was made by somebody else.
         """
         handle = self.handle
         try:
@@ -185,21 +227,42 @@ class FaultService:
                 rc = await run_loop(
                     lambda: lib.vpc_fault_run(handle, self._spin_ns),
                     lambda: lib.vpc_fault_stop(handle),
-                    self._limiter,
-                    Thread.FAULT,
+                    self._thread,
                 )
+                raw = ffi.new("struct vpc_fault_stats *")
+                lib.vpc_fault_stats(handle, raw)
         finally:  # whatever ended it
             self.give_up()
+        if rc == -errno.EEXIST:
+            raise self.born(
+                int(raw.born_block), int(raw.born_page), "lies ready here, and a page is there already"
+            )
         check(rc, "fault loop")
 
     def give_up(self) -> None:
         """The pages that miss will never come. Nothing happens if none is missing, or before :meth:`arm`.
 
         Every touch of our own mapping that waits returns and raises MemoryLost, as do all later ones. No page
-        is made in the files: what is missing there stays missing, for whoever goes on with them.
+        is made in the files: what is missing there stays missing, for whoever goes on with them. Where no other memory
+        can be put in the mapping's place, who waits goes on waiting, which the log says; called again it tries again.
         """
-        if self._ufd is not None and not self.ram.lost and self.missing():
-            lib.vpc_ram_give_up(self.ram.handle, self._ufd.fileno())
+        if self._ufd is None or not (self._stays or (not self.ram.lost and self.missing())):
+            return
+        rc = lib.vpc_ram_give_up(self.ram.handle, self._ufd.fileno())
+        if rc < 0 and not self._stays:
+            log.error(
+                "memory that is given up cannot be replaced (%s): who waits for a page of it waits on",
+                os.strerror(-rc),
+            )
+        self._stays = rc < 0
+
+    def _close_ufd(self) -> None:
+        if self._ufd is not None:
+            if self._stays:
+                _KEPT.append(self._ufd)
+            else:
+                self._ufd.close()
+        self._ufd = None
 
     def open_channel(self, sock: trio.SocketStream | int, *, holes: bool = False) -> RamChannel:
         """A channel that brings RAM records; it keeps what it read too far from one section to the next."""
@@ -221,6 +284,8 @@ class FaultService:
             wakes=int(raw.wakes),
             outbox_bytes=int(raw.outbox_bytes),
             waiting_now=int(raw.waiting_now),
+            shortages=int(raw.shortages),
+            short_now=int(raw.short_now),
             send_errno=int(raw.send_errno),
         )
 
@@ -255,6 +320,21 @@ class FaultService:
         """Host pages that were not received."""
         return sum(block.pages - block.count_bits(Bits.RECEIVED) for block in self.ram.blocks)
 
+    def owed(self) -> int:
+        """Host pages of those that the source has to send: they were discarded for it, or came in part."""
+        return sum(block.count_owed() for block in self.ram.blocks)
+
+    def settle(self) -> int:
+        """The source has sent all: pages that miss still are zero, and count as received. How many there were.
+
+        They stay holes of the files. Who touches one before :meth:`disarm`, or waits for it already, gets a page of
+        zeros. Raises OSError.
+        """
+        missing = self.missing()
+        if missing:
+            check(lib.vpc_fault_settle(self.handle), "pages of zeros")
+        return missing
+
     def place_fd(self) -> int:
         """The ufd that pages are placed through, or -1 when not armed."""
         return -1 if self._ufd is None else self._ufd.fileno()
@@ -263,20 +343,15 @@ class FaultService:
     def spin_ns(self) -> int:
         return self._spin_ns
 
-    @property
-    def limiter(self) -> trio.CapacityLimiter:
-        return self._limiter
-
     def close(self) -> None:
         """Free everything; with pages missing, :meth:`give_up` comes first. Loops that still run are ended."""
         self.give_up()
-        if self._ufd is not None:
-            self._ufd.close()
-            self._ufd = None
+        self._close_ufd()
         if self._trace is not None:
             self._trace.keep()
-        self._handle = None
+        self._native.close(idle=self.loops.idle)
         self.loops.close()
+        self._thread.close()
 
     def __enter__(self) -> FaultService:
         return self

@@ -20,7 +20,8 @@ from vhostpc._native import ffi, lib
 from vhostpc.errors import UfdError
 from vhostpc.ufd.events import Event, decode
 from vhostpc.ufd.flags import Features, Ioctls, RegisterMode, Way, names
-from vhostpc.ufd.probe import MINIMUM_KERNEL, explain, kernel_version
+from vhostpc.ufd.probe import MINIMUM_KERNEL, SHORT, explain, kernel_version
+from vhostpc.units import in_units
 
 DONTWAKE = 1
 NOTHING = Features(0)
@@ -49,7 +50,7 @@ def _failure(what: str, err: int, where: str = "") -> UfdError:
 
 
 def _range(start: int, length: int) -> str:
-    return f" of {length:#x} bytes at {start:#x}"
+    return f" of {in_units(length)} at {start:#x}"
 
 
 def is_userfaultfd(fd: int) -> bool:
@@ -105,6 +106,8 @@ class Userfaultfd:
         failures: dict[Way, int] = {}
         for way in ways:
             fd = lib.vpc_uffd_open(way)
+            if -fd in SHORT:
+                raise _failure("open", -fd)
             if fd < 0:
                 failures[way] = -fd
                 continue
@@ -127,6 +130,8 @@ class Userfaultfd:
     @staticmethod
     def _handshake(way: Way, features: Features, *, keep: bool) -> tuple[int, Features, Ioctls]:
         fd = lib.vpc_uffd_open(way)
+        if -fd in SHORT:
+            raise _failure("open", -fd)
         if fd < 0:
             raise UfdError(explain({way: -fd}), -fd)
         offered, ioctls = ffi.new("uint64_t[1]"), ffi.new("uint64_t[1]")
@@ -163,7 +168,7 @@ class Userfaultfd:
     @property
     def user_mode_only(self) -> bool:
         """Whether faults that the kernel takes for the process (read(2) into the range, say) fail with
-        EFAULT instead of waiting. False for one that a peer opened: it can not be seen."""
+        EFAULT instead of waiting. False for one that a peer opened: it cannot be seen."""
         return self.way is Way.USER_MODE_ONLY
 
     @property
@@ -250,7 +255,7 @@ class Userfaultfd:
     def zeropage(self, start: int, length: int, *, wake: bool = True) -> int:
         """Place zero pages and return the bytes placed; counts and errors as :meth:`copy`.
 
-        hugetlbfs can not do it (EINVAL): copy zeros there.
+        hugetlbfs cannot do it (EINVAL): copy zeros there.
         """
         done = ffi.new("int64_t[1]")
         rc = lib.vpc_uffd_zero(self.fileno(), start, length, 0 if wake else DONTWAKE, done)

@@ -1,60 +1,135 @@
-"""One popped descriptor chain, as a device in plain Python sees it: private bytes in, private bytes out."""
+"""A request of the driver, as a device sees it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from vhostpc._native import ffi
+import trio
+
+from vhostpc._native import ffi, lib
+from vhostpc.errors import BrokenQueue, QueueEnded
+from vhostpc.virtio.transfer import Transfers
+
+LOADED: int = lib.VPC_LOADED
 
 
 class Chain:
     """A request of the driver.
 
-    The readable bytes were copied by C when the chain was popped; what is written here reaches the guest
-    when the queue pushes it. So nothing in this class waits for a page.
+    The first readable bytes (all, up to 256 KiB) were copied by C when the chain was popped, and what :meth:`write`
+    is given reaches the guest when the queue pushes it: neither waits for a page. Longer requests are read and
+    answered in pieces, by :meth:`read_at` and :meth:`write_at`, which may wait. Lengths and offsets are in bytes.
 
     A chain is completed when the device asks its queue for the next one, or by :meth:`complete`. After
     :meth:`keep` only by :meth:`complete`, from any task, in any order.
+
+    When its ring has stopped, or its session has ended, a chain that was not completed belongs to the driver again.
+    From then on everything here but ``completed`` raises QueueEnded.
     """
 
     __slots__ = (
         "_complete",
+        "_data",
+        "_handle",
         "_parts",
-        "_popped",
+        "_transfers",
+        "_why",
+        "again",
+        "appended",
+        "begun",
         "completed",
-        "handle",
         "kept",
         "late",
         "readable",
         "writable",
-        "written",
     )
 
-    def __init__(self, popped: Any, complete: Callable[[Chain], None]) -> None:
-        self.handle = popped.chain
+    def __init__(self, popped: Any, complete: Callable[[Chain], None], transfers: Transfers) -> None:
+        self._handle = popped.chain
         self._complete = complete
+        self._transfers = transfers
         self._parts: list[bytes] = []
+        self._why = ""
+        self.again = bool(popped.again)
         self.loaded(popped)
-        self.written = 0
+        #: Where in the writable bytes begins what the queue will push, and how much that is.
+        self.begun = self.appended = 0
         self.kept = False
         self.completed = False
 
     def loaded(self, popped: Any) -> None:
         """Take over what is known of the chain (``struct vpc_popped``)."""
         self.late = bool(popped.late)
-        self._popped = popped.data
         self.readable: int = popped.readable
         self.writable: int = popped.writable
+        # Our own copy: whoever reads it on whatever thread need not care when the native chain is freed.
+        self._data: bytes = (
+            ffi.buffer(popped.data, min(popped.readable, LOADED))[:] if popped.readable else b""
+        )
 
     def read(self) -> bytes:
-        """All readable bytes, from the first descriptor to the last readable one.
+        """All readable bytes, from the first descriptor to the last readable one, of a request up to 256 KiB.
 
-        Raises ValueError when the chain is completed: its bytes are gone.
+        Raises ValueError when the chain is completed: its bytes are gone. Raises BrokenQueue for a longer one, which
+        ends the ring of a device that does not read in pieces.
         """
         if self.completed:
             raise ValueError("this chain is completed")
-        return bytes(ffi.buffer(self._popped, self.readable)) if self.readable else b""
+        if self.readable > LOADED:
+            raise BrokenQueue(
+                f"a request of {self.readable} bytes, and the device reads none longer than 256 KiB"
+            )
+        return self._data
+
+    def peek(self, length: int) -> bytes:
+        """Up to ``length`` of the first readable bytes, of those that are here: all, up to 256 KiB.
+
+        Raises ValueError when the chain is completed.
+        """
+        self._check_open()
+        return self._data[: min(length, self.readable)]
+
+    async def read_at(self, offset: int, length: int) -> bytearray:
+        """``length`` readable bytes from ``offset`` on; may wait for pages.
+
+        Raises ValueError when there are not so many, when the chain is completed or its ring has stopped and it was
+        given back; MemoryLost.
+        """
+        self._check_range("readable", offset, length, self.readable)
+        buffer = bytearray(length)
+        if offset + length <= LOADED:
+            await trio.lowlevel.checkpoint()
+            self._check_open()
+            buffer[:] = self._data[offset : offset + length]
+        else:
+            await self._transfers.read(self, offset, buffer)
+        return buffer
+
+    async def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy ``data`` to the writable bytes from ``offset`` on, at once; may wait for pages.
+
+        The driver looks at it when the chain is completed, and is told that it was written up to the end of what
+        :meth:`write` gave: see :meth:`seek`. Cancelled, it has copied nothing. Errors as :meth:`read_at`.
+        """
+        self._check_range("writable", offset, len(data), self.writable)
+        await self._transfers.write(self, offset, data)
+
+    def seek(self, offset: int) -> None:
+        """Let what :meth:`write` gives begin at ``offset`` of the writable bytes.
+
+        What is before it is as :meth:`write_at` left it, or the driver. Raises ValueError outside the writable bytes,
+        behind a :meth:`write`, or when the chain is completed.
+        """
+        self._check_range("writable", offset, 0, self.writable)
+        if self._parts:
+            raise ValueError("something was written already")
+        self.begun = offset
+
+    @property
+    def written(self) -> int:
+        """Bytes that the driver will be told were written."""
+        return self.begun + self.appended
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append ``data`` to what goes into the writable descriptors.
@@ -63,23 +138,72 @@ class Chain:
         """
         if self.completed:
             raise ValueError("this chain is completed")
-        if self.written + len(data) > self.writable:
+        if len(data) > self.writable - self.begun - self.appended:
             raise ValueError(
                 f"{len(data)} bytes do not fit: {self.writable - self.written} writable bytes left"
             )
         self._parts.append(bytes(data))
-        self.written += len(data)
+        self.appended += len(data)
 
     def keep(self) -> None:
         """Do not complete this chain when the next one is asked for; :meth:`complete` will."""
         self.kept = True
 
     def complete(self) -> None:
-        """Give the chain back to the driver with what was written. Returns at once; the queue pushes it."""
+        """Give the chain back to the driver with what was written. Returns at once; the queue pushes it.
+
+        Raises ValueError while a piece of it is on its way.
+        """
         if not self.completed:
+            if self._transfers.under_way and self in self._transfers.under_way:
+                raise ValueError("a piece of this chain is on its way")
             self.completed = True
             self._complete(self)
 
     def answer(self) -> bytes:
-        """What was written so far."""
+        """What was written so far, from ``begun`` on."""
         return b"".join(self._parts)
+
+    def _check_open(self) -> None:
+        if self.completed:
+            raise ValueError("this chain is completed")
+
+    def _check_range(self, what: str, offset: int, length: int, size: int) -> None:
+        self._check_open()
+        if offset < 0 or offset + length > size:
+            raise ValueError(f"{length} bytes at {offset}: the chain has {size} {what} bytes")
+
+    # --- for the queue
+
+    @property
+    def handle(self) -> Any:
+        """The native chain."""
+        return self._handle
+
+    def end(self, why: str) -> None:
+        """It is the driver's again, or nobody's: nothing can be done with it any more, also by who holds a method."""
+        self._why = why
+        self._data = b""
+        self._parts = []
+        self.__class__ = _Ended
+
+    def take(self) -> Any:
+        """The native chain, which is now the caller's; NULL if it is gone. Also of one that has ended."""
+        handle, self._handle = self._handle, ffi.NULL
+        return handle
+
+
+class _Ended(Chain):
+    """What a chain becomes at its end. A class of its own, so that a chain that lives pays nothing for it."""
+
+    __slots__ = ()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("_") or name in ("completed", "end", "take"):
+            return super().__getattribute__(name)
+        raise QueueEnded(self._why)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not name.startswith("_"):
+            raise QueueEnded(self._why)
+        super().__setattr__(name, value)

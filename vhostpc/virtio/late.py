@@ -9,11 +9,13 @@ from typing import Any, Protocol
 import trio
 
 from vhostpc._native import check, ffi, lib
-from vhostpc.errors import MemoryLost
+from vhostpc.errors import MemoryLost, QueueEnded
 from vhostpc.virtio.chain import Chain
 
 #: Chains of one queue that wait at a time, each on a thread.
 WAITING_CHAINS = 64
+#: Chains of one queue that are taken before their pages are there; a large ring may hold many more.
+MOST_LATE = 1024
 
 
 class Spawn(Protocol):
@@ -25,8 +27,10 @@ class Spawn(Protocol):
 class WaitingQueue(Protocol):
     """What the chains ask of their queue."""
 
-    handle: Any
     stopping: bool
+
+    @property
+    def handle(self) -> Any: ...
 
     async def touch(
         self, call: Callable[[int], int], *, waiting_room: trio.CapacityLimiter | None = None
@@ -42,9 +46,15 @@ class Late:
     def __init__(self, queue: WaitingQueue, spawn: Spawn) -> None:
         self._queue = queue
         self._spawn = spawn
-        self._room = trio.CapacityLimiter(WAITING_CHAINS)
+        #: Threads for chains, and for pieces of them.
+        self.room = trio.CapacityLimiter(WAITING_CHAINS)
         self._count = 0
         self._none = trio.Event()
+
+    @property
+    def full(self) -> bool:
+        """No more are to be taken until one is done, which is told by ``look_again``."""
+        return self._count >= MOST_LATE
 
     def await_chain(self, chain: Chain) -> None:
         """``has_come`` when its pages are here; it stays late if the ring stops first."""
@@ -55,8 +65,11 @@ class Late:
         self._start(self._touch_buffers, chain)
 
     def buffers_are_here(self, chain: Chain) -> bool:
-        rc = lib.vpc_chain_touch(self._queue.handle, chain.handle, chain.written, lib.VPC_TRY)
-        return rc != -errno.EAGAIN
+        queue = self._queue.handle
+        return (
+            lib.vpc_chain_touch(queue, chain.handle, chain.begun, chain.appended, lib.VPC_TRY)
+            != -errno.EAGAIN
+        )
 
     async def until_none(self) -> None:
         """Once the ring is stopping, each ends with the page it has in hand."""
@@ -69,7 +82,7 @@ class Late:
         popped = ffi.new("struct vpc_popped *")
         rc = await self._queue.touch(
             lambda _: lib.vpc_chain_load(self._queue.handle, chain.handle, popped, flags),
-            waiting_room=self._room,
+            waiting_room=self.room,
         )
         if rc not in (-errno.ECANCELED, -errno.EBADMSG):
             check(rc, "chain")
@@ -83,7 +96,7 @@ class Late:
     async def _run(self, task: Callable[[Chain], Any], chain: Chain) -> None:
         try:
             await task(chain)
-        except MemoryLost:
+        except (MemoryLost, QueueEnded):
             pass  # the queue's next call says so
         finally:
             self._count -= 1
@@ -101,10 +114,10 @@ class Late:
 
     async def _touch_buffers(self, chain: Chain) -> None:
         def touch(_: int) -> int:
-            return lib.vpc_chain_touch(self._queue.handle, chain.handle, chain.written, 0)
+            return lib.vpc_chain_touch(self._queue.handle, chain.handle, chain.begun, chain.appended, 0)
 
         try:
-            while not self._queue.stopping and await self._queue.touch(touch, waiting_room=self._room) < 0:
+            while not self._queue.stopping and await self._queue.touch(touch, waiting_room=self.room) < 0:
                 pass
         finally:
             self._queue.may_be_pushed(chain)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vhostpc._native import check, ffi, lib
+from vhostpc._native.entries import Thread
+from vhostpc._native.handles import Handle
+from vhostpc._native.threads import KeptThread
 
 
 @dataclass(frozen=True)
@@ -25,35 +28,46 @@ class PumpStats:
 
 
 class Pump:
-    """Joins a virtqueue (a native handle) to a file descriptor, one direction at a time."""
+    """Joins a virtqueue (a native handle) to a file descriptor, one direction at a time.
 
-    def __init__(self, queue: Any) -> None:
+    Raises ValueError after :meth:`close`.
+    """
+
+    def __init__(self, queue: Any, index: int) -> None:
+        """``index``: the queue's. Raises Shortage, OSError."""
         out = ffi.new("struct vpc_pump **")
-        check(lib.vpc_pump_new(queue, out), "pump")
-        self._handle: Any = ffi.gc(out[0], lib.vpc_pump_free)
+        check(lib.vpc_pump_new(queue, out), f"pump of queue {index}")
+        self._native = Handle(out[0], lib.vpc_pump_free, "this pump is closed", needs=[queue])
+        # Kept while the queue is paused, too: a message of the front-end must not end a pump that ran.
+        self.thread = KeptThread(Thread.PUMP, f"the pump of queue {index}")
 
     def run(self, inward: bool, config: Any) -> int:
         """The pump's long C call. Waits for guest pages: only on a thread of its own."""
-        return lib.vpc_pump_in(self._handle, config) if inward else lib.vpc_pump_out(self._handle, config)
+        pump = self._native.raw
+        return lib.vpc_pump_in(pump, config) if inward else lib.vpc_pump_out(pump, config)
 
     def stop(self) -> None:
         """Make the running call return soon, or the next one at once, until :meth:`clear`."""
-        lib.vpc_pump_stop(self._handle)
+        lib.vpc_pump_stop(self._native.raw)
 
     def clear(self) -> None:
-        lib.vpc_pump_clear(self._handle)
+        lib.vpc_pump_clear(self._native.raw)
+
+    def drop(self) -> None:
+        """The ring stops: let go of a frame that waits for more buffers than the guest has posted."""
+        lib.vpc_pump_drop(self._native.raw)
 
     @property
     def stats(self) -> PumpStats:
         out = ffi.new("struct vpc_pump_stats *")
-        lib.vpc_pump_stats(self._handle, out)
+        lib.vpc_pump_stats(self._native.raw, out)
         return PumpStats(
             out.frames, out.bytes, out.dropped, out.discarded, out.batches, out.syscalls, out.calls
         )
 
     def close(self) -> None:
-        self._handle, handle = ffi.NULL, self._handle
-        ffi.release(handle)
+        self._native.close()
+        self.thread.close()
 
 
 def pump_config(fd: int, to: tuple[Any, ...] | None, header: int, mergeable: bool, batch: int) -> Any:

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from itertools import takewhile
 from typing import Any, Generic, TypeVar
 
 import trio
 
 from vhostpc._native import check, ffi, lib
-from vhostpc._native.entries import Thread
+from vhostpc._native.handles import Handle
 from vhostpc._native.loop import run_loop
-from vhostpc.errors import BrokenQueue
+from vhostpc.errors import BrokenQueue, QueueEnded
 from vhostpc.memory.gate import Gate
+from vhostpc.memory.inflight import InflightRegion
 from vhostpc.memory.log import DirtyLog
 from vhostpc.memory.table import GuestMemory
 from vhostpc.virtio.chain import Chain
+from vhostpc.virtio.event import clear_event
 from vhostpc.virtio.late import Late, Spawn
 from vhostpc.virtio.pump import Pump, PumpStats, pump_config
+from vhostpc.virtio.transfer import Transfers
 
-#: Chains and readable bytes that one pop takes at most (one chain is always taken whole).
+#: Chains and bytes of private memory that one pop takes at most (one chain is always taken).
 BATCH_CHAINS = 64
 BATCH_BYTES = 256 * 1024
+#: Kicks for nothing, in a row, that are taken as such: behind them the ring is looked at in intervals (s), since their
+#: counter does not empty (EFD_SEMAPHORE, eventfd(2)). Only those count for which nobody had to wait this long (s).
+VAIN = 16
+CALM = 0.01
+AT_ONCE = 0.0005
+ENDED = "the session of this queue has ended"
 
 
 T = TypeVar("T")
@@ -45,23 +54,44 @@ class Steps(Generic[T]):
         return found
 
 
+class _Held:
+    """A piece of work on a queue. No generator: there are several for each batch of a device."""
+
+    __slots__ = ("_calls", "_queue")
+
+    def __init__(self, queue: Queue, calls: int) -> None:
+        self._queue = queue
+        self._calls = calls
+
+    def __enter__(self) -> None:
+        self._queue.hold(self._calls)
+
+    def __exit__(self, *_: object) -> None:
+        self._queue.let_go(self._calls)
+
+
 class Queue:
     """One ring of one session. Made and configured by the session; used by ``Device.handle_queue``.
 
     One task works a queue, with one C call at a time. ``async for chain in queue`` and the pumps end when the
-    ring stops; they pause by themselves while the front-end changes memory, addresses or descriptors.
+    ring stops; they pause by themselves while the front-end changes memory, addresses or descriptors. After the end
+    of the session every method raises QueueEnded.
     """
 
-    def __init__(self, index: int, gate: Gate, pump_limiter: trio.CapacityLimiter, spawn: Spawn) -> None:
+    def __init__(self, index: int, gate: Gate, spawn: Spawn) -> None:
         out = ffi.new("struct vpc_vq **")
         check(lib.vpc_vq_new(out), "virtqueue")
-        self.handle: Any = ffi.gc(out[0], lib.vpc_vq_free)
+        self._native = Handle(out[0], lib.vpc_vq_free, ENDED, QueueEnded)
         self.index = index
         #: Feature bits that driver and device agreed on.
         self.features = 0
+        #: Does the front-end keep an inflight region of this ring? Then a restart repeats just what is not answered.
+        self.inflight = False
+        #: Set by the device: answers reach the driver in the order in which their chains were taken, each when those
+        #: before it have come. Without an inflight region nothing is then lost or done twice that was answered.
+        self.in_order = False
         self.size = 0
         self._gate = gate
-        self._limiter = pump_limiter
         self._kick = -1
         self._out = ffi.new("struct vpc_popped[]", BATCH_CHAINS)
         self._ready: deque[Chain] = deque()  # popped, not yet handed to the device
@@ -70,19 +100,29 @@ class Queue:
         self._current: list[Chain] = []  # the device has them since its last step
         self._sequence = 0
         self._pump: Pump | None = None
+        self._counted = PumpStats()  # when the pump was closed
         self._apart = False  # chains are taken, and answers pushed, as their pages come
         self._late = Late(self, spawn)
+        self._transfers = Transfers(self, self._late.room)
         self._running: Callable[[], None] | None = None  # makes a pump in C return
         self._wait: trio.CancelScope | None = None  # round a wait for a kick
+        self._vain = 0  # kicks in a row that came at once and told of nothing
         self._pauses = 0
         self._answered = trio.Event()
         self._resumed = trio.Event()
         self._resumed.set()
         self._busy = 0  # C calls in flight
+        self._holds = 0  # they, and who takes over what they did
         self._idle = trio.Event()  # set when the last of them returns
+        self._left = False  # one of them never did: what it uses stays
         self.stopping = False
         self._fresh = True  # no pump has run in this session
         self.memory: GuestMemory | None = None
+
+    @property
+    def handle(self) -> Any:
+        """The native virtqueue; QueueEnded after :meth:`close`."""
+        return self._native.raw
 
     # --- for the device ---
 
@@ -104,6 +144,7 @@ class Queue:
         return Steps(self._next_batch)
 
     async def _next_chain(self) -> Chain | None:
+        self._must_live()
         self._finish_current()
         if not self._ready and not self.stopping:
             await self._fill()
@@ -114,11 +155,15 @@ class Queue:
         return chain
 
     async def _next_batch(self) -> list[Chain] | None:
+        self._must_live()
         self._finish_current()
-        if self.stopping or not await self._fill():
+        if not self.stopping and await self._fill():
+            self._current = list(self._ready)
+            self._ready.clear()
+        elif await self._gap_has_come():
+            self._current = [self._ready.popleft()]
+        else:
             return None
-        self._current = list(self._ready)
-        self._ready.clear()
         return list(self._current)
 
     async def pump_out(
@@ -155,7 +200,11 @@ class Queue:
 
     @property
     def pump_stats(self) -> PumpStats:
-        return self._pump.stats if self._pump is not None else PumpStats()
+        return self._pump.stats if self._pump is not None else self._counted
+
+    def _must_live(self) -> None:
+        if self._native.closed:
+            raise QueueEnded(ENDED)
 
     # --- popping and pushing ---
 
@@ -183,7 +232,14 @@ class Queue:
                 return True
             if self.stopping:
                 return False
-            rc = await self.touch(self._pop)
+            if self._late.full:
+                await self._resumed.wait()
+                await self._wait_for_kick()
+                continue
+            with self._held():
+                rc = await self.touch(self._pop)
+                if rc > 0:
+                    self._popped(rc)
             if rc == 0:
                 rc = await self.touch(lambda flags: lib.vpc_vq_enable_notify(self.handle, flags))
                 if rc == 0:
@@ -196,71 +252,116 @@ class Queue:
             if rc == -errno.EBADMSG:
                 raise BrokenQueue(self.error or "broken ring")
             check(rc, f"queue {self.index}")
-            for i in range(rc):
-                chain = Chain(self._out[i], self._completed)
-                self._sequence += 1
-                self._open[self._sequence] = chain
-                if chain.late:
-                    self._late.await_chain(chain)
-                else:
-                    self._ready.append(chain)
+            self._must_live()
             if self._ready:
                 return True
 
+    def _popped(self, count: int) -> None:
+        """Take over what C has popped, before anything else can happen to the queue."""
+        self._vain = 0
+        for i in range(count):
+            chain = Chain(self._out[i], self._completed, self._transfers)
+            self._sequence += 1
+            self._open[self._sequence] = chain
+            if self._native.closed:
+                chain.end(ENDED)
+            elif chain.late:
+                self._late.await_chain(chain)
+            else:
+                self._ready.append(chain)
+
     def _pop(self, flags: int) -> int:
-        flags |= lib.VPC_LATE if self._apart else 0
+        flags |= (lib.VPC_LATE if self._apart else 0) | (lib.VPC_AGAIN if self.stopping else 0)
         return lib.vpc_vq_pop(self.handle, self._out, BATCH_CHAINS, BATCH_BYTES, flags)
 
+    def _pushable(self) -> list[Chain]:
+        """Completed chains, without those that wait for older ones."""
+        if not self.in_order:
+            return self._answers
+        completed = set(map(id, self._answers))
+        return list(takewhile(lambda chain: id(chain) in completed, self._open.values()))
+
     async def _flush(self) -> None:
-        """Push all completed chains. May wait for pages of their buffers and of the used ring."""
+        """Push all completed chains that may be. May wait for pages of their buffers and of the used ring."""
+        self._must_live()
         if self._apart and not self.stopping:
             self._set_late_answers_apart()
-        while self._answers:
-            batch = self._answers[: min(BATCH_CHAINS, self.size or 1)]
+        while pushable := self._pushable():
+            batch = pushable[: min(BATCH_CHAINS, self.size or 1)]
             keep = []  # cffi: what an array points to must be held
             array = ffi.new("struct vpc_answer[]", len(batch))
             for slot, chain in zip(array, batch, strict=True):
                 data = ffi.from_buffer(chain.answer())
                 keep.append(data)
-                slot.chain, slot.data, slot.len = chain.handle, data, chain.written
+                slot.chain, slot.data, slot.len = chain.handle, data, chain.appended
+                if chain.begun:
+                    slot.skip = chain.begun
 
             def push(flags: int, array: Any = array, n: int = len(batch)) -> int:
                 return lib.vpc_vq_push(self.handle, array, n, flags)
 
-            check(await self.touch(push), f"queue {self.index}: push")
-            del keep
-            done = set(map(id, batch))
-            self._answers = self._answers[len(batch) :]
-            self._open = {s: c for s, c in self._open.items() if id(c) not in done}
+            with self._held():
+                check(await self.touch(push), f"queue {self.index}: push")
+                del keep
+                for chain in batch:
+                    chain.take()  # C has freed it
+                done = set(map(id, batch))
+                self._answers = [c for c in self._answers if id(c) not in done]
+                self._open = {s: c for s, c in self._open.items() if id(c) not in done}
+            self._must_live()
 
     async def touch(
-        self, call: Callable[[int], int], *, waiting_room: trio.CapacityLimiter | None = None
+        self,
+        call: Callable[[int], int],
+        *,
+        waiting_room: trio.CapacityLimiter | None = None,
+        try_first: bool = False,
     ) -> int:
-        """One touching C call, when the queue is not paused."""
+        """One touching C call, when the queue is not paused. Raises MemoryLost, QueueEnded."""
         while not self._resumed.is_set():
             await self._resumed.wait()
+        self._must_live()
         with self._call_in_flight():
-            return await self._gate.call(call, waiting_room=waiting_room)
+            return await self._gate.call(
+                call, waiting_room=waiting_room, try_first=try_first, left=self._leave
+            )
 
-    @contextmanager
-    def _call_in_flight(self) -> Iterator[None]:
-        self._busy += 1
-        try:
-            yield
-        finally:
-            self._busy -= 1
-            if not self._busy:
-                self._idle.set()
+    def _leave(self) -> None:
+        self._left = True
+
+    def _call_in_flight(self) -> _Held:
+        """As :meth:`_held`, and a pause waits for its end."""
+        return _Held(self, 1)
+
+    def _held(self) -> _Held:
+        """What C works on stays, also behind :meth:`close`."""
+        return _Held(self, 0)
+
+    def hold(self, calls: int) -> None:
+        """For :class:`_Held`: a piece of work begins, with so many C calls."""
+        self._holds += 1
+        self._busy += calls
+
+    def let_go(self, calls: int) -> None:
+        """It has ended."""
+        self._busy -= calls
+        if calls and not self._busy:
+            self._idle.set()
+        self._holds -= 1
+        if not self._holds and self._native.closed:
+            self._free()
 
     # --- chains whose own pages are absent ---
 
     def has_come(self, chain: Chain) -> None:
         """A late chain's pages are here."""
-        self._ready.append(chain)
+        if not self._native.closed:
+            self._ready.append(chain)
 
     def may_be_pushed(self, chain: Chain) -> None:
         """The pages of a chain's answer are here, or the ring stops."""
-        self._answers.append(chain)
+        if not self._native.closed:
+            self._answers.append(chain)
 
     def _set_late_answers_apart(self) -> None:
         answers, self._answers = self._answers, []
@@ -273,14 +374,16 @@ class Queue:
     async def _gap_has_come(self) -> bool:
         """The ring is stopping: is there a chain older than an answered one that the device has not had?
 
-        Such a one can not be given back: only the device can close the gap.
+        Such a one cannot be given back: only the device can close the gap.
         """
-        if not self._apart:
-            return False
+        if not self._ready:
+            await self._pop_again()
         await self._late.until_none()
         for sequence, chain in list(self._open.items()):
+            if not (chain.late or chain in self._ready):
+                continue
             unanswered = sum(1 for s, c in self._open.items() if s > sequence and not c.completed)
-            if unanswered == self._sequence - sequence or not (chain.late or chain in self._ready):
+            if unanswered == self._sequence - sequence and not chain.again:
                 continue
             if chain.late and await self._late.load(chain, lib.VPC_UNSTOPPED) < 0:
                 return False
@@ -290,15 +393,29 @@ class Queue:
             return True
         return False
 
+    async def _pop_again(self) -> None:
+        """Take what is to be done again, though the ring is stopping; what has absent pages stays in the region."""
+        while lib.vpc_vq_again(self.handle):
+            with self._held():
+                rc = await self.touch(self._pop)
+                if rc > 0:
+                    self._popped(rc)
+            if rc <= 0:
+                return
+
     async def _wait_for_kick(self) -> None:
-        if self.stopping or self._answers or self._ready or self._pauses:
+        if self.stopping or self._pushable() or self._ready or self._pauses:
             return  # whoever paused us changes something: look at the ring again after that
         try:
             with trio.CancelScope() as self._wait:
-                if self._kick < 0:
+                if self._kick < 0 or self._late.full:
                     await trio.sleep_forever()
+                if self._vain >= VAIN:
+                    await trio.sleep(CALM)
+                asleep = trio.current_time()
                 await trio.lowlevel.wait_readable(self._kick)
-                lib.vpc_clear_event(self._kick)
+                if clear_event(self._kick) and trio.current_time() - asleep < AT_ONCE:
+                    self._vain += 1
         finally:
             self._wait = None
 
@@ -315,12 +432,14 @@ class Queue:
         batch: int,
     ) -> None:
         config = pump_config(fd, to, header, mergeable, batch)
-        pump = self._pump = self._pump or Pump(self.handle)
+        pump = self._pump = self._pump or Pump(self.handle, self.index)
         while True:
             # Asked again after the wait, and with no checkpoint behind it: another pause may begin at each.
             while not self._resumed.is_set():
                 await self._resumed.wait()
+            self._must_live()
             if self.stopping:
+                pump.drop()
                 break
             pump.clear()
             config.kick_fd = self._kick
@@ -329,9 +448,8 @@ class Queue:
             self._running = pump.stop
             try:
                 with self._call_in_flight():
-                    rc = await run_loop(
-                        lambda: pump.run(inward, config), pump.stop, self._limiter, Thread.PUMP
-                    )
+                    thread = self._gate.sleepers.on(pump.thread, left=self._leave)
+                    rc = await run_loop(lambda: pump.run(inward, config), pump.stop, thread)
             finally:
                 self._running = None
             if rc == -errno.EBADMSG:
@@ -353,6 +471,7 @@ class Queue:
 
         Waits for a page only if a call in flight does; it stops before its next one.
         """
+        self._must_live()
         self._pauses += 1
         if self._resumed.is_set() and not self.stopping:
             self._resumed = trio.Event()
@@ -377,6 +496,11 @@ class Queue:
         """Get ready for a new run of the device's handler."""
         self._kick = kick
         self.stopping = False
+        for chain in self._open.values():  # of a ring that broke: what is to be done again is read anew
+            chain.end("this chain's ring broke, and was started again")
+            lib.vpc_chain_free(chain.take())
+        self._open.clear()
+        self._answers.clear()
         self.set_base(self.base)  # the used index is read anew: a driver may have reset the ring
         if self._pauses:  # whoever paused the stopped queue will resume it
             self._resumed = trio.Event()
@@ -398,12 +522,18 @@ class Queue:
             self._wait.cancel()
         self._resumed.set()
 
+    def forget_frames(self) -> None:
+        """The device was reset: frames that came before are not for the guest's next life, which drops them."""
+        self._fresh = True
+
     @property
     def returnable(self) -> bool:
         """Are all unanswered chains younger than all answered ones? Only then they can be given back."""
         seen_open = False
         for chain in self._open.values():
             if not chain.completed:
+                if chain.again:
+                    return False
                 seen_open = True
             elif seen_open:
                 return False
@@ -416,11 +546,13 @@ class Queue:
     async def settle(self) -> None:
         """After the handler has ended: push answers until the unanswered chains can be given back.
 
-        A chain that is older than an answered one can not be: only the device can complete it. May wait for
+        A chain that is older than an answered one cannot be: only the device can complete it. May wait for
         pages of answers. Raises MemoryLost.
         """
         self._apart = False
         self._current = []
+        await self._late.until_none()
+        self._leave_again()
         self._ready.clear()
         while True:
             await self._late.until_none()
@@ -429,6 +561,14 @@ class Queue:
             if self.returnable:
                 return
             await self._answered.wait()
+
+    def _leave_again(self) -> None:
+        """The handler has ended: what is to be done again and it has not had stays in the inflight region."""
+        for sequence, chain in list(self._open.items()):
+            if chain.again and (chain.late or chain in self._ready):
+                del self._open[sequence]
+                chain.end("this chain's ring has stopped: it stays in the inflight region")
+                lib.vpc_chain_free(chain.take())
 
     async def finish(self) -> int:
         """After :meth:`settle`: push what is answered, give the rest back. Returns the avail index.
@@ -439,15 +579,17 @@ class Queue:
         self._ready.clear()
         await self._late.until_none()
         await self._flush()
-        if not self.returnable:
+        if self._left or not self.returnable:
             return self.base  # the session is over; nobody will ask for the index
         rest = list(self._open.values())
         self._open.clear()
-        if rest:
-            lib.vpc_vq_unpop(self.handle, len(rest))
         for chain in rest:
             chain.completed = True
-            lib.vpc_chain_free(chain.handle)
+        await self._transfers.until_none()
+        for chain in reversed(rest):
+            lib.vpc_vq_unpop(self.handle, chain.handle)
+            chain.end("this chain's ring has stopped: what was not completed was given back to the driver")
+            lib.vpc_chain_free(chain.take())
         return self.base
 
     @property
@@ -475,6 +617,21 @@ class Queue:
     def set_log(self, log: DirtyLog | None, log_used: bool, used_gpa: int) -> None:
         lib.vpc_vq_set_log(self.handle, log.handle if log else ffi.NULL, log_used, used_gpa)
 
+    def set_inflight(self, region: InflightRegion | None) -> None:
+        """Note in this region which chains are taken and not answered; only while stopped.
+
+        The first touching call of the next run reads it. Raises OSError.
+        """
+        self.inflight = region is not None and self.index < region.queues
+        if region is None or not self.inflight:
+            check(
+                lib.vpc_vq_set_inflight(self.handle, ffi.NULL, 0, 0), f"queue {self.index}: inflight region"
+            )
+            return
+        offset = self.index * region.stride
+        rc = lib.vpc_vq_set_inflight(self.handle, region.handle, offset, region.queue_size)
+        check(rc, f"queue {self.index}: inflight region")
+
     def set_base(self, index: int) -> None:
         lib.vpc_vq_set_base(self.handle, index)
 
@@ -487,12 +644,29 @@ class Queue:
         lib.vpc_vq_signal(self.handle)
 
     def close(self) -> None:
-        """Let go of memory and chains."""
+        """The session is over: let go of memory and chains. Every method of the queue and of its chains raises now.
+
+        What C works on is freed when its last call has returned.
+        """
+        if self._native.closed:
+            return
+        self.end()
+        self._native.close()
         for chain in self._open.values():
-            lib.vpc_chain_free(chain.handle)
+            chain.end(ENDED)
+        self._current, self._answers, self.memory = [], [], None
+        self._ready.clear()
+        if not self._holds:
+            self._free()
+
+    def _free(self) -> None:
+        """Nothing of C's runs, and nothing will; but a thread that was left asleep may still go on with its chains."""
+        for chain in self._open.values():
+            raw = chain.take()
+            if not self._left:
+                lib.vpc_chain_free(raw)
         self._open.clear()
         if self._pump is not None:
+            self._counted = self._pump.stats
             self._pump.close()
             self._pump = None
-        self.handle, handle = ffi.NULL, self.handle
-        ffi.release(handle)

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Generator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from vhostpc.enums import SpecEnum
 from vhostpc.errors import LocalProtocolError, StreamError
 from vhostpc.wire.ramrec import TARGET_PAGE, EndOfSection, RamFlag, RamPage
 
@@ -26,7 +29,7 @@ _SECTION = struct.Struct(">BI")
 _PAIR = struct.Struct(">QQ")
 
 
-class Element(enum.IntEnum):
+class Element(SpecEnum):
     """The first byte of an element."""
 
     EOF = 0
@@ -41,7 +44,7 @@ class Element(enum.IntEnum):
     FOOTER = 0x7E
 
 
-class CommandType(enum.IntEnum):
+class CommandType(SpecEnum):
     """QEMU's MIG_CMD."""
 
     OPEN_RETURN_PATH = 1
@@ -186,6 +189,14 @@ class RamDiscard(At):
     def encode(self) -> bytes:
         payload = b"\0" + name_bytes(self.block) + b"\0" + b"".join(_PAIR.pack(*r) for r in self.ranges)
         return _command(CommandType.POSTCOPY_RAM_DISCARD, payload)
+
+
+LOADED = 3
+"""The PING inside a package: its PONG says that all device state was taken."""
+MUST_HEAR = 0x42
+"""Another one, of QEMU 10.2 and later: without its PONG the source takes its machine back."""
+MAX_PACKAGE = 0xFFFFFFFF
+"""Bytes of a package, at most: the stream says its length in 32 bits, and QEMU has no other limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,13 +367,14 @@ class RamFlush(At):
 
 @dataclass(frozen=True, slots=True)
 class DeviceSection(At):
-    """A device's state, whole: header, ``body`` as it came, footer."""
+    """A device's state, whole: header, ``body`` as it came, footer. ``early``: it stood before the last pages."""
 
     section_id: int
     idstr: str
     instance: int
     version: int
     body: bytes = field(repr=False)
+    early: bool = field(default=False, compare=False, kw_only=True)
 
     def encode(self) -> bytes:
         head = _section_head(Element.SECTION_FULL, self.section_id, self.idstr, self.instance, self.version)
@@ -413,6 +425,29 @@ StreamEvent = (
     | EndOfStream
     | VmDescription
 )
+
+
+class Busy(enum.Enum):
+    """Nothing yet, but not for want of bytes: reading goes on where it is asked again."""
+
+    BUSY = enum.auto()
+
+
+T = TypeVar("T")
+Steps = Generator[StreamEvent | Busy | None, None, T]
+"""Reading of bytes that come in pieces: None asks for more."""
+Slices = Generator[Busy, None, T]
+"""Work on bytes that are here, cut into pieces of some milliseconds."""
+
+
+def at_once(work: Slices[T]) -> T:
+    """The result of work that nobody interrupts."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            found: T = end.value
+            return found
 
 
 def parse_command(kind: int, payload: bytes, at: int) -> Command:

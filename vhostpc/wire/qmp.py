@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vhostpc.errors import VhostpcError
@@ -48,9 +48,10 @@ class QmpError(VhostpcError):
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A whole JSON value."""
+    """A whole JSON value, of so many bytes."""
 
     value: Any
+    size: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Broken:
     """Something that is no JSON; reading has gone on after it."""
 
     reason: str
+    size = 0
 
     def error(self) -> QmpError:
         return QmpError(self.reason)
@@ -70,6 +72,8 @@ class _Mark:
     code: int
 
 
+# One of each: a message may have half a million.
+_MARKS = {code: _Mark(code) for code in b"{}[],:"}
 _Token = Any  # a _Mark, or a value in a _Literal
 
 
@@ -131,8 +135,8 @@ class Reader:
     def _next(self, at: int) -> tuple[int, _Token]:
         """The token at ``at`` and its end; no token if it is not whole; the token False if it is none."""
         first = self._buffer[at]
-        if first in b"{}[],:":
-            return at + 1, _Mark(first)
+        if first in _MARKS:
+            return at + 1, _MARKS[first]
         if first in _BODY:
             seen = _BODY[first].match(self._buffer, max(at + 1, at + self._string_at))
             assert seen
@@ -177,10 +181,10 @@ class Reader:
         elif self._kept > MAX_BYTES:
             yield self._broken("JSON token size limit exceeded")
         elif self._braces < 0 or self._brackets < 0 or self._braces == self._brackets == 0:
-            tokens = self._tokens
+            tokens, size = self._tokens, self._kept
             self._reset()
             try:
-                yield Value(_parse(tokens))
+                yield Value(_parse(tokens), size)
             except QmpError as exc:
                 yield Broken(f"JSON parse error, {exc}")
 

@@ -2,7 +2,8 @@
 
 Integers are big-endian. A record is a u64 word (flags in the low 12 bits, offset in the block above), the
 block's name (u8 length, bytes) unless CONTINUE is set, and the payload: 4096 bytes for PAGE, one fill byte
-for ZERO. The word 0x10 alone (EOS) ends a section. This is the postcopy subset: everything else is refused.
+for ZERO. The word 0x10 alone (EOS) ends a section. This is what postcopy has;
+precopy also has differences (:mod:`vhostpc.wire.xbzrle`). Everything else is refused.
 Source: QEMU's migration stream, RAM section version 4 (migration/ram.c describes the flags).
 """
 
@@ -13,6 +14,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from vhostpc.enums import NamedFlag, WordEnum
 from vhostpc.errors import LocalProtocolError, StreamError
 
 TARGET_PAGE = 4096
@@ -21,7 +23,7 @@ SECTION_PART, SECTION_END, SECTION_FOOTER = 2, 3, 0x7E
 _WORD = struct.Struct(">Q")
 
 
-class RamFlag(enum.IntFlag):
+class RamFlag(NamedFlag):
     """Low bits of a record's word."""
 
     FULL = 0x001
@@ -36,7 +38,7 @@ class RamFlag(enum.IntFlag):
     MULTIFD_FLUSH = 0x200
 
 
-class BadRecord(enum.IntEnum):
+class BadRecord(WordEnum):
     """Why a stream is refused; the numbers are those of the C loader (``VPC_BAD_*``)."""
 
     FLAGS = 1
@@ -46,6 +48,8 @@ class BadRecord(enum.IntEnum):
     HOST_PAGE = 5
     TRUNCATED = 6
     FOOTER = 7
+    DELTA = 8
+    COMPRESSED = 9
 
 
 REASONS = {
@@ -56,6 +60,8 @@ REASONS = {
     BadRecord.HOST_PAGE: "a host page whose parts do not follow one another",
     BadRecord.TRUNCATED: "the end of the stream inside a record or a host page",
     BadRecord.FOOTER: "no footer of the section behind its records",
+    BadRecord.DELTA: "an XBZRLE page that is no difference to what came before",
+    BadRecord.COMPRESSED: "a compressed page: switch the capability compress off at the source",
 }
 
 

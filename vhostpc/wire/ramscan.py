@@ -9,6 +9,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Generator
 
+from vhostpc.units import in_units
+from vhostpc.units import page_sizes as in_words
 from vhostpc.wire.buffer import Buffer
 from vhostpc.wire.elements import BadStream, BlockInfo, RamBlocks, RamFlush, RamRun, RunKind, text_of
 from vhostpc.wire.ramrec import TARGET_PAGE, EndOfSection, RamFlag, RamPage
@@ -67,7 +69,8 @@ def block_list(
         if length % TARGET_PAGE or length > total - listed:
             raise BadStream(
                 where,
-                f"RAM block {name!r} of {length:#x} bytes, where {total - listed:#x} of {total:#x} are left",
+                f"RAM block {name!r} of {in_units(length)}, where {in_units(total - listed)} of {in_units(total)} "
+                "are left",
             )
         listed += length
         page_size = None
@@ -99,7 +102,9 @@ def _page_size(buffer: Buffer, name: str, page_sizes: int, last: bool) -> Genera
     at = buffer.offset
     (size,) = _WORD.unpack((yield from _need(buffer, 8)))
     if size & (size - 1) or size <= TARGET_PAGE or not size & page_sizes:
-        raise BadStream(at, f"RAM block {name!r} with pages of {size:#x} bytes, advised were {page_sizes:#x}")
+        raise BadStream(
+            at, f"RAM block {name!r} with pages of {in_units(size)}, advised were {in_words(page_sizes)}"
+        )
     return int(size)
 
 

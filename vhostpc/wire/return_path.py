@@ -8,11 +8,11 @@ mark), RESUME_ACK (6) and SWITCHOVER_ACK (7). Source: QEMU, docs/devel/migration
 
 from __future__ import annotations
 
-import enum
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from vhostpc.enums import SpecEnum
 from vhostpc.errors import LocalProtocolError, StreamError
 
 MAX_LENGTH = 512
@@ -26,7 +26,7 @@ _U64 = struct.Struct(">Q")
 _REQUEST = struct.Struct(">QI")
 
 
-class ReturnPathType(enum.IntEnum):
+class ReturnPathType(SpecEnum):
     SHUT = 1
     PONG = 2
     REQ_PAGES_ID = 3

@@ -15,27 +15,28 @@ to use it::
 
 Device sections carry no length. In precopy they are the last thing before the description that tells their
 lengths, so they come out together, when the description is whole (or at :meth:`StreamReader.eof`, if there is
-none); those in a package come out of :func:`~vhostpc.wire.split.read_package`. ``reader.unread`` behind the end
-should be empty: a guest that can write a device's state could have forged an earlier end.
+none); those in a package come out of :func:`~vhostpc.wire.split.read_package`. A guest that can write a device's
+state could have forged an earlier end: where more came behind one, :attr:`StreamReader.may_end` says so, and
+:meth:`StreamReader.eof` takes it.
 """
 
 from __future__ import annotations
 
 import enum
-import re
-from collections.abc import Generator, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
-from vhostpc.errors import LocalProtocolError, StreamError
-from vhostpc.wire import vmdesc
+from vhostpc.errors import LocalProtocolError
 from vhostpc.wire.buffer import Buffer
+from vhostpc.wire.devices import LastSections, early_section
 from vhostpc.wire.elements import (
     MAGIC,
+    MAX_PACKAGE,
     RAM_VERSION,
     U32,
     VERSION,
     BadStream,
     BlockInfo,
+    Busy,
     CommandType,
     Configuration,
     DeviceSection,
@@ -54,23 +55,18 @@ from vhostpc.wire.elements import (
     SectionEnd,
     SectionPart,
     SectionStart,
+    Steps,
     StreamEvent,
     VmDescription,
     parse_command,
     text_of,
 )
 from vhostpc.wire.ramscan import RamScanner, block_list
-from vhostpc.wire.split import once, split
 
-MAX_DEVICES = 64 << 20
-"""Bytes of device sections, in a package or at the end, that are taken unless told otherwise."""
+MAX_DEVICES = MAX_PACKAGE
+"""Bytes of device sections, in a package or at the end, that are taken unless told otherwise: all that QEMU takes."""
 MAX_MACHINE = 256
 _MAX_CAPABILITIES = 64
-# A footer, the end of the stream, a description that begins as JSON objects do.
-_DESCRIPTION = re.compile(rb"\x7e.{4}\x00\x06(.{4})\{", re.DOTALL)
-
-T = TypeVar("T")
-Steps = Generator[StreamEvent | None, None, T]
 
 
 class RamMode(enum.Enum):
@@ -82,6 +78,10 @@ class RamMode(enum.Enum):
     """:class:`~vhostpc.wire.ramrec.RamPage`, each with its content."""
     PAUSE = "pause"
     """:class:`~vhostpc.wire.elements.RamData`; somebody else reads them."""
+
+
+def _only_events(found: Iterator[StreamEvent | Busy]) -> Iterator[StreamEvent]:
+    return (event for event in found if not isinstance(event, Busy))
 
 
 class StreamReader:
@@ -115,8 +115,10 @@ class StreamReader:
         self._closed = False
         self._fresh = continues is None
         self._return_path = False
-        self._ignore_shared = False
+        self._capabilities: tuple[str, ...] = ()
         self._ram_ended = False
+        self._early: list[DeviceSection] = []
+        self._last: LastSections | None = None
         self._inside = "the header"
         self._error: BadStream | None = None
         if continues is not None:
@@ -135,8 +137,22 @@ class StreamReader:
         """Bytes that were fed and not read; behind the end: bytes that do not belong to the stream."""
         return len(self._buffer)
 
+    @property
+    def may_end(self) -> bool:
+        """All of the stream has come, if what is unread is no part of it: then :meth:`eof` ends it."""
+        return self._last is not None and self._last.may_end
+
+    @property
+    def doubt(self) -> int | None:
+        """Behind the end: a byte before which the device sections can be read in another way, too."""
+        return None if self._last is None else self._last.doubt
+
     def feed(self, data: bytes) -> Iterator[StreamEvent]:
         """Take bytes; yields what became whole. Raises BadStream when iterated."""
+        return _only_events(self.feed_in_slices(data))
+
+    def feed_in_slices(self, data: bytes) -> Iterator[StreamEvent | Busy]:
+        """As :meth:`feed`, with BUSY between pieces of long work."""
         if self._handed:
             raise LocalProtocolError("the stream is in other hands: resume() comes first")
         self._buffer.feed(data)
@@ -144,7 +160,13 @@ class StreamReader:
 
     def eof(self) -> Iterator[StreamEvent]:
         """The connection ended; yields what only this makes whole. Raises BadStream inside an element."""
+        return _only_events(self.eof_in_slices())
+
+    def eof_in_slices(self) -> Iterator[StreamEvent | Busy]:
+        """As :meth:`eof`, with BUSY between pieces of long work."""
         self._closed = True
+        if self._last is not None:
+            self._last.closed = True
         yield from self._events()
         if not self.ended:
             at = self._buffer.offset + len(self._buffer)
@@ -175,7 +197,7 @@ class StreamReader:
         self._error = error
         return error
 
-    def _events(self) -> Iterator[StreamEvent]:
+    def _events(self) -> Iterator[StreamEvent | Busy]:
         if self._error is not None:
             raise self._error
         try:
@@ -228,11 +250,8 @@ class StreamReader:
             elif kind == Element.SECTION_FULL:
                 if self.postcopy:
                     raise BadStream(at, "a device section behind the package")
-                if not self.blocks:
-                    raise BadStream(at, "a device section before RAM: where it ends can not be known")
-                self._buffer.at -= 1
-                yield from self._devices(at)
-                return
+                if (yield from self._full_section(at)):
+                    return
             else:
                 names = {
                     Element.CONFIGURATION: "a second configuration",
@@ -254,7 +273,13 @@ class StreamReader:
     def _configuration(self) -> Steps[None]:
         at = self._buffer.offset
         self._inside = "the configuration"
-        if (yield from self._take(1))[0] != Element.CONFIGURATION:
+        kind = (yield from self._take(1))[0]
+        if kind == Element.SECTION_START:
+            raise BadStream(
+                at,
+                "no configuration behind the header: a machine type of QEMU 2.3 or before, which is not taken",
+            )
+        if kind != Element.CONFIGURATION:
             raise BadStream(at, "no configuration behind the header")
         size = yield from self._u32()
         if not 0 < size <= MAX_MACHINE:
@@ -291,9 +316,7 @@ class StreamReader:
                 capabilities = tuple(names)
             else:
                 raise BadStream(where, f"configuration {name!r}, which is none we know")
-        if capabilities and "mapped-ram" in capabilities:
-            raise BadStream(at, "a file in the mapped-ram format: its pages lie in the file by their place")
-        self._ignore_shared = bool(capabilities and "x-ignore-shared" in capabilities)
+        self._capabilities = capabilities or ()
         yield Configuration(machine, bits, capabilities, uuid, offset=at)
 
     def _command(self, at: int) -> Steps[None]:
@@ -325,8 +348,13 @@ class StreamReader:
             raise BadStream(at, wrong)
         yield event
 
+    @property
+    def _may_switch(self) -> bool:
+        """RAM may come by postcopy: it was advised, and not for dirty bitmaps alone."""
+        return self.advised is not None and self.advised.page_sizes is not None
+
     def _wrong_discard(self, event: RamDiscard) -> str | None:
-        if self.advised is None or self.postcopy:
+        if not self._may_switch or self.postcopy:
             return "POSTCOPY_RAM_DISCARD " + ("behind the package" if self.postcopy else "without ADVISE")
         length = self._scanner.lengths.get(event.block)
         if length is None:
@@ -339,7 +367,7 @@ class StreamReader:
     def _package(self, at: int, size: int) -> Steps[None]:
         if size != 4:
             raise BadStream(at, f"command PACKAGED with {size} bytes, which is not its length")
-        if self.advised is None or self.postcopy or not self.blocks:
+        if not self._may_switch or self.postcopy or not self.blocks:
             raise BadStream(at, "a second package" if self.postcopy else "a package without ADVISE and RAM")
         length = yield from self._u32()
         if length > self._limit:
@@ -364,9 +392,11 @@ class StreamReader:
             raise BadStream(at, f"RAM of instance {instance} and version {version}, not 0 and {RAM_VERSION}")
         self.ram_section = section_id
         yield SectionStart(section_id, name, instance, version, offset=at)
+        if "mapped-ram" in self._capabilities:
+            raise BadStream(at, "RAM in the mapped-ram format: its pages lie in the file by their place")
         self._inside = "the list of RAM blocks"
         sizes = None if self.advised is None else self.advised.page_sizes
-        listed = yield from block_list(self._buffer, sizes, self._ignore_shared)
+        listed = yield from block_list(self._buffer, sizes, "x-ignore-shared" in self._capabilities)
         self.blocks = listed.blocks
         self._scanner = RamScanner(self.blocks)
         yield listed
@@ -375,10 +405,9 @@ class StreamReader:
     def _part(self, at: int, last: bool) -> Steps[None]:
         self._inside = f"the RAM section at byte {at}"
         section_id = yield from self._u32()
-        if section_id != self.ram_section or self._ram_ended:
-            why = "which has ended" if self._ram_ended else "which never started"
-            raise BadStream(at, f"a part of section {section_id}, {why}")
-        self._ram_ended = last
+        if section_id != self.ram_section:
+            raise BadStream(at, f"a part of section {section_id}, which never started")
+        self._ram_ended = self._ram_ended or last  # QEMU reads parts behind the last one, too
         yield (SectionEnd if last else SectionPart)(section_id, offset=at)
         if self._mode is RamMode.PAUSE:
             self.paused, self._footer_taken = True, False
@@ -417,87 +446,24 @@ class StreamReader:
             where = self._buffer.offset
             self._buffer.at += 1
             size = yield from self._u32()
-            if size > vmdesc.MAX_DESCRIPTION:
-                raise BadStream(where, f"a description of {size} bytes, at most {vmdesc.MAX_DESCRIPTION}")
+            if size > self._limit:
+                raise BadStream(where, f"a description of {size} bytes, at most {self._limit} are taken")
             yield VmDescription((yield from self._take(size)), offset=where)
         self.ended = True
 
-    # --- device sections at the end
+    # --- device sections
 
-    def _devices(self, at: int) -> Steps[None]:
-        self._inside = "the device sections"
-        looked = 0
-        too_long: BadStream | None = None
-        while True:
-            buffer = self._buffer
-            data = buffer.data
-            match = _DESCRIPTION.search(data, buffer.at + looked)
-            if match is not None:
-                size = int.from_bytes(match[1], "big")
-                begin = match.start() + 11
-                if size > vmdesc.MAX_DESCRIPTION:
-                    where = at + match.start() + 6 - buffer.at
-                    too_long = BadStream(
-                        where, f"a description of {size} bytes, at most {vmdesc.MAX_DESCRIPTION}"
-                    )
-                    looked = match.start() + 1 - buffer.at
-                    continue
-                if len(data) >= begin + size:
-                    if data[begin + size - 1] != ord("}"):
-                        looked = match.start() + 1 - buffer.at
-                        continue
-                    sections = bytes(data[buffer.at : match.start() + 5])
-                    text = bytes(data[begin : begin + size])
-                    yield from self._described(sections, text, at)
-                    buffer.at = begin + size
-                    self.ended = True
-                    return
-                looked = match.start() - buffer.at
-                self._inside = "the description"
-            else:
-                looked = max(0, len(buffer) - 12)
-            if len(buffer) > self._limit + vmdesc.MAX_DESCRIPTION:
-                raise BadStream(at, f"more than {self._limit} bytes of device sections")
-            if self._closed:
-                if match is None:
-                    try:
-                        yield from self._undescribed(at)
-                    except BadStream as error:
-                        raise too_long or error from None
-                return
-            yield None
-
-    def _described(self, sections: bytes, text: bytes, at: int) -> Steps[None]:
-        end = at + len(sections)
-        disagrees: BadStream | None = None
-        events: list[DeviceSection] = []
-        try:
-            try:
-                events = vmdesc.split_by(vmdesc.parse(text), sections, at)
-            except BadStream:
-                raise
-            except StreamError as error:
-                raise BadStream(end + 1, str(error)) from None
-        except BadStream as error:
-            # QEMU drops the description unread: a stream that can be read without it is none the worse.
-            disagrees = error
-            try:
-                found = split(sections, at)
-            except BadStream:
-                raise disagrees from None
-            events = [event for event in found if isinstance(event, DeviceSection)]
-            if len(events) != len(found):
-                raise disagrees from None
-        once(list(events))
-        yield from events
-        yield EndOfStream(offset=end)
-        yield VmDescription(text, disagrees, offset=end + 1)
-
-    def _undescribed(self, at: int) -> Steps[None]:
-        found = split(bytes(self._buffer.data[self._buffer.at :]), at)
-        if not isinstance(found[-1], EndOfStream):
-            raise BadStream(at + len(self._buffer), "the stream ends behind a section, without its end mark")
-        once(found)
-        self._buffer.at = len(self._buffer.data)
-        yield from found
-        self.ended = True
+    def _full_section(self, at: int) -> Steps[bool]:
+        """Whether it was the first of all that is left."""
+        self._buffer.at -= 1
+        if not self._ram_ended:  # virtio-mem's, since QEMU 8.0: before the pages
+            self._inside = f"the section at byte {at}"
+            section = yield from early_section(self._buffer, self.ram_section, self._limit)
+            self._early.append(section)
+            yield section
+            return False
+        self._last = LastSections(self._buffer, self._limit, self._early)
+        self._last.closed = self._closed
+        self.ended = yield from self._last.read()
+        self._inside = self._last.inside
+        return True

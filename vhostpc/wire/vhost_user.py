@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from vhostpc.enums import NamedFlag, SpecEnum
 from vhostpc.errors import LocalProtocolError
 
 HEADER = struct.Struct("=III")
@@ -34,7 +35,7 @@ VRING_INDEX_MASK = 0xFF
 VRING_NOFD = 0x100
 
 
-class Request(enum.IntEnum):
+class Request(SpecEnum):
     """Front-end to back-end (specification, "Front-end message types")."""
 
     NONE = 0
@@ -83,7 +84,7 @@ class Request(enum.IntEnum):
     CHECK_DEVICE_STATE = 43
 
 
-class BackendRequest(enum.IntEnum):
+class BackendRequest(SpecEnum):
     """Back-end to front-end, on the socket of SET_BACKEND_REQ_FD."""
 
     IOTLB_MSG = 1
@@ -96,7 +97,7 @@ class BackendRequest(enum.IntEnum):
     SHARED_OBJECT_LOOKUP = 8
 
 
-class ProtocolFeature(enum.IntFlag, boundary=enum.KEEP):
+class ProtocolFeature(NamedFlag, boundary=enum.KEEP):
     """Bits of GET_PROTOCOL_FEATURES."""
 
     MQ = 1 << 0
@@ -121,7 +122,7 @@ class ProtocolFeature(enum.IntFlag, boundary=enum.KEEP):
     DEVICE_STATE = 1 << 19
 
 
-class Feature(enum.IntFlag, boundary=enum.KEEP):
+class Feature(NamedFlag, boundary=enum.KEEP):
     """The vhost and transport bits of GET_FEATURES that the framework itself cares about."""
 
     NOTIFY_ON_EMPTY = 1 << 24
@@ -145,6 +146,7 @@ _REGION = struct.Struct("=QQQQ")
 _TABLE_HEAD = struct.Struct("=II")
 _LOG = struct.Struct("=QQ")
 _CONFIG_HEAD = struct.Struct("=III")
+_INFLIGHT = struct.Struct("=QQHH")
 
 
 def pack_u64(value: int) -> bytes:
@@ -217,11 +219,14 @@ def pack_table(regions: Sequence[MemoryRegion]) -> bytes:
 
 
 def unpack_table(payload: bytes) -> list[MemoryRegion]:
-    """Inverse of :func:`pack_table`; raises LocalProtocolError when count and size do not fit."""
+    """Inverse of :func:`pack_table`; raises LocalProtocolError for more regions than are allowed, or than there are.
+
+    What follows the last region is padding: User-Mode Linux always sends room for two.
+    """
     if len(payload) < 8:
         raise LocalProtocolError(f"memory table of {len(payload)} bytes, at least 8 needed")
     count = _TABLE_HEAD.unpack_from(payload)[0]
-    if count > MAX_TABLE_REGIONS or len(payload) != 8 + 32 * count:
+    if count > MAX_TABLE_REGIONS or len(payload) < 8 + 32 * count:
         raise LocalProtocolError(f"memory table says {count} regions in {len(payload)} bytes")
     return [MemoryRegion(*_REGION.unpack_from(payload, 8 + 32 * i)) for i in range(count)]
 
@@ -279,6 +284,26 @@ class ConfigSpace:
         return cls(offset, flags, payload[12:])
 
 
+@dataclass(frozen=True, slots=True)
+class Inflight:
+    """24 bytes: u64 size and offset of the inflight region in its fd, u16 queues, u16 entries of each, 4 of padding.
+
+    Size 0: there is none. Some leave the padding out.
+    """
+
+    size: int
+    offset: int
+    queues: int
+    queue_size: int
+
+    def pack(self) -> bytes:
+        return _INFLIGHT.pack(self.size, self.offset, self.queues, self.queue_size) + bytes(4)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Inflight:
+        return cls(*_INFLIGHT.unpack_from(payload))
+
+
 # --- the request table ------------------------------------------------------------------------------
 
 
@@ -292,7 +317,11 @@ class Reply(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
-    """One row: sizes in bytes, descriptors, reply, and the protocol feature that must be negotiated."""
+    """One row: sizes in bytes, descriptors, reply, and the protocol feature that must be negotiated.
+
+    ``padded``: what is behind ``max_size`` means nothing and is not looked at, as libvhost-user has it; else a
+    payload of that many bytes is refused.
+    """
 
     request: Request
     min_size: int
@@ -301,6 +330,7 @@ class RequestSpec:
     max_fds: int
     reply: Reply
     gate: ProtocolFeature | None = None
+    padded: bool = True
 
 
 def _rows() -> Iterable[RequestSpec]:
@@ -313,10 +343,11 @@ def _rows() -> Iterable[RequestSpec]:
         fds: int | tuple[int, int] = 0,
         reply: Reply = ack,
         gate: ProtocolFeature | None = None,
+        padded: bool = True,
     ) -> RequestSpec:
         low, high = size if isinstance(size, tuple) else (size, size)
         few, many = fds if isinstance(fds, tuple) else (fds, fds)
-        return RequestSpec(request, low, high, few, many, reply, gate)
+        return RequestSpec(request, low, high, few, many, reply, gate, padded)
 
     table = (8, 8 + 32 * MAX_TABLE_REGIONS)
     yield row(R.GET_FEATURES, reply=value)
@@ -324,7 +355,7 @@ def _rows() -> Iterable[RequestSpec]:
     yield row(R.SET_OWNER)
     yield row(R.RESET_OWNER)
     yield row(R.SET_MEM_TABLE, table, (0, MAX_TABLE_REGIONS))
-    yield row(R.SET_LOG_BASE, 16, 1, reply=value, gate=P.LOG_SHMFD)
+    yield row(R.SET_LOG_BASE, 16, 1, reply=value, gate=P.LOG_SHMFD, padded=False)
     yield row(R.SET_LOG_FD, 0, 1)
     yield row(R.SET_VRING_NUM, 8)
     yield row(R.SET_VRING_ADDR, 40)
@@ -340,11 +371,13 @@ def _rows() -> Iterable[RequestSpec]:
     yield row(R.SEND_RARP, 8, gate=P.RARP)
     yield row(R.NET_SET_MTU, 8, gate=P.MTU)
     yield row(R.SET_BACKEND_REQ_FD, 0, 1, gate=P.BACKEND_REQ)
-    yield row(R.GET_CONFIG, (12, 12 + MAX_CONFIG), reply=value, gate=P.CONFIG)
-    yield row(R.SET_CONFIG, (12, 12 + MAX_CONFIG), gate=P.CONFIG)
+    yield row(R.GET_CONFIG, (12, 12 + MAX_CONFIG), reply=value, gate=P.CONFIG, padded=False)
+    yield row(R.SET_CONFIG, (12, 12 + MAX_CONFIG), gate=P.CONFIG, padded=False)
     yield row(R.POSTCOPY_ADVISE, reply=value, gate=P.PAGEFAULT)
     yield row(R.POSTCOPY_LISTEN, reply=u64, gate=P.PAGEFAULT)
     yield row(R.POSTCOPY_END, reply=u64, gate=P.PAGEFAULT)
+    yield row(R.GET_INFLIGHT_FD, (20, 24), reply=value, gate=P.INFLIGHT_SHMFD, padded=False)
+    yield row(R.SET_INFLIGHT_FD, (20, 24), 1, gate=P.INFLIGHT_SHMFD, padded=False)
     yield row(R.RESET_DEVICE, gate=P.RESET_DEVICE)
     yield row(R.VRING_KICK, 8, gate=P.INBAND_NOTIFICATIONS)
     yield row(R.GET_MAX_MEM_SLOTS, reply=value, gate=P.CONFIGURE_MEM_SLOTS)

@@ -13,13 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from vhostpc.errors import StreamError
-from vhostpc.wire.elements import BadStream, DeviceSection
+from vhostpc.wire.elements import BadStream, Busy, DeviceSection, Slices, at_once
 from vhostpc.wire.split import section_head
 
 MAX_DESCRIPTION = 4 << 20
 """Bytes; QEMU's are some 100 KB. JSON takes many times its length when parsed."""
+MAX_VALUES = 200_000
+"""Values in it; QEMU's are some thousand. They are parsed in one piece."""
 _MAX_DEPTH = 32
 _MAX_SIZE = 1 << 40
+_PIECE = 2000
+"""Sections that are looked at in one slice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,8 @@ def parse(text: bytes) -> tuple[DeviceDescription, ...]:
     """The device sections in the order of the stream. Raises :class:`~vhostpc.errors.StreamError`."""
     if len(text) > MAX_DESCRIPTION:
         raise StreamError(f"a description of {len(text)} bytes, at most {MAX_DESCRIPTION}")
+    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise StreamError(f"a description of more than {MAX_VALUES} values")
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
@@ -84,11 +90,36 @@ def parse(text: bytes) -> tuple[DeviceDescription, ...]:
     )
 
 
+def without(
+    devices: Sequence[DeviceDescription], early: Sequence[DeviceSection]
+) -> Sequence[DeviceDescription]:
+    """Those behind the sections that came before the pages, which stand first. Raises BadStream."""
+    for device, section in zip(devices, early, strict=False):
+        if (device.name, device.instance, device.size) != (
+            section.idstr,
+            section.instance,
+            len(section.body),
+        ):
+            raise BadStream(
+                section.offset,
+                f"section {section.idstr!r} instance {section.instance} of {len(section.body)} bytes, where the "
+                f"description has {device.name!r} instance {device.instance} of {device.size}",
+            )
+    return devices[len(early) :]
+
+
 def split_by(devices: Sequence[DeviceDescription], data: bytes, offset: int) -> list[DeviceSection]:
     """The sections of ``data``, which begins at byte ``offset`` of the stream and must hold just them.
 
     Names, instances, versions and footers are compared. Raises :class:`BadStream`.
     """
+    return at_once(split_in_slices(devices, data, offset))
+
+
+def split_in_slices(
+    devices: Sequence[DeviceDescription], data: bytes, offset: int
+) -> Slices[list[DeviceSection]]:
+    """As :func:`split_by`."""
     out: list[DeviceSection] = []
     at = 0
     for device in devices:
@@ -112,6 +143,8 @@ def split_by(devices: Sequence[DeviceDescription], data: bytes, offset: int) -> 
             )
         out.append(head.section(data[head.body : end], offset))
         at = end + 5
+        if not len(out) % _PIECE:
+            yield Busy.BUSY
     if at != len(data):
         raise BadStream(offset + at, f"{len(data) - at} bytes that the description does not know")
     return out

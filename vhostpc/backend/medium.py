@@ -14,19 +14,19 @@ SECTOR = 512
 DEPTH = 16
 
 
-class Disk:
+class Medium:
     """``size`` bytes, a whole number of sectors. Errors of the medium are OSError."""
 
     def __init__(self, fd: int, *, read_only: bool, in_memory: bool) -> None:
         self.fd = fd
         self.read_only = read_only
         self.in_memory = in_memory
-        # Also right for a block device, of which fstat says no size.
-        self.size = os.lseek(fd, 0, os.SEEK_END) // SECTOR * SECTOR
+        self.size = 0
+        self.look()
         self._limiter = trio.CapacityLimiter(DEPTH)
 
     @classmethod
-    def from_file(cls, path: str, *, read_only: bool) -> Disk:
+    def from_file(cls, path: str, *, read_only: bool) -> Medium:
         """Raises VhostpcError with one sentence."""
         try:
             fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
@@ -36,18 +36,24 @@ class Disk:
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             os.close(fd)
             raise VhostpcError(f"{path} is neither a file nor a block device")
-        disk = cls(fd, read_only=read_only, in_memory=False)
-        if not disk.size:
+        medium = cls(fd, read_only=read_only, in_memory=False)
+        if not medium.size:
             os.close(fd)
             raise VhostpcError(f"{path} is shorter than one sector of {SECTOR} bytes")
-        return disk
+        return medium
 
     @classmethod
-    def from_memory(cls, size: int, *, read_only: bool) -> Disk:
+    def from_memory(cls, size: int, *, read_only: bool) -> Medium:
         """An empty disk that is gone with the process."""
         fd = os.memfd_create("disk", os.MFD_CLOEXEC)
         os.ftruncate(fd, size // SECTOR * SECTOR)
         return cls(fd, read_only=read_only, in_memory=True)
+
+    def look(self) -> int:
+        """Take over the size that the medium has now, in bytes, and return it."""
+        # Also right for a block device, of which fstat says no size.
+        self.size = os.lseek(self.fd, 0, os.SEEK_END) // SECTOR * SECTOR
+        return self.size
 
     def read_now(self, offset: int, length: int) -> bytes | None:
         """The bytes if they are at hand, else None."""
@@ -55,7 +61,7 @@ class Disk:
         try:
             if os.preadv(self.fd, [data], offset, 0 if self.in_memory else os.RWF_NOWAIT) == length:
                 return bytes(data)
-        except OSError:  # not in the page cache, or a file system that can not tell
+        except OSError:  # not in the page cache, or a file system that cannot tell
             pass
         return None
 

@@ -1,0 +1,105 @@
+"""A scan outlives the connection that its pages are sent on; what belonged to that connection ends with it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import trio
+
+from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet
+from vhostpc.ufd.pagesource import UNLIMITED, Ended, PageScan, PageSource
+from vhostpc.wire.ramrec import EndOfSection, RamDecoder, RamPage
+from vhostpc.wire.return_path import PageRequest, Shut
+
+PAGES = 64
+
+
+async def cut_in_the_middle(source: PageSource, theirs: trio.socket.SocketType) -> set[int]:
+    """Pages 3 and 40 are asked for, 3 is withheld, then the link is cut. The pages that arrived whole."""
+    decoder, arrived = RamDecoder({"ram0": PAGES * TARGET_PAGE}), set[int]()
+    source.hold("ram0", 3, 1)
+    async with trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            assert await source.serve() is Ended.PEER_CLOSED
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(serve)
+        for page in (3, 40):
+            await theirs.send(PageRequest("ram0", page * TARGET_PAGE, TARGET_PAGE).encode())
+        # Its head, its name, and half of its content: the record is never whole.
+        cut = await theirs.recv(8 + 5 + TARGET_PAGE // 2)
+        arrived |= {e.offset // TARGET_PAGE for e in decoder.feed(cut) if isinstance(e, RamPage)}
+        while source.numbers().held == 0:
+            await source.changed()
+        theirs.close()
+        await trio.sleep_forever()
+    return arrived
+
+
+async def test_a_second_connection_goes_on_with_the_scan() -> None:
+    with trio.fail_after(30), ExitStack() as stack:
+        ram = stack.enter_context(RamSet())
+        block = ram.create("ram0", PAGES * TARGET_PAGE)
+        await block.fill(1)
+        block.set_bits(Bits.DIRTY)
+        scan = PageScan(ram)
+        stack.callback(scan.close)
+
+        ours, theirs = trio.socket.socketpair()
+        with ours, PageSource(ram, ours.fileno(), scan=scan) as first:
+            assert await cut_in_the_middle(first, theirs) == set()
+            before = first.numbers()
+        assert (before.requested_pages, before.held_ever, before.dirty_left) == (1, 1, PAGES - 1)
+
+        block.set_bits(Bits.DIRTY)  # as the destination's bitmap says: nothing has arrived
+        scan.set_rate(UNLIMITED)
+        block.set_bits(Bits.HELD, value=False)
+        ours, theirs = trio.socket.socketpair()
+        with ours, theirs, PageSource(ram, ours.fileno(), scan=scan) as second:
+            assert second.numbers().held == 0
+            order: list[int] = []
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(second.serve)
+                # A new decoder takes no CONTINUE before a name, and no rest of a record.
+                decoder, ended = RamDecoder({"ram0": block.length}), False
+                while not ended:
+                    for event in decoder.feed(await theirs.recv(65536)):
+                        ended |= isinstance(event, EndOfSection)
+                        if isinstance(event, RamPage):
+                            order.append(event.offset // TARGET_PAGE)
+                await theirs.send(Shut(0).encode())
+            after = second.numbers()
+        # The scan stands where the first connection left it, and what that one was asked for is forgotten.
+        assert order == [*range(41, PAGES), *range(41)]
+        assert (after.requested_pages, after.background_pages) == (1, PAGES)
+        assert (after.requests, after.held, after.dirty_left) == (0, 0, 0)
+
+
+async def test_what_was_asked_for_and_withheld_is_asked_for_again() -> None:
+    with trio.fail_after(30), ExitStack() as stack:
+        ram = stack.enter_context(RamSet())
+        block = ram.create("ram0", PAGES * TARGET_PAGE)
+        await block.fill(1)
+        block.set_bits(Bits.DIRTY)
+        scan = PageScan(ram)
+        stack.callback(scan.close)
+        ours, theirs = trio.socket.socketpair()
+        with ours, PageSource(ram, ours.fileno(), scan=scan) as first:
+            await cut_in_the_middle(first, theirs)
+        ours, theirs = trio.socket.socketpair()
+        with ours, theirs, PageSource(ram, ours.fileno(), scan=scan) as second:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(second.serve)
+                await theirs.send(PageRequest("ram0", 3 * TARGET_PAGE, TARGET_PAGE).encode())
+                while second.numbers().held == 0:
+                    await second.changed()
+                second.release("ram0")
+                decoder = RamDecoder({"ram0": block.length})
+                found: list[int] = []
+                while not found:
+                    for event in decoder.feed(await theirs.recv(65536)):
+                        assert isinstance(event, RamPage)
+                        found.append(event.offset // TARGET_PAGE)
+                nursery.cancel_scope.cancel()
+            assert found == [3]

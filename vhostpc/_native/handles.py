@@ -1,0 +1,78 @@
+"""Objects of C in the hands of Python: freed once, and never while a call works on them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from vhostpc._native import ffi
+
+_needed: Counter[int] = Counter()
+"""How many objects use another one, by its address."""
+
+
+def _address(raw: Any) -> int:
+    return int(ffi.cast("uintptr_t", raw))
+
+
+class Handle:
+    """Owns ``raw``, a pointer to an object of C, until :meth:`close`; then using it raises.
+
+    The object itself is freed, by ``free``, when nobody refers to it any more: a call that is under way does, so it
+    keeps what it works on. ``needs``: pointers of other handles that the object uses; those objects live as long as
+    it does, whoever closes theirs.
+
+    ``ended``: what ``error`` says.
+    """
+
+    __slots__ = ("_ended", "_error", "_needs", "_raw")
+
+    def __init__(
+        self,
+        raw: Any,
+        free: Callable[[Any], None],
+        ended: str,
+        error: type[Exception] = ValueError,
+        needs: Iterable[Any] = (),
+    ) -> None:
+        self._needs = list(needs)
+        _needed.update(map(_address, self._needs))
+        self._raw = ffi.gc(raw, partial(_free, free, self._needs) if self._needs else free)
+        self._ended = ended
+        self._error = error
+
+    @property
+    def raw(self) -> Any:
+        """The pointer, to be handed to C. Raises ValueError, or the error that was chosen, after :meth:`close`."""
+        if self._raw is None:
+            raise self._error(self._ended)
+        return self._raw
+
+    @property
+    def closed(self) -> bool:
+        return self._raw is None
+
+    def now_needs(self, *needs: Any) -> None:
+        """It is about to use other objects in place of those given first."""
+        _needed.update(map(_address, needs))
+        _needed.subtract(map(_address, self._needs))
+        self._needs[:] = needs
+
+    def close(self, *, idle: bool = False) -> None:
+        """Let go of it, and of what it needs: a call that is under way still holds both. Harmless again.
+
+        ``idle``: no call is under way, so it is freed at once, unless another object needs it, and not when the last
+        traceback that has it in a frame is collected.
+        """
+        raw, self._raw = self._raw, None
+        self._needs = []
+        if idle and raw is not None and not _needed[_address(raw)]:
+            ffi.release(raw)
+
+
+def _free(free: Callable[[Any], None], needs: list[Any], raw: Any) -> None:
+    """``needs`` stand here to live until now."""
+    free(raw)
+    _needed.subtract(map(_address, needs))

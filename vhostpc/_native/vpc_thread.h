@@ -1,0 +1,10 @@
+/* Threads: Python makes them, here they get their names. */
+#ifndef VPC_THREAD_H
+#define VPC_THREAD_H
+
+/* cdef begin */
+/* Name the calling thread, as /proc/PID/task/TID/comm shows it: 15 bytes at most. */
+int vpc_thread_name(const char *name);
+/* cdef end */
+
+#endif

@@ -1,0 +1,53 @@
+"""The standard streams of a program that anybody may start: some closed, some that nobody reads any more.
+
+The exit code tells of the work. A line for people on stderr that reaches nobody is no failure of it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from contextlib import suppress
+
+
+class Unheard(io.FileIO):
+    """A file whose writes may be lost: a pipe without a reader, a full disk."""
+
+    def write(self, data: bytes, /) -> int:  # type: ignore[override]
+        """See :class:`io.RawIOBase`."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def hold_streams() -> None:
+    """Make stdin, stdout and stderr usable for the life of this process, and let writing to stderr never fail.
+
+    A number that is closed gets ``/dev/null``: else the next file or socket that is opened would get it, and with it
+    what is meant for a person.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.set_inheritable(number, True)
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is not None:
+        with suppress(OSError):
+            sys.stderr.flush()
+    encoding, errors = getattr(sys.stderr, "encoding", None), "backslashreplace"
+    raw = io.BufferedWriter(Unheard(2, "wb", closefd=False))
+    sys.stderr = io.TextIOWrapper(raw, encoding=encoding, errors=errors, line_buffering=True)
+
+
+def let_stdout_go() -> None:
+    """Whoever read our output has enough: the rest of it is for nobody, and Python must not complain at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)

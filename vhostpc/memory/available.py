@@ -1,0 +1,13 @@
+"""How much memory this machine can still give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+def available_memory() -> int:
+    """Bytes that can be had without pushing anything out but into swap: MemAvailable and SwapFree (proc_meminfo(5))."""
+    found = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+    return sum(int(found[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree") if name in found)

@@ -1,0 +1,82 @@
+"""The inflight region: which chains of each queue are taken and not answered, in a file that outlives the back-end.
+
+The back-end makes the file, the front-end keeps it and hands it to the back-end that comes next. A queue's part is
+``struct QueueRegionSplit`` of the vhost-user specification: 16 bytes and 16 for each entry.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from typing import Any
+
+from vhostpc._native import ffi, lib
+from vhostpc._native.handles import Handle
+from vhostpc.errors import GuestMemoryError
+from vhostpc.memory.mapping import Supply
+from vhostpc.units import in_units
+
+#: libvhost-user and DPDK align each queue's part to this.
+ALIGNMENT = 64
+
+
+def part_size(queue_size: int) -> int:
+    """Bytes of a queue's part, without what aligns the next one."""
+    return 16 + 16 * queue_size
+
+
+def stride_of(queue_size: int) -> int:
+    """Bytes from one queue's part to the next."""
+    return (part_size(queue_size) + ALIGNMENT - 1) & ~(ALIGNMENT - 1)
+
+
+def new_inflight_file(queues: int, queue_size: int) -> int:
+    """A memfd for so many queues, all zeros, whose size nobody can change; the caller owns it. Raises OSError."""
+    fd = os.memfd_create("inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, queues * stride_of(queue_size))
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+class InflightRegion:
+    """Maps ``size`` bytes at ``offset`` of ``fd``, parts for ``queues`` rings of at most ``queue_size`` entries.
+
+    The descriptor may be closed afterwards. A file that is shrunk ends ``supply``'s session. Nothing here touches a
+    page. Raises GuestMemoryError when the parts do not lie in it, or it not in its file, or when the file is one whose
+    pages others might have to bring.
+    """
+
+    def __init__(self, supply: Supply, fd: int, offset: int, size: int, queues: int, queue_size: int) -> None:
+        self.queues = queues
+        self.queue_size = queue_size
+        where = (
+            f"inflight region: {in_units(size)} at {offset:#x} for {queues} queues of {queue_size} entries"
+        )
+        self.stride = stride_of(queue_size)
+        if size == queues * part_size(queue_size):
+            self.stride = part_size(queue_size)  # of a back-end that aligns nothing
+        if not queues or not queue_size or size < queues * self.stride:
+            raise GuestMemoryError(f"{where} are too few")
+        out = ffi.new("struct vpc_inflight **")
+        rc = lib.vpc_inflight_new(supply.handle, fd, offset, size, out)
+        if rc in (-errno.EFBIG, -errno.EINVAL):
+            raise GuestMemoryError(f"{where} are unaligned, or do not lie in a file of that size")
+        if rc == -errno.EOPNOTSUPP:
+            raise GuestMemoryError(f"{where} are neither on tmpfs nor on hugetlbfs")
+        if rc < 0:
+            raise GuestMemoryError(f"{where}: {os.strerror(-rc)}")
+        self._native = Handle(out[0], lib.vpc_inflight_unref, "this inflight region is closed")
+
+    @property
+    def handle(self) -> Any:
+        """The C handle; ValueError after :meth:`close`."""
+        return self._native.raw
+
+    def close(self) -> None:
+        """Let go of our hold; rings keep theirs until they start again."""
+        self._native.close()

@@ -1,0 +1,65 @@
+"""A page of a front-end's file that went away under our mapping, as the SIGBUS of a touch told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import trio
+
+from vhostpc._native import ffi, lib
+from vhostpc.enums import WordEnum
+from vhostpc.memory.mapping import Backing, Supply
+from vhostpc.memory.table import Region
+
+
+class Use(WordEnum):
+    """What a front-end's file is mapped for (``VPC_USE_*``)."""
+
+    MEMORY = 0
+    DIRTY_LOG = 1
+    INFLIGHT_REGION = 2
+
+
+@dataclass(frozen=True)
+class Strike:
+    """The first such page of a session; the session's supply is lost since.
+
+    ``address``: of the touch, in our process. ``offset``: the same in the file, whose size was ``size`` just then;
+    bytes. ``use``: what it is mapped for. ``poisoned``: the page is there, and may not be read.
+    """
+
+    address: int
+    offset: int
+    size: int
+    backing: Backing
+    use: Use
+    poisoned: bool
+
+    def sentence(self, regions: Iterable[Region]) -> str:
+        """What to tell, in one sentence; ``regions``: all that the session knows."""
+        what = self.use.name.lower().replace("_", " ")
+        whose = f"the front-end's {what}"
+        where = f"offset {self.offset:#x} of its file"
+        for r in regions:
+            if self.use is Use.MEMORY and 0 <= self.address - r.mapping.address < r.size:
+                where = f"region at guest address {r.guest_addr:#x}, {where}"
+        if self.poisoned:
+            return f"a page of {whose} is poisoned, by UFFDIO_POISON or because the machine's memory fails ({where})"
+        if self.offset >= self.size:
+            return f"the front-end shrank the file of its {what} ({where}, which now ends at {self.size:#x})"
+        # Not to be told apart: kernels without memory failure report poison in the same way.
+        also = {
+            Backing.TMPFS: "its file system is full",
+            Backing.HUGETLB: "no huge page is free",
+            Backing.OTHER: "its disk fails",
+        }[self.backing]
+        return f"a page of {whose} cannot be had ({where}): {also}, its file was shrunk, or it was poisoned"
+
+
+async def struck(supply: Supply) -> Strike:
+    """Wait until a touch of ``supply``'s memory, dirty log or inflight region, has met a page that had gone."""
+    await trio.lowlevel.wait_readable(lib.vpc_supply_strike_fd(supply.handle))
+    out = ffi.new("struct vpc_strike *")
+    assert lib.vpc_supply_struck(supply.handle, out)
+    return Strike(out.address, out.offset, out.size, Backing(out.kind), Use(out.use), bool(out.poisoned))

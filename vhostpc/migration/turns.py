@@ -1,0 +1,35 @@
+"""Long work on the trio loop, cut into pieces that let everybody else have a turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import trio
+
+from vhostpc.wire.elements import Slices
+
+T = TypeVar("T")
+
+
+async def in_turns(work: Slices[T]) -> T:
+    """The result of ``work``, with a checkpoint behind each of its slices."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            found: T = end.value
+            return found
+        await trio.lowlevel.checkpoint()
+
+
+def pieces(ranges: Iterable[tuple[int, int]], most: int) -> Iterator[tuple[int, int]]:
+    """Ranges (start, length) as disjoint ones in order, none longer than ``most``; what they cover twice comes once."""
+    done = 0
+    for start, length in sorted(ranges):
+        at, end = max(start, done), start + length
+        while at < end:
+            piece = min(most, end - at)
+            yield at, piece
+            at += piece
+        done = max(done, end)
