@@ -38,7 +38,8 @@ mount -t tmpfs tmp /scratch
 mount -t tmpfs shm /dev/shm
 echo 'root:x:0:0::/root:/bin/sh' >/etc/passwd
 export HOME=/root TMPDIR=/scratch PYTHONPATH={repo}:{packages} PYTHONDONTWRITEBYTECODE=1
-{python} -m pytest -p no:cacheprovider -p no:hypothesispytest --assert=plain -q --color=no -k "{choice}" {tests}
+{python} -m pytest -p no:cacheprovider -p no:hypothesispytest --assert=plain -v --color=no \
+    -o faulthandler_timeout=120 -k "{choice}" {tests}
 echo "pytest ended with $?"
 """
 
@@ -101,7 +102,11 @@ async def test_ufd_on_linux_6_1(tmp_path: Path) -> None:
     argv += ["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "1536M", "-serial", "stdio"]
     argv += ["-kernel", str(kernel.image), "-initrd", str(initrd), "-append", append]
     async with child("guest", argv, env=peers.qemu("10.0").env) as process:
-        ended = await process.out.find(r"pytest ended with (\d+)", limit=540)
+        try:
+            ended = await process.out.find(r"pytest ended with (\d+)", limit=540)
+        except AssertionError:
+            # Which test it was stands far above what a stack's last lines tell.
+            raise AssertionError("\n".join(process.out.lines)) from None
         summary = [line for line in process.out.lines if re.search(r"\d+ passed", line)]
         assert ended.group(1) == "0", "\n".join(process.out.lines)
         # A run that skipped what it was for would prove nothing.
