@@ -7,10 +7,12 @@ from typing import Any
 
 import trio
 
-from vhostpc.dialect import DIALECTS, Compat
+from vhostpc.dialect import Compat
 from vhostpc.errors import MigrationRefused
 from vhostpc.migration.options import Options
-from vhostpc.migration.state import IN_POSTCOPY, Event, Machine, Status
+from vhostpc.migration.phase import Course, Event, Side
+from vhostpc.migration.runstate import RunState
+from vhostpc.migration.status import Status
 from vhostpc.migration.uri import Address
 from vhostpc.qmp import Events, MigrationInfo
 
@@ -21,18 +23,23 @@ class FakeEndpoint:
     def __init__(self, compat: Compat = "10.0", *, incoming: bool = False) -> None:
         self.options = Options(compat)
         self.events = Events(self.options)
-        self.machine = Machine("destination" if incoming else "source", DIALECTS[compat])
-        self.run_state = "inmigrate" if incoming else "prelaunch"
+        self.run_state = RunState.INMIGRATE if incoming else RunState.PRELAUNCH
+        self.forget()
         self.has_listened = False
         self.calls: list[Any] = []
         self.ended = trio.Event()
         self.extra = MigrationInfo()
 
+    def forget(self) -> None:
+        """There has been no migration."""
+        side: Side = "destination" if self.run_state is RunState.INMIGRATE else "source"
+        self.course = Course(side, self.options.dialect, lambda told: self.events.migration(told.status))
+
     def info(self) -> MigrationInfo:
-        return replace(self.extra, status=self.machine.status)
+        return replace(self.extra, status=self.course.status)
 
     def report(self) -> dict[str, Any]:
-        return {"running": self.run_state == "running"}
+        return {"running": self.run_state is RunState.RUNNING}
 
     def trace(self, start: int) -> dict[str, Any]:
         return {"next": start, "clients": {}, "faults": []}
@@ -47,20 +54,16 @@ class FakeEndpoint:
         return None
 
     def move(self, event: Event) -> None:
-        before = self.machine.status
-        if (after := self.machine.move(event)) is not before:
-            self.events.migration(after)
-        if after is Status.FAILING:
-            self.move(Event.FAIL)
+        self.course.move(event)
 
     async def stop(self) -> None:
-        if self.run_state == "running":
-            self.run_state = "paused"
+        if self.run_state is RunState.RUNNING:
+            self.run_state = RunState.PAUSED
             self.events.stop()
 
     async def cont(self) -> None:
-        if self.run_state != "running":
-            self.run_state = "running"
+        if self.run_state is not RunState.RUNNING:
+            self.run_state = RunState.RUNNING
             self.events.resume()
 
     async def migrate(self, address: Address, *, resume: bool) -> None:
@@ -73,11 +76,11 @@ class FakeEndpoint:
         self.move(Event.START)
 
     async def cancel(self) -> None:
-        if self.machine.status in IN_POSTCOPY:
+        if self.course.in_postcopy:
             raise MigrationRefused("Postcopy migration in progress, cannot cancel.")
-        if self.machine.status in (Status.SETUP, Status.ACTIVE):
+        if self.course.status in (Status.SETUP, Status.ACTIVE):
             self.move(Event.CANCEL)
-            self.move(Event.CANCELLED)
+            self.move(Event.FAIL)
 
     async def start_postcopy(self) -> None:
         self.calls.append("start-postcopy")

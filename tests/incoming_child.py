@@ -12,11 +12,11 @@ import sys
 import trio
 
 from tests.confine import die_with_parent
+from tests.migration_ends import incoming_of
 from vhostpc.errors import VhostpcError
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
-from vhostpc.migration.incoming import Incoming
-from vhostpc.migration.state import Event
+from vhostpc.migration.phase import Event
 
 
 async def run(path: str) -> None:
@@ -33,7 +33,7 @@ async def run(path: str) -> None:
         print("{}", flush=True)
         sock, _ = await listener.accept()
         async with Channel(trio.SocketStream(sock)) as channel:
-            incoming = Incoming(channel, machine, postcopy=True, report=report)
+            incoming = incoming_of(channel, machine, postcopy=True, report=report)
             try:
                 await incoming.receive()
             except VhostpcError as why:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
 import trio
 
+from vhostpc.dialect import DIALECTS
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.machine import Machine
-from vhostpc.migration.state import Event
+from vhostpc.migration.phase import Course, Event
+from vhostpc.migration.watcher import Unwatched
 from vhostpc.wire.return_path import ReturnPathDecoder
 
 LIMIT = 30
@@ -45,6 +48,44 @@ class Received:
         self.error = error or self.error
 
 
+Report = Callable[[Event, BaseException | None], None]
+Run = Callable[[bool], Awaitable[None]]
+REPORTED = (Event.PACKAGE, Event.FINISH, Event.FAIL, Event.LOSE, Event.NEVER_RAN)
+
+
+class Reported(Course):
+    """The course of a destination to which a source has connected; ``report`` is told of what ends its phases."""
+
+    def __init__(self, report: Report | None = None) -> None:
+        super().__init__("destination", DIALECTS["10.0"])
+        self._report = report
+        self.move(Event.START)
+        self.move(Event.CONNECT)
+
+    def move(self, event: Event, error: BaseException | None = None) -> None:
+        super().move(event, error)
+        if self._report is not None and event in REPORTED:
+            self._report(event, error)
+
+
+class Arrivals(Unwatched):
+    """Awaits ``run`` where the machine is to run."""
+
+    def __init__(self, run: Run | None) -> None:
+        self._run = run
+
+    async def let_run(self, postcopy: bool) -> None:
+        if self._run is not None:
+            await self._run(postcopy)
+
+
+def incoming_of(
+    channel: Channel, machine: Machine, *, report: Report | None = None, run: Run | None = None, **more: Any
+) -> Incoming:
+    """A destination by itself, without an endpoint."""
+    return Incoming(channel, machine, Reported(report), Arrivals(run), **more)
+
+
 async def feed(data: bytes, machine: Machine, *, pieces: int = 1 << 20, **more: Any) -> Received:
     """Give a destination a stream that comes in pieces. It is closed when it is paused."""
     ours, theirs = pair()
@@ -70,7 +111,7 @@ async def feed(data: bytes, machine: Machine, *, pieces: int = 1 << 20, **more: 
                     if event is Event.LOSE:
                         incoming.close()
 
-                incoming = Incoming(channel, machine, report=report, **more)
+                incoming = incoming_of(channel, machine, report=report, **more)
                 try:
                     await incoming.receive()
                 except Exception as error:

@@ -16,8 +16,8 @@ from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import After, Outgoing
-from vhostpc.migration.state import Event, Status
-from vhostpc.migration.state import Machine as StatusMachine
+from vhostpc.migration.phase import Course, Event, Told
+from vhostpc.migration.status import Status
 from vhostpc.wire.elements import Configuration, DeviceSection, StreamEvent
 from vhostpc.wire.ramrec import RamPage
 from vhostpc.wire.return_path import Shut
@@ -42,27 +42,26 @@ class Watched:
     on_stop: Callable[[], Awaitable[None]] | None = None
 
     def __post_init__(self) -> None:
-        self.state = StatusMachine("source", DIALECTS[self.compat])
-        self.state.move(Event.START)
+        self.course = Course("source", DIALECTS[self.compat], self._moved)
+        self.course.move(Event.START)
+        self.told.clear()
 
     @property
     def status(self) -> Status:
-        return self.state.status
+        return self.course.status
 
-    def moved(self, event: Event, error: BaseException | None) -> None:
-        before = self.state.status
-        after = self.state.move(event)
-        if after is not before:
-            self.told.append(str(after))
-        if after is Status.FAILING:
-            self.moved(Event.FAIL, None)
-        if error is not None:
-            self.errors.append(error)
+    def _moved(self, told: Told) -> None:
+        self.told.append(str(told.status))
+        if told.error is not None and told.status is not Status.FAILING:
+            self.errors.append(told.error)
 
     def passed(self, number: int) -> None:
         self.told.append(f"pass {number}")
 
-    async def stop(self) -> None:
+    async def let_run(self, postcopy: bool) -> None:
+        raise AssertionError("a source lets nothing run")
+
+    async def stop_to_send(self) -> None:
         self.told.append("stop")
         if self.on_stop:
             await self.on_stop()
@@ -185,7 +184,7 @@ async def send(
     there, here = channels()
     watched = Watched(chosen.compat, on_stop=machine.stop)
     async with there, here:
-        outgoing = Outgoing(machine, there, chosen, watched, after=after)
+        outgoing = Outgoing(there, machine, watched.course, watched, options=chosen, after=after)
         destination = Destination(here)
         sent = Sent(destination, watched, outgoing)
         if on_event is not None:

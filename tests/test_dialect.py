@@ -12,7 +12,7 @@ import pytest
 from tests.test_layers import PACKAGE, sources
 from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.migration.options import Options
-from vhostpc.migration.state import Status
+from vhostpc.migration.status import Status
 
 VERSION = re.compile(r"\d{1,2}\.\d{1,2}")
 

@@ -13,36 +13,29 @@ from typing import Any
 import pytest
 import trio
 
-from tests.migration_ends import pair
+from tests.migration_ends import incoming_of, pair
 from tests.own_machine import STEP, WAIT, bridge, check, far_side
 from tests.thread_names import thread_names
 from vhostpc.endpoint.machine import Block, OwnMachine, Spec, open_machine
 from vhostpc.endpoint.sections import NET, globalstate
 from vhostpc.errors import ChannelLost, GuestMemoryError, StreamError
 from vhostpc.migration.channel import Channel
-from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import NeverRan, Outgoing
-from vhostpc.migration.state import Event
+from vhostpc.migration.phase import Course, Event
+from vhostpc.migration.watcher import Unwatched
 from vhostpc.wire.elements import DeviceSection
 
 MIB = 1 << 20
 
 
-class Watcher:
-    """Stops the machine when it is told to; when postcopy begins is told by :class:`Outgoing` itself."""
+class Stopped(Unwatched):
+    """Stops the machine when it is told to."""
 
     def __init__(self, machine: OwnMachine) -> None:
         self.machine = machine
-        self.events: list[Event] = []
 
-    def moved(self, event: Event, error: BaseException | None) -> None:
-        self.events.append(event)
-
-    def passed(self, number: int) -> None:
-        pass
-
-    async def stop(self) -> None:
+    async def stop_to_send(self) -> None:
         await self.machine.stop()
 
 
@@ -54,9 +47,11 @@ async def move(source: OwnMachine, destination: OwnMachine, *, postcopy: bool) -
     async def run(_: bool) -> None:
         await destination.cont()
 
+    course = Course("source", options.dialect)
+    course.move(Event.START)
     async with Channel(there) as out, Channel(here) as into:
-        outgoing = Outgoing(source, out, options, Watcher(source))
-        incoming = Incoming(into, destination, postcopy=postcopy, run=run)
+        outgoing = Outgoing(out, source, course, Stopped(source), options=options)
+        incoming = incoming_of(into, destination, postcopy=postcopy, run=run)
         if postcopy:
             outgoing.start_postcopy()
         try:

@@ -12,16 +12,16 @@ import pytest
 import trio
 import trio.testing
 
+from tests.migration_ends import incoming_of
 from tests.scripted_destination import channels
 from tests.test_migration_interleavings import Here, There, Told, World
 from tests.until import until
 from vhostpc.endpoint import Endpoint
 from vhostpc.errors import MigrationRefused, StreamError
 from vhostpc.migration.held import HeldMachine
-from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.options import Options
-from vhostpc.migration.state import Status
+from vhostpc.migration.status import Status
 from vhostpc.migration.uri import Exec, Fd, Unix
 from vhostpc.wire.elements import BlockInfo, Configuration, Footer, Header, RamBlocks, SectionStart
 
@@ -342,7 +342,7 @@ async def test_more_memory_than_there_can_be(length: int) -> None:
     with HeldMachine() as machine, trio.fail_after(30):
         async with there, here:
             await there.send_all(b"".join(element.encode() for element in data))
-            incoming = Incoming(here, machine, postcopy=False)
+            incoming = incoming_of(here, machine, postcopy=False)
             with pytest.raises(StreamError, match="more than can be held"):
                 await incoming.receive()
             incoming.close()

@@ -38,7 +38,7 @@ from vhostpc.endpoint import Endpoint
 from vhostpc.endpoint.machine import Block, OwnMachine, Spec, open_machine
 from vhostpc.errors import PostcopyRefused, VhostpcError
 from vhostpc.migration.options import Options
-from vhostpc.migration.state import BUSY, Status
+from vhostpc.migration.status import BUSY, Status
 from vhostpc.migration.uri import Fd, Unix
 from vhostpc.ufd.dirty import DirtyWay
 from vhostpc.ufd.service import FaultService

@@ -26,7 +26,7 @@ from vhostpc.migration.channel import Channel
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import NeverRan, Outgoing
-from vhostpc.migration.state import Status
+from vhostpc.migration.status import Status
 from vhostpc.migration.uri import Fd, Unix
 from vhostpc.wire.elements import DeviceSection, Package, StreamEvent, VmDescription
 from vhostpc.wire.return_path import Shut
@@ -51,7 +51,9 @@ async def part_of_a_package(
     there, here = channels()
     with large(LivelyMachine(ram0=50)) as machine:
         watched = Watched(compat, on_stop=machine.stop)
-        outgoing = Outgoing(machine, there, options("postcopy-ram", compat=compat), watched)
+        outgoing = Outgoing(
+            there, machine, watched.course, watched, options=options("postcopy-ram", compat=compat)
+        )
         outgoing.start_postcopy()
         caught: list[BaseException] = []
 
@@ -121,7 +123,7 @@ async def test_a_write_that_fails_behind_the_border(word: Shut | None) -> None:
         await machine.write("ram0", 7, b"seven")
         watched = Watched(on_stop=machine.stop)
         sender = After(there, PACKAGED, gone.wait)
-        outgoing = Outgoing(machine, sender, options("postcopy-ram"), watched)
+        outgoing = Outgoing(sender, machine, watched.course, watched, options=options("postcopy-ram"))
         outgoing.start_postcopy()
         destination = Destination(here)
 
@@ -151,7 +153,7 @@ async def test_the_last_word_comes_although_the_description_does_not_arrive() ->
         watched = Watched(on_stop=machine.stop)
         sender = After(there, b"\x00", gone.wait)
         sender.wanted = b"\x00"
-        outgoing = Outgoing(machine, sender, options("return-path"), watched)
+        outgoing = Outgoing(sender, machine, watched.course, watched, options=options("return-path"))
 
         async def ended() -> None:
             if outgoing.may_run_there:  # the byte that ends the stream has gone
@@ -282,7 +284,9 @@ async def test_a_cancel_that_comes_too_late() -> None:
         async def cancel() -> None:
             outgoing.cancel()
 
-        outgoing = Outgoing(machine, After(there, PACKAGED, cancel), options("postcopy-ram"), watched)
+        outgoing = Outgoing(
+            After(there, PACKAGED, cancel), machine, watched.course, watched, options=options("postcopy-ram")
+        )
         outgoing.start_postcopy()
         destination = Destination(here)
         with trio.fail_after(30):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import trio
 
+from tests.migration_ends import incoming_of
 from tests.scripted_destination import LivelyMachine, Watched, channels, content, options
 from vhostpc.migration.held import HeldMachine
-from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.outgoing import Outgoing
-from vhostpc.migration.state import Status
+from vhostpc.migration.status import Status
 
 LIMIT = 60
 
@@ -35,8 +35,8 @@ async def test_sent_on_it_is_the_same(how: str) -> None:
         machine.on_sync = write_more
         watched = Watched(on_stop=machine.stop)
         async with there, here:
-            outgoing = Outgoing(machine, there, chosen, watched)
-            incoming = Incoming(here, copy, postcopy=postcopy)
+            outgoing = Outgoing(there, machine, watched.course, watched, options=chosen)
+            incoming = incoming_of(here, copy, postcopy=postcopy)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(incoming.receive)
                 if how == "postcopy":
@@ -64,8 +64,8 @@ async def move(machine: LivelyMachine, copy: HeldMachine, *capabilities: str) ->
     there, here = channels()
     watched = Watched(on_stop=machine.stop)
     async with there, here:
-        outgoing = Outgoing(machine, there, options(*capabilities), watched)
-        incoming = Incoming(here, copy, postcopy="postcopy-ram" in capabilities)
+        outgoing = Outgoing(there, machine, watched.course, watched, options=options(*capabilities))
+        incoming = incoming_of(here, copy, postcopy="postcopy-ram" in capabilities)
         with trio.fail_after(LIMIT):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(incoming.receive)

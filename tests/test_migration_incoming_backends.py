@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.migration_ends import LIMIT, Received, pair
+from tests.migration_ends import LIMIT, Received, incoming_of, pair
 from tests.peers.dpdk import needs_dpdk, net_vhost
 from tests.rig import HIGH, Guest, backend_child, far_side
 from tests.scripted_source import CLOCK, RAM, ScriptedSource
@@ -29,8 +29,7 @@ from vhostpc.frontend.postcopy import Phase
 from vhostpc.memory.ramblock import Bits
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
-from vhostpc.migration.incoming import Incoming
-from vhostpc.migration.state import Event
+from vhostpc.migration.phase import Event
 from vhostpc.ufd.pagesource import PageSource
 from vhostpc.ufd.service import FaultService
 from vhostpc.wire.elements import EndOfStream, Footer, SectionEnd
@@ -132,7 +131,7 @@ async def test_two_back_ends_and_a_local_toucher(tmp_path: Path, guest: Guest) -
                     await dpdk_front.set_status(0xF)
 
                 async with Channel(ours) as channel, theirs, trio.open_nursery() as nursery:
-                    incoming = Incoming(channel, machine, postcopy=True, report=received.report, run=start)
+                    incoming = incoming_of(channel, machine, postcopy=True, report=received.report, run=start)
                     source = ScriptedSource(
                         theirs, {b.name: (b.pages, b.page_size) for b in guest.source.blocks}
                     )
@@ -204,7 +203,7 @@ async def test_precopy_after_all(tmp_path: Path) -> None:
         ):
             await front.negotiate()
             with Backed({"net0": front}) as machine:
-                incoming = Incoming(channel, machine, postcopy=True, report=received.report)
+                incoming = incoming_of(channel, machine, postcopy=True, report=received.report)
                 source = ScriptedSource(theirs, {"low.ram": (64, 4096), "high.ram": (256, 4096)})
                 nursery.start_soon(source.listen)
                 nursery.start_soon(incoming.receive)
@@ -244,7 +243,7 @@ async def test_a_back_end_that_knows_no_postcopy_is_named(tmp_path: Path) -> Non
         ):
             await front.negotiate()
             with Backed({"disk0": front}) as machine:
-                incoming = Incoming(channel, machine, postcopy=True, report=received.report)
+                incoming = incoming_of(channel, machine, postcopy=True, report=received.report)
                 source = ScriptedSource(theirs, {"ram": (8, 4096)})
                 nursery.start_soon(source.listen)
                 nursery.start_soon(source.begin)

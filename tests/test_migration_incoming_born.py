@@ -24,7 +24,7 @@ from tests.test_ufd_born import held_for_io
 from tests.until import until
 from vhostpc.errors import PageBorn
 from vhostpc.memory.ramblock import Bits, RamSet
-from vhostpc.migration.state import Event
+from vhostpc.migration.phase import Event
 from vhostpc.ufd import Userfaultfd
 from vhostpc.ufd.service import FaultService
 from vhostpc.wire.elements import Ping

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import trio
 
-from tests.migration_ends import LIMIT
+from tests.migration_ends import LIMIT, incoming_of
 from tests.scripted_source import CLOCK, RAM
 from vhostpc.migration import waits
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
-from vhostpc.migration.incoming import Incoming
 from vhostpc.wire.elements import (
     BlockInfo,
     Configuration,
@@ -95,7 +94,7 @@ async def calls(pages: int, postcopy: bool) -> int:
     channel = Channel(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
     with trio.fail_after(2 * LIMIT), HeldMachine() as machine:
         async with channel, trio.open_nursery() as nursery:
-            incoming = Incoming(channel, machine, postcopy=postcopy)
+            incoming = incoming_of(channel, machine, postcopy=postcopy)
             nursery.start_soon(trio.to_thread.run_sync, source)
             threading.setprofile(note)
             sys.setprofile(note)

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.migration_ends import LIMIT, pair
+from tests.migration_ends import LIMIT, incoming_of, pair
 from tests.scripted_source import ScriptedSource
 from tests.until import until
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
-from vhostpc.migration.incoming import Incoming
 from vhostpc.wire.return_path import Pong, Shut
 
 pytestmark = pytest.mark.ufd
@@ -73,7 +72,7 @@ async def test_one_page_out_of_a_huge_one(advised: None) -> None:
     ours, theirs = pair()
     with trio.fail_after(LIMIT), HeldMachine() as machine:
         async with Channel(ours) as channel, theirs, trio.open_nursery() as nursery:
-            incoming = Incoming(channel, machine, postcopy=True)
+            incoming = incoming_of(channel, machine, postcopy=True)
             source = ScriptedSource(theirs, {"ram": (HUGE // PAGE, PAGE)})
             nursery.start_soon(source.listen)
             nursery.start_soon(incoming.receive)

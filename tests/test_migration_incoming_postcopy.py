@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.migration_ends import LIMIT, Received, pair
+from tests.migration_ends import LIMIT, Received, incoming_of, pair
 from tests.scripted_source import CLOCK, ScriptedSource
 from tests.until import until
 from vhostpc.errors import ChannelLost, MemoryLost, StreamError
@@ -19,8 +19,8 @@ from vhostpc.memory.ramblock import Bits
 from vhostpc.migration import waits
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
-from vhostpc.migration.incoming import Incoming, Phase
-from vhostpc.migration.state import Event
+from vhostpc.migration.incoming import Incoming
+from vhostpc.migration.phase import Event, Phase
 from vhostpc.ufd.service import FaultService
 from vhostpc.wire.elements import DeviceSection, Package, Ping, PostcopyListen, PostcopyRun, RamBlocks
 from vhostpc.wire.return_path import PageRequest, Pong, Shut
@@ -95,7 +95,7 @@ async def receiving(
     received = received or Received()
     with trio.fail_after(LIMIT), wanted or Machine() as machine:
         async with Channel(ours) as channel, theirs, trio.open_nursery() as nursery:
-            incoming = Incoming(channel, machine, postcopy=True, report=received.report, run=run)
+            incoming = incoming_of(channel, machine, postcopy=True, report=received.report, run=run)
             source = ScriptedSource(theirs, blocks)
             setup = Setup(incoming, machine, source, nursery)
 
@@ -187,7 +187,7 @@ async def test_pages_are_served_while_a_device_is_loaded() -> None:
         await until(lambda: setup.incoming.missing() == 6)
         assert setup.machine.read == []
         assert Pong(3) not in setup.source.said
-        assert setup.incoming.phase is Phase.LISTENING
+        assert setup.incoming.course.phase is Phase.PACKAGED
         await setup.source.pages("ram", (5, C))
         await setup.source.heard(Pong(3))
         await setup.incoming.running()
@@ -392,7 +392,7 @@ async def test_cancelled_in_a_pause() -> None:
     ours, theirs = pair()
     with trio.fail_after(LIMIT), Machine() as machine:
         async with Channel(ours) as channel, theirs, trio.open_nursery() as waiters:
-            incoming = Incoming(channel, machine, postcopy=True, report=received.report)
+            incoming = incoming_of(channel, machine, postcopy=True, report=received.report)
             source = ScriptedSource(theirs, BLOCKS)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(incoming.receive)

@@ -11,7 +11,7 @@ from tests.small_tmpfs import SmallTmpfs, small_tmpfs
 from tests.test_migration_incoming_postcopy import PAGE, TOUCH, A, Machine, Toucher, receiving
 from tests.until import until
 from vhostpc.migration import waits
-from vhostpc.migration.state import Event
+from vhostpc.migration.phase import Event
 from vhostpc.wire.elements import RamBlocks
 from vhostpc.wire.return_path import Pong, Shut
 

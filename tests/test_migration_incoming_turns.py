@@ -22,7 +22,7 @@ from vhostpc.migration import held
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.incoming import DISCARD
-from vhostpc.migration.state import Event
+from vhostpc.migration.phase import Event
 from vhostpc.migration.turns import pieces
 from vhostpc.wire.elements import BlockInfo, DeviceSection, Footer, Ping, RamBlocks, RamDiscard, SectionStart
 

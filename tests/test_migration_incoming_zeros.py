@@ -14,8 +14,7 @@ from tests.scripted_source import CLOCK
 from tests.test_migration_incoming_postcopy import TOUCH, Machine, Toucher, receiving
 from tests.until import until
 from vhostpc.memory.ramblock import Bits, RamSet
-from vhostpc.migration.incoming import Phase
-from vhostpc.migration.state import Event
+from vhostpc.migration.phase import Event, Phase
 from vhostpc.ufd import Userfaultfd
 from vhostpc.ufd.client import ClientRange
 from vhostpc.wire.elements import RamBlocks
@@ -180,7 +179,7 @@ async def test_a_part_of_a_huge_page_is_owed_the_rest(huge_pages: None) -> None:
         await setup.source.end()
         await until(lambda: received.error)
         assert str(received.error) == "the source says that all is sent, and 1 host pages never came"
-        assert setup.incoming.phase is Phase.RUNNING
+        assert setup.incoming.course.phase is Phase.POSTCOPY
 
 
 async def test_what_another_stream_discarded_is_nothing_to_this_one() -> None:

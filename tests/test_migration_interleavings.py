@@ -24,7 +24,7 @@ from vhostpc.endpoint import Endpoint
 from vhostpc.errors import MigrationRefused
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.options import Options
-from vhostpc.migration.state import BUSY, Status
+from vhostpc.migration.status import BUSY, Status
 from vhostpc.migration.uri import Fd
 from vhostpc.ufd.service import FaultService
 from vhostpc.wire.elements import Configuration, DeviceSection, RamBlocks

@@ -12,7 +12,7 @@ from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.errors import ChannelLost, MigrationRefused, StreamError
 from vhostpc.memory.ramblock import Bits
 from vhostpc.migration.outgoing import After, NeverRan
-from vhostpc.migration.state import Status
+from vhostpc.migration.status import Status
 from vhostpc.wire.elements import (
     MUST_HEAR,
     DeviceSection,

@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from tests.hugepages import hugepages
+from tests.migration_ends import incoming_of
 from tests.qemu import peers, vm
 from tests.qemu.link import link
 from tests.qemu.versions import EACH
@@ -44,7 +45,7 @@ async def migrate(
     await source.qmp.command("migrate", uri=f"unix:{path}")
     machine.page_sizes[MAIN] = source.spec.memory.page
     channel = Channel(await listener.accept())
-    return Incoming(channel, machine, postcopy="postcopy-ram" in capabilities)
+    return incoming_of(channel, machine, postcopy="postcopy-ram" in capabilities)
 
 
 async def compare(source: vm.Vm, machine: HeldMachine, tmp_path: Path) -> None:

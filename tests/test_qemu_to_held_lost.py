@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.migration_ends import Received
+from tests.migration_ends import Received, incoming_of
 from tests.qemu import peers, vm
 from tests.qemu.versions import EACH
 from tests.test_qemu_to_held import MAIN, PAGE, listening
@@ -17,8 +17,7 @@ from vhostpc.errors import MemoryLost, StreamError, VhostpcError
 from vhostpc.memory.ramblock import Bits, RamBlock
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
-from vhostpc.migration.incoming import Incoming
-from vhostpc.migration.state import Event
+from vhostpc.migration.phase import Event
 from vhostpc.wire.elements import DeviceSection
 
 pytestmark = pytest.mark.qemu
@@ -53,7 +52,7 @@ async def test_a_link_lost_in_postcopy(version: str, tmp_path: Path) -> None:
             await source.booted()
             await switching(source, tmp_path / "in")
             async with Channel(await listener.accept()) as channel:
-                incoming = Incoming(channel, machine, postcopy=True, report=received.report)
+                incoming = incoming_of(channel, machine, postcopy=True, report=received.report)
                 lost: list[BaseException] = []
 
                 async def touch() -> None:
@@ -98,7 +97,7 @@ async def test_a_device_that_cannot_be_loaded(version: str, tmp_path: Path) -> N
             await source.booted()
             await switching(source, tmp_path / "in")
             async with Channel(await listener.accept()) as channel, trio.open_nursery() as nursery:
-                incoming = Incoming(channel, machine, postcopy=True, report=received.report)
+                incoming = incoming_of(channel, machine, postcopy=True, report=received.report)
                 await source.qmp.event("MIGRATION", 0, status="active")
                 await source.qmp.command("migrate-set-parameters", max_postcopy_bandwidth=0)
                 nursery.start_soon(lambda: source.qmp.command("migrate-start-postcopy"))
@@ -129,7 +128,7 @@ async def test_a_discard_fails(version: str, tmp_path: Path, monkeypatch: pytest
             await source.booted()
             await switching(source, tmp_path / "in")
             async with Channel(await listener.accept()) as channel, trio.open_nursery() as nursery:
-                incoming = Incoming(channel, machine, postcopy=True, report=received.report)
+                incoming = incoming_of(channel, machine, postcopy=True, report=received.report)
                 await source.qmp.event("MIGRATION", 0, status="active")
                 monkeypatch.setattr(RamBlock, "discard", fail)
                 await source.qmp.command("migrate-set-parameters", max_postcopy_bandwidth=0)

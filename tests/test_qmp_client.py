@@ -10,7 +10,7 @@ import trio
 
 from tests.fake_endpoint import FakeEndpoint
 from vhostpc.errors import PeerClosed, RequestFailed
-from vhostpc.migration.state import Event
+from vhostpc.migration.phase import Event
 from vhostpc.qmp import Monitor
 from vhostpc.qmp.client import open_monitor
 

@@ -19,7 +19,7 @@ from tests.qmp_wire import Wire, client, ours
 from tests.until import until
 from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.errors import Shortage
-from vhostpc.migration.state import Event, Status
+from vhostpc.migration.phase import Event
 from vhostpc.migration.uri import Fd, Unix
 from vhostpc.qmp import MigrationInfo, RamInfo, TextMonitor
 from vhostpc.qmp.listening import CLIENTS
@@ -98,7 +98,8 @@ async def test_query_migrate_tells_what_the_endpoint_knows(compat: Compat, tmp_p
     endpoint = FakeEndpoint(compat)
     ram = RamInfo(total=8192, transferred=5000, normal=1, duplicate=1, dirty_sync_count=2)
     endpoint.extra = MigrationInfo(ram=ram, total_time=7, error_desc="why")
-    endpoint.machine.status = Status.FAILED
+    endpoint.move(Event.START)
+    endpoint.move(Event.FAIL)
     async with ours(endpoint, tmp_path), client(tmp_path) as wire:
         await wire.ready()
         told = (await wire.command("query-migrate"))["return"]

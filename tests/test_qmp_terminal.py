@@ -24,7 +24,8 @@ from tests.test_qemu_monitor import LINES
 from tests.until import until
 from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.errors import VhostpcError
-from vhostpc.migration.state import Event, Status
+from vhostpc.migration.phase import Event
+from vhostpc.migration.status import Status
 from vhostpc.migration.uri import Unix
 from vhostpc.qmp import MigrationInfo, RamInfo, TextMonitor
 from vhostpc.qmp.line import Line
@@ -157,8 +158,8 @@ def test_numbers_in_groups(tmp_path: Path) -> None:
 
 
 async def complete(endpoint: FakeEndpoint) -> None:
-    await until(lambda: endpoint.machine.status is Status.SETUP)
-    for event in (Event.CONNECT, Event.SWITCH, Event.FINISH):
+    await until(lambda: endpoint.course.status is Status.SETUP)
+    for event in (Event.CONNECT, Event.STOP, Event.SENT, Event.FINISH):
         endpoint.move(event)
 
 
@@ -167,14 +168,14 @@ async def test_migrate_waits_and_the_others_go_on(tmp_path: Path) -> None:
     endpoint = FakeEndpoint()
     async with ours(endpoint, tmp_path), client(tmp_path) as one, client(tmp_path) as two:
         for ends, said in (
-            ((Event.CONNECT, Event.SWITCH, Event.FINISH), ""),
+            ((Event.CONNECT, Event.STOP, Event.SENT, Event.FINISH), ""),
             ((Event.CONNECT, Event.FAIL), "Error: why\r\n"),
-            ((Event.CONNECT, Event.CANCEL, Event.CANCELLED), ""),
-            ((Event.CONNECT, Event.SWITCH, Event.PACKAGE, Event.LOSE), ""),
+            ((Event.CONNECT, Event.CANCEL, Event.FAIL), ""),
+            ((Event.CONNECT, Event.SWITCH, Event.STOP, Event.PACKAGE, Event.LOSE), ""),
         ):
             endpoint.extra = MigrationInfo(error_desc="why" if said else None)
             await one.send(b"migrate unix:/x\ninfo status\n")
-            await until(lambda: endpoint.machine.status is Status.SETUP)
+            await until(lambda: endpoint.course.status is Status.SETUP)
             for event in ends:
                 await trio.testing.wait_all_tasks_blocked()
                 assert await two.ask("info status") == NOTHING
@@ -183,13 +184,13 @@ async def test_migrate_waits_and_the_others_go_on(tmp_path: Path) -> None:
                 endpoint.move(event)
             assert await one.text() == said
             assert await one.text() == NOTHING
-        assert endpoint.machine.status is Status.POSTCOPY_PAUSED
-        endpoint.machine.status = Status.NONE
+        assert endpoint.course.status is Status.POSTCOPY_PAUSED
+        endpoint.forget()
         assert await one.ask("migrate -d unix:/x") == ""
-        assert endpoint.machine.status is Status.SETUP
+        assert endpoint.course.status is Status.SETUP
         async with qmp_ours(endpoint, tmp_path), qmp_client(tmp_path) as qmp:
             await qmp.ready()
-            endpoint.machine.status = Status.NONE
+            endpoint.forget()
             assert "does not allow synchronous" in await qmp.hmp("migrate unix:/x")
     assert endpoint.calls == [("migrate", Unix("/x"), False)] * 6
 

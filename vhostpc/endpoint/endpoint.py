@@ -33,10 +33,11 @@ from vhostpc.migration.channel import Channel, connect, listen
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.info import MigrationInfo
 from vhostpc.migration.machine import Machine
-from vhostpc.migration.options import IN_PROGRESS, Options
-from vhostpc.migration.outgoing import After, NeverRan, Outgoing
-from vhostpc.migration.state import BUSY, IN_POSTCOPY, Event, Status
-from vhostpc.migration.state import Machine as StatusMachine
+from vhostpc.migration.options import Options
+from vhostpc.migration.outgoing import After, Outgoing
+from vhostpc.migration.phase import Course, Event, Phase, Told
+from vhostpc.migration.runstate import RunState, check_migrate
+from vhostpc.migration.status import BUSY, IN_POSTCOPY, Status
 from vhostpc.migration.uri import Address, Exec, Fd, File
 
 log = rationed_logger(__name__)
@@ -107,20 +108,19 @@ class Endpoint:
         self._autostart = autostart
         self._quit = trio.Event()
         self._nursery: trio.Nursery | None = None
-        if incoming:
-            self.run_state = "inmigrate"
-        else:
-            self.run_state = "running" if machine.running else "prelaunch"
-        self._state = StatusMachine("destination" if incoming else "source", options.dialect)
+        self.run_state = RunState.INMIGRATE
+        if not incoming:
+            self.run_state = RunState.RUNNING if machine.running else RunState.PRELAUNCH
+        self._course = Course("destination" if incoming else "source", options.dialect, self._moved)
         self._error_desc: str | None = None
         self._began = 0.0
         self._total_ms: int | None = None
         # As a source.
         self._outgoing: Outgoing | None = None
         self._connecting: trio.CancelScope | None = None
-        self._before = "running"  # run state before the migration stopped the machine
         self._to_command = False
-        self._switching = False  # the migration has the machine: it alone starts it again
+        self._taken: RunState | None = None
+        """The migration has stopped the machine, and it alone starts it again: its run state before, and behind."""
         self._starting = trio.Lock()  # one migrate at a time
         self._sent = trio.Event()  # nothing of the last one is under way any more
         self._sent.set()
@@ -140,7 +140,7 @@ class Endpoint:
 
     def quit(self, why: str = "quit") -> None:
         if not self._quit.is_set():
-            listens = self._state.side == "destination" and self.status is Status.SETUP
+            listens = self._course.side == "destination" and self.status is Status.SETUP
             if self.status in BUSY and not listens:
                 log.error("migration: broken off by %s, it was %s", why, self.status)
             else:
@@ -153,11 +153,11 @@ class Endpoint:
 
     @property
     def status(self) -> Status:
-        return self._state.status
+        return self._course.status
 
     def info(self) -> MigrationInfo:
         status, dialect = self.status, self.options.dialect
-        came = self._state.side == "destination"
+        came = self._course.side == "destination"
         # Why a postcopy is paused is told by a source only, and not by all; the log has it always.
         told_early = dialect.error_before_failed and not came
         error = self._error_desc if status is Status.FAILED or told_early else None
@@ -221,7 +221,7 @@ class Endpoint:
 
     async def verify(self) -> dict[str, Any]:
         """Check every page of the machine, which stands still."""
-        if self.machine.running or self.status in BUSY or self.run_state == "inmigrate":
+        if self.machine.running or self.status in BUSY or self.run_state is RunState.INMIGRATE:
             raise MigrationRefused(
                 "The machine's memory can be checked while it stands still and is all here"
             )
@@ -233,31 +233,31 @@ class Endpoint:
     # --- running or not
 
     async def stop(self) -> None:
-        while self._switching:
-            self._before = "paused"  # it stands, or is about to; it stays so should the migration fail
+        while self._taken is not None:
+            self._taken = RunState.PAUSED  # it stands, or is about to; it stays so should the migration fail
             if not await self._put_back():
                 break
-        if self._switching and self.status in BUSY:
+        if self._taken is not None and self.status in BUSY:
             return
-        if self.run_state == "inmigrate":
+        if self.run_state is RunState.INMIGRATE:
             self._autostart = False
         elif self.machine.running:
-            await self._stand("paused")
-        elif self.run_state == "postmigrate" and not self.machine.runnable:
-            self.run_state = "paused"  # a held machine is taken back, and can be sent once more
+            await self._stand(RunState.PAUSED)
+        elif self.run_state is RunState.POSTMIGRATE and not self.machine.runnable:
+            self.run_state = RunState.PAUSED  # a held machine is taken back, and can be sent once more
 
     async def cont(self) -> None:
-        while self._switching:
+        while self._taken is not None:
             if not await self._put_back():
                 raise MigrationRefused(self._not_final())
-        if self.run_state == "inmigrate":
+        if self.run_state is RunState.INMIGRATE:
             self._autostart = True
             return
-        if self._state.side == "source" and not self._state.person_may_run:
+        if self._course.side == "source" and not self._course.person_may_run:
             raise MigrationRefused(self._not_final())
-        if self.machine.running and self.run_state == "running":
+        if self.machine.running and self.run_state is RunState.RUNNING:
             return
-        if self.status is Status.COMPLETED and self._state.side == "source" and self.machine.runnable:
+        if self.status is Status.COMPLETED and self._course.side == "source" and self.machine.runnable:
             log.warning("the machine runs here again, although it was sent: see that it runs nowhere else")
         await self._go()
 
@@ -270,11 +270,11 @@ class Endpoint:
         return True
 
     def _not_final(self) -> str:
-        if self._state.person_may_run:
+        if self._course.person_may_run:
             return NOT_FINAL
         return f"{NOT_FINAL}: the guest may be running at the destination ({self.status})"
 
-    async def _stand(self, run_state: str) -> None:
+    async def _stand(self, run_state: RunState) -> None:
         """Stop the machine, if it runs."""
         ran = self.machine.running
         self.run_state = run_state
@@ -284,7 +284,7 @@ class Endpoint:
 
     async def _go(self) -> None:
         # First the state, as QEMU does: a stop that comes while the machine is being started is one.
-        before, self.run_state = self.run_state, "running"
+        before, self.run_state = self.run_state, RunState.RUNNING
         try:
             await self.machine.cont()
         except BaseException:
@@ -294,37 +294,29 @@ class Endpoint:
 
     # --- statuses
 
-    def moved(self, event: Event, error: BaseException | None = None) -> None:
-        """Apply an event to the status and tell of the change."""
-        before = self.status
-        if before is Status.CANCELLING and event is not Event.PACKAGE:
-            if event not in (Event.FAIL, Event.NEVER_RAN):
-                return  # what is still being done is broken off already
-            event = Event.FAIL
-        after = self._state.move(event)
-        if error is not None and after is not Status.CANCELLED:
+    def _moved(self, told: Told) -> None:
+        """A status is new: tell of it."""
+        status, error = told.status, told.error
+        if error is not None and status is not Status.CANCELLED:
             self._error_desc = sentence(error)
-        if after is before:
+        if status is Status.FAILING:
+            self._events.migration(status)
             return
-        if after is Status.FAILING:
-            self._events.migration(after)
-            self.moved(Event.FAIL, error)
-            return
-        if after is Status.COMPLETED and self._state.side == "source":
-            self.run_state = "postmigrate"
-        if after not in BUSY:
+        if status is Status.COMPLETED and self._course.side == "source":
+            self.run_state = RunState.POSTMIGRATE
+        if status not in BUSY:
             self._total_ms = round((trio.current_time() - self._began) * 1000)
         at_the_end = (
-            self._ends_with_it and after is Status.FAILED and error is not None and is_foreseen(error)
+            self._ends_with_it and status is Status.FAILED and error is not None and is_foreseen(error)
         )
         why = f": {sentence(error)}" if error is not None and not at_the_end else ""
         log.log(
-            logging.ERROR if why and after is not Status.CANCELLED else logging.INFO,
+            logging.ERROR if why and status is not Status.CANCELLED else logging.INFO,
             "migration: %s%s",
-            after,
+            status,
             why,
         )
-        self._events.migration(after)
+        self._events.migration(status)
 
     def passed(self, number: int) -> None:
         self._events.migration_pass(number)
@@ -349,19 +341,18 @@ class Endpoint:
                     raise MigrationRefused(str(error)) from None
             self._outgoing = None
             self._to_command = isinstance(address, Exec)
-            self._state = StatusMachine("source", self.options.dialect)
+            self._course = Course("source", self.options.dialect, self._moved)
             self._error_desc, self._total_ms = None, None
             self._began = trio.current_time()
             self._early_switch = False
             self._sent = trio.Event()
-            self.moved(Event.START)
+            self._course.move(Event.START)
             self._start(self._send, address, channel)
 
     def _check_migrate(self, resume: bool) -> None:
         if resume:
             raise MigrationRefused("Recovery of a paused migration is not supported")
-        if self.status in BUSY:
-            raise MigrationRefused(IN_PROGRESS)
+        check_migrate(self.run_state, self.status, resume=False)
         if reasons := self.machine.blocked():
             raise MigrationRefused(reasons[0])
 
@@ -372,14 +363,13 @@ class Endpoint:
 
     async def _send(self, address: Address, channel: Channel | None) -> None:
         outgoing: Outgoing | None = None
-        error: BaseException | None = None
         try:
             async with AsyncExitStack() as stack:
                 if channel is None:
                     channel = await self._connect(address)
                 await stack.enter_async_context(channel)
                 self._outgoing = outgoing = Outgoing(
-                    self.machine, channel, self.options, _Source(self), after=self._after
+                    channel, self.machine, self._course, self, options=self.options, after=self._after
                 )
                 stack.callback(outgoing.close)
                 if self._early_switch:
@@ -397,14 +387,14 @@ class Endpoint:
             if not is_foreseen(error):
                 log.error("migration: %s", sentence(error), exc_info=error)
             if outgoing is None:
-                self.moved(Event.FAIL, error)
+                self._course.move(Event.FAIL, error)
             let_go(group)
         finally:
             try:
-                await self._after_sending(outgoing, error)
+                await self._after_sending()
             finally:
                 _free_now()
-                self._switching = False
+                self._taken = None
                 self._sent.set()
 
     async def _connect(self, address: Address) -> Channel:
@@ -416,51 +406,42 @@ class Endpoint:
             raise ChannelLost("the migration was cancelled")
         return channel
 
-    async def _after_sending(self, outgoing: Outgoing | None, error: BaseException | None) -> None:
+    async def _after_sending(self) -> None:
         if self.status is Status.COMPLETED:
             if not self.machine.runnable:
                 log.info("the machine is still held here: stop takes it back, and it can be sent once more")
             return
-        if not self._state.may_run or not self._switching:
-            return
-        if (
-            self.status is Status.FAILED
-            and outgoing
-            and outgoing.may_run_there
-            and not isinstance(error, NeverRan)
-        ):
+        if self._taken is not None and self._course.phase is Phase.UNKNOWN:
             # All was sent and the destination did not say what became of it: only a person can find out.
-            self.run_state = "paused"
+            self.run_state = RunState.PAUSED
             log.error(
                 "migration: the guest may be running at the destination: it is not started here by itself (cont)"
             )
             return
-        if self._before != "running":
-            self.run_state = self._before
+        if self._taken is None or not self._course.may_run:
+            return
+        if self._taken is not RunState.RUNNING:
+            self.run_state = self._taken
             return
         try:
             await self._go()
         except Exception as trouble:
-            self.run_state = "paused"
+            self.run_state = RunState.PAUSED
             why = sentence(trouble)
             log.error(
                 "the machine could not be started again (cont): %s", why, exc_info=not is_foreseen(trouble)
             )
 
     async def cancel(self) -> None:
-        outgoing = self._outgoing
-        if self.status in IN_POSTCOPY and (outgoing is None or outgoing.may_run_there):
+        if self._course.in_postcopy:
             # 7.2 would do it, and lose the pages that only one side has.
             raise MigrationRefused("Postcopy migration in progress, cannot cancel.")
-        if self._state.side != "source" or self.status not in BUSY:
+        if self._course.side != "source" or self.status not in BUSY:
             return
-        if outgoing is not None:
-            outgoing.cancel()
-            # The end of a precopy: it fails, and only a person can find out where the machine runs. Or the status
-            # says postcopy before there is any: it fails, and the machine runs on.
-            if outgoing.may_run_there or self.status in IN_POSTCOPY:
-                return
-        self.moved(Event.CANCEL)
+        if self._outgoing is not None:
+            self._outgoing.cancel()
+            return
+        self._course.move(Event.CANCEL)
         if self._connecting is not None:
             self._connecting.cancel()
 
@@ -477,8 +458,8 @@ class Endpoint:
 
     async def stop_to_send(self) -> None:
         """The source's last look is over: the machine stands still until the end."""
-        self._before, self._switching = self.run_state, True
-        await self._stand("finish-migrate")
+        self._taken = self.run_state
+        await self._stand(RunState.FINISH_MIGRATE)
 
     # --- in
 
@@ -501,19 +482,19 @@ class Endpoint:
             async with AsyncExitStack() as stack:
                 async with listen(address) as listener:
                     self._addresses = listener.socket_address
-                    self.moved(Event.START)
+                    self._course.move(Event.START)
                     if not self.options.dialect.setup_while_listening:  # the event is told in any case
                         self._events.emit("MIGRATION", {"status": str(Status.SETUP)})
                     task_status.started()
                     begun = True  # from here on the status says what becomes of it
                     channel = await stack.enter_async_context(await listener.accept())
-                self.moved(Event.CONNECT)
+                self._course.move(Event.CONNECT)
                 incoming = self._incoming = Incoming(
                     channel,
                     self.machine,
+                    self._course,
+                    self,
                     postcopy="postcopy-ram" in self.options,
-                    report=self.moved,
-                    run=self._arrived,
                     trace=self._trace,
                     spin_us=self._spin_us,
                 )
@@ -523,7 +504,7 @@ class Endpoint:
             if not begun:
                 raise
             if self._incoming is None:  # else it has told
-                self.moved(Event.FAIL, error)
+                self._course.move(Event.FAIL, error)
             let_go(error)
             _free_now()
             if exit_on_error:
@@ -534,35 +515,17 @@ class Endpoint:
         finally:
             self._ends_with_it = False
 
-    async def _arrived(self, postcopy: bool) -> None:
+    async def let_run(self, postcopy: bool) -> None:
         """The machine may run here now."""
-        if postcopy and self._state.allows(Event.LOADED):
-            self.moved(Event.LOADED)
         machine = self.machine
-        to_run = postcopy or machine.came_as == "running"
+        to_run = postcopy or machine.came_as is RunState.RUNNING
         if machine.runnable and self._autostart and to_run:
             await self._go()
         else:
-            self.run_state = "paused" if to_run else machine.came_as
+            self.run_state = RunState.PAUSED if to_run else machine.came_as
 
 
 def _free_now() -> None:
     """A migration has ended. The tracebacks of its cancelled tasks are cycles, which hold descriptors until they are
     collected, and that could be hours in a process that does little."""
     gc.collect()
-
-
-class _Source:
-    """What the source of a migration tells, for the endpoint that started it."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
-
-    def moved(self, event: Event, error: BaseException | None) -> None:
-        self._endpoint.moved(event, error)
-
-    def passed(self, number: int) -> None:
-        self._endpoint.passed(number)
-
-    async def stop(self) -> None:
-        await self._endpoint.stop_to_send()

@@ -26,6 +26,7 @@ from vhostpc.memory.available import available_memory
 from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet, refusal
 from vhostpc.memory.vcpu import Area, VCpu, stop_all
 from vhostpc.memory.waits import Waits
+from vhostpc.migration.runstate import RunState
 from vhostpc.ufd.client import ClientNumbers
 from vhostpc.ufd.dirty import DirtyTracker, DirtyWay
 from vhostpc.ufd.service import FaultService
@@ -36,7 +37,7 @@ log = rationed_logger(__name__)
 
 NAME = "vhostpc-1"
 RAM_SECTION = 1
-RUN_STATES = ("running", "paused", "prelaunch")
+RUN_STATES = (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH)
 """How it leaves, in QEMU's words: prelaunch is before it first ran."""
 MOST_STATE = 64 << 10
 """Bytes of a section of this machine in the stream, at most."""
@@ -168,7 +169,7 @@ class OwnMachine:
         self.devices = devices
         self.configuration = Configuration(NAME)
         self.running = False
-        self.came_as = "prelaunch"
+        self.came_as = RunState.PRELAUNCH
         self.tracker: DirtyTracker | None = None
         self._problems: list[str] = []
         self._regions = list(regions)
@@ -176,7 +177,7 @@ class OwnMachine:
         self._nursery = nursery
         self._whole = False
         """There is something to run: it was filled, or it has come."""
-        self._leaves_as = "prelaunch"
+        self._leaves_as = RunState.PRELAUNCH
         """Its run state before the last stop."""
         self._changing: trio.Event | None = None
         self._tracked = trio.Event()
@@ -270,10 +271,10 @@ class OwnMachine:
     async def stop(self) -> None:
         async with self._change():
             if not self.running:
-                if self._leaves_as == "running":
-                    self._leaves_as = "paused"
+                if self._leaves_as is RunState.RUNNING:
+                    self._leaves_as = RunState.PAUSED
                 return
-            self._leaves_as = "running"
+            self._leaves_as = RunState.RUNNING
             await self._stand()
 
     async def _stand(self) -> None:
@@ -411,9 +412,10 @@ class OwnMachine:
         elif section.idstr == "vcpu":
             self.vcpus[section.instance].restore(VCPU.unpack(section)["state"])
         elif section.idstr == "globalstate":
-            self.came_as = self._leaves_as = run_state_of(section)
-            if self.came_as not in RUN_STATES:
-                raise StreamError(f"the machine comes {self.came_as!r}: it can be {', '.join(RUN_STATES)}")
+            came_as = run_state_of(section)
+            if came_as not in RUN_STATES:
+                raise StreamError(f"the machine comes {came_as!r}: it can be {', '.join(RUN_STATES)}")
+            self.came_as = self._leaves_as = RunState(came_as)
         else:
             values = MACHINE.unpack(section)
             for what, name, here in (

@@ -9,6 +9,7 @@ from typing import Any
 from vhostpc.errors import MigrationRefused, StreamError
 from vhostpc.memory.available import available_memory
 from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet, refusal
+from vhostpc.migration.runstate import RunState
 from vhostpc.ufd.service import FaultService
 from vhostpc.units import in_units, sizes_differ
 from vhostpc.wire.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
@@ -42,7 +43,7 @@ class HeldMachine:
         self.description = b""
         """JSON about the device sections; a machine that came by postcopy has none."""
         self.running = self.runnable = False
-        self.came_as = "paused"
+        self.came_as = RunState.PAUSED
 
     @property
     def configuration(self) -> Configuration:

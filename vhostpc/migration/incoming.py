@@ -9,9 +9,8 @@ the package, which may wait for a page like anybody else.
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from enum import Enum, auto
 
 import trio
 
@@ -22,9 +21,10 @@ from vhostpc.migration.channel import Channel
 from vhostpc.migration.checks import check_advise, check_discard, check_page_sizes
 from vhostpc.migration.heads import check_head
 from vhostpc.migration.machine import Machine
-from vhostpc.migration.state import Event
+from vhostpc.migration.phase import Course, Event, Phase
 from vhostpc.migration.turns import in_turns, pieces
 from vhostpc.migration.waits import tell_waits
+from vhostpc.migration.watcher import Watcher
 from vhostpc.ufd.ramchannel import LoadNumbers, RamChannel
 from vhostpc.ufd.service import FaultService, ServiceNumbers
 from vhostpc.wire.elements import (
@@ -55,8 +55,6 @@ from vhostpc.wire.stream import MAX_DEVICES, RamMode, StreamReader
 
 log = rationed_logger(__name__)
 
-Report = Callable[[Event, BaseException | None], None]
-
 CHUNK = 64 << 10
 DISCARD = 512 << 20
 """Bytes of a block that are discarded in one turn of the loop."""
@@ -69,19 +67,10 @@ END_WAIT = 2.0
 SHUT_LIMIT = 10.0  # seconds in which the source must take our last word
 TROUBLE = (VhostpcError, OSError)
 """What a peer or the system can do to a channel."""
-
-
-class Phase(Enum):
-    PRECOPY = auto()
-    """The source can still go on by itself."""
-    LISTENING = auto()
-    """The package is here; the machine has not run."""
-    RUNNING = auto()
-    """It may have run here: never again at the source."""
-
-
-def _no_report(event: Event, error: BaseException | None) -> None:
-    pass
+NOT_RUN = (Phase.PACKAGED, Phase.NOT_STARTED, Phase.PAUSED_PACKAGED)
+"""The package is here, and its load or the machine's start is what failed."""
+STILL_SENT = (Phase.SWITCHING, *NOT_RUN)
+"""The package or pages are in flight."""
 
 
 def _is_cancelled(error: BaseException) -> bool:
@@ -92,11 +81,9 @@ def _is_cancelled(error: BaseException) -> bool:
 
 
 class Incoming:
-    """One machine that comes on ``channel``, which stays the caller's.
+    """Receives ``machine`` on ``channel``, which stays the caller's. For one migration, whose phase is ``course``.
 
     ``postcopy``: the capability ``postcopy-ram``; both sides must have it alike where the source uses it.
-    ``report`` is called on the trio thread with PACKAGE, FINISH, FAIL, NEVER_RAN or LOSE, and the error; it must
-    not raise. ``run(postcopy)`` is awaited where the machine is to start; if it raises, the machine has not run.
     ``spin_us``, ``trace``: see :class:`FaultService`. ``limit``: bytes of a package.
     """
 
@@ -104,32 +91,29 @@ class Incoming:
         self,
         channel: Channel,
         machine: Machine,
+        course: Course,
+        watcher: Watcher,
         *,
         postcopy: bool,
-        report: Report = _no_report,
-        run: Callable[[bool], Awaitable[None]] | None = None,
         spin_us: int = 0,
         trace: int = 0,
         limit: int = MAX_DEVICES,
     ) -> None:
         self.channel = channel
         self.machine = machine
+        self.course = course
         self.postcopy = postcopy
-        self.phase = Phase.PRECOPY
         self.service = FaultService(machine.ram, spin_us=spin_us, trace=trace)
         """Over the machine's RAM; its numbers can be read until :meth:`close`."""
         self.kept: int | None = None
         """Host pages that had come by precopy and were not sent again, once postcopy has begun."""
         self._asked: ServiceNumbers | None = None
-        self._report = report
-        self._run = run
+        self._watcher = watcher
         self._reader = StreamReader(RamMode.PAUSE, limit=limit)
         self._events = self._reader.feed_in_slices(b"")
         self._pages: RamChannel | None = None
         self._loads: list[LoadNumbers] = []
         self._last = False
-        self._packaged = False
-        """The whole package is here, so the source may be sending pages."""
         self._return_path = False
         self._advised: PostcopyAdvise | None = None
         self._description = b""
@@ -139,7 +123,7 @@ class Incoming:
         self._faults_ended: trio.Event | None = None
         self._scope = trio.CancelScope()
         self._receiving = self._closed = False
-        self._paused = self._switching = self._reads_on = self._hung_up = False
+        self._hung_up = False
         self._must_hear = False
         """The source takes its machine back if it does not hear a PONG of the package."""
         self._error: BaseException | None = None
@@ -191,8 +175,10 @@ class Incoming:
             if self._scope.cancelled_caught:
                 raise self._error or ChannelLost("the migration was given up here")
         except BaseException as caught:
-            error = self._failed(caught)
-            if self._reads_on:
+            reads_on = self.course.phase in STILL_SENT and self._return_path
+            reads_on = reads_on and not (self._closed or _is_cancelled(caught))
+            error = self._failed(caught, shut=not reads_on)
+            if reads_on:
                 await self._read_on()
             if error is caught:
                 raise
@@ -202,7 +188,7 @@ class Incoming:
             self._close_pages()
             if self._closed:
                 self._release()
-        self._report(Event.FINISH, None)
+        self.course.move(Event.FINISH)
 
     def _close_pages(self) -> int:
         """The block that a record could have continued."""
@@ -219,34 +205,29 @@ class Incoming:
             self._asked = self.service.numbers()
             self.service.close()
 
-    def _failed(self, caught: BaseException) -> BaseException:
-        """The migration ended without success: tell both sides. The error that says why."""
-        error = caught
+    def _failed(self, caught: BaseException, *, shut: bool) -> BaseException:
+        """The migration ended without success: tell both sides. The error that says why. ``shut``: the channel too."""
+        error, phase = caught, self.course.phase
         cancelled = _is_cancelled(caught)
         if not cancelled:
             error = self._error or first_of(error)
         if not self.service.closed:
             self.service.give_up()
-            if self._return_path and self.phase is not Phase.RUNNING:
+            if self._return_path and not self.course.may_run:
                 with suppress(*TROUBLE):
                     self.service.send(Shut(1).encode())
-        self._reads_on = (
-            self._return_path
-            and (self.phase is Phase.LISTENING or (self.phase is Phase.PRECOPY and self._switching))
-            and not (cancelled or self._closed)
-        )
-        if not self._reads_on:
+        if shut:
             self.channel.shut_down()
         if cancelled or self._closed:
             return error
         if not is_foreseen(error):
             log.error("migration: %s", sentence(error), exc_info=error)
-        if self._paused and self.phase is Phase.RUNNING:
+        if phase in (Phase.PAUSED_STARTING, Phase.PAUSED):
             log.error("migration: the pause ends: %s", sentence(error))
-        elif self.phase is Phase.RUNNING:
-            self._report(Event.LOSE, error)
+        elif phase in NOT_RUN:
+            self.course.move(Event.NEVER_RAN, error)
         else:
-            self._report(Event.FAIL if self.phase is Phase.PRECOPY else Event.NEVER_RAN, error)
+            self.course.move(self.course.trouble(), error)
         return error
 
     async def _read_on(self) -> None:
@@ -299,7 +280,7 @@ class Incoming:
             elif isinstance(event, RamBlocks):
                 self._accept_blocks(event)
             elif isinstance(event, RamDiscard):
-                self._switching = True  # the package is on its way
+                self.course.move(Event.SWITCH)  # the package is on its way
                 await self._discard(event)
             elif isinstance(event, Package):
                 if not self._return_path:
@@ -342,11 +323,10 @@ class Incoming:
         self._pages = self.service.open_channel(self.channel.in_fd)
         self._pages.block = block
         await self.machine.listen()
-        self.phase = Phase.LISTENING
         log.info(
             "migration: postcopy: %d host pages to come, %d elements to load", self.missing(), len(package)
         )
-        self._report(Event.PACKAGE, None)
+        self.course.move(Event.PACKAGE)
 
     async def _load_package(self, package: Sequence[Inside]) -> None:
         """Device state, while pages come: what a load waits for is asked for and served meanwhile."""
@@ -394,7 +374,7 @@ class Incoming:
             self._error = self._error or error
             # A link that is lost is no failure: the whole package is here, and nothing but we can run it.
             lost = (self._hung_up or isinstance(error, ChannelLost)) and not self._must_hear
-            if self.phase is not Phase.RUNNING and not lost:
+            if not (self.course.may_run or lost):
                 self.service.give_up()  # a load may wait for one
                 raise
             await self._pause(error)
@@ -414,8 +394,7 @@ class Incoming:
         self.channel.shut_down()
         self.service.set_return_path(None)  # requests wait in the outbox
         self._close_pages()  # and with it a host page of which a part has come
-        self._paused = True
-        self._report(Event.LOSE, error)
+        self.course.move(Event.LOSE, error)
         await trio.sleep_forever()
 
     async def _tell_waits(self) -> None:
@@ -440,17 +419,20 @@ class Incoming:
         await self._shut()
 
     async def _start(self, postcopy: bool) -> None:
-        """Where the machine is to run. It has run only if ``run`` does not say otherwise."""
-        before, self.phase = self.phase, Phase.RUNNING
+        """Where the machine is to run."""
+        if not self.course.allows(Event.RUN):
+            log.warning("migration: the package says once more that the machine is to run")
+            return
+        self.course.move(Event.RUN)
         if postcopy:
             log.info("migration: the machine may run here, %d host pages are missing", self.missing())
         self._running.set()
         try:
-            if self._run is not None:
-                await self._run(postcopy)
+            await self._watcher.let_run(postcopy)
         except Exception:
-            self.phase = before
+            self.course.move(Event.NOT_RUN)
             raise
+        self.course.move(Event.RAN)
 
     # --- elements
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vhostpc.dialect import Dialect
-from vhostpc.migration.state import Status
+from vhostpc.migration.status import Status
 
 PAGE = 4096
 

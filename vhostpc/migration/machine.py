@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from vhostpc.memory.ramblock import RamSet
+from vhostpc.migration.runstate import RunState
 from vhostpc.ufd.service import FaultService
 from vhostpc.wire.elements import Configuration, DeviceSection, RamBlocks
 
@@ -41,7 +42,7 @@ class Machine(Protocol):
         ...
 
     @property
-    def came_as(self) -> str:
+    def came_as(self) -> RunState:
         """Of a machine that came: its run state at its source until it was stopped to be sent; ``running``, or how
         it stands here too."""
         ...

@@ -4,16 +4,15 @@ Python writes what stands between RAM sections; the sections are made and sent i
 rounds of a twentieth of a second. Between two rounds is the time to look: has somebody asked for postcopy, does what
 is left fit the downtime, have pages become dirty again? The order of things on the wire is QEMU's.
 
-One border divides failures: the package's last byte. Before it is written the destination cannot run the machine, and
-it runs on here after any failure. From that byte on only the destination's word that it never ran (SHUT other than 0)
-lets it run here again; silence is a pause. In a precopy the byte is the one that ends the stream.
+One border divides failures, see :mod:`vhostpc.migration.phase`: before the package's last byte is written, or the byte
+that ends a precopy, the machine runs on here after any failure. From that byte on only the destination's word that it
+never ran (SHUT other than 0) lets it run here again; silence is a pause.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import trio
 
@@ -25,7 +24,8 @@ from vhostpc.migration.info import RamInfo
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.options import Options
 from vhostpc.migration.pace import Pace
-from vhostpc.migration.state import Event
+from vhostpc.migration.phase import ALL_SENT, Course, Event, Phase
+from vhostpc.migration.watcher import Watcher
 from vhostpc.ufd.pagesource import UNLIMITED, Ended, PageSource, SourceNumbers
 from vhostpc.wire.elements import (
     LOADED,
@@ -58,22 +58,6 @@ _END_OF_PAGES = int(RamFlag.EOS).to_bytes(8, "big")
 CANCELLED = "the migration was cancelled"
 
 
-class Watcher(Protocol):
-    """Whoever started it is told what happens; nothing here may raise."""
-
-    def moved(self, event: Event, error: BaseException | None) -> None:
-        """A step of the migration (never START, CANCEL or CANCELLED, which are the watcher's own)."""
-        ...
-
-    def passed(self, number: int) -> None:
-        """The dirty log was read for the ``number``-th time."""
-        ...
-
-    async def stop(self) -> None:
-        """Stop the machine now: what is left fits, or postcopy begins."""
-        ...
-
-
 @dataclass(frozen=True)
 class After:
     """When to switch to postcopy by itself: ``seconds`` after the stream began, or at the end of pass ``passes``."""
@@ -83,23 +67,25 @@ class After:
 
 
 class Outgoing:
-    """Sends ``machine`` over ``channel``, which stays the caller's. For one migration.
+    """Sends ``machine`` over ``channel``, which stays the caller's. For one migration, whose phase is ``course``.
 
     One at a time: what is still to be sent is marked in the machine's blocks.
     """
 
     def __init__(
         self,
-        machine: Machine,
         channel: Channel,
-        options: Options,
+        machine: Machine,
+        course: Course,
         watcher: Watcher,
         *,
+        options: Options,
         after: After | None = None,
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
         self.machine = machine
         self.channel = channel
+        self.course = course
         self.options = options
         self.dialect = options.dialect.of_machine(machine.configuration.machine)
         self.after = after or After()
@@ -117,12 +103,7 @@ class Outgoing:
         self._marks = {"begin": clock()}
         self._bytes_at: dict[str, int] = {}
         self._passes = 0
-        self._package_told = False
-        self._loaded_told = False
         self._package_going: trio.CancelScope | None = None
-        self._package_whole = False
-        self._all_sent = False
-        self._cancelled = False
         self._remaining = 0
 
     # --- what may be asked while it runs
@@ -134,27 +115,26 @@ class Outgoing:
     def cancel(self) -> None:
         """Break it off: :meth:`send` fails, unless the package's last byte has just gone: then it goes on.
 
-        Where a precopy waits for the destination's last word, the machine may run there: see :attr:`may_run_there`.
+        Where a precopy waits for the destination's last word, the machine may run there: it stays to a person.
         Raises MigrationRefused where it may run there by postcopy.
         """
-        if self._package_whole:
+        if self.course.in_postcopy:
             raise MigrationRefused("Postcopy migration in progress, cannot cancel.")
-        self._cancelled = True
+        self.course.move(Event.CANCEL)
         if self._package_going is not None:
             self._package_going.cancel()  # the channel stays: the last byte may be through
             return
         self.channel.shut_down()
         self.source.stop()  # a pipe wakes nobody
 
+    @property
+    def _cancelled(self) -> bool:
+        return self.course.phase in (Phase.CANCELLING, Phase.BREAKING_OFF)
+
     def _check_cancelled(self) -> None:
         """Just before a border from which on nothing can be cancelled."""
         if self._cancelled:
             raise ChannelLost(CANCELLED)
-
-    @property
-    def may_run_there(self) -> bool:
-        """The border has been passed: all that the destination needs to run has been written."""
-        return self._package_whole or self._all_sent
 
     @property
     def setup_ms(self) -> int | None:
@@ -187,14 +167,14 @@ class Outgoing:
         total = self._said + numbers.bytes
         stopped = self._bytes_at.get("stopped", total)
         switched = self._bytes_at.get("package", total)
-        remaining = 0 if self._all_sent else self._count_dirty()
+        all_sent = self.course.phase in ALL_SENT
         return RamInfo(
             total=sum(block.length for block in self.machine.ram.blocks),
             transferred=total,
-            remaining=remaining,
+            remaining=0 if all_sent else self._count_dirty(),
             duplicate=numbers.zero_pages,
             normal=numbers.data_pages,
-            dirty_pages_rate=0 if self._all_sent else self._pace.dirty_rate,
+            dirty_pages_rate=0 if all_sent else self._pace.dirty_rate,
             mbps=round(self._pace.bandwidth * 8 / 1e6, 6),
             pages_per_second=self._pace.pages_per_second,
             dirty_sync_count=self._passes,
@@ -209,10 +189,9 @@ class Outgoing:
     async def send(self) -> None:
         """Send all and, where there is a return path, wait for the destination's word that it has it.
 
-        What comes of it is told to the watcher: FINISH; FAIL where the machine has not run there and may go on here;
-        NEVER_RAN where the destination said that it could not run it; LOSE where only the destination knows. The same
-        error is raised: ChannelLost, StreamError, OSError, and whatever else goes wrong in this process. Cancelled, it
-        tells the watcher as for a lost link.
+        What comes of it moves the phase: FINISH; FAIL before the border; behind it NEVER_RAN where the destination said
+        that it could not run it, else LOSE. The same error is raised: ChannelLost, StreamError, OSError, and whatever
+        else goes wrong in this process. A cancelled task is a lost link.
         """
         error: BaseException | None = None
         try:
@@ -227,14 +206,8 @@ class Outgoing:
             except Exception as trouble:  # it changes nothing about where the machine is
                 log.warning("migration: writes may still be tracked: %s", sentence(trouble))
         self._mark("ended")
-        if error is None:
-            self._watcher.moved(Event.FINISH, None)
-        elif not self._package_whole:
-            # The status may say postcopy before anything of the package has been sent.
-            self._watcher.moved(Event.NEVER_RAN if self._package_told else Event.FAIL, error)
-        else:
-            self._tell_package()
-            self._watcher.moved(Event.NEVER_RAN if isinstance(error, NeverRan) else Event.LOSE, error)
+        event = Event.NEVER_RAN if isinstance(error, NeverRan) else self.course.trouble()
+        self.course.move(event if error is not None else Event.FINISH, error)
         if error is not None:
             raise error
 
@@ -254,7 +227,7 @@ class Outgoing:
         self._passed(tell=not self.dialect.precopy_passes_only)
         await self._say(self._head())
         self._mark("active")
-        self._watcher.moved(Event.CONNECT, None)
+        self.course.move(Event.CONNECT)
         total = sum(block.length for block in machine.ram.blocks)
         log.info("migration: %r, %d MiB of RAM", machine.configuration.machine, total >> 20)
         if not self._postcopy and self.after != After():
@@ -326,9 +299,8 @@ class Outgoing:
         """The machine stands still from here on; what it wrote last is dirty."""
         self._mark("stopped")
         self._bytes_at["stopped"] = self._said + self.source.numbers().bytes
-        await self._watcher.stop()
-        if not self._package_told:
-            self._watcher.moved(Event.SWITCH, None)
+        await self._watcher.stop_to_send()
+        self.course.move(Event.STOP)
         await self._sync(tell=not self.dialect.precopy_passes_only)
         if self.dialect.switchover_start:
             await self._say(SwitchoverStart().encode())
@@ -349,11 +321,11 @@ class Outgoing:
         await self._say(b"".join(section.encode() for section in devices))
         self._check_cancelled()
         # The border, a byte by itself: from here on a cancel leaves the machine to a person.
-        self._all_sent = True
+        self.course.move(Event.SENT)
         try:
             await self._say(EndOfStream().encode())
         except BaseException:
-            self._all_sent = False  # it was not written
+            self.course.move(Event.UNSENT)
             raise
         # A destination waits for a description; what it says is not looked at.
         await self._finish_precopy(VmDescription(description or b"{}").encode())
@@ -386,8 +358,7 @@ class Outgoing:
     async def _switch(self) -> None:
         machine, source = self.machine, self.source
         _check_package(machine.state_size())  # while it still runs
-        if self.dialect.postcopy_before_stop:
-            self._tell_package()
+        self.course.move(Event.SWITCH)
         await self._stop()
         if not self._remaining:
             await self._last()
@@ -414,7 +385,6 @@ class Outgoing:
         await self._send_package(Package(blob).encode())
         self._mark("switched")
         self._bytes_at["package"] = self._said + source.numbers().bytes
-        self._tell_package()
         await self._say_behind(Ping(4).encode() + SectionPart(section).encode())
         source.set_rate(self.options["max-postcopy-bandwidth"] or UNLIMITED)
         source.switch()
@@ -427,22 +397,22 @@ class Outgoing:
         numbers = source.numbers()
         if ended is not Ended.SHUT or numbers.shut or numbers.dirty_left:
             raise self._failed(ended)
-        self._all_sent = True
 
     async def _send_package(self, package: bytes) -> None:
         """The border is its last byte: until the kernel has taken that one the machine cannot run there."""
+        sent, too_late = False, False
         try:
             with trio.CancelScope() as self._package_going:
                 await self.channel.send_all(package)
-                self._package_whole = True
+                sent, too_late = True, self._cancelled
+                self.course.move(Event.PACKAGE)
         finally:
             self._package_going = None
-        if not self._package_whole:
+        if not sent:
             raise ChannelLost(CANCELLED)
         self._said += len(package)
-        if self._cancelled:
+        if too_late:
             log.warning("migration: the cancel came too late: the package had gone, it goes on as postcopy")
-            self._cancelled = False
 
     async def _say_behind(self, data: bytes) -> None:
         """As :meth:`_say`, behind the border: a link that broke may have brought the destination's word before."""
@@ -452,28 +422,22 @@ class Outgoing:
             ended = await self._last_word()
             raise (self._failed(ended) if ended is Ended.SHUT else error) from None
 
-    def _tell_package(self) -> None:
-        if not self._package_told:
-            self._package_told = True
-            self._watcher.moved(Event.PACKAGE, None)
-
     def _tell_loaded(self) -> None:
-        if self.dialect.loaded_ping and not self._loaded_told:
-            self._loaded_told = True
-            self._watcher.moved(Event.LOADED, None)
+        if self.dialect.loaded_ping and self.course.phase is Phase.PACKAGED:
+            self.course.move(Event.LOADED)
 
     # --- both
 
     def limits_changed(self) -> None:
         """``max-bandwidth`` or ``max-postcopy-bandwidth`` was changed: the new one holds at once."""
-        name = "max-postcopy-bandwidth" if self._package_whole else "max-bandwidth"
+        name = "max-postcopy-bandwidth" if self.course.in_postcopy else "max-bandwidth"
         self.source.set_rate(self.options[name] or UNLIMITED)
 
     def _failed(self, ended: Ended) -> Exception:
         numbers = self.source.numbers()
         if ended is Ended.STOPPED:
             waits = ", and the destination had not said its last word: the guest may be running there"
-            return ChannelLost(CANCELLED + (waits if self._all_sent else ""))
+            return ChannelLost(CANCELLED + (waits if self.course.phase in ALL_SENT else ""))
         if ended is Ended.SHUT and numbers.shut and not numbers.pongs >> LOADED & 1:
             return NeverRan("the destination says that it failed, and did not run the machine")
         left = total_pages(self.machine.ram.blocks, Bits.DIRTY)

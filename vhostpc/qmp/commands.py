@@ -15,8 +15,9 @@ from vhostpc.dialect import Dialect
 from vhostpc.errors import is_foreseen, sentence
 from vhostpc.logs import rationed_logger
 from vhostpc.migration import uri
-from vhostpc.migration.options import IN_PROGRESS, parameters
-from vhostpc.migration.state import BUSY, Status
+from vhostpc.migration.options import parameters
+from vhostpc.migration.runstate import RunState, check_migrate
+from vhostpc.migration.status import BUSY, Status
 from vhostpc.qmp import types
 from vhostpc.qmp.endpoint import Endpoint
 from vhostpc.qmp.events import Events
@@ -132,7 +133,7 @@ async def _schema(session: Session, _: dict[str, Any]) -> Any:
 
 async def _status(session: Session, _: dict[str, Any]) -> Any:
     state = session.endpoint.run_state
-    told: dict[str, Any] = {"status": state, "running": state == "running"}
+    told: dict[str, Any] = {"status": state, "running": state is RunState.RUNNING}
     if session.dialect.singlestep:
         told["singlestep"] = False
     return told
@@ -190,16 +191,7 @@ async def _migrate(session: Session, arguments: dict[str, Any]) -> Any:
         if arguments.get(name):
             raise QmpError("QEMU compiled without old-style (blk/-b, inc/-i) block migration")
     address = _address(session, arguments)
-    status = endpoint.info().status
-    if arguments.get("resume"):
-        if status is not Status.POSTCOPY_PAUSED:
-            raise QmpError("Cannot resume if there is no paused migration")
-    elif endpoint.run_state == "inmigrate":
-        raise QmpError("Guest is waiting for an incoming migration")
-    elif status in BUSY:
-        raise QmpError(IN_PROGRESS)
-    elif endpoint.run_state == "postmigrate":
-        raise QmpError("Can't migrate the vm that was paused due to previous migration")
+    check_migrate(endpoint.run_state, endpoint.info().status, resume=bool(arguments.get("resume")))
     endpoint.options.check_start()
     if isinstance(address, uri.File) and "postcopy-ram" in endpoint.options:
         raise QmpError("Postcopy requires a migration channel that goes both ways, a file does not")
@@ -211,7 +203,7 @@ async def _incoming(session: Session, arguments: dict[str, Any]) -> Any:
     endpoint = session.endpoint
     if endpoint.has_listened:
         raise QmpError("The incoming migration has already been started")
-    if endpoint.run_state != "inmigrate":
+    if endpoint.run_state is not RunState.INMIGRATE:
         raise QmpError("'-incoming' was not specified on the command line")
     address = _address(session, arguments, incoming=True)
     endpoint.options.check_start()
@@ -229,7 +221,7 @@ async def _start_postcopy(session: Session, _: dict[str, Any]) -> Any:
     endpoint = session.endpoint
     if "postcopy-ram" not in endpoint.options:
         raise QmpError("Enable postcopy with migrate_set_capability before the start of migration")
-    if endpoint.run_state == "inmigrate" or endpoint.info().status is Status.NONE:
+    if endpoint.run_state is RunState.INMIGRATE or endpoint.info().status is Status.NONE:
         raise QmpError("Postcopy must be started after migration has been started")
     await endpoint.start_postcopy()
     return {}
@@ -238,7 +230,7 @@ async def _start_postcopy(session: Session, _: dict[str, Any]) -> Any:
 async def _set_capabilities(session: Session, arguments: dict[str, Any]) -> Any:
     changes = [(item["capability"], item["state"]) for item in arguments["capabilities"]]
     status = session.endpoint.info().status
-    comes = session.endpoint.run_state == "inmigrate"
+    comes = session.endpoint.run_state is RunState.INMIGRATE
     if comes and ("postcopy-ram", True) in changes and (why := session.endpoint.postcopy_refusal()):
         raise QmpError(why)
     session.endpoint.options.set_capabilities(changes, busy=status in BUSY and not comes)

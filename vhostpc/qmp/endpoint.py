@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from vhostpc.migration.info import MigrationInfo
 from vhostpc.migration.options import Options
+from vhostpc.migration.runstate import RunState
 from vhostpc.migration.uri import Address
 
 
@@ -23,10 +24,7 @@ class Endpoint(Protocol):
     def options(self) -> Options: ...
 
     @property
-    def run_state(self) -> str:
-        """QEMU's RunState: ``running``, ``paused``, ``prelaunch``, ``inmigrate``, ``finish-migrate``,
-        ``postmigrate``, ``shutdown``."""
-        ...
+    def run_state(self) -> RunState: ...
 
     @property
     def has_listened(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from vhostpc.migration.options import Options
-from vhostpc.migration.state import Status
+from vhostpc.migration.status import Status
 from vhostpc.wire import qmp
 
 Listener = Callable[[dict[str, Any]], None]

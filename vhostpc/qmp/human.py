@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vhostpc.migration.options import Options, Parameter, parameters
-from vhostpc.migration.state import BUSY, Status
+from vhostpc.migration.runstate import RunState
+from vhostpc.migration.status import BUSY, Status
 from vhostpc.qmp import sizes
 from vhostpc.qmp.commands import Session, call
 from vhostpc.qmp.line import Arguments, BadLine, Line
@@ -242,9 +243,9 @@ async def _info_parameters(session: Session, _: Arguments) -> str:
 
 async def _info_status(session: Session, _: Arguments) -> str:
     state = session.endpoint.run_state
-    if state == "running":
+    if state is RunState.RUNNING:
         return "VM status: running\n"
-    return f"VM status: paused{'' if state == 'paused' else f' ({state})'}\n"
+    return f"VM status: paused{'' if state is RunState.PAUSED else f' ({state})'}\n"
 
 
 async def _help(session: Session, given: Arguments) -> str:

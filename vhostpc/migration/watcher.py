@@ -1,0 +1,34 @@
+"""Whoever moves a machine, as the two ends of a migration see them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Watcher(Protocol):
+    """What happens to the machine is done by whoever started the migration. On the trio thread."""
+
+    def passed(self, number: int) -> None:
+        """The source has read the dirty log for the ``number``-th time. Must not raise."""
+        ...
+
+    async def stop_to_send(self) -> None:
+        """The source: stop the machine now: what is left fits, or postcopy begins."""
+        ...
+
+    async def let_run(self, postcopy: bool) -> None:
+        """The destination: the machine may run here. If it raises, the machine has not run."""
+        ...
+
+
+class Unwatched:
+    """Nothing is done with it: as for a machine that is held, and neither runs nor stops."""
+
+    def passed(self, number: int) -> None:
+        pass
+
+    async def stop_to_send(self) -> None:
+        pass
+
+    async def let_run(self, postcopy: bool) -> None:
+        pass
