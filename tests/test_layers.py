@@ -204,7 +204,7 @@ def test_every_native_name_has_a_type() -> None:
         assert declared == typed, header.name
 
 
-@pytest.mark.parametrize("name", ["options", "state", "uri"])
+@pytest.mark.parametrize("name", ["options", "phase", "status", "runstate", "uri"])
 def test_tables_of_a_migration_do_no_io(name: str) -> None:
     found = {part.split(".")[0] for part in imports(PACKAGE / "migration" / f"{name}.py")}
     assert not found & {"trio", "socket", "os", "threading"}

@@ -26,6 +26,7 @@ from vhostpc.migration.channel import Channel
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import NeverRan, Outgoing
+from vhostpc.migration.phase import Phase
 from vhostpc.migration.status import Status
 from vhostpc.migration.uri import Fd, Unix
 from vhostpc.wire.elements import DeviceSection, Package, StreamEvent, VmDescription
@@ -84,7 +85,7 @@ async def test_a_link_that_dies_in_the_package(compat: Compat) -> None:
     watched, outgoing, error = await part_of_a_package(compat, close)
     assert isinstance(error, ChannelLost)
     assert watched.status is Status.FAILED
-    assert not outgoing.may_run_there
+    assert watched.course.phase is Phase.FAILED
 
 
 @pytest.mark.parametrize("compat", ALL)
@@ -95,7 +96,7 @@ async def test_the_destination_fails_while_the_package_is_on_its_way(compat: Com
 
     watched, outgoing, _ = await part_of_a_package(compat, say_so)
     assert watched.status is Status.FAILED
-    assert not outgoing.may_run_there
+    assert watched.course.phase is Phase.FAILED
 
 
 class After(Channel):
@@ -141,8 +142,8 @@ async def test_a_write_that_fails_behind_the_border(word: Shut | None) -> None:
                 with pytest.raises(NeverRan if word else ChannelLost):
                     await outgoing.send()
         outgoing.close()
-    assert watched.status is (Status.FAILED if word else Status.POSTCOPY_PAUSED)
-    assert outgoing.may_run_there
+    assert watched.course.phase is (Phase.FAILED if word else Phase.PAUSED)
+    assert "postcopy-active" in watched.told
 
 
 async def test_the_last_word_comes_although_the_description_does_not_arrive() -> None:
@@ -156,7 +157,7 @@ async def test_the_last_word_comes_although_the_description_does_not_arrive() ->
         outgoing = Outgoing(sender, machine, watched.course, watched, options=options("return-path"))
 
         async def ended() -> None:
-            if outgoing.may_run_there:  # the byte that ends the stream has gone
+            if watched.course.phase is Phase.SENT:  # the byte that ends the stream has gone
                 await here.send_all(Shut(0).encode())
                 await here.aclose()
 

@@ -24,6 +24,7 @@ from vhostpc.endpoint import Endpoint
 from vhostpc.errors import MigrationRefused
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.options import Options
+from vhostpc.migration.runstate import RunState
 from vhostpc.migration.status import BUSY, Status
 from vhostpc.migration.uri import Fd
 from vhostpc.ufd.service import FaultService
@@ -111,7 +112,7 @@ class There(HeldMachine):
         super().__init__()
         self.world = world
         self.runnable = True
-        self.came_as = "running"
+        self.came_as = RunState.RUNNING
 
     def accept(self, configuration: Configuration) -> None:
         self.world.call("destination", "accept")

@@ -518,7 +518,7 @@ class Endpoint:
     async def let_run(self, postcopy: bool) -> None:
         """The machine may run here now."""
         machine = self.machine
-        to_run = postcopy or machine.came_as is RunState.RUNNING
+        to_run = postcopy or machine.came_as == RunState.RUNNING
         if machine.runnable and self._autostart and to_run:
             await self._go()
         else:
