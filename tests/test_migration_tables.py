@@ -11,7 +11,7 @@ from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.errors import MigrationRefused
 from vhostpc.migration.options import SUPPORTED, Options, parameters
 from vhostpc.migration.state import Event, Machine, Status, WrongMove, destination_table, source_table
-from vhostpc.migration.uri import Exec, Fd, File, Tcp, Unix, parse
+from vhostpc.migration.uri import Exec, Fd, File, Tcp, Unix, parse_address
 
 ALL = tuple(DIALECTS)
 E = Event
@@ -224,4 +224,4 @@ def test_after_the_package_only_the_destinations_word_frees_the_source(compat: C
     ],
 )
 def test_addresses(uri: str, address: Any) -> None:
-    assert parse(uri, DIALECTS["10.0"]) == address
+    assert parse_address(uri, DIALECTS["10.0"]) == address

@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     from vhostpc.frontend.postcopy import BackendPostcopy
     from vhostpc.frontend.rings import start_ring, stop_ring
     from vhostpc.frontend.share import DirtyLog, GuestRegion, MemoryShare, Mode
+    from vhostpc.frontend.source import CallableSource, SourceProcess, start_source
 
 __all__ = [
     "BackendPostcopy",
+    "CallableSource",
     "DirtyLog",
     "Driver",
     "FarSide",
@@ -21,10 +23,12 @@ __all__ = [
     "MemoryShare",
     "Mode",
     "RingLayout",
+    "SourceProcess",
     "connect",
     "listen",
     "over",
     "start_ring",
+    "start_source",
     "stop_ring",
 ]
 
@@ -36,5 +40,6 @@ __getattr__ = exports(
         "vhostpc.frontend.postcopy": "BackendPostcopy",
         "vhostpc.frontend.rings": "start_ring stop_ring",
         "vhostpc.frontend.share": "DirtyLog GuestRegion MemoryShare Mode",
+        "vhostpc.frontend.source": "CallableSource SourceProcess start_source",
     },
 )

@@ -74,6 +74,22 @@ class Watcher(Protocol):
         ...
 
 
+class _Nobody:
+    """The watcher of a migration that nobody watches."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def moved(self, event: Event, error: BaseException | None) -> None:
+        pass
+
+    def passed(self, number: int) -> None:
+        pass
+
+    async def stop(self) -> None:
+        await self._machine.stop()
+
+
 @dataclass(frozen=True)
 class After:
     """When to switch to postcopy by itself: ``seconds`` after the stream began, or at the end of pass ``passes``."""
@@ -85,22 +101,23 @@ class After:
 class Outgoing:
     """Sends ``machine`` over ``channel``, which stays the caller's. For one migration.
 
-    One at a time: what is still to be sent is marked in the machine's blocks.
+    One at a time: what is still to be sent is marked in the machine's blocks. ``options``: QEMU's defaults if left
+    out. Without a ``watcher`` the machine is stopped when it has to be, and only :meth:`send` tells what became of it.
     """
 
     def __init__(
         self,
         machine: Machine,
         channel: Channel,
-        options: Options,
-        watcher: Watcher,
+        options: Options | None = None,
+        watcher: Watcher | None = None,
         *,
         after: After | None = None,
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
         self.machine = machine
         self.channel = channel
-        self.options = options
+        self.options = options = options or Options()
         self.dialect = options.dialect.of_machine(machine.configuration.machine)
         self.after = after or After()
         self._postcopy = "postcopy-ram" in options
@@ -109,7 +126,7 @@ class Outgoing:
             machine.ram, channel.out_fd, return_path=channel.in_fd if self._return_path else -1
         )
         self._final: SourceNumbers | None = None
-        self._watcher = watcher
+        self._watcher = watcher or _Nobody(machine)
         self._clock = clock
         self._pace = Pace(clock)
         self._postcopy_wanted = False
