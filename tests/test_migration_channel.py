@@ -589,7 +589,7 @@ async def test_cancelled_where_it_waits(tmp_path: Path) -> None:
         ):
             with trio.CancelScope() as scope:
                 scope.cancel()
-                await make(address)  # type: ignore[operator]
+                await make(address)
 
 
 async def listening(address: Address) -> None:

@@ -16,10 +16,8 @@ LIMIT = 60
 
 @pytest.mark.parametrize("how", ["precopy", "return path", "postcopy", "postcopy in the middle"])
 async def test_sent_on_it_is_the_same(how: str) -> None:
-    chosen = options(
-        *([] if how == "precopy" else ["return-path" if how == "return path" else "postcopy-ram"]),
-        **({"max_bandwidth": 16 << 20} if how == "postcopy in the middle" else {}),
-    )
+    on = [] if how == "precopy" else ["return-path" if how == "return path" else "postcopy-ram"]
+    chosen = options(*on, max_bandwidth=16 << 20) if how == "postcopy in the middle" else options(*on)
     postcopy = "postcopy-ram" in chosen
     there, here = channels()
     with LivelyMachine(ram0=3000, rom0=1) as machine, HeldMachine() as copy, trio.fail_after(LIMIT):

@@ -155,7 +155,8 @@ def test_paths_are_qemus(side: Any, compat: Compat, events: str, statuses: str) 
 
 @pytest.mark.parametrize("compat", ALL)
 def test_a_missing_pair_raises_and_changes_nothing(compat: Compat) -> None:
-    for status, event in itertools.product(Status, Event):
+    pairs: list[tuple[Status, Event]] = list(itertools.product(Status, Event))
+    for status, event in pairs:
         for side, table in (
             ("source", source_table(DIALECTS[compat])),
             ("destination", destination_table(DIALECTS[compat])),

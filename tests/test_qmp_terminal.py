@@ -50,7 +50,14 @@ def no_descriptor_left() -> Iterator[None]:
 @pytest.mark.qemu
 @pytest.mark.parametrize("compat", ALL)
 async def test_it_says_what_qemus_says(compat: Compat, tmp_path: Path) -> None:
-    odd = [b"abc\xff\xfe", "bögus".encode(), b"a\x00b", b"stop;info status", b"#x", b"info migrate"]
+    odd: list[str | bytes] = [
+        b"abc\xff\xfe",
+        "bögus".encode(),
+        b"a\x00b",
+        b"stop;info status",
+        b"#x",
+        b"info migrate",
+    ]
     async with qemu(compat, tmp_path) as theirs, ours(FakeEndpoint(compat), tmp_path):
         own = Terminal(tmp_path / "text")
         with own.sock:

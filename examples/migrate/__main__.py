@@ -35,7 +35,7 @@ def show(machine: HeldMachine) -> None:
         print(f"  device section {name}: version {section.version}, {size} bytes")
 
 
-async def send(machine: HeldMachine, address: str, *, postcopy: bool) -> None:
+async def send(machine: HeldMachine, address: str, postcopy: bool) -> None:
     options = Options(on={"postcopy-ram"} if postcopy else set())
     async with await connect(parse_address(address)) as channel:
         with closing(Outgoing(machine, channel, options)) as outgoing:
@@ -45,19 +45,20 @@ async def send(machine: HeldMachine, address: str, *, postcopy: bool) -> None:
             print(f"sent to {address}: {outgoing.ram_info().transferred >> 10} KiB")
 
 
-async def main(come: str, go: str, *more: str) -> None:
+async def main(come: str, go: str, postcopy: bool) -> None:
     with HeldMachine() as machine:
         await take(machine, come)
         show(machine)
         print("press Enter to send it on", flush=True)
         await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True)
-        await send(machine, go, postcopy="--postcopy" in more)
+        await send(machine, go, postcopy)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
+    postcopy = sys.argv[3:] == ["--postcopy"]
+    if len(sys.argv) != 3 + postcopy:
         sys.exit(__doc__)
     try:
-        trio.run(main, *sys.argv[1:])
+        trio.run(main, sys.argv[1], sys.argv[2], postcopy)
     except (errors.VhostpcError, OSError) as error:
         sys.exit(f"migrate: {error}")
