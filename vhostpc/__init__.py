@@ -1,7 +1,8 @@
 """vhostpc: vhost-user back-ends that live through postcopy migration, and the front-end that drives them.
 
 The names of a device author are here: ``from vhostpc import Device, serve``. They are looked up when asked for, so
-that ``import vhostpc`` costs nothing.
+that ``import vhostpc`` costs nothing. The other halves: ``vhostpc.frontend``, ``memory``, ``ufd``, ``wire``,
+``migration``, ``endpoint`` and ``qmp``, each with what a user of it needs.
 """
 
 from typing import TYPE_CHECKING
