@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Chain", "Device", "Options", "Queue", "errors", "serve"]
 
-__getattr__ = exports(
-    __name__, {"vhostpc.backend": "Chain Device Options Queue serve", "vhostpc.errors": "errors"}
-)
+if not TYPE_CHECKING:  # for a type checker it would stand for every name
+    __getattr__ = exports(
+        __name__, {"vhostpc.backend": "Chain Device Options Queue serve", "vhostpc.errors": "errors"}
+    )

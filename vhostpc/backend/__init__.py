@@ -39,19 +39,20 @@ __all__ = [
     "serve_listener",
 ]
 
-__getattr__ = exports(
-    __name__,
-    {
-        "vhostpc.backend.device": "Device FrontEnd",
-        "vhostpc.backend.disk": "Disk",
-        "vhostpc.backend.net": "Bridge",
-        "vhostpc.backend.options": "Options",
-        "vhostpc.backend.server": "serve serve_connection serve_listener",
-        "vhostpc.backend.tap": "attach_queue open_tap",
-        "vhostpc.listener": "bind",
-        "vhostpc.virtio.chain": "Chain",
-        "vhostpc.virtio.features": "DeviceId NetFeature",
-        "vhostpc.virtio.pump": "PumpStats",
-        "vhostpc.virtio.queue": "Queue",
-    },
-)
+if not TYPE_CHECKING:  # for a type checker it would stand for every name
+    __getattr__ = exports(
+        __name__,
+        {
+            "vhostpc.backend.device": "Device FrontEnd",
+            "vhostpc.backend.disk": "Disk",
+            "vhostpc.backend.net": "Bridge",
+            "vhostpc.backend.options": "Options",
+            "vhostpc.backend.server": "serve serve_connection serve_listener",
+            "vhostpc.backend.tap": "attach_queue open_tap",
+            "vhostpc.listener": "bind",
+            "vhostpc.virtio.chain": "Chain",
+            "vhostpc.virtio.features": "DeviceId NetFeature",
+            "vhostpc.virtio.pump": "PumpStats",
+            "vhostpc.virtio.queue": "Queue",
+        },
+    )

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Block", "Endpoint", "Listener", "OwnMachine", "Spec", "open_machine"]
 
-__getattr__ = exports(
-    __name__,
-    {
-        "vhostpc.endpoint.endpoint": "Endpoint Listener",
-        "vhostpc.endpoint.machine": "Block OwnMachine Spec open_machine",
-    },
-)
+if not TYPE_CHECKING:  # for a type checker it would stand for every name
+    __getattr__ = exports(
+        __name__,
+        {
+            "vhostpc.endpoint.endpoint": "Endpoint Listener",
+            "vhostpc.endpoint.machine": "Block OwnMachine Spec open_machine",
+        },
+    )

@@ -32,14 +32,15 @@ __all__ = [
     "stop_ring",
 ]
 
-__getattr__ = exports(
-    __name__,
-    {
-        "vhostpc.frontend.client": "FrontEnd connect listen over",
-        "vhostpc.frontend.driver": "Driver FarSide RingLayout",
-        "vhostpc.frontend.postcopy": "BackendPostcopy",
-        "vhostpc.frontend.rings": "start_ring stop_ring",
-        "vhostpc.frontend.share": "DirtyLog GuestRegion MemoryShare Mode",
-        "vhostpc.frontend.source": "CallableSource SourceProcess start_source",
-    },
-)
+if not TYPE_CHECKING:  # for a type checker it would stand for every name
+    __getattr__ = exports(
+        __name__,
+        {
+            "vhostpc.frontend.client": "FrontEnd connect listen over",
+            "vhostpc.frontend.driver": "Driver FarSide RingLayout",
+            "vhostpc.frontend.postcopy": "BackendPostcopy",
+            "vhostpc.frontend.rings": "start_ring stop_ring",
+            "vhostpc.frontend.share": "DirtyLog GuestRegion MemoryShare Mode",
+            "vhostpc.frontend.source": "CallableSource SourceProcess start_source",
+        },
+    )

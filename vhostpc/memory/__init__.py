@@ -25,10 +25,11 @@ __all__ = [
     "total_pages",
 ]
 
-__getattr__ = exports(
-    __name__,
-    {
-        "vhostpc.memory.ramblock": "TARGET_PAGE Bits RamBlock RamSet make_memfd total_pages",
-        "vhostpc.memory.vcpu": "Area BadPage VCpu VCpuNumbers stop_all",
-    },
-)
+if not TYPE_CHECKING:  # for a type checker it would stand for every name
+    __getattr__ = exports(
+        __name__,
+        {
+            "vhostpc.memory.ramblock": "TARGET_PAGE Bits RamBlock RamSet make_memfd total_pages",
+            "vhostpc.memory.vcpu": "Area BadPage VCpu VCpuNumbers stop_all",
+        },
+    )

@@ -42,17 +42,18 @@ __all__ = [
     "parse_address",
 ]
 
-__getattr__ = exports(
-    __name__,
-    {
-        "vhostpc.migration.channel": "Channel Listener connect listen",
-        "vhostpc.migration.held": "HeldMachine",
-        "vhostpc.migration.incoming": "Incoming Phase",
-        "vhostpc.migration.info": "MigrationInfo RamInfo",
-        "vhostpc.migration.machine": "Machine",
-        "vhostpc.migration.options": "Options",
-        "vhostpc.migration.outgoing": "After NeverRan Outgoing Watcher",
-        "vhostpc.migration.state": "Event Status",
-        "vhostpc.migration.uri": "Address Exec Fd File Tcp Unix parse_address",
-    },
-)
+if not TYPE_CHECKING:  # for a type checker it would stand for every name
+    __getattr__ = exports(
+        __name__,
+        {
+            "vhostpc.migration.channel": "Channel Listener connect listen",
+            "vhostpc.migration.held": "HeldMachine",
+            "vhostpc.migration.incoming": "Incoming Phase",
+            "vhostpc.migration.info": "MigrationInfo RamInfo",
+            "vhostpc.migration.machine": "Machine",
+            "vhostpc.migration.options": "Options",
+            "vhostpc.migration.outgoing": "After NeverRan Outgoing Watcher",
+            "vhostpc.migration.state": "Event Status",
+            "vhostpc.migration.uri": "Address Exec Fd File Tcp Unix parse_address",
+        },
+    )

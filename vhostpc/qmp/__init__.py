@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Endpoint", "Events", "MigrationInfo", "Monitor", "RamInfo", "TextMonitor", "open_monitor"]
 
-__getattr__ = exports(
-    __name__,
-    {
-        "vhostpc.migration.info": "MigrationInfo RamInfo",
-        "vhostpc.qmp.client": "open_monitor",
-        "vhostpc.qmp.endpoint": "Endpoint",
-        "vhostpc.qmp.events": "Events",
-        "vhostpc.qmp.server": "Monitor",
-        "vhostpc.qmp.terminal": "TextMonitor",
-    },
-)
+if not TYPE_CHECKING:  # for a type checker it would stand for every name
+    __getattr__ = exports(
+        __name__,
+        {
+            "vhostpc.migration.info": "MigrationInfo RamInfo",
+            "vhostpc.qmp.client": "open_monitor",
+            "vhostpc.qmp.endpoint": "Endpoint",
+            "vhostpc.qmp.events": "Events",
+            "vhostpc.qmp.server": "Monitor",
+            "vhostpc.qmp.terminal": "TextMonitor",
+        },
+    )

@@ -62,14 +62,15 @@ __all__ = [
     "probe_dirty",
 ]
 
-__getattr__ = exports(
-    __name__,
-    {
-        "vhostpc.ufd.client": "Client ClientNumbers ClientRange Served",
-        "vhostpc.ufd.dirty": "DirtyNumbers DirtyTracker DirtyWay probe_dirty",
-        "vhostpc.ufd.pagesource": "UNLIMITED Ended PageSource SourceNumbers",
-        "vhostpc.ufd.ramchannel": "LoadNumbers RamChannel",
-        "vhostpc.ufd.service": "FaultService ServiceNumbers Waiter",
-        "vhostpc.ufd.trace": "Traced",
-    },
-)
+if not TYPE_CHECKING:  # for a type checker it would stand for every name
+    __getattr__ = exports(
+        __name__,
+        {
+            "vhostpc.ufd.client": "Client ClientNumbers ClientRange Served",
+            "vhostpc.ufd.dirty": "DirtyNumbers DirtyTracker DirtyWay probe_dirty",
+            "vhostpc.ufd.pagesource": "UNLIMITED Ended PageSource SourceNumbers",
+            "vhostpc.ufd.ramchannel": "LoadNumbers RamChannel",
+            "vhostpc.ufd.service": "FaultService ServiceNumbers Waiter",
+            "vhostpc.ufd.trace": "Traced",
+        },
+    )

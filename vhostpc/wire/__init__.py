@@ -139,25 +139,28 @@ __all__ = [
     "vhost_user",
 ]
 
-__getattr__ = exports(
-    __name__,
-    {
-        "vhostpc.wire.elements": (
-            "BadStream BitmapRequest BlockInfo Command Configuration DeviceSection EnableColo "
-            "EndOfStream Footer Header OpenReturnPath Package Ping PostcopyAdvise PostcopyListen "
-            "PostcopyResume PostcopyRun RamBlocks RamData RamDiscard RamFlush RamRun RunKind "
-            "SectionEnd SectionPart SectionStart StreamEvent SwitchoverStart VmDescription"
-        ),
-        "vhostpc.wire.ramrec": ("BadRamStream BadRecord EndOfSection RamDecoder RamEncoder RamFlag RamPage"),
-        "vhostpc.wire.return_path": (
-            "PageRequest Pong ReceivedBitmap ResumeAck ReturnPathDecoder ReturnPathMessage Shut "
-            "SwitchoverAck"
-        ),
-        "vhostpc.wire.split": "Inside read_package",
-        "vhostpc.wire.stream": "RamMode StreamReader",
-        "vhostpc.wire.vhost_user": (
-            "vhost_user BackendRequest ConfigSpace Feature Frame FrameReader Inflight LogArea "
-            "MemoryRegion ProtocolFeature Reply Request VringAddr VringState"
-        ),
-    },
-)
+if not TYPE_CHECKING:  # for a type checker it would stand for every name
+    __getattr__ = exports(
+        __name__,
+        {
+            "vhostpc.wire.elements": (
+                "BadStream BitmapRequest BlockInfo Command Configuration DeviceSection EnableColo "
+                "EndOfStream Footer Header OpenReturnPath Package Ping PostcopyAdvise PostcopyListen "
+                "PostcopyResume PostcopyRun RamBlocks RamData RamDiscard RamFlush RamRun RunKind "
+                "SectionEnd SectionPart SectionStart StreamEvent SwitchoverStart VmDescription"
+            ),
+            "vhostpc.wire.ramrec": (
+                "BadRamStream BadRecord EndOfSection RamDecoder RamEncoder RamFlag RamPage"
+            ),
+            "vhostpc.wire.return_path": (
+                "PageRequest Pong ReceivedBitmap ResumeAck ReturnPathDecoder ReturnPathMessage Shut "
+                "SwitchoverAck"
+            ),
+            "vhostpc.wire.split": "Inside read_package",
+            "vhostpc.wire.stream": "RamMode StreamReader",
+            "vhostpc.wire.vhost_user": (
+                "vhost_user BackendRequest ConfigSpace Feature Frame FrameReader Inflight LogArea "
+                "MemoryRegion ProtocolFeature Reply Request VringAddr VringState"
+            ),
+        },
+    )
