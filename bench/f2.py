@@ -140,7 +140,8 @@ async def theirs(preempt: bool, rate: int) -> Touched:
             target = await stack.enter_async_context(qemu(folder, "target", "-incoming", "defer"))
             fill(source)
             await start_device(folder / "source.qtest")
-            return await switch(source, target, folder, child, names, rate)
+            touched = await switch(source, target, folder, child, names, rate)
+    return touched
 
 
 def fill(source: End) -> None:

@@ -33,8 +33,14 @@ async def measure(unordered: bool) -> Sample:
     """Milliseconds."""
     with tempfile.TemporaryDirectory(prefix="vpc-bench-") as folder:
         path = Path(folder) / "sock"
-        device = [sys.executable, "-m", "bench.f4_device", path, *(["--unordered"] if unordered else [])]
-        front = [sys.executable, "-m", "bench.f4_service", path]
+        device: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "bench.f4_device",
+            path,
+            *(["--unordered"] if unordered else []),
+        ]
+        front: list[str | Path] = [sys.executable, "-m", "bench.f4_service", path]
         async with open_child(device, name="device", cwd=ROOT) as back:
             with trio.fail_after(20):
                 while not path.is_socket():

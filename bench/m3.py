@@ -60,7 +60,7 @@ class Stood:
 def seconds(event: dict[str, Any]) -> float:
     """When an event was, by its monitor."""
     stamp = event["timestamp"]
-    return float(stamp["seconds"]) + stamp["microseconds"] / 1e6
+    return float(stamp["seconds"] + stamp["microseconds"] / 1e6)
 
 
 async def move(source: End, target: End, folder: Path) -> tuple[float, float]:
@@ -148,7 +148,11 @@ async def theirs(backends: int) -> Stood:
             os.close(memory)
             if backends:
                 await start_device(folder / "source.qtest")
-            watch = [tool("beat_watch"), *(memory_path(side.pid) for side in ends), str(COUNT)]
+            watch: list[str | Path] = [
+                tool("beat_watch"),
+                *(memory_path(side.pid) for side in ends),
+                str(COUNT),
+            ]
             async with open_child(watch) as watcher:
                 await watcher.until("ready\n")
                 downtime, events = await move(source, target, folder)

@@ -62,10 +62,10 @@ def functions(path: Path) -> Iterator[Function]:
         yield Function(path.name, m[1], m[2].replace("\\\n", "\n"), path.suffix == ".c")
     text = re.sub(r"^#(?:[^\n]*\\\n)*[^\n]*", "", text, flags=re.MULTILINE)
     at = 0
-    while m := HEAD.search(text, at):
-        at = closing(text, m.end() - 1, "{}")
-        private = path.suffix == ".c" and m[0].startswith("static ")
-        yield Function(path.name, m[1], text[m.end() - 1 : at], private)
+    while head := HEAD.search(text, at):
+        at = closing(text, head.end() - 1, "{}")
+        private = path.suffix == ".c" and head[0].startswith("static ")
+        yield Function(path.name, head[1], text[head.end() - 1 : at], private)
 
 
 class CallGraph:

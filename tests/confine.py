@@ -135,7 +135,7 @@ def expose(*wanted: Path) -> None:
     """
     private_mounts()
     found = dict.fromkeys(path.resolve() for path in wanted)
-    closed = {}
+    closed: dict[Path, list[Path]] = {}
     for path in found:
         for above in reversed(path.parents):
             if not above.stat().st_mode & 0o001:

@@ -71,7 +71,8 @@ class Reported(Course):
 class Arrivals(Unwatched):
     """Awaits ``run`` where the machine is to run."""
 
-    def __init__(self, run: Run | None) -> None:
+    def __init__(self, machine: Machine, run: Run | None) -> None:
+        super().__init__(machine)
         self._run = run
 
     async def let_run(self, postcopy: bool) -> None:
@@ -83,7 +84,7 @@ def incoming_of(
     channel: Channel, machine: Machine, *, report: Report | None = None, run: Run | None = None, **more: Any
 ) -> Incoming:
     """A destination by itself, without an endpoint."""
-    return Incoming(channel, machine, Reported(report), Arrivals(run), **more)
+    return Incoming(channel, machine, Reported(report), Arrivals(machine, run), **more)
 
 
 async def feed(data: bytes, machine: Machine, *, pieces: int = 1 << 20, **more: Any) -> Received:

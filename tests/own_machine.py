@@ -162,7 +162,7 @@ async def pair(
 
     ``other``: ``ram``, ``vcpus`` or ``devices`` of the destination where they are not the source's.
     """
-    machine = {"ram": ram, "vcpus": vcpus, "devices": devices}
+    machine: dict[str, Any] = {"ram": ram, "vcpus": vcpus, "devices": devices}
     async with contextlib.AsyncExitStack() as stack:
         far = await stack.enter_async_context(far_side())
         ends: list[End] = []

@@ -156,7 +156,8 @@ class Ring:
 
     def used_element(self, i: int) -> tuple[int, int]:
         """id and len of used entry ``i`` (free running)."""
-        return struct.unpack_from("<II", self.guest.mem, self.used + 4 + 8 * (i % self.size))  # type: ignore[return-value]
+        head, length = struct.unpack_from("<II", self.guest.mem, self.used + 4 + 8 * (i % self.size))
+        return head, length
 
     async def until_used(self, count: int) -> None:
         """Wait, by the call descriptor, until the used index is ``count``."""

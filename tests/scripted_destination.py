@@ -18,7 +18,7 @@ from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import After, Outgoing
 from vhostpc.migration.phase import Course, Event, Told
 from vhostpc.migration.status import Status
-from vhostpc.wire.elements import Configuration, DeviceSection, StreamEvent
+from vhostpc.wire.elements import Configuration, DeviceSection, Package, Ping, StreamEvent
 from vhostpc.wire.ramrec import RamPage
 from vhostpc.wire.return_path import Shut
 from vhostpc.wire.split import read_package
@@ -135,7 +135,7 @@ class Destination:
         if isinstance(event, RamPage):
             self.content[event.block, event.offset // PAGE] = event.content
             self.pages.append((event.block, event.offset // PAGE))
-        if type(event).__name__ == "Package":
+        if isinstance(event, Package):
             self.events += read_package(event)
         if self.on_event:
             await self.on_event(event)
@@ -145,7 +145,7 @@ class Destination:
         names: list[str] = []
         for event in self.events:
             name = type(event).__name__
-            if name == "Ping":
+            if isinstance(event, Ping):
                 name = f"Ping {event.value}"
             if name != "RamPage" or names[-1:] != ["RamPage"]:
                 names.append(name)

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import trio
 
+from tests.streams import Encoded
 from vhostpc.wire.elements import (
     BlockInfo,
     Configuration,
@@ -79,7 +80,7 @@ class ScriptedSource:
         for name, (pages, size) in self.blocks.items():
             infos.append(BlockInfo(name, pages * size, size if postcopy and size != TARGET_PAGE else None))
             sizes |= size
-        parts = [Header(), Configuration("toyvm"), OpenReturnPath(), Ping(1)]
+        parts: list[Encoded] = [Header(), Configuration("toyvm"), OpenReturnPath(), Ping(1)]
         if postcopy:
             parts.append(PostcopyAdvise(sizes, TARGET_PAGE))
         parts += [SectionStart(RAM), RamBlocks(tuple(infos)), Footer(RAM)]
@@ -99,7 +100,7 @@ class ScriptedSource:
 
     async def package(self, devices: Sequence[DeviceSection] = (CLOCK,), *, forget: bool = True) -> None:
         """LISTEN, the devices, PING 3, RUN; then PING 4. ``forget``: the next page names its block, as QEMU's does."""
-        inside = [PostcopyListen(), *devices, Ping(3), PostcopyRun()]
+        inside: list[Encoded] = [PostcopyListen(), *devices, Ping(3), PostcopyRun()]
         if forget:
             self._encoder.forget()
         await self.send(Package(b"".join(element.encode() for element in inside)).encode() + Ping(4).encode())

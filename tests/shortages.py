@@ -65,7 +65,7 @@ def threads_left(count: int, *, side: str | None = None, once: bool = False) -> 
             raise RuntimeError("can't start new thread")
         start_soon(cache, *args)
 
-    start, start_soon = threads.start_new_thread, ThreadCache.start_thread_soon
+    start, start_soon = vars(threads)["start_new_thread"], ThreadCache.start_thread_soon
     with (
         mock.patch.object(threads, "start_new_thread", start_new_thread),
         mock.patch.object(threads, "_take_idle", return_value=None),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import Protocol
 
 from vhostpc.wire.elements import StreamEvent
 from vhostpc.wire.ramrec import EndOfSection, RamEncoder, RamPage
@@ -17,6 +18,12 @@ JSON = (
     b'{"page_size": 4096, "devices": [{"name": "clk", "instance_id": 0, "vmsd_name": "clk", '
     b'"version": 1, "fields": [{"name": "v", "type": "uint32", "size": 4}]}]}'
 )
+
+
+class Encoded(Protocol):
+    """An element of a stream that has a form of its own."""
+
+    def encode(self) -> bytes: ...
 
 
 def h(text: str) -> bytes:

@@ -12,8 +12,8 @@ import pytest
 import trio
 import trio.testing
 
+from tests.absent_guest import AbsentGuest
 from tests.raw_front_end import GUEST_BASE, NEXT, WRITE, Guest, RawFrontEnd, connected
-from tests.test_backend_postcopy import AbsentGuest
 from vhostpc.backend.net import Bridge, rarp
 from vhostpc.virtio.features import NetFeature
 from vhostpc.wire import vhost_user as vu

@@ -54,7 +54,8 @@ async def test_no_mapping_more_for_a_page(tmp_path: Path) -> None:
             front.put(b"gone")
             front.offer_on(TEXT)
             assert await front.raw.ended()
-            await until(lambda n=n: f"front-end {n}: session ended: {SHRANK}memory" in b.log())
+            ended = f"front-end {n}: session ended: {SHRANK}memory"
+            await until(lambda ended=ended: ended in b.log())  # type: ignore[misc]
             await other.work()
 
 

@@ -396,7 +396,7 @@ async def test_a_device_that_ends_leaves_them_in_the_region(guest: Guest, region
                 return
 
     await out_of_order(guest, region, ring)
-    device = Leaves()
+    device: Holder = Leaves()
     async with connected(device) as front:
         await start(guest, front, region, ring)
         await until(lambda: device.held)

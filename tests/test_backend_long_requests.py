@@ -139,7 +139,7 @@ async def test_many_long_requests_share_a_few_buffers(guest: Guest, monkeypatch:
         now += length
         most = max(most, now)
         try:
-            return await real(offset, length)  # type: ignore[no-any-return]
+            return await real(offset, length)
         finally:
             now -= length
 

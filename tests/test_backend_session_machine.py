@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -125,7 +126,7 @@ class Session(RuleBasedStateMachine):
         self.lines: list[str] = []
         ration.forget()
         self.handler = logging.Handler(logging.ERROR)
-        self.handler.emit = lambda r: self.lines.append(logging.Formatter().format(r))  # type: ignore[method-assign]
+        self.handler.emit = lambda record: self.lines.append(logging.Formatter().format(record))  # type: ignore[method-assign]
         logging.getLogger("vhostpc").addHandler(self.handler)
         self.memory = os.memfd_create("machine", os.MFD_CLOEXEC)
         os.ftruncate(self.memory, SIZE)
@@ -241,7 +242,7 @@ class Session(RuleBasedStateMachine):
         """As a front-end does that knows its business."""
         if protocol:
             self.set_protocol_features(wanted=set(PROTOCOL))
-        steps = [
+        steps: list[Callable[[], object]] = [
             lambda: self.model.features_set
             or self.set_features(wanted={Feature.VERSION_1}, odd=False, ack=False),
             lambda: self.model.regions or self.set_mem_table(kind="near", ack=False),
@@ -506,5 +507,5 @@ TestSession.settings = settings(
     stateful_step_count=40,
     suppress_health_check=list(HealthCheck),
     deadline=None,
-    max_examples=max(100, settings.default.max_examples // 10),
+    max_examples=max(100, settings().max_examples // 10),
 )

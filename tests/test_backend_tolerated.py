@@ -291,7 +291,7 @@ async def test_call_that_is_full(guest: Guest, pair: Pair, blocking: bool) -> No
         await set_up(front, guest, ring, call=theirs)
         for turn in range(3):
             offer(guest, ring, b"turn%d" % turn)
-            await until(lambda turn=turn: ring.used_idx == turn + 1)
+            await until(lambda turn=turn: ring.used_idx == turn + 1)  # type: ignore[misc]
         await front.barrier()
     os.close(ours)
     os.close(theirs)
@@ -309,7 +309,7 @@ async def test_call_whose_other_end_is_closed(guest: Guest, pair: Pair) -> None:
             await set_up(front, guest, ring, call=theirs)
             for turn in range(3):
                 offer(guest, ring, b"turn%d" % turn)
-                await until(lambda turn=turn: ring.used_idx == turn + 1)
+                await until(lambda turn=turn: ring.used_idx == turn + 1)  # type: ignore[misc]
             assert signal.SIGPIPE not in signal.sigpending()
             await front.barrier()
     finally:

@@ -77,7 +77,7 @@ def test_no_phase_is_cut(width: int) -> None:
     console = Console(file=out, width=width, force_terminal=True, color_system=None, legacy_windows=False)
     with Progress(*demo_screen.columns(width), console=console, auto_refresh=False) as progress:
         for what in PHASES:
-            progress.add_task(what, total=1.0, completed=1.0, short=demo_screen.short(what))
+            progress.add_task(what, total=1, completed=1, short=demo_screen.short(what))
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
     assert "…" not in text
     lines = [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip()]

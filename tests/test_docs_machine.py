@@ -73,7 +73,7 @@ async def test_two_ends_by_hand(tmp_path: Path) -> None:
                     if path[2]:
                         monitors.append(await stack.enter_async_context(open_monitor(where, line)))
             try:
-                await moved(*monitors, here("tcp:127.0.0.1:4444"))
+                await moved(monitors[0], monitors[1], here("tcp:127.0.0.1:4444"))
             except BaseException as e:
                 e.add_note("\n".join(f"{c.name}\n{c.last_words()}" for c in children))
                 raise

@@ -8,6 +8,7 @@ import struct
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -59,6 +60,9 @@ CHANNEL = st.tuples(
 )
 
 
+Lie = tuple[int | None, int, bytes, list[str]]
+
+
 class Liar:
     """Of each request that is named the first answers are these."""
 
@@ -75,7 +79,7 @@ class Liar:
             return []
         if lie == "twice":
             return self.fakes[-1].usual(frame) * (2 if frame.request != Request.POSTCOPY_ADVISE else 1)
-        request, flags, payload, kinds = lie  # type: ignore[misc]
+        request, flags, payload, kinds = cast(Lie, lie)
         fds = []
         for kind in kinds:
             first, *others = open_fd(kind)

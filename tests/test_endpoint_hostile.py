@@ -23,6 +23,7 @@ from tests import hostile
 from tests.own_machine import End, check, end
 from tests.qemu.proc import unwrapped
 from tests.qemu.qmp import Qmp
+from tests.streams import Encoded
 from tests.until import until
 from vhostpc.cli import endpoint as cli
 from vhostpc.endpoint.machine import Block, Spec, open_machine
@@ -54,7 +55,7 @@ Family = Literal["unix", "tcp"]
 
 def head(machine: str = "vhostpc-1", *, postcopy: bool = False, length: int = 4 * MIB) -> bytes:
     """An honest beginning, up to the list of blocks."""
-    parts = [Header(), Configuration(machine), OpenReturnPath(), Ping(1)]
+    parts: list[Encoded] = [Header(), Configuration(machine), OpenReturnPath(), Ping(1)]
     parts += [PostcopyAdvise(PAGE, PAGE)] if postcopy else []
     parts += [SectionStart(1), RamBlocks((BlockInfo("mem", length),)), Footer(1)]
     return b"".join(part.encode() for part in parts)
@@ -94,7 +95,7 @@ STREAMS = {
 }
 
 
-async def pour(address: socket.AddressFamily | Any, data: bytes) -> None:
+async def pour(address: tuple[socket.AddressFamily, Any], data: bytes) -> None:
     """Send all of it, read nothing, hang up. Who is shut out at once has had his turn."""
     family, where = address
     with trio.socket.socket(family) as sock, contextlib.suppress(OSError, trio.BrokenResourceError):

@@ -29,16 +29,6 @@ from vhostpc.wire.elements import DeviceSection
 MIB = 1 << 20
 
 
-class Stopped(Unwatched):
-    """Stops the machine when it is told to."""
-
-    def __init__(self, machine: OwnMachine) -> None:
-        self.machine = machine
-
-    async def stop_to_send(self) -> None:
-        await self.machine.stop()
-
-
 async def move(source: OwnMachine, destination: OwnMachine, *, postcopy: bool) -> None:
     """All of it; the destination runs. Raises what the source does."""
     there, here = pair()
@@ -50,7 +40,7 @@ async def move(source: OwnMachine, destination: OwnMachine, *, postcopy: bool) -
     course = Course("source", options.dialect)
     course.move(Event.START)
     async with Channel(there) as out, Channel(here) as into:
-        outgoing = Outgoing(out, source, course, Stopped(source), options=options)
+        outgoing = Outgoing(out, source, course, Unwatched(source), options=options)
         incoming = incoming_of(into, destination, postcopy=postcopy, run=run)
         if postcopy:
             outgoing.start_postcopy()

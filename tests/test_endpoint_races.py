@@ -14,6 +14,7 @@ import trio.testing
 
 from tests.migration_ends import incoming_of
 from tests.scripted_destination import channels
+from tests.streams import Encoded
 from tests.test_migration_interleavings import Here, There, Told, World
 from tests.until import until
 from vhostpc.endpoint import Endpoint
@@ -338,7 +339,7 @@ async def test_a_failure_and_another_one_at_once(tmp_path: Path) -> None:
 async def test_more_memory_than_there_can_be(length: int) -> None:
     there, here = channels()
     blocks = RamBlocks((BlockInfo("ram", length),))
-    data = [Header(), Configuration("toyvm"), SectionStart(1), blocks, Footer(1)]
+    data: list[Encoded] = [Header(), Configuration("toyvm"), SectionStart(1), blocks, Footer(1)]
     with HeldMachine() as machine, trio.fail_after(30):
         async with there, here:
             await there.send_all(b"".join(element.encode() for element in data))

@@ -119,7 +119,8 @@ async def every(
             failed = len(told)
             for short in shorts:
                 if source is None:
-                    here, source = await stack.enter_async_context(served(spec, postcopy=postcopy))
+                    made = await stack.enter_async_context(served(spec, postcopy=postcopy))
+                    here, source = made
                 before = resources()
                 async with open_machine(spec, empty=True) as there:
                     completed, why = await migrate(source, there, postcopy=postcopy, late=late, short=short)
@@ -263,7 +264,7 @@ async def test_no_descriptor_is_left_for_the_faults_of_a_back_end(tmp_path: Path
 
 STACK = 64 << 20
 """Bytes of a thread's stack, so that room for one is much more than all else takes."""
-KINDS = {
+KINDS: dict[str, Callable[[int, int], AbstractContextManager[None]]] = {
     "threads": lambda count, pid: address_space_left(STACK // 2 + count * STACK, pid),
     "descriptors": descriptors_left,
 }
@@ -311,9 +312,7 @@ async def test_a_destination_that_can_have_no_more(kind: str, tmp_path: Path) ->
             uri = f"{tmp_path}/in{count}"
             async with process(f"destination{count}", tmp_path, "--incoming", "defer") as destination:
                 await destination.set("return-path")
-                await destination.qmp.command(
-                    "migrate-incoming", **{"uri": f"unix:{uri}", "exit-on-error": False}
-                )
+                await destination.qmp.command("migrate-incoming", uri=f"unix:{uri}", exit_on_error=False)
                 with KINDS[kind](count, destination.process.pid):
                     await source.migrate(Unix(uri), resume=False)
                     await until(lambda: source.status not in BUSY and source.run_state != "finish-migrate")

@@ -71,7 +71,12 @@ def test_no_signal_is_lost() -> None:
     """Not even where many threads make more than the kernel keeps completions of."""
     fd = os.eventfd(0, os.EFD_NONBLOCK)
     try:
-        threads = [threading.Thread(target=lambda: [signal_event(fd) for _ in range(500)]) for _ in range(4)]
+
+        def signal_often() -> None:
+            for _ in range(500):
+                signal_event(fd)
+
+        threads = [threading.Thread(target=signal_often) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -29,7 +29,7 @@ FREE = {
     "enums": set(),
     "lazy": set(),
     "dialect": set(),
-    "wire": {"errors", "dialect", "units", "enums"},
+    "wire": {"errors", "dialect", "units", "enums", "lazy"},
     "transport": {"errors", "own_sockets", "wire"},
     "listener": {"errors", "logs"},
 }
@@ -112,15 +112,6 @@ def test_the_library_does_not_load_the_command_line() -> None:
         assert not heavy, f"{module} loads {heavy}"
 
 
-@pytest.mark.parametrize("module", ["vhostpc", "vhostpc.backend", "vhostpc.frontend"])
-def test_a_package_loads_what_is_used_of_it(module: str) -> None:
-    assert not {name for name in loaded_by(f"import {module}") if name.startswith(("trio", "cffi"))}
-    every = __import__(module, fromlist=["*"])
-    assert {name for name in every.__all__ if getattr(every, name, None) is None} == set()
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        _ = every.nothing
-
-
 def test_a_front_end_loads_no_postcopy() -> None:
     """A test of somebody's back-end that connects and asks for features starts soon."""
     loaded = loaded_by("from vhostpc.frontend import connect")
@@ -171,7 +162,7 @@ def pointers(header: str) -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize("header", sorted(p.name for p in NATIVE.glob("vpc_*.h")))
 def test_no_function_takes_or_returns_a_pointer_to_guest_bytes(header: str) -> None:
     for kind, name in pointers(header):
-        allowed = kind in OUT or kind in TEXT or HANDLE.fullmatch(kind)
+        allowed = kind in OUT or kind in TEXT or HANDLE.fullmatch(kind) is not None
         allowed = allowed or f"{kind} {name}" in PRIVATE.get(header, set())
         assert (
             allowed

@@ -59,7 +59,7 @@ def make(folder: Path, *arguments: str, **environment: str) -> str:
 
 
 def version(folder: Path) -> str:
-    argv = [folder / ".venv/bin/python", "-c", ""]
+    argv: list[str | Path] = [folder / ".venv/bin/python", "-c", ""]
     return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.partition("-")[0]
 
 
@@ -144,7 +144,7 @@ def test_little_is_installed(what: str, packages: set[str], tmp_path: Path) -> N
     }.items():
         (programs / name).write_text(f"#!{programs}/bash\n{text}\n")
         (programs / name).chmod(0o755)
-    argv = [programs / "bash", ROOT / "tools/need", what]
+    argv: list[str | Path] = [programs / "bash", ROOT / "tools/need", what]
     done = subprocess.run(
         argv, env={"PATH": str(programs)}, capture_output=True, text=True, timeout=60, check=False
     )

@@ -142,7 +142,7 @@ async def test_damage_is_found_and_named(damage: Callable[[RamSet, list[bytes]],
         assert (first.block, first.page, first.index, first.word) == ("low", 7, 7, word)
         assert first.generation >= 1
         assert (first.found_generation == 0) == (damage in (stale, lost))
-        assert first.found_index == {doubled: 9, lost: 0}.get(damage, 7)
+        assert first.found_index == (9 if damage is doubled else 0 if damage is lost else 7)
         assert re.match(r"page 7 of low: number 7 in generation \d+ expected, found ", str(first))
         assert await cpus[0].sweep() == (0, None)
         # A vCPU that meets it says the same, once: it has rewritten the page then.

@@ -22,7 +22,7 @@ from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.errors import ChannelLost, MigrationRefused
 from vhostpc.migration import ends
 from vhostpc.migration.channel import Channel, connect, listen
-from vhostpc.migration.uri import Address, Exec, Fd, File, Tcp, Unix, from_channels, parse
+from vhostpc.migration.uri import Address, Exec, Fd, File, Tcp, Unix, from_channels, parse_address
 
 ALL = tuple(DIALECTS)
 BYTES = bytes(range(256)) * 1000  # more than a pipe or a socket takes at once
@@ -66,7 +66,7 @@ def address_of(told: dict[str, object]) -> Address:
 
 @pytest.mark.parametrize("uri", LISTENING)
 async def test_sockets_go_both_ways(uri: str, tmp_path: Path) -> None:
-    async with listen(parse(uri.format(tmp_path), DIALECTS["10.0"], incoming=True)) as listener:
+    async with listen(parse_address(uri.format(tmp_path), DIALECTS["10.0"], incoming=True)) as listener:
         told = listener.socket_address
         async with await connect(address_of(told[-1])) as there, await listener.accept() as here:
             assert here.two_way
@@ -92,7 +92,7 @@ async def test_sockets_go_both_ways(uri: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("uri", "both"), [("tcp::0", True), ("tcp::0,ipv6", False), ("tcp:[::]:0", True)])
 async def test_a_wildcard_of_ipv6_stands_for_ipv4_too(uri: str, both: bool) -> None:
-    async with listen(parse(uri, DIALECTS["10.0"], incoming=True)) as listener:
+    async with listen(parse_address(uri, DIALECTS["10.0"], incoming=True)) as listener:
         [six] = [told for told in listener.socket_address if "ipv6" in told]
         four = Tcp("127.0.0.1", six["port"])
         if both:
@@ -160,10 +160,10 @@ async def test_options_reach_the_socket() -> None:
                 assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
                 assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == 0
     named = "tcp:127.0.0.1:{},keep-alive=on,keep-alive-count=3,keep-alive-idle=70,keep-alive-interval=7"
-    async with listen(parse(named.format(0), DIALECTS["11.1"], incoming=True)) as listener:
+    async with listen(parse_address(named.format(0), DIALECTS["11.1"], incoming=True)) as listener:
         port = listener.socket_address[0]["port"]
         async with (
-            await connect(parse(named.format(port), DIALECTS["11.1"])) as here,
+            await connect(parse_address(named.format(port), DIALECTS["11.1"])) as here,
             await listener.accept() as there,
         ):
             for channel in (here, there):
@@ -175,7 +175,7 @@ async def test_options_reach_the_socket() -> None:
         await connect(Tcp("localhost", "1", numeric=True))
     with pytest.raises(MigrationRefused, match="address resolution failed for localhost:1:"):
         await listening(Tcp("localhost", "1", numeric=True))
-    parsed = parse("tcp:h:1,keep-alive=on,mptcp", DIALECTS["10.0"])
+    parsed = parse_address("tcp:h:1,keep-alive=on,mptcp", DIALECTS["10.0"])
     assert parsed == Tcp("h", "1", keep_alive=True, mptcp=True)
 
 
@@ -209,7 +209,7 @@ async def test_passed_pipes_go_one_way() -> None:
 async def test_a_command_takes_a_stream_and_ends_by_itself(tmp_path: Path) -> None:
     """Nothing that it was given is lost, however long it takes after the pipe was closed."""
     path = tmp_path / "out"
-    command = parse(f"exec:cat >{path}.part; sleep 0.3; mv {path}.part {path}", DIALECTS["10.0"])
+    command = parse_address(f"exec:cat >{path}.part; sleep 0.3; mv {path}.part {path}", DIALECTS["10.0"])
     await send_and_close(await connect(command))
     assert path.read_bytes() == BYTES
 
@@ -342,7 +342,7 @@ async def test_why_a_connection_fails_in_qemus_words(compat: Compat, tmp_path: P
                 while (told := (await wire.command("query-migrate"))["return"])["status"] != "failed":
                     await trio.sleep(0.01)
             with pytest.raises(ChannelLost) as failed:
-                await connect(parse(uri, DIALECTS[compat]))
+                await connect(parse_address(uri, DIALECTS[compat]))
             assert str(failed.value) == told["error-desc"], uri
 
 
@@ -356,7 +356,7 @@ async def test_why_listening_fails_in_qemus_words(compat: Compat) -> None:
                 await wire.ready()
                 told = await wire.command("migrate-incoming", uri=uri)
             with pytest.raises(MigrationRefused) as failed:
-                async with listen(parse(uri, DIALECTS[compat], incoming=True)):
+                async with listen(parse_address(uri, DIALECTS[compat], incoming=True)):
                     pass
             assert str(failed.value) == told["error"]["desc"], uri
 
@@ -369,7 +369,7 @@ async def test_where_it_listens_is_told_as_qemu_does(compat: Compat, tmp_path: P
             await wire.ready()
             assert await wire.command("migrate-incoming", uri=uri) == {"return": {}}
             theirs = (await wire.command("query-migrate"))["return"]["socket-address"]
-        async with listen(parse(uri, DIALECTS[compat], incoming=True)) as listener:
+        async with listen(parse_address(uri, DIALECTS[compat], incoming=True)) as listener:
             ours = listener.socket_address
             for where in (*ours, *theirs):
                 assert where.pop("port", "1").isdigit()
@@ -589,7 +589,7 @@ async def test_cancelled_where_it_waits(tmp_path: Path) -> None:
         ):
             with trio.CancelScope() as scope:
                 scope.cancel()
-                await make(address)  # type: ignore[operator]
+                await make(address)
 
 
 async def listening(address: Address) -> None:

@@ -7,19 +7,49 @@ import trio
 
 from tests.migration_ends import incoming_of
 from tests.scripted_destination import LivelyMachine, Watched, channels, content, options
+from vhostpc.errors import ChannelLost
 from vhostpc.migration.held import HeldMachine
+from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.outgoing import Outgoing
 from vhostpc.migration.status import Status
 
 LIMIT = 60
 
 
+async def test_a_source_that_nobody_watches() -> None:
+    """Without options and a watcher the machine is stopped all the same, and what came of it is told by the call."""
+    there, here = channels()
+    with LivelyMachine(ram0=300) as machine, HeldMachine() as copy, trio.fail_after(LIMIT):
+        await machine.write("ram0", 5, b"five")
+        async with there, here, trio.open_nursery() as nursery:
+            incoming = Incoming(here, copy, postcopy=False)
+            nursery.start_soon(incoming.receive)
+            outgoing = Outgoing(there, machine)
+            await outgoing.send()
+            await there.aclose()
+        assert machine.stopped
+        assert not machine.tracked
+        assert await content(copy.ram) == await content(machine.ram)
+        outgoing.close()
+        incoming.close()
+
+
+async def test_a_source_that_nobody_watches_and_that_fails() -> None:
+    there, here = channels()
+    with LivelyMachine(ram0=300) as machine, trio.fail_after(LIMIT):
+        async with there:
+            await here.aclose()
+            outgoing = Outgoing(there, machine)
+            with pytest.raises(ChannelLost):
+                await outgoing.send()
+        assert not machine.tracked
+        outgoing.close()
+
+
 @pytest.mark.parametrize("how", ["precopy", "return path", "postcopy", "postcopy in the middle"])
 async def test_sent_on_it_is_the_same(how: str) -> None:
-    chosen = options(
-        *([] if how == "precopy" else ["return-path" if how == "return path" else "postcopy-ram"]),
-        **({"max_bandwidth": 16 << 20} if how == "postcopy in the middle" else {}),
-    )
+    on = [] if how == "precopy" else ["return-path" if how == "return path" else "postcopy-ram"]
+    chosen = options(*on, max_bandwidth=16 << 20) if how == "postcopy in the middle" else options(*on)
     postcopy = "postcopy-ram" in chosen
     there, here = channels()
     with LivelyMachine(ram0=3000, rom0=1) as machine, HeldMachine() as copy, trio.fail_after(LIMIT):

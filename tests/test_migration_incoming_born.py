@@ -95,7 +95,7 @@ async def test_who_waits_for_a_page_that_was_born_waits_on() -> None:
         await setup.source.pages("ram", (3, A))
         await until(lambda: received.events[-1:] == [Event.LOSE])
         assert [(w.block, w.page) for w in setup.incoming.service.waiting()] == [("ram", 3)]
-        assert toucher.got is toucher.error is None
+        assert toucher.waits
     assert isinstance(received.error, PageBorn)
 
 

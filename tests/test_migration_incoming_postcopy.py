@@ -13,6 +13,7 @@ import trio.testing
 
 from tests.migration_ends import LIMIT, Received, incoming_of, pair
 from tests.scripted_source import CLOCK, ScriptedSource
+from tests.streams import Encoded
 from tests.until import until
 from vhostpc.errors import ChannelLost, MemoryLost, StreamError
 from vhostpc.memory.ramblock import Bits
@@ -312,7 +313,7 @@ async def test_a_link_lost_before_the_source_has_heard_what_it_must() -> None:
     async with receiving(received, wanted=Slow()) as setup:
         await setup.source.begin()
         await setup.source.discard("ram")
-        inside = [PostcopyListen(), CLOCK, Ping(3), Ping(0x42), PostcopyRun()]
+        inside: list[Encoded] = [PostcopyListen(), CLOCK, Ping(3), Ping(0x42), PostcopyRun()]
         await setup.source.send(Package(b"".join(element.encode() for element in inside)).encode())
         await until(lambda: received.events == [Event.PACKAGE])
         await setup.source.stream.aclose()
@@ -342,6 +343,10 @@ class Toucher:
         self._setup, self._page = setup, page
         setup.nursery.start_soon(self._touch)
 
+    @property
+    def waits(self) -> bool:
+        return self.got is None and self.error is None
+
     async def _touch(self) -> None:
         try:
             self.got = await self._setup.machine.ram["ram"].read(self._page * PAGE, PAGE)
@@ -369,7 +374,8 @@ async def test_a_lost_link_is_a_pause(how: str) -> None:
         assert [w.page for w in service.waiting()] == [3, 4]
         assert await setup.machine.ram["ram"].read(0, PAGE) == A
         assert not setup.ended.is_set()
-        assert first.got is first.error is late.got is late.error is None
+        assert first.waits
+        assert late.waits
         block = setup.machine.ram["ram"]
         assert block.test_bit(Bits.RECEIVED, 0)
         assert block.test_bit(Bits.REQUESTED, 3)

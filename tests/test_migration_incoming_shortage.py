@@ -38,7 +38,7 @@ async def test_a_shortage_is_waited_out(
     """The log says so; who waits for a page gets it when there is memory, and the migration completes."""
     monkeypatch.setattr(waits, "FIRST", 0.02)
     received = Received()
-    told = []
+    told: list[str] = []
 
     def lines() -> list[str]:
         told[:] = [r.getMessage() for r in caplog.records if "memory" in r.getMessage()]

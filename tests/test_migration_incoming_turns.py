@@ -125,9 +125,12 @@ async def test_a_discard_covers_a_page_once(monkeypatch: pytest.MonkeyPatch) -> 
     data = ADVISED + setup + whole.encode()
     calls: list[int] = []
     discard = RamBlock.discard
-    monkeypatch.setattr(
-        RamBlock, "discard", lambda block, at, length: (calls.append(length), discard(block, at, length))
-    )
+
+    def counted(block: RamBlock, at: int, length: int) -> None:
+        calls.append(length)
+        discard(block, at, length)
+
+    monkeypatch.setattr(RamBlock, "discard", counted)
     with HeldMachine(lengths={"ram0": BLOCK}) as machine:
         received, had = await turns(data, monkeypatch, machine, postcopy=True)
     assert "ends where its next element belongs" in str(received.error)

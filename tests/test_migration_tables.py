@@ -12,7 +12,7 @@ from vhostpc.errors import MigrationRefused
 from vhostpc.migration.options import SUPPORTED, Options, parameters
 from vhostpc.migration.phase import Course, Event, Phase, Side, WrongMove, statuses, table
 from vhostpc.migration.status import Status
-from vhostpc.migration.uri import Exec, Fd, File, Tcp, Unix, parse
+from vhostpc.migration.uri import Exec, Fd, File, Tcp, Unix, parse_address
 
 ALL = tuple(DIALECTS)
 E = Event
@@ -203,7 +203,8 @@ def test_every_pair_of_a_phase_and_an_event(side: Side, compat: Compat) -> None:
     assert phases == {phase for phase, _ in pairs} | {Phase.NONE} | (
         phases & set(ENDS)
     ), "a phase without an end"
-    for phase, event in itertools.product(Phase, Event):
+    every: list[tuple[Phase, Event]] = list(itertools.product(Phase, Event))
+    for phase, event in every:
         course = Course(side, dialect)
         course.phase, course.status = phase, statuses(phase, side, dialect)[-1]
         if (phase, event) in pairs:
@@ -289,4 +290,4 @@ def test_behind_the_border_only_the_destinations_word_frees_the_source(compat: C
     ],
 )
 def test_addresses(uri: str, address: Any) -> None:
-    assert parse(uri, DIALECTS["10.0"]) == address
+    assert parse_address(uri, DIALECTS["10.0"]) == address

@@ -102,6 +102,6 @@ async def test_a_thread_that_does_not_come_up(monkeypatch: pytest.MonkeyPatch) -
         KeptThread(Thread.HOP, "the moon")
     gone: list[int] = []
     for begin in stillborn:
-        _thread.start_new_thread(lambda begin=begin: gone.append(begin() or 1), ())
+        _thread.start_new_thread(lambda begin=begin: gone.append(begin() or 1), ())  # type: ignore[misc]
     await until(lambda: len(gone) == 2)
     assert not called

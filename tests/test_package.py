@@ -167,7 +167,7 @@ def installed(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     there = folder / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", there], check=True)
     python = there / "bin" / "python"
-    install = [
+    install: list[str | Path] = [
         sys.executable,
         "-m",
         "pip",
@@ -253,7 +253,16 @@ async def test_the_programs_of_the_wheel_serve(kind: str, installed: Path, tmp_p
             "blk": ["--blk-file", "disk.img"],
             "backend": ["mine.py:Mine"],
         }[kind]
-        command = ["env", "-u", "PYTHONPATH", installed, kind, *options, "--socket-path", path]
+        command: list[str | Path] = [
+            "env",
+            "-u",
+            "PYTHONPATH",
+            installed,
+            kind,
+            *options,
+            "--socket-path",
+            path,
+        ]
         async with open_child(command, name=kind, cwd=tmp_path) as child:
             await child.until(f"ready on {path}")
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

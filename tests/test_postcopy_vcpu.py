@@ -74,7 +74,7 @@ async def moved(page_size: int = TARGET_PAGE, pages: int = 300) -> AsyncIterator
         async with trio.open_nursery() as nursery:
             nursery.start_soon(service.run)
             nursery.start_soon(source.serve)
-            yield Move(*sets, source, service, cpus, others, ours.fileno(), nursery)
+            yield Move(sets[0], sets[1], source, service, cpus, others, ours.fileno(), nursery)
             nursery.cancel_scope.cancel()
 
 

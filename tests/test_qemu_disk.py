@@ -39,7 +39,7 @@ def block(number: int, generation: int, nonce: int) -> bytes:
     return struct.pack(f"<{BLOCK // 8}Q", *words)
 
 
-async def requests(machine: vm.Vm, more: int) -> None:
+async def requests(machine: vm.Talking, more: int) -> None:
     """Wait for so many more reads, and for more writes, of a disk without a bad block."""
 
     async def line() -> tuple[int, int]:
@@ -54,7 +54,7 @@ async def requests(machine: vm.Vm, more: int) -> None:
         now = await line()
 
 
-async def generations(machine: vm.Vm) -> tuple[int, list[int]]:
+async def generations(machine: vm.Talking) -> tuple[int, list[int]]:
     """End the checker; the guest's nonce, and for each block which generation the disk must hold."""
     at = len(machine.serial)
     await machine.process.send("touch disk-stop\n")

@@ -294,7 +294,12 @@ async def test_a_client_that_gives_away_the_end_of_a_connection_to_here(which: s
             with socket.socket(socket.AF_UNIX) as third:
                 third.connect(str(tmp_path / "text"))
                 await until(lambda: text.clients)
-                fd = {"its own": one.sock, "another's": two.sock, "the text monitor's": third}[which].fileno()
+                fds = {
+                    "its own": one.sock.fileno(),
+                    "another's": two.sock.fileno(),
+                    "the text monitor's": third.fileno(),
+                }
+                fd = fds[which]
                 await one.send(b'{"execute":"getfd","arguments":{"fdname":"x"}}', [fd])
                 told = (await one.reply())["error"]["desc"]
                 assert told == "The file descriptor is a connection to this program itself"

@@ -51,7 +51,14 @@ def no_descriptor_left() -> Iterator[None]:
 @pytest.mark.qemu
 @pytest.mark.parametrize("compat", ALL)
 async def test_it_says_what_qemus_says(compat: Compat, tmp_path: Path) -> None:
-    odd = [b"abc\xff\xfe", "bögus".encode(), b"a\x00b", b"stop;info status", b"#x", b"info migrate"]
+    odd: list[str | bytes] = [
+        b"abc\xff\xfe",
+        "bögus".encode(),
+        b"a\x00b",
+        b"stop;info status",
+        b"#x",
+        b"info migrate",
+    ]
     async with qemu(compat, tmp_path) as theirs, ours(FakeEndpoint(compat), tmp_path):
         own = Terminal(tmp_path / "text")
         with own.sock:
@@ -187,7 +194,7 @@ async def test_migrate_waits_and_the_others_go_on(tmp_path: Path) -> None:
         assert endpoint.course.status is Status.POSTCOPY_PAUSED
         endpoint.forget()
         assert await one.ask("migrate -d unix:/x") == ""
-        assert endpoint.course.status is Status.SETUP
+        assert endpoint.info().status is Status.SETUP
         async with qmp_ours(endpoint, tmp_path), qmp_client(tmp_path) as qmp:
             await qmp.ready()
             endpoint.forget()

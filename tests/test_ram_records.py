@@ -28,7 +28,7 @@ from vhostpc.wire.ramrec import (
     RamModel,
     RamPage,
 )
-from vhostpc.wire.return_path import PageRequest, Pong, ReturnPathDecoder, Shut
+from vhostpc.wire.return_path import PageRequest, Pong, ReturnPathDecoder, ReturnPathMessage, Shut
 
 PAGE_A = b"a" * TARGET_PAGE
 BLOCKS = {"ram0": (6 * TARGET_PAGE, TARGET_PAGE), "rom": (2 * TARGET_PAGE, TARGET_PAGE)}
@@ -55,7 +55,12 @@ def test_bytes_of_return_path() -> None:
         "0004 000c 0000000000001000 00001000"  # REQ_PAGES in the same block
         "0001 0004 00000000"  # SHUT 0
     )
-    expected = [Pong(1), PageRequest("ram0", 0x2000, 0x1000), PageRequest("ram0", 0x1000, 0x1000), Shut(0)]
+    expected: list[ReturnPathMessage] = [
+        Pong(1),
+        PageRequest("ram0", 0x2000, 0x1000),
+        PageRequest("ram0", 0x1000, 0x1000),
+        Shut(0),
+    ]
     decoder = ReturnPathDecoder()
     assert list(decoder.feed(stream)) == expected
     decoder = ReturnPathDecoder()
@@ -227,9 +232,9 @@ def check_twins(blocks: dict[str, tuple[int, int]], stream: bytes, cuts: list[in
             assert received == set(placed)
             for (block, offset), data in placed.items():
                 assert os.pread(ram[block].fd, len(data), offset) == data
-            for block in ram.blocks:
-                made = block.length - sum(length for _, length in block.holes())
-                assert made == sum(len(d) for (name, _), d in placed.items() if name == block.name)
+            for b in ram.blocks:
+                made = b.length - sum(length for _, length in b.holes())
+                assert made == sum(len(d) for (name, _), d in placed.items() if name == b.name)
 
     with_limit(run)
 

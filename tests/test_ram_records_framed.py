@@ -50,8 +50,8 @@ async def check(case: Case) -> None:
             if how == "end":
                 rest = channel.take()
                 assert rest == case.stream[want.consumed :][: len(rest)]
-        for (block, offset), data in want.pages.items():
-            assert os.pread(ram[block].fd, TARGET_PAGE, offset) == data
+        for (of, offset), data in want.pages.items():
+            assert os.pread(ram[of].fd, TARGET_PAGE, offset) == data
         for block in ram.blocks:
             hosts = {offset // block.page_size for name, offset in want.pages if name == block.name}
             assert hosts == {page for page in range(block.pages) if block.test_bit(Bits.RECEIVED, page)}

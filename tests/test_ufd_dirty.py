@@ -164,9 +164,9 @@ class Copier:
             ram.create("small", 64 * TARGET_PAGE)
         self.copied = 0
 
-    def cpus_of(self, ram: RamSet, **rates: int) -> list[VCpu]:
+    def cpus_of(self, ram: RamSet, *, writes: int = 0, reads: int = 0) -> list[VCpu]:
         areas = [Area(b, 0, b.length // TARGET_PAGE) for b in ram.blocks]
-        return [VCpu(ram, areas, i, 2, seed=9, **rates) for i in range(2)]
+        return [VCpu(ram, areas, i, 2, seed=9, writes=writes, reads=reads) for i in range(2)]
 
     async def copy_dirty(self) -> None:
         for block, to in zip(self.source.blocks, self.there.blocks, strict=True):

@@ -14,13 +14,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from tests.hugepages import HUGE, hugepages
-from vhostpc import ufd as ufd_module
+from vhostpc._native import lib
 from vhostpc.errors import UfdError
 from vhostpc.ufd import (
     POSTCOPY_FEATURES,
@@ -255,7 +257,7 @@ def test_wake_without_a_page_reports_the_fault_again(memory: Memory) -> None:
 def test_two_waiters_of_one_page_are_two_events_and_one_copy(memory: Memory) -> None:
     async def body(nursery: trio.Nursery, ufd: Userfaultfd) -> None:
         ufd.register(memory.address, memory.length)
-        touches = [Touch(lambda n=n: memory.read(n, 1)) for n in range(2)]
+        touches = [Touch(partial(memory.read, n, 1)) for n in range(2)]
         for touch in touches:
             nursery.start_soon(touch.run)
         found = await events(ufd, 2)
@@ -366,9 +368,9 @@ def test_what_a_peer_sends_is_looked_at() -> None:
     try:
         with pytest.raises(UfdError, match="not a userfaultfd"):
             Userfaultfd.from_fd(pipe[0])
-        fresh = ufd_module.uffd.lib.vpc_uffd_open(Way.SYSCALL)
+        fresh = lib.vpc_uffd_open(Way.SYSCALL)
         if fresh < 0:
-            fresh = ufd_module.uffd.lib.vpc_uffd_open(Way.USER_MODE_ONLY)
+            fresh = lib.vpc_uffd_open(Way.USER_MODE_ONLY)
         with pytest.raises(UfdError, match="handshake"):
             Userfaultfd.from_fd(fresh)
     finally:
@@ -437,7 +439,7 @@ def test_an_old_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 # With fewer rights, in a child.
 
 
-def child(case: str) -> dict[str, object]:
+def child(case: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.confine", case, sys.executable, "-m", "tests.ufd_child"],
         cwd=ROOT,

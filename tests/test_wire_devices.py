@@ -54,7 +54,7 @@ def sections_of(events: Sequence[el.StreamEvent]) -> list[DeviceSection]:
 def test_a_section_may_come_twice() -> None:
     """Two network back-ends of one kind have one name and number in QEMU 7.2."""
     again = DeviceSection(11, "clk", 0, 1, b"other")
-    inside = [LISTEN, CLOCK, again, PING, RUN]
+    inside: list[Inside] = [LISTEN, CLOCK, again, PING, RUN]
     found = split_package(package(*inside))
     assert found.elements == inside
     assert found.doubt is None
@@ -80,7 +80,7 @@ def test_what_stands_behind_run_is_not_read() -> None:
 
 
 def test_listen_may_come_later() -> None:
-    inside = [CLOCK, LISTEN, OTHER, PING, RUN]
+    inside: list[Inside] = [CLOCK, LISTEN, OTHER, PING, RUN]
     assert read_package(package(*inside)) == inside
 
 
@@ -88,7 +88,7 @@ def test_listen_may_come_later() -> None:
     "command", [el.OpenReturnPath(), el.PostcopyResume(), el.BitmapRequest("ram0"), el.SwitchoverStart()]
 )
 def test_commands_that_mean_nothing_here(command: Inside) -> None:
-    inside = [LISTEN, CLOCK, command, PING, RUN]
+    inside: list[Inside] = [LISTEN, CLOCK, command, PING, RUN]
     assert read_package(package(*inside)) == inside
 
 

@@ -23,8 +23,8 @@ from vhostpc.wire.stream import RamMode, StreamReader
 
 BLOCKS = (el.BlockInfo("ram0", 0x3000), el.BlockInfo("rom0", 0x1000))
 CLOCK = el.DeviceSection(9, "clk", 0, 1, h("deadbeef"))
-TOY = [el.Header(), el.Configuration("toyvm")]
-SETUP = [el.SectionStart(7), el.RamBlocks(BLOCKS), el.Footer(7)]
+TOY: list[el.StreamEvent] = [el.Header(), el.Configuration("toyvm")]
+SETUP: list[el.StreamEvent] = [el.SectionStart(7), el.RamBlocks(BLOCKS), el.Footer(7)]
 RUNS = [
     el.SectionPart(7),
     el.RamRun("ram0", 0, 1, RunKind.DATA),
@@ -422,7 +422,7 @@ def test_a_description_that_is_none(text: str, reason: str) -> None:
 def test_blocks_that_name_their_page_size(size: int | None, last: bool) -> None:
     big = el.BlockInfo("mem", 0x400000, size)
     blocks = (el.BlockInfo("rom", 0x1000), big) if last else (big, el.BlockInfo("rom", 0x1000))
-    wanted = [
+    wanted: list[el.StreamEvent] = [
         *TOY, el.PostcopyAdvise(0x201000, 0x1000), el.SectionStart(1), el.RamBlocks(blocks, True), el.Footer(1),
     ]  # fmt: skip
     data = encode(wanted)
@@ -432,7 +432,7 @@ def test_blocks_that_name_their_page_size(size: int | None, last: bool) -> None:
 
 
 def test_shared_blocks_that_stay() -> None:
-    wanted = [
+    wanted: list[el.StreamEvent] = [
         el.Header(), el.Configuration("toyvm", 12, ("x-ignore-shared",), bytes(range(16))), el.SectionStart(1),
         el.RamBlocks((el.BlockInfo("mem", 0x1000, None, 1 << 32),)), el.Footer(1), el.SwitchoverStart(),
         el.EnableColo(),

@@ -1,7 +1,8 @@
 """vhostpc: vhost-user back-ends that live through postcopy migration, and the front-end that drives them.
 
 The names of a device author are here: ``from vhostpc import Device, serve``. They are looked up when asked for, so
-that ``import vhostpc`` costs nothing.
+that ``import vhostpc`` costs nothing. The other halves: ``vhostpc.frontend``, ``memory``, ``ufd``, ``wire``,
+``migration``, ``endpoint`` and ``qmp``, each with what a user of it needs.
 """
 
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Chain", "Device", "Options", "Queue", "errors", "serve"]
 
-__getattr__ = exports(
-    __name__, {"vhostpc.backend": "Chain Device Options Queue serve", "vhostpc.errors": "errors"}
-)
+if not TYPE_CHECKING:  # for a type checker it would stand for every name
+    __getattr__ = exports(
+        __name__, {"vhostpc.backend": "Chain Device Options Queue serve", "vhostpc.errors": "errors"}
+    )

@@ -12,7 +12,8 @@ def exports(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
     """The ``__getattr__`` (PEP 562) of ``package``: for each module the names, in a string, that come from there; a
     module's own name is the module.
 
-    For type checkers the package imports the same names under ``TYPE_CHECKING``. AttributeError for any other name.
+    For type checkers the package imports the same names under ``TYPE_CHECKING``, and keeps this out of their sight, or
+    they would take it for any name. AttributeError for any other name.
     """
     where = {name: module for module, names in modules.items() for name in names.split()}
 

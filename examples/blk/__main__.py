@@ -9,7 +9,7 @@ it, ``vhostpc/cli/blk.py`` its options. Its socket, signals and the rest are tho
 
 import sys
 
-from vhostpc.cli.main import main
+from vhostpc.cli import run_only
 
 if __name__ == "__main__":
-    main("blk", f"python {sys.argv[0]}")
+    run_only("blk", f"python {sys.argv[0]}")

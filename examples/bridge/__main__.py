@@ -9,7 +9,7 @@ what it is joined to. Its socket, signals and the rest are those of every back-e
 
 import sys
 
-from vhostpc.cli.main import main
+from vhostpc.cli import run_only
 
 if __name__ == "__main__":
-    main("bridge", f"python {sys.argv[0]}")
+    run_only("bridge", f"python {sys.argv[0]}")

@@ -79,7 +79,7 @@ async def open_far_end() -> AsyncIterator[FarEnd]:
 async def open_bridge(path: Path, far: FarEnd, args: Sequence[str] = ()) -> AsyncIterator[Child]:
     """Run ``examples/bridge`` listening at ``path`` (with ``-c`` in ``args``: connecting to it)."""
     host, port = far.there
-    argv = [sys.executable, ROOT / "examples" / "bridge", "--socket-path", path]
+    argv: list[str | Path] = [sys.executable, ROOT / "examples" / "bridge", "--socket-path", path]
     argv += ["-l", f"{host}:{port}", "-r", far.here, *args]
     async with open_child(argv, name="bridge") as bridge:
         if "-c" not in args:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tests.qemu.net import Far, Flow, Mark, Ranges, parse_flow
-from tests.qemu.vm import Vm
+from tests.qemu.vm import Talking
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Window:
     moved: Mark
 
 
-async def guest_flow(vm: Vm) -> Flow:
+async def guest_flow(vm: Talking) -> Flow:
     """The guest's own account, from the next line it prints."""
     found = await vm.serial.find(r"^net \w+ (.*)", len(vm.serial))
     return parse_flow(found.group(1))
@@ -46,7 +46,7 @@ class Account:
         """Begin to count: nothing before this moment (the guest's boot) is looked at."""
         return cls((await far.mark())[1])
 
-    async def close(self, far: Far, vm: Vm) -> tuple[Flow, Flow, Flow]:
+    async def close(self, far: Far, vm: Talking) -> tuple[Flow, Flow, Flow]:
         """Check everything; gives the guest's flow, the far end's flow, the far end's pings."""
         inside = await guest_flow(vm)
         outside, pings = await far.report()

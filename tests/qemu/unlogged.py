@@ -14,7 +14,7 @@ def set_log(self: queue.Queue, log: object, log_used: bool, used_gpa: int) -> No
     """In place of ``Queue.set_log``: the log is thrown away."""
 
 
-queue.Queue.set_log = set_log  # type: ignore[method-assign, assignment]
+queue.Queue.set_log = set_log  # type: ignore[method-assign]
 sys.argv = sys.argv[1:]
 program = Path(sys.argv[0])
 # As the interpreter does with a folder that it is given.

@@ -8,7 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import trio
 
@@ -141,6 +141,15 @@ class Spec:
     qemu: peers.Qemu
     memory: Memory = field(default_factory=Memory)
     extra: tuple[str, ...] = ()
+
+
+class Talking(Protocol):
+    """A running guest that is told things, and says things, by its serial line: of QEMU, or another."""
+
+    process: Child
+
+    @property
+    def serial(self) -> Lines: ...
 
 
 class Vm:

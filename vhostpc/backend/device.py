@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Protocol
 
 from vhostpc.errors import VhostpcError
@@ -33,8 +34,9 @@ class Device:
     Locks: never hold one of your own across an ``await`` on a queue. That await may wait for a guest page,
     and whoever waits for your lock would wait for it too.
 
-    One instance may serve several sessions, one after the other or at a time; what belongs to one session
-    should then be kept by ``queue.session`` or be local to ``handle_queue``.
+    One instance may serve several sessions, one after the other or at a time. Then keep what belongs to one session
+    in local variables of :meth:`handle_queue` and :meth:`handle_session`; or give :func:`~vhostpc.backend.serve` the
+    class, or a function, in place of an instance, and each session gets a device of its own.
     """
 
     #: virtio device type (virtio 1.2, section 5); told in the log and by --print-capabilities.
@@ -48,6 +50,9 @@ class Device:
     features: int = 0
     #: Bytes of config space; 0: none (the CONFIG protocol feature is not offered).
     config_size: int = 0
+    #: What --print-capabilities lists under ``features``: names that the schema of back-end programs has for the type
+    #: (QEMU, docs/interop/vhost-user.json; for a disk ``read-only`` and ``blk-file``). Looked up on the class.
+    capabilities: Sequence[str] = ()
 
     async def handle_queue(self, queue: Queue) -> None:
         """Serve one queue: called when its ring is started and enabled, ends when the ring stops.

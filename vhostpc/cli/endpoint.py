@@ -147,7 +147,7 @@ async def serve(
                 nursery.start_soon(text.serve_stdio, 0, 1, screen)
             if incoming not in (None, DEFER):
                 assert incoming is not None
-                address = uri.parse(incoming, endpoint.options.dialect, incoming=True)
+                address = uri.parse_address(incoming, endpoint.options.dialect, incoming=True)
                 await endpoint.incoming(address, exit_on_error=True)
             log.info("ready on %s", ", ".join(p for p in (qmp, monitor) if p))
             await endpoint.ended()

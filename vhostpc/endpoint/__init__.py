@@ -1,5 +1,20 @@
 """The migration endpoint: what plays QEMU's part with a machine, driven by its monitor."""
 
-from vhostpc.endpoint.endpoint import Endpoint, Listener
+from typing import TYPE_CHECKING
 
-__all__ = ["Endpoint", "Listener"]
+from vhostpc.lazy import exports
+
+if TYPE_CHECKING:
+    from vhostpc.endpoint.endpoint import Endpoint, Listener
+    from vhostpc.endpoint.machine import Block, OwnMachine, Spec, open_machine
+
+__all__ = ["Block", "Endpoint", "Listener", "OwnMachine", "Spec", "open_machine"]
+
+if not TYPE_CHECKING:  # for a type checker it would stand for every name
+    __getattr__ = exports(
+        __name__,
+        {
+            "vhostpc.endpoint.endpoint": "Endpoint Listener",
+            "vhostpc.endpoint.machine": "Block OwnMachine Spec open_machine",
+        },
+    )

@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     from vhostpc.frontend.postcopy import BackendPostcopy
     from vhostpc.frontend.rings import start_ring, stop_ring
     from vhostpc.frontend.share import DirtyLog, GuestRegion, MemoryShare, Mode
+    from vhostpc.frontend.source import CallableSource, SourceProcess, start_source
 
 __all__ = [
     "BackendPostcopy",
+    "CallableSource",
     "DirtyLog",
     "Driver",
     "FarSide",
@@ -21,20 +23,24 @@ __all__ = [
     "MemoryShare",
     "Mode",
     "RingLayout",
+    "SourceProcess",
     "connect",
     "listen",
     "over",
     "start_ring",
+    "start_source",
     "stop_ring",
 ]
 
-__getattr__ = exports(
-    __name__,
-    {
-        "vhostpc.frontend.client": "FrontEnd connect listen over",
-        "vhostpc.frontend.driver": "Driver FarSide RingLayout",
-        "vhostpc.frontend.postcopy": "BackendPostcopy",
-        "vhostpc.frontend.rings": "start_ring stop_ring",
-        "vhostpc.frontend.share": "DirtyLog GuestRegion MemoryShare Mode",
-    },
-)
+if not TYPE_CHECKING:  # for a type checker it would stand for every name
+    __getattr__ = exports(
+        __name__,
+        {
+            "vhostpc.frontend.client": "FrontEnd connect listen over",
+            "vhostpc.frontend.driver": "Driver FarSide RingLayout",
+            "vhostpc.frontend.postcopy": "BackendPostcopy",
+            "vhostpc.frontend.rings": "start_ring stop_ring",
+            "vhostpc.frontend.share": "DirtyLog GuestRegion MemoryShare Mode",
+            "vhostpc.frontend.source": "CallableSource SourceProcess start_source",
+        },
+    )

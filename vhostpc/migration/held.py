@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from vhostpc.errors import MigrationRefused, StreamError
 from vhostpc.memory.available import available_memory
@@ -175,7 +175,7 @@ class HeldMachine:
         """Let go of its memory. Nobody may be using it."""
         self.ram.close()
 
-    def __enter__(self) -> HeldMachine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

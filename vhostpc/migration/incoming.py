@@ -21,10 +21,10 @@ from vhostpc.migration.channel import Channel
 from vhostpc.migration.checks import check_advise, check_discard, check_page_sizes
 from vhostpc.migration.heads import check_head
 from vhostpc.migration.machine import Machine
-from vhostpc.migration.phase import Course, Event, Phase
+from vhostpc.migration.phase import Course, Event, Phase, begun
 from vhostpc.migration.turns import in_turns, pieces
 from vhostpc.migration.waits import tell_waits
-from vhostpc.migration.watcher import Watcher
+from vhostpc.migration.watcher import Unwatched, Watcher
 from vhostpc.ufd.ramchannel import LoadNumbers, RamChannel
 from vhostpc.ufd.service import FaultService, ServiceNumbers
 from vhostpc.wire.elements import (
@@ -85,14 +85,15 @@ class Incoming:
 
     ``postcopy``: the capability ``postcopy-ram``; both sides must have it alike where the source uses it.
     ``spin_us``, ``trace``: see :class:`FaultService`. ``limit``: bytes of a package.
+    Without a ``watcher`` the machine is not started.
     """
 
     def __init__(
         self,
         channel: Channel,
         machine: Machine,
-        course: Course,
-        watcher: Watcher,
+        course: Course | None = None,
+        watcher: Watcher | None = None,
         *,
         postcopy: bool,
         spin_us: int = 0,
@@ -101,14 +102,14 @@ class Incoming:
     ) -> None:
         self.channel = channel
         self.machine = machine
-        self.course = course
+        self.course = course or begun("destination", Event.START, Event.CONNECT)
         self.postcopy = postcopy
         self.service = FaultService(machine.ram, spin_us=spin_us, trace=trace)
         """Over the machine's RAM; its numbers can be read until :meth:`close`."""
         self.kept: int | None = None
         """Host pages that had come by precopy and were not sent again, once postcopy has begun."""
         self._asked: ServiceNumbers | None = None
-        self._watcher = watcher
+        self._watcher = watcher or Unwatched(machine)
         self._reader = StreamReader(RamMode.PAUSE, limit=limit)
         self._events = self._reader.feed_in_slices(b"")
         self._pages: RamChannel | None = None

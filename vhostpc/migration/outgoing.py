@@ -24,8 +24,8 @@ from vhostpc.migration.info import RamInfo
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.options import Options
 from vhostpc.migration.pace import Pace
-from vhostpc.migration.phase import ALL_SENT, Course, Event, Phase
-from vhostpc.migration.watcher import Watcher
+from vhostpc.migration.phase import ALL_SENT, Course, Event, Phase, begun
+from vhostpc.migration.watcher import Unwatched, Watcher
 from vhostpc.ufd.pagesource import UNLIMITED, Ended, PageSource, SourceNumbers
 from vhostpc.wire.elements import (
     LOADED,
@@ -69,24 +69,25 @@ class After:
 class Outgoing:
     """Sends ``machine`` over ``channel``, which stays the caller's. For one migration, whose phase is ``course``.
 
-    One at a time: what is still to be sent is marked in the machine's blocks.
+    One at a time: what is still to be sent is marked in the machine's blocks. ``options``: QEMU's defaults if left
+    out. Without a ``watcher`` the machine is stopped when it has to be.
     """
 
     def __init__(
         self,
         channel: Channel,
         machine: Machine,
-        course: Course,
-        watcher: Watcher,
+        course: Course | None = None,
+        watcher: Watcher | None = None,
         *,
-        options: Options,
+        options: Options | None = None,
         after: After | None = None,
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
         self.machine = machine
         self.channel = channel
-        self.course = course
-        self.options = options
+        self.course = course or begun("source", Event.START)
+        self.options = options = options or Options()
         self.dialect = options.dialect.of_machine(machine.configuration.machine)
         self.after = after or After()
         self._postcopy = "postcopy-ram" in options
@@ -95,7 +96,7 @@ class Outgoing:
             machine.ram, channel.out_fd, return_path=channel.in_fd if self._return_path else -1
         )
         self._final: SourceNumbers | None = None
-        self._watcher = watcher
+        self._watcher = watcher or Unwatched(machine)
         self._clock = clock
         self._pace = Pace(clock)
         self._postcopy_wanted = False

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from vhostpc.dialect import Dialect
+from vhostpc.dialect import DEFAULT, DIALECTS, Dialect
 from vhostpc.migration.status import Status
 
 Side = Literal["source", "destination"]
@@ -321,3 +321,11 @@ class Course:
     def in_postcopy(self) -> bool:
         """The border of a postcopy has been passed, and not all is done."""
         return self.phase in PACKAGE_GONE
+
+
+def begun(side: Side, *events: Event) -> Course:
+    """The course of a migration that nobody follows, behind these events."""
+    course = Course(side, DIALECTS[DEFAULT])
+    for event in events:
+        course.move(event)
+    return course

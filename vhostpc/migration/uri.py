@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vhostpc.dialect import Dialect
+from vhostpc.dialect import DEFAULT, DIALECTS, Dialect
 from vhostpc.errors import MigrationRefused
 
 
@@ -78,7 +78,7 @@ MOST_DIGITS = 64
 _SIZES = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 
 
-def parse(uri: str, dialect: Dialect, *, incoming: bool = False) -> Address:
+def parse_address(uri: str, dialect: Dialect = DIALECTS[DEFAULT], *, incoming: bool = False) -> Address:
     """The address that a URI names; ``incoming``: to listen at. Raises MigrationRefused."""
     scheme, colon, rest = uri.partition(":")
     if colon and scheme == "tcp":

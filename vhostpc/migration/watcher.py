@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from vhostpc.migration.machine import Machine
+
 
 class Watcher(Protocol):
     """What happens to the machine is done by whoever started the migration. On the trio thread."""
@@ -22,13 +24,16 @@ class Watcher(Protocol):
 
 
 class Unwatched:
-    """Nothing is done with it: as for a machine that is held, and neither runs nor stops."""
+    """The watcher of a migration that nobody watches: a source's machine is stopped, a destination's is not started."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
 
     def passed(self, number: int) -> None:
         pass
 
     async def stop_to_send(self) -> None:
-        pass
+        await self.machine.stop()
 
     async def let_run(self, postcopy: bool) -> None:
         pass

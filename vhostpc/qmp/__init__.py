@@ -1,9 +1,28 @@
-"""The monitor: QMP on trio with QEMU's names, and the text monitor on top of it."""
+"""The monitor: QMP on trio with QEMU's names, the text monitor on top of it, and a client of such a monitor."""
 
-from vhostpc.migration.info import MigrationInfo, RamInfo
-from vhostpc.qmp.endpoint import Endpoint
-from vhostpc.qmp.events import Events
-from vhostpc.qmp.server import Monitor
-from vhostpc.qmp.terminal import TextMonitor
+from typing import TYPE_CHECKING
 
-__all__ = ["Endpoint", "Events", "MigrationInfo", "Monitor", "RamInfo", "TextMonitor"]
+from vhostpc.lazy import exports
+
+if TYPE_CHECKING:
+    from vhostpc.migration.info import MigrationInfo, RamInfo
+    from vhostpc.qmp.client import open_monitor
+    from vhostpc.qmp.endpoint import Endpoint
+    from vhostpc.qmp.events import Events
+    from vhostpc.qmp.server import Monitor
+    from vhostpc.qmp.terminal import TextMonitor
+
+__all__ = ["Endpoint", "Events", "MigrationInfo", "Monitor", "RamInfo", "TextMonitor", "open_monitor"]
+
+if not TYPE_CHECKING:  # for a type checker it would stand for every name
+    __getattr__ = exports(
+        __name__,
+        {
+            "vhostpc.migration.info": "MigrationInfo RamInfo",
+            "vhostpc.qmp.client": "open_monitor",
+            "vhostpc.qmp.endpoint": "Endpoint",
+            "vhostpc.qmp.events": "Events",
+            "vhostpc.qmp.server": "Monitor",
+            "vhostpc.qmp.terminal": "TextMonitor",
+        },
+    )

@@ -158,7 +158,7 @@ async def _quit(session: Session, _: dict[str, Any]) -> Any:
 def _address(session: Session, arguments: dict[str, Any], *, incoming: bool = False) -> uri.Address:
     text, channels = arguments.get("uri"), arguments.get("channels")
     if text is not None and not channels:
-        return uri.parse(text, session.dialect, incoming=incoming)
+        return uri.parse_address(text, session.dialect, incoming=incoming)
     if text is None and channels:
         return uri.from_channels(channels)
     raise QmpError("need either 'uri' or 'channels' argument")
