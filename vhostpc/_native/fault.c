@@ -35,29 +35,33 @@ void vpc_fault_unwatch(struct vpc_fault *s, int fd)
     (void)epoll_ctl(s->ready, EPOLL_CTL_DEL, fd, NULL);
 }
 
-struct vpc_fault *vpc_fault_new(struct vpc_ram *ram)
+int vpc_fault_new(struct vpc_ram *ram, struct vpc_fault **out)
 {
     struct vpc_fault *s = calloc(1, sizeof *s);
+    int rc;
 
     if (!s)
-        return NULL;
+        return -ENOMEM;
+    s->ready = -1;
     s->control = event_new();
-    s->ready = epoll_create1(EPOLL_CLOEXEC);
-    if (s->control < 0 || s->ready < 0 || vpc_fault_watch(s, s->control, CONTROL) < 0) {
-        int error = errno;
+    if (s->control < 0 || (s->ready = epoll_create1(EPOLL_CLOEXEC)) < 0)
+        rc = -errno;
+    else
+        rc = vpc_fault_watch(s, s->control, CONTROL);
+    if (rc < 0) {
         if (s->control >= 0)
             close(s->control);
         if (s->ready >= 0)
             close(s->ready);
         free(s);
-        errno = error;
-        return NULL;
+        return rc;
     }
     s->ram = ram;
     s->out_fd = -1;
     pthread_mutex_init(&s->lock, NULL);
     pthread_mutex_init(&s->out_lock, NULL);
-    return s;
+    *out = s;
+    return 0;
 }
 
 void vpc_fault_free(struct vpc_fault *s)

@@ -13,14 +13,13 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import trio
 
-from vhostpc._native import check, ffi, lib, made
+from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
 from vhostpc._native.threads import KeptThread
 from vhostpc.errors import StreamError, naming
@@ -131,7 +130,7 @@ def _eventfd(stack: ExitStack) -> int:
     return fd
 
 
-class Driver:
+class Driver(Owner):
     """One queue. ``kick`` and ``call`` are its eventfds, for SET_VRING_KICK and SET_VRING_CALL.
 
     One call at a time; each raises MemoryLost when the RAM set was given up. ``event_idx`` says that
@@ -162,25 +161,18 @@ class Driver:
             stack.callback(self._thread.close)
             self.kick, self.call = _eventfd(stack), _eventfd(stack)
             raw.kick_fd, raw.call_fd = self.kick, self.call
-            new = lib.vpc_driver_new(ram.handle, raw)
-            if new == ffi.NULL and ffi.errno == errno.EINVAL:
-                raise ValueError(f"a ring cannot be laid out like this: {layout}")
-            self._native = Handle(
-                made(new, "driver of a ring"),
-                lib.vpc_driver_free,
-                "this driver is closed",
-                needs=[ram.handle],
-            )
+            try:
+                new = made("driver", "driver of a ring", lib.vpc_driver_new, ram.handle, raw)
+            except OSError as e:
+                if e.errno == errno.EINVAL:
+                    raise ValueError(f"a ring cannot be laid out like this: {layout}") from None
+                raise
+            self._native = Handle(new, lib.vpc_driver_free, "this driver is closed", needs=[ram.handle])
             stack.callback(self._native.close)
             for r in regions:
                 rc = lib.vpc_driver_add_region(self.handle, r.guest_addr, r.size, r.block.index, r.offset)
                 check(rc, f"region at {r.guest_addr:#x}")
             stack.pop_all()
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
 
     async def reset(self) -> None:
         """Make the ring empty. May wait for a page."""
@@ -273,37 +265,24 @@ class Driver:
 
     def close(self) -> None:
         """Free it and close the eventfds. Not while a call runs."""
-        if not self._native.closed:
+        if not self.closed:
             self._native.close(idle=self._thread.idle)
             self._thread.close()
             for fd in (self.kick, self.call):
                 os.close(fd)
 
-    def __enter__(self) -> Driver:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class FarSide:
+class FarSide(Owner):
     """What stands behind a bridge: a datagram socket that checks frames, and may echo them."""
 
     def __init__(self, sock: socket.socket | trio.socket.SocketType, *, echo: bool = False) -> None:
         self._thread = KeptThread(Thread.FAR, "the far side")
         try:
-            raw = made(lib.vpc_far_new(sock.fileno(), echo), "far side")
+            raw = made("far", "far side", lib.vpc_far_new, sock.fileno(), echo)
         except BaseException:
             self._thread.close()
             raise
         self._native = Handle(raw, lib.vpc_far_free, "this far side is closed")
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
 
     async def run(self) -> None:
         """One C call on its thread until cancelled."""
@@ -328,11 +307,3 @@ class FarSide:
         """Not while :meth:`run` runs. The socket stays the caller's."""
         self._native.close(idle=self._thread.idle)
         self._thread.close()
-
-    def __enter__(self) -> FarSide:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

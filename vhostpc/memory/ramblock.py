@@ -11,14 +11,13 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Any
 
 import trio
 
-from vhostpc._native import check, ffi, lib, made
+from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.threads import borrow
 from vhostpc.enums import WordEnum
 from vhostpc.errors import BadAddress, MemoryLost, PageBorn, naming
@@ -235,11 +234,11 @@ class RamBlock:
         return touched(rc, what)
 
 
-class RamSet:
+class RamSet(Owner):
     """All RAM blocks of a machine. Close it after everything that uses it."""
 
     def __init__(self, threads: int = 16) -> None:
-        raw = made(lib.vpc_ram_new(), "RAM set")
+        raw = made("ram", "RAM set", lib.vpc_ram_new)
         self._native = Handle(raw, lib.vpc_ram_free, "this RAM set is closed")
         self.limiter = trio.CapacityLimiter(threads)
         """For copies that may wait for a page: never trio's default."""
@@ -249,11 +248,6 @@ class RamSet:
     def lost(self) -> bool:
         """Given up: touching raises MemoryLost from now on."""
         return bool(lib.vpc_ram_is_lost(self.handle))
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
 
     def __getitem__(self, name: str) -> RamBlock:
         for block in self.blocks:
@@ -306,14 +300,6 @@ class RamSet:
             if block.fd >= 0:
                 os.close(block.fd)
                 block.fd = -1
-
-    def __enter__(self) -> RamSet:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def total_pages(blocks: Sequence[RamBlock], which: Bits) -> int:

@@ -11,14 +11,13 @@ import errno
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import trio
 
-from vhostpc._native import check, ffi, lib, made
+from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
 from vhostpc._native.threads import KeptThread, borrow
 from vhostpc.errors import StreamError
@@ -94,7 +93,7 @@ class VCpuNumbers:
     """The first touch of each page: waiting for it happens there."""
 
 
-class VCpu:
+class VCpu(Owner):
     """vCPU ``index`` of ``count``; all of one machine have the same ``areas``, in the same order, and ``touch``.
 
     ``touch`` are pages that belong to others (to devices): one byte of one of them is read now and then. Per
@@ -135,7 +134,7 @@ class VCpu:
         self._run: trio.Event | None = None  # the end of a run that has a thread for itself
         if not 0 <= index < count:
             raise ValueError(f"there is no vCPU {index} of {count}")
-        raw = made(lib.vpc_vcpu_new(ram.handle, index, count), self.name)
+        raw = made("vcpu", self.name, lib.vpc_vcpu_new, ram.handle, index, count)
         self._native = Handle(raw, lib.vpc_vcpu_free, f"vCPU {index} is closed", needs=[ram.handle])
         try:
             for is_touch, listed in ((0, self.areas), (1, self.touch)):
@@ -150,18 +149,13 @@ class VCpu:
         self.set_rates(writes, reads)
 
     @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
-
-    @property
     def name(self) -> str:
         return f"vCPU {self.index}"
 
     @property
     def running(self) -> bool:
         """From :meth:`go` until its thread has parked again, or has ended."""
-        return not self._native.closed and not lib.vpc_vcpu_parked(self.handle)
+        return not self.closed and not lib.vpc_vcpu_parked(self.handle)
 
     def set_rates(self, writes: int, reads: int) -> None:
         """Pages a second that are rewritten and read; 0: none. Also while it runs."""
@@ -330,19 +324,11 @@ class VCpu:
 
     def close(self) -> None:
         """Free it. It may not be running, nor have a thread."""
-        if not self._native.closed:
+        if not self.closed:
             self._must_stand()
             if self.held:
                 raise ValueError(f"{self.name} still has its thread")
             self._native.close(idle=not self._limiter.borrowed_tokens)
-
-    def __enter__(self) -> VCpu:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 async def stop_all(cpus: Sequence[VCpu]) -> None:

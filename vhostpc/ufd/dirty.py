@@ -13,14 +13,13 @@ import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import trio
 
-from vhostpc._native import ffi, lib, made
+from vhostpc._native import ffi, lib
 from vhostpc._native.entries import Thread
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
 from vhostpc._native.threads import KeptThread
 from vhostpc.errors import UfdError, VhostpcError
@@ -62,7 +61,7 @@ class DirtyNumbers:
     """Time spent in syncs."""
 
 
-class DirtyTracker:
+class DirtyTracker(Owner):
     """Finds the host pages of a RAM set's blocks that are written through its mapping.
 
     Use::
@@ -92,11 +91,6 @@ class DirtyTracker:
         self._loops = Loops()
         self._loop_ended: trio.Event | None = None
         self._started = False
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Protect all blocks; writes from here on are found.
@@ -131,7 +125,7 @@ class DirtyTracker:
 
     async def stop(self) -> None:
         """Protect nothing any more. What was written since the last :meth:`sync` is not known. Harmless again."""
-        if self._native.closed:
+        if self.closed:
             return
         if self._loop_ended is not None:
             lib.vpc_dirty_stop(self.handle)
@@ -175,19 +169,11 @@ class DirtyTracker:
 
     def close(self) -> None:
         """Stop and free, at once or when its threads have ended."""
-        if not self._native.closed:
+        if not self.closed:
             lib.vpc_dirty_stop(self.handle)
             self._native.close(idle=self._loops.idle)
             self._loops.close()
             self._threads.close()
-
-    def __enter__(self) -> DirtyTracker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def probe_dirty() -> dict[DirtyWay, str]:
@@ -234,7 +220,7 @@ def _best() -> DirtyWay:
 def _made(ram: RamSet, way: DirtyWay) -> Any:
     """The C handle of a tracker. Raises UfdError, OSError."""
     with _open(way) as ufd, _pagemap(way) as pagemap:
-        return made(lib.vpc_dirty_new(ram.handle, ufd.fileno(), pagemap), "dirty tracking")
+        return made("dirty", "dirty tracking", lib.vpc_dirty_new, ram.handle, ufd.fileno(), pagemap)
 
 
 def _failure(err: int) -> UfdError:

@@ -10,14 +10,13 @@ import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import trio
 
-from vhostpc._native import check, ffi, lib, made
+from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
 from vhostpc._native.threads import KeptThread
 from vhostpc.enums import WordEnum
@@ -65,7 +64,7 @@ class SourceNumbers:
     """The PONG of MUST_HEAR came."""
 
 
-class PageScan:
+class PageScan(Owner):
     """Which page of ``ram`` is sent next: as long as a migration lives, over all its connections.
 
     The DIRTY bits of its blocks say what is to be sent. ``background_rate`` is in bytes a second besides what is
@@ -74,25 +73,15 @@ class PageScan:
 
     def __init__(self, ram: RamSet, background_rate: int = 0) -> None:
         self.ram = ram
-        raw = made(lib.vpc_scan_new(ram.handle, background_rate), "page scan")
+        raw = made("scan", "page scan", lib.vpc_scan_new, ram.handle, background_rate)
         self._native = Handle(raw, lib.vpc_scan_free, "this page scan is closed", needs=[ram.handle])
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
 
     def set_rate(self, background_rate: int) -> None:
         """As :meth:`PageSource.set_rate`, while no source of this scan runs."""
         lib.vpc_scan_set_rate(self.handle, background_rate)
 
-    def close(self) -> None:
-        """Let go of it; page sources that use it keep it alive."""
-        if not self._native.closed:
-            self._native.close()
 
-
-class PageSource:
+class PageSource(Owner):
     """Serves all blocks of ``ram`` on ``sock``: give it a RamSet whose DIRTY bits say what is to be sent.
 
     ``background_rate`` is in bytes a second besides what is asked for; 0 sends only what is asked for. A
@@ -123,7 +112,7 @@ class PageSource:
         # From the first page to the last: there is a place in the stream from which on none may be lacking.
         self._thread = KeptThread(Thread.SOURCE, "the page source")
         try:
-            raw = made(lib.vpc_save_new(self._scan.handle, fd, back), "page source")
+            raw = made("save", "page source", lib.vpc_save_new, self._scan.handle, fd, back)
         except BaseException:
             self._thread.close()
             self._close_scan()
@@ -131,11 +120,6 @@ class PageSource:
         self._native = Handle(
             raw, lib.vpc_save_free, "this page source is closed", needs=[self._scan.handle, ram.handle]
         )
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
 
     async def serve(self, heard: Callable[[], None] | None = None) -> Ended:
         """One C call on its thread until the peer closes or says that it is done, or cancelled.
@@ -259,7 +243,7 @@ class PageSource:
 
     def close(self) -> None:
         """Close our copy of the socket; what still runs is ended."""
-        if not self._native.closed:
+        if not self.closed:
             self.stop()
             self._native.close(idle=self._thread.idle)
             self._thread.close()
@@ -268,11 +252,3 @@ class PageSource:
     def _close_scan(self) -> None:
         if self._own_scan:
             self._scan.close()
-
-    def __enter__(self) -> PageSource:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

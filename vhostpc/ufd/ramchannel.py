@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Protocol
 
 import trio
 
-from vhostpc._native import check, ffi, lib, made
+from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
 from vhostpc._native.threads import KeptThread
 from vhostpc.errors import ChannelLost, MemoryLost, PageBorn
@@ -62,7 +61,7 @@ class Service(Protocol):
     def missing(self) -> int: ...
 
 
-class RamChannel:
+class RamChannel(Owner):
     """One socket that brings RAM records. Not armed: plain writes, the last copy of a page wins."""
 
     def __init__(self, service: Service, sock: trio.SocketStream | int, *, holes: bool = False) -> None:
@@ -75,7 +74,7 @@ class RamChannel:
         self._thread = KeptThread(Thread.LOAD, "loading RAM")
         ram, faults = service.ram.handle, service.handle
         try:
-            raw = made(lib.vpc_load_new(ram, faults, fd, service.place_fd()), "RAM channel")
+            raw = made("load", "RAM channel", lib.vpc_load_new, ram, faults, fd, service.place_fd())
         except BaseException:
             self._thread.close()
             raise
@@ -83,11 +82,6 @@ class RamChannel:
         if holes:
             lib.vpc_load_keep_holes(raw)
         self._loops = Loops()
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
 
     def feed(self, data: bytes) -> None:
         """Bytes of the stream that were read already, before a :meth:`load`. Raises OSError, ENOSPC: over 256 KiB."""
@@ -184,11 +178,3 @@ class RamChannel:
         self._native.close(idle=self._loops.idle)
         self._loops.close()
         self._thread.close()
-
-    def __enter__(self) -> RamChannel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -9,14 +9,12 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any
 
 import trio
 
-from vhostpc._native import check, ffi, lib, made
+from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
 from vhostpc._native.threads import KeptThread
 from vhostpc.errors import PageBorn
@@ -70,7 +68,7 @@ class Waiter:
     since_ns: int
 
 
-class FaultService:
+class FaultService(Owner):
     """Faults in, requests out, pages placed, waiters woken.
 
     Use::
@@ -93,7 +91,7 @@ class FaultService:
         # Had at once: the loop begins where there is a way back, and what it serves may be behind it.
         self._thread = KeptThread(Thread.FAULT, "the fault loop")
         try:
-            raw = made(lib.vpc_fault_new(ram.handle), "fault service")
+            raw = made("fault", "fault service", lib.vpc_fault_new, ram.handle)
         except BaseException:
             self._thread.close()
             raise
@@ -111,15 +109,6 @@ class FaultService:
             except BaseException:
                 self.close()
                 raise
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
-
-    @property
-    def closed(self) -> bool:
-        return self._native.closed
 
     @property
     def armed(self) -> bool:
@@ -352,11 +341,3 @@ class FaultService:
         self._native.close(idle=self.loops.idle)
         self.loops.close()
         self._thread.close()
-
-    def __enter__(self) -> FaultService:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
