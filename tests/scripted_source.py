@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import trio
 
+from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.elements import (
     BlockInfo,
     Configuration,
@@ -29,7 +30,7 @@ from vhostpc.wire.elements import (
     SectionPart,
     SectionStart,
 )
-from vhostpc.wire.ramrec import TARGET_PAGE, RamEncoder
+from vhostpc.wire.ramrec import RamEncoder
 from vhostpc.wire.return_path import PageRequest, ReturnPathDecoder
 
 RAM = 3

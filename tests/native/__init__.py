@@ -56,8 +56,8 @@ FLIP = Program(
         "pump_out",
     ),
 )
-GUARD = Program("guard", "address,undefined", ("gm", "supply", "guard", "replace"))
-MAPS = Program("maps", "undefined", ("gm", "supply", "guard", "replace"))
+GUARD = Program("guard", "address,undefined", ("event", "gm", "supply", "guard", "replace"))
+MAPS = Program("maps", "undefined", ("event", "gm", "supply", "guard", "replace"))
 # Step by step: what the address sanitizer adds would be most of the steps.
 RESTART = Program(
     "restart",

@@ -47,7 +47,7 @@ int vpc_map_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, in
         return rc;
     /* A part of a page is as good as any memory, but is not registered: nobody moves such a region. */
     if (size == 0 || __builtin_add_overflow(offset, size, &end) || end > INT64_MAX ||
-        (armed && (offset | size) % 4096))
+        (armed && (offset | size) % TARGET_PAGE))
         return -EINVAL;
     if (end > file_size)
         return -EFBIG;
@@ -179,7 +179,7 @@ int vpc_gm_add(struct vpc_gm *gm, struct vpc_map *m, uint64_t guest_addr, uint64
 {
     uint64_t end;
 
-    if (size == 0 || size > m->len - m->skip || (atomic_load(&m->armed) && (guest_addr | user_addr) % 4096) ||
+    if (size == 0 || size > m->len - m->skip || (atomic_load(&m->armed) && (guest_addr | user_addr) % TARGET_PAGE) ||
         __builtin_add_overflow(guest_addr, size, &end) || __builtin_add_overflow(user_addr, size, &end))
         return -EINVAL;
     uint32_t at = 0;
@@ -210,11 +210,6 @@ const struct vpc_region *vpc_gm_find_user(const struct vpc_gm *gm, uint64_t uadd
             return len <= r->size - (uaddr - r->uaddr) ? r : NULL;
     }
     return NULL;
-}
-
-int vpc_gm_has_user(const struct vpc_gm *gm, uint64_t user_addr, uint64_t len)
-{
-    return vpc_gm_find_user(gm, user_addr, len) != NULL;
 }
 
 uint64_t vpc_gm_end(const struct vpc_gm *gm)
@@ -363,8 +358,8 @@ void vpc_log_mark(struct vpc_log *log, uint64_t gpa, uint64_t len)
 {
     if (!len)
         return;
-    uint64_t last = (gpa + len - 1) >> 12;
-    for (uint64_t page = gpa >> 12; page <= last; page++) {
+    uint64_t last = (gpa + len - 1) >> TARGET_SHIFT;
+    for (uint64_t page = gpa >> TARGET_SHIFT; page <= last; page++) {
         if (page >> 3 >= log->size)
             return;
         uint8_t bit = (uint8_t)(1u << (page & 7));

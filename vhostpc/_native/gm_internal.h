@@ -7,6 +7,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include "guard_internal.h"
+#include "page.h"
 #include "vpc_gm.h"
 #include "vpc_ring.h"
 
@@ -14,6 +15,8 @@
 #error "virtio 1 is little-endian, and so must the host be"
 #endif
 
+/* Kind (VPC_KIND_*) and page size in bytes of what an fd names, and its size in bytes; -errno. */
+int vpc_fd_kind(int fd, uint32_t *kind, uint64_t *page_size, uint64_t *size);
 
 struct vpc_supply {
     atomic_int refs;

@@ -79,6 +79,9 @@ static inline const atomic_int *vpc_vq_stopper(const struct vpc_vq *vq, int flag
     return flags & VPC_UNSTOPPED ? NULL : &vq->stop;
 }
 
+/* Ask for no kicks, if the used ring is there: never waits. */
+void vpc_vq_disable_notify(struct vpc_vq *vq);
+
 /* The head of the chain that is taken after `ahead` others. */
 int vpc_vq_head(struct vpc_vq *vq, uint16_t ahead, uint16_t *head, int flags);
 /* Walk the chain that begins at head. Changes nothing of the vq but its error. */

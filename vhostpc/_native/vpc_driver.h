@@ -12,9 +12,6 @@
 struct vpc_driver; /* one queue */
 struct vpc_far;    /* a datagram socket that checks, and may echo, frames */
 
-/* Smallest frame in bytes: 14 of Ethernet and 24 of ours. */
-#define VPC_FRAME_MIN 38
-
 struct vpc_driver_config {
     uint64_t desc, avail, used;      /* guest addresses of the ring's parts */
     uint64_t buffers, buffer_stride; /* slot i's buffer is at buffers + i * buffer_stride */

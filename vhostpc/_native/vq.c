@@ -113,11 +113,6 @@ uint32_t vpc_vq_base(const struct vpc_vq *vq)
     return vq->last_avail;
 }
 
-int64_t vpc_vq_used(const struct vpc_vq *vq)
-{
-    return vq->used_known ? vq->used_idx : -1;
-}
-
 void vpc_vq_stop(struct vpc_vq *vq, int stopped)
 {
     atomic_store(&vq->stop, stopped);

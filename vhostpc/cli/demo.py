@@ -27,7 +27,7 @@ from vhostpc.cli.demo_books import Result
 from vhostpc.cli.demo_run import MIB, SIZE, Demo
 from vhostpc.cli.endpoint import size as size_of
 from vhostpc.memory.available import available_memory
-from vhostpc.units import in_units
+from vhostpc.units import TARGET_PAGE, in_units
 
 SMALLEST = 32 * MIB
 BESIDES = 400 * MIB
@@ -151,7 +151,7 @@ def page_path(_: click.Context, __: click.Parameter, page: Path | None) -> Path 
 
 def memory(_: click.Context, __: click.Parameter, text: str) -> int:
     size = size_of(text)
-    if size < SMALLEST or size % 4096:
+    if size < SMALLEST or size % TARGET_PAGE:
         raise click.BadParameter(f"{text!r} is not whole pages of 4 KiB, {SMALLEST // MIB}M at least")
     return size
 

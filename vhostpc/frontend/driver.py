@@ -21,13 +21,17 @@ from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
 from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
+from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import KeptThread
 from vhostpc.errors import StreamError, naming
 from vhostpc.frontend.share import GuestRegion
 from vhostpc.memory.ramblock import RamSet, touched
+from vhostpc.units import TARGET_PAGE
 
-FRAME_MIN = 38
-"""Smallest frame in bytes."""
+
+def _pages(length: int) -> int:
+    """Bytes, to the end of the last page."""
+    return (length + TARGET_PAGE - 1) & -TARGET_PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +61,10 @@ class RingLayout:
     def packed_at(cls, start: int, num: int = 256, **more: int) -> RingLayout:
         """Everything one after the other from ``start``, each part on pages of its own."""
 
-        def pages(length: int) -> int:
-            return (length + 4095) & ~4095
-
         slots = more.pop("slots", num)
-        avail = start + pages(16 * num)
-        used = avail + pages(6 + 2 * num)
-        buffers = used + pages(6 + 8 * num)
+        avail = start + _pages(16 * num)
+        used = avail + _pages(6 + 2 * num)
+        buffers = used + _pages(6 + 8 * num)
         return cls(start, avail, used, buffers, num=num, slots=slots, **more)
 
     @property
@@ -76,7 +77,7 @@ class RingLayout:
             self.buffers + self.slots * self.buffer_stride,
             self.tables + self.slots * self.table_stride if self.tables else 0,
         ]
-        return (max(ends) + 4095) & ~4095
+        return _pages(max(ends))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +110,6 @@ class DriverNumbers:
     """Free running, 16 bits: what SET_VRING_BASE continues from is the device's own."""
     used_index: int
     received: FrameNumbers
-
-
-def _frames(raw: Any) -> FrameNumbers:
-    return FrameNumbers(
-        frames=int(raw.frames),
-        bytes=int(raw.bytes),
-        bad=int(raw.bad),
-        duplicates=int(raw.duplicates),
-        reordered=int(raw.reordered),
-        next=int(raw.next),
-    )
 
 
 def _eventfd(stack: ExitStack) -> int:
@@ -213,7 +203,7 @@ class Driver(Owner):
 
     def unseen(self, first: int, end: int) -> int:
         """How many of these frame numbers no frame received so far had. Touches nothing."""
-        return int(lib.vpc_driver_unseen(self.handle, first, end))
+        return lib.vpc_driver_unseen(self.handle, first, end)
 
     def save(self) -> bytes:
         """What a driver of the same layout needs to go on elsewhere. Touches nothing; no call may run."""
@@ -248,17 +238,7 @@ class Driver(Owner):
         """Touches nothing."""
         raw = ffi.new("struct vpc_driver_stats *")
         lib.vpc_driver_stats(self.handle, raw)
-        return DriverNumbers(
-            posted=int(raw.posted),
-            completed=int(raw.completed),
-            kicks=int(raw.kicks),
-            calls=int(raw.calls),
-            bad_used=int(raw.bad_used),
-            in_flight=int(raw.in_flight),
-            avail_index=int(raw.avail_index),
-            used_index=int(raw.used_index),
-            received=_frames(raw.received),
-        )
+        return numbers_of(DriverNumbers, raw, received=numbers_of(FrameNumbers, raw.received))
 
     async def _hop(self, call: Any) -> int:
         return touched(await self._thread.call(call), "driver")
@@ -301,7 +281,7 @@ class FarSide(Owner):
     def _numbers(self) -> tuple[FrameNumbers, int]:
         raw, echoed = ffi.new("struct vpc_frame_stats *"), ffi.new("uint64_t *")
         lib.vpc_far_stats(self.handle, raw, echoed)
-        return _frames(raw), int(echoed[0])
+        return numbers_of(FrameNumbers, raw), echoed[0]
 
     def close(self) -> None:
         """Not while :meth:`run` runs. The socket stays the caller's."""

@@ -8,7 +8,7 @@ from vhostpc._native import lib
 from vhostpc._native.handles import Handle, Owner, made
 from vhostpc.errors import GuestMemoryError
 from vhostpc.memory.mapping import Supply
-from vhostpc.units import in_units
+from vhostpc.units import TARGET_PAGE, in_units
 
 
 class DirtyLog(Owner):
@@ -31,4 +31,4 @@ class DirtyLog(Owner):
 
     def covers(self, guest_end: int) -> bool:
         """Has every page below guest address ``guest_end`` a bit?"""
-        return self.size * 8 * 4096 >= guest_end
+        return self.size * 8 * TARGET_PAGE >= guest_end

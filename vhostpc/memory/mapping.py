@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from vhostpc._native import check, ffi, lib
 from vhostpc._native.handles import Handle, Owner, made
+from vhostpc._native.numbers import numbers_of
 from vhostpc.enums import WordEnum
 from vhostpc.errors import GuestMemoryError, PostcopyRefused
 from vhostpc.memory.addr import OwnAddr
@@ -72,7 +73,7 @@ class Supply(Owner):
     def stats(self) -> WaitStats:
         out = ffi.new("struct vpc_wait_stats *")
         lib.vpc_supply_stats(self.handle, out)
-        return WaitStats(out.waits, out.total_ns, out.longest_ns)
+        return numbers_of(WaitStats, out)
 
 
 def mlock_future_in_force() -> bool:

@@ -19,12 +19,13 @@ from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
 from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
+from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import KeptThread, borrow
 from vhostpc.errors import StreamError
 from vhostpc.memory.ramblock import RamBlock, RamSet, touched
 from vhostpc.memory.waits import Waits, waits_of
 
-UNLIMITED = int(lib.VPC_RATE_UNLIMITED)
+UNLIMITED = lib.VPC_RATE_UNLIMITED
 STATE_VERSION = 1
 _HEAD = struct.Struct(">IIIQQQHH")
 _AREA = struct.Struct(">QQ")
@@ -228,20 +229,11 @@ class VCpu(Owner):
     def numbers(self) -> VCpuNumbers:
         raw = ffi.new("struct vpc_vcpu_stats *")
         lib.vpc_vcpu_stats(self.handle, raw)
-        return VCpuNumbers(
-            beats=int(raw.beats),
-            reads=int(raw.reads),
-            writes=int(raw.writes),
-            checks=int(raw.checks),
-            glances=int(raw.glances),
-            touches=int(raw.touches),
-            bad=int(raw.bad),
+        return numbers_of(
+            VCpuNumbers,
+            raw,
             first_bad=self._bad_page(raw.first_bad),
-            step=int(raw.step),
-            first_beat_ns=int(raw.first_beat_ns),
-            last_beat_ns=int(raw.last_beat_ns),
-            thread=int(raw.thread),
-            stalls=waits_of(raw.histogram, int(raw.longest_ns)),
+            stalls=waits_of(raw.histogram, raw.longest_ns),
         )
 
     # --- state
@@ -254,7 +246,7 @@ class VCpu(Owner):
         self._must_stand()
         raw = ffi.new("struct vpc_vcpu_state *")
         check(lib.vpc_vcpu_state(self.handle, raw), self.name)
-        return self._head(int(raw.seed), int(raw.step), int(raw.draws)) + self._layout()
+        return self._head(raw.seed, raw.step, raw.draws) + self._layout()
 
     def restore(self, data: bytes) -> None:
         """Go on where another vCPU was when it was saved. Raises StreamError, ValueError while it runs."""
@@ -307,16 +299,11 @@ class VCpu(Owner):
     def _bad_page(self, raw: Any) -> BadPage | None:
         if raw.block < 0:
             return None
-        return BadPage(
+        return numbers_of(
+            BadPage,
+            raw,
             block=self.ram.blocks[raw.block].name,
-            page=int(raw.page),
-            word=int(raw.word),
-            index=int(raw.index),
-            generation=int(raw.generation),
-            found_index=int(raw.found_index),
-            found_generation=int(raw.found_generation),
-            found_owner=int(raw.found_owner) & 0xFFFFFFFF,
-            found_seed=int(raw.found_seed),
+            found_owner=raw.found_owner & 0xFFFFFFFF,
         )
 
     async def _hop(self, call: Callable[[], int]) -> int:

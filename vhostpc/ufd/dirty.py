@@ -21,6 +21,7 @@ from vhostpc._native import ffi, lib
 from vhostpc._native.entries import Thread
 from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
+from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import KeptThread
 from vhostpc.errors import UfdError, VhostpcError
 from vhostpc.memory.ramblock import RamSet
@@ -135,13 +136,7 @@ class DirtyTracker(Owner):
     def numbers(self) -> DirtyNumbers:
         raw = ffi.new("struct vpc_dirty_stats *")
         lib.vpc_dirty_stats(self.handle, raw)
-        return DirtyNumbers(
-            syncs=int(raw.syncs),
-            found=int(raw.found),
-            faults=int(raw.faults),
-            calls=int(raw.calls),
-            sync_ns=int(raw.sync_ns),
-        )
+        return numbers_of(DirtyNumbers, raw)
 
     async def _run(
         self, thread: KeptThread, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

@@ -18,6 +18,7 @@ from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
 from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
+from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import KeptThread
 from vhostpc.enums import WordEnum
 from vhostpc.errors import StreamError
@@ -174,7 +175,7 @@ class PageSource(Owner):
 
     def _ended(self, rc: int) -> Ended:
         if rc == -errno.EBADMSG:
-            why = BadRecord(int(self._raw().why))
+            why = BadRecord(self._raw().why)
             raise StreamError(f"return path: a message with {REASONS[why]}")
         return Ended(check(rc, "page source"))
 
@@ -219,22 +220,7 @@ class PageSource(Owner):
     def numbers(self) -> SourceNumbers:
         raw, pages = self._raw(), ffi.new("struct vpc_scan_stats *")
         lib.vpc_scan_stats(self._scan.handle, pages)
-        return SourceNumbers(
-            bytes=int(raw.bytes),
-            data_pages=int(pages.data_pages),
-            zero_pages=int(pages.zero_pages),
-            requests=int(raw.requests),
-            requested_pages=int(pages.requested_pages),
-            background_pages=int(pages.background_pages),
-            useless=int(raw.useless),
-            held=int(raw.held),
-            held_ever=int(raw.held_ever),
-            dirty_left=int(pages.dirty_left),
-            eos_sent=bool(raw.eos_sent),
-            pongs=int(raw.pongs),
-            shut=int(raw.shut),
-            heard=bool(raw.heard),
-        )
+        return numbers_of(SourceNumbers, raw, pages, eos_sent=bool(raw.eos_sent), heard=bool(raw.heard))
 
     def _raw(self) -> Any:
         raw = ffi.new("struct vpc_save_stats *")

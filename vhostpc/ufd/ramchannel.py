@@ -12,6 +12,7 @@ from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
 from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
+from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import KeptThread
 from vhostpc.errors import ChannelLost, MemoryLost, PageBorn
 from vhostpc.memory.ramblock import RamSet
@@ -95,7 +96,7 @@ class RamChannel(Owner):
     @property
     def block(self) -> int:
         """Index of the block that the next record may continue; -1: it has to name one."""
-        return int(lib.vpc_load_block(self.handle))
+        return lib.vpc_load_block(self.handle)
 
     @block.setter
     def block(self, index: int) -> None:
@@ -129,17 +130,17 @@ class RamChannel(Owner):
         if rc == lib.VPC_LOAD_EOS:
             return self._numbers(raw)
         if rc == -errno.EBADMSG and raw.why != BadRecord.TRUNCATED:
-            raise BadRamStream(BadRecord(raw.why), int(raw.bad_offset))
+            raise BadRamStream(BadRecord(raw.why), raw.bad_offset)
         if rc in (lib.VPC_LOAD_EOF, -errno.EBADMSG, -errno.ECONNRESET, -errno.EPIPE):
             cut = " inside a record" if rc == -errno.EBADMSG else ""
             raise ChannelLost(
-                f"the source of pages closed the channel{cut}, after {int(raw.bytes)} bytes; "
+                f"the source of pages closed the channel{cut}, after {raw.bytes} bytes; "
                 f"{self._service.missing()} host pages are missing"
             )
         if rc == -errno.EEXIST:
             raise self._service.born(
-                int(raw.bad_block),
-                int(raw.bad_page),
+                raw.bad_block,
+                raw.bad_page,
                 "has come, and a page that nobody sent is there",
                 "; what came is not placed, and no source sends a page twice: it cannot be had again",
             )
@@ -153,19 +154,7 @@ class RamChannel(Owner):
 
     @staticmethod
     def _numbers(raw: Any) -> LoadNumbers:
-        return LoadNumbers(
-            bytes=int(raw.bytes),
-            data_pages=int(raw.data_pages),
-            zero_pages=int(raw.zero_pages),
-            placed=int(raw.placed),
-            already=int(raw.already),
-            runs=int(raw.runs),
-            reads=int(raw.reads),
-            sections=int(raw.sections),
-            ended=bool(raw.ended),
-            shortages=int(raw.shortages),
-            short=bool(raw.short_now),
-        )
+        return numbers_of(LoadNumbers, raw, ended=bool(raw.ended), short=bool(raw.short_now))
 
     @staticmethod
     def _raw(handle: Any) -> Any:

@@ -16,6 +16,7 @@ from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
 from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
+from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import KeptThread
 from vhostpc.errors import PageBorn
 from vhostpc.logs import rationed_logger
@@ -223,9 +224,7 @@ class FaultService(Owner):
         finally:  # whatever ended it
             self.give_up()
         if rc == -errno.EEXIST:
-            raise self.born(
-                int(raw.born_block), int(raw.born_page), "lies ready here, and a page is there already"
-            )
+            raise self.born(raw.born_block, raw.born_page, "lies ready here, and a page is there already")
         check(rc, "fault loop")
 
     def give_up(self) -> None:
@@ -265,32 +264,14 @@ class FaultService(Owner):
     def numbers(self) -> ServiceNumbers:
         raw = ffi.new("struct vpc_fault_stats *")
         lib.vpc_fault_stats(self.handle, raw)
-        return ServiceNumbers(
-            events=int(raw.events),
-            requests=int(raw.requests),
-            batches=int(raw.batches),
-            bytes_sent=int(raw.bytes_sent),
-            wakes=int(raw.wakes),
-            outbox_bytes=int(raw.outbox_bytes),
-            waiting_now=int(raw.waiting_now),
-            shortages=int(raw.shortages),
-            short_now=int(raw.short_now),
-            send_errno=int(raw.send_errno),
-        )
+        return numbers_of(ServiceNumbers, raw)
 
     def waiting(self, most: int = 256) -> list[Waiter]:
         """Who waits now, longest first: for diagnostics."""
         raw = ffi.new("struct vpc_waiter[]", most)
         count = lib.vpc_fault_waiting(self.handle, raw, most)
         return [
-            Waiter(
-                client=int(w.client),
-                thread=int(w.thread),
-                address=int(w.address),
-                block=None if w.block < 0 else self.ram.blocks[w.block].name,
-                page=int(w.page),
-                since_ns=int(w.since_ns),
-            )
+            numbers_of(Waiter, w, block=None if w.block < 0 else self.ram.blocks[w.block].name)
             for w in raw[0:count]
         ]
 

@@ -11,6 +11,7 @@ from typing import Any
 from vhostpc._native import ffi, lib
 from vhostpc._native.entries import Thread
 from vhostpc._native.handles import Handle, Owner, made
+from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import KeptThread
 
 
@@ -60,9 +61,7 @@ class Pump(Owner):
     def stats(self) -> PumpStats:
         out = ffi.new("struct vpc_pump_stats *")
         lib.vpc_pump_stats(self.handle, out)
-        return PumpStats(
-            out.frames, out.bytes, out.dropped, out.discarded, out.batches, out.syscalls, out.calls
-        )
+        return numbers_of(PumpStats, out)
 
     def close(self) -> None:
         self._native.close()
