@@ -48,6 +48,7 @@ FLIP = Program(
         "guard",
         "replace",
         "vq",
+        "walk",
         "call",
         "chain",
         "inflight",
@@ -62,7 +63,7 @@ MAPS = Program("maps", "undefined", ("event", "gm", "supply", "guard", "replace"
 RESTART = Program(
     "restart",
     "undefined",
-    ("event", "gm", "supply", "guard", "replace", "vq", "call", "chain", "inflight"),
+    ("event", "gm", "supply", "guard", "replace", "vq", "walk", "call", "chain", "inflight"),
 )
 FAULTS = Program(
     "faults",

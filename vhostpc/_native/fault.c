@@ -22,19 +22,6 @@
 
 /* ---- life */
 
-/* Also used for a descriptor that is shared with its client's process, so it has to be taken out by hand. */
-int vpc_fault_watch(struct vpc_fault *s, int fd, uint32_t who)
-{
-    struct epoll_event ev = {.events = EPOLLIN, .data.u32 = who};
-
-    return epoll_ctl(s->ready, EPOLL_CTL_ADD, fd, &ev) < 0 ? -errno : 0;
-}
-
-void vpc_fault_unwatch(struct vpc_fault *s, int fd)
-{
-    (void)epoll_ctl(s->ready, EPOLL_CTL_DEL, fd, NULL);
-}
-
 int vpc_fault_new(struct vpc_ram *ram, struct vpc_fault **out)
 {
     struct vpc_fault *s = calloc(1, sizeof *s);
@@ -78,11 +65,6 @@ void vpc_fault_free(struct vpc_fault *s)
     free(s->waiters);
     free(s->trace);
     free(s);
-}
-
-void vpc_fault_kick(struct vpc_fault *s)
-{
-    event_poke(s->control);
 }
 
 void vpc_fault_stop(struct vpc_fault *s)
