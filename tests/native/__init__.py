@@ -44,6 +44,7 @@ FLIP = Program(
     (
         "event",
         "gm",
+        "view",
         "supply",
         "guard",
         "replace",
@@ -57,13 +58,13 @@ FLIP = Program(
         "pump_out",
     ),
 )
-GUARD = Program("guard", "address,undefined", ("event", "gm", "supply", "guard", "replace"))
-MAPS = Program("maps", "undefined", ("event", "gm", "supply", "guard", "replace"))
+GUARD = Program("guard", "address,undefined", ("event", "gm", "view", "supply", "guard", "replace"))
+MAPS = Program("maps", "undefined", ("event", "gm", "view", "supply", "guard", "replace"))
 # Step by step: what the address sanitizer adds would be most of the steps.
 RESTART = Program(
     "restart",
     "undefined",
-    ("event", "gm", "supply", "guard", "replace", "vq", "walk", "call", "chain", "inflight"),
+    ("event", "gm", "view", "supply", "guard", "replace", "vq", "walk", "call", "chain", "inflight"),
 )
 FAULTS = Program(
     "faults",
