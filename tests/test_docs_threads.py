@@ -244,7 +244,7 @@ def test_what_is_held_is_called_inside_a_door() -> None:
 #: Borrows trio's threads, as a device of a user's may: it has no way to guest memory ("Trio thread N" in the table).
 OF_TRIO = {PACKAGE / "backend" / "medium.py": "trio.to_thread.run_sync"}
 #: What gets a thread, and which argument is its name.
-BORROWS = {"borrow": 2, "KeptThread": 0, "self.sleepers.run": 2}
+BORROWS = {"borrow": 2, "KeptThread": 0, "keeping": 0, "self.sleepers.run": 2}
 
 
 def test_no_thread_without_a_name() -> None:

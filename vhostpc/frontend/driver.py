@@ -22,7 +22,7 @@ from vhostpc._native.entries import Thread
 from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
 from vhostpc._native.numbers import numbers_of
-from vhostpc._native.threads import KeptThread
+from vhostpc._native.threads import KeptThread, keeping
 from vhostpc.errors import StreamError, naming
 from vhostpc.frontend.share import GuestRegion
 from vhostpc.memory.ramblock import RamSet, touched
@@ -256,12 +256,8 @@ class FarSide(Owner):
     """What stands behind a bridge: a datagram socket that checks frames, and may echo them."""
 
     def __init__(self, sock: socket.socket | trio.socket.SocketType, *, echo: bool = False) -> None:
-        self._thread = KeptThread(Thread.FAR, "the far side")
-        try:
+        with keeping(Thread.FAR, "the far side") as self._thread:
             raw = made("far", "far side", lib.vpc_far_new, sock.fileno(), echo)
-        except BaseException:
-            self._thread.close()
-            raise
         self._native = Handle(raw, lib.vpc_far_free, "this far side is closed")
 
     async def run(self) -> None:

@@ -19,7 +19,7 @@ from vhostpc._native.entries import Thread
 from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
 from vhostpc._native.numbers import numbers_of
-from vhostpc._native.threads import KeptThread
+from vhostpc._native.threads import keeping
 from vhostpc.enums import WordEnum
 from vhostpc.errors import StreamError
 from vhostpc.memory.ramblock import Bits, RamSet
@@ -111,11 +111,10 @@ class PageSource(Owner):
         self._own_scan = scan is None
         back = fd if return_path is None else return_path
         # From the first page to the last: there is a place in the stream from which on none may be lacking.
-        self._thread = KeptThread(Thread.SOURCE, "the page source")
         try:
-            raw = made("save", "page source", lib.vpc_save_new, self._scan.handle, fd, back)
+            with keeping(Thread.SOURCE, "the page source") as self._thread:
+                raw = made("save", "page source", lib.vpc_save_new, self._scan.handle, fd, back)
         except BaseException:
-            self._thread.close()
             self._close_scan()
             raise
         self._native = Handle(

@@ -13,7 +13,7 @@ from vhostpc._native.entries import Thread
 from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
 from vhostpc._native.numbers import numbers_of
-from vhostpc._native.threads import KeptThread
+from vhostpc._native.threads import keeping
 from vhostpc.errors import ChannelLost, MemoryLost, PageBorn
 from vhostpc.memory.ramblock import RamSet
 from vhostpc.ufd.loops import Loops
@@ -72,13 +72,9 @@ class RamChannel(Owner):
         """
         fd = sock if isinstance(sock, int) else sock.socket.fileno()
         self._service = service
-        self._thread = KeptThread(Thread.LOAD, "loading RAM")
         ram, faults = service.ram.handle, service.handle
-        try:
+        with keeping(Thread.LOAD, "loading RAM") as self._thread:
             raw = made("load", "RAM channel", lib.vpc_load_new, ram, faults, fd, service.place_fd())
-        except BaseException:
-            self._thread.close()
-            raise
         self._native = Handle(raw, lib.vpc_load_free, "this RAM channel is closed", needs=[ram, faults])
         if holes:
             lib.vpc_load_keep_holes(raw)

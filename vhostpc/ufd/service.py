@@ -17,7 +17,7 @@ from vhostpc._native.entries import Thread
 from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
 from vhostpc._native.numbers import numbers_of
-from vhostpc._native.threads import KeptThread
+from vhostpc._native.threads import keeping
 from vhostpc.errors import PageBorn
 from vhostpc.logs import rationed_logger
 from vhostpc.memory.ramblock import Bits, RamBlock, RamSet
@@ -90,12 +90,8 @@ class FaultService(Owner):
     def __init__(self, ram: RamSet, *, spin_us: int = 0, trace: int = 0) -> None:
         self.ram = ram
         # Had at once: the loop begins where there is a way back, and what it serves may be behind it.
-        self._thread = KeptThread(Thread.FAULT, "the fault loop")
-        try:
+        with keeping(Thread.FAULT, "the fault loop") as self._thread:
             raw = made("fault", "fault service", lib.vpc_fault_new, ram.handle)
-        except BaseException:
-            self._thread.close()
-            raise
         self._native = Handle(raw, lib.vpc_fault_free, "this fault service is closed", needs=[ram.handle])
         self.loops = Loops()
         self._spin_ns = spin_us * 1000
