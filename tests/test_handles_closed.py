@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import socket
 import threading
 import weakref
@@ -158,7 +159,8 @@ def owners() -> tuple[set[str], set[str]]:
 
 def test_every_class_that_owns_an_object_of_c_is_here() -> None:
     makes, owns = owners()
-    assert makes == owns == {kind.__name__ for kind in CALLS} | ELSEWHERE
+    assert makes <= owns
+    assert owns == {kind.__name__ for kind in CALLS} | ELSEWHERE
 
 
 def test_nobody_owns_one_in_another_way() -> None:
@@ -168,7 +170,8 @@ def test_nobody_owns_one_in_another_way() -> None:
         if path.name != "handles.py":
             assert "ffi.gc" not in text, path
             assert "ffi.release" not in text or path.name == "uffd.py", path
-        assert not any(f"lib.vpc_{kind}_free(" in text for kind in ("vq", "pump", "ram", "fault", "driver"))
+        freed = set(re.findall(r"\blib\.vpc_(\w+)_(?:free|unref)\(", text))
+        assert freed <= {"chain"}, f"{path}: only chains, which a queue keeps, are not freed by a handle"
 
 
 async def use(thing: Any, call: str | tuple[str, Any]) -> None:

@@ -86,9 +86,8 @@ class DirtyTracker(Owner):
             self._loop_thread: KeptThread | None = None
             if self.way is DirtyWay.WP_SYNC:
                 self._loop_thread = _thread(stack, "the loop of dirty tracking")
-            raw = _made(ram, self.way)
+            self._native = _made(ram, self.way)
             self._threads = stack.pop_all()
-        self._native = Handle(raw, lib.vpc_dirty_free, "this dirty tracker is closed", needs=[ram.handle])
         self._loops = Loops()
         self._loop_ended: trio.Event | None = None
         self._started = False
@@ -187,14 +186,14 @@ def _try(way: DirtyWay) -> None:
     """Start and sync, on memory that nobody writes: does the kernel do it? Raises UfdError, OSError."""
     with RamSet() as ram:
         ram.create("probe", mmap.PAGESIZE)
-        handle = _made(ram, way)
+        native = _made(ram, way)
         try:
-            if (rc := lib.vpc_dirty_start(handle)) < 0:
-                raise _start_failure(ram, way, handle, -rc)
-            if (rc := lib.vpc_dirty_sync(handle)) < 0:
+            if (rc := lib.vpc_dirty_start(native.raw)) < 0:
+                raise _start_failure(ram, way, native.raw, -rc)
+            if (rc := lib.vpc_dirty_sync(native.raw)) < 0:
                 raise _failure(-rc)
         finally:
-            lib.vpc_dirty_free(handle)
+            native.close(idle=True)
 
 
 def _best() -> DirtyWay:
@@ -212,10 +211,11 @@ def _best() -> DirtyWay:
     raise last
 
 
-def _made(ram: RamSet, way: DirtyWay) -> Any:
-    """The C handle of a tracker. Raises UfdError, OSError."""
+def _made(ram: RamSet, way: DirtyWay) -> Handle:
+    """A tracker in C. Raises UfdError, OSError."""
     with _open(way) as ufd, _pagemap(way) as pagemap:
-        return made("dirty", "dirty tracking", lib.vpc_dirty_new, ram.handle, ufd.fileno(), pagemap)
+        raw = made("dirty", "dirty tracking", lib.vpc_dirty_new, ram.handle, ufd.fileno(), pagemap)
+    return Handle(raw, lib.vpc_dirty_free, "this dirty tracker is closed", needs=[ram.handle])
 
 
 def _failure(err: int) -> UfdError:
