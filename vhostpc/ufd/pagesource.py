@@ -25,7 +25,7 @@ from vhostpc.errors import StreamError
 from vhostpc.memory.ramblock import Bits, RamSet
 from vhostpc.wire.ramrec import REASONS, BadRecord
 
-UNLIMITED = 0xFFFFFFFFFFFFFFFF
+UNLIMITED = lib.VPC_RATE_UNLIMITED
 """Background rate: as fast as the socket takes it."""
 
 
