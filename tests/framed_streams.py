@@ -6,7 +6,8 @@ import random
 import struct
 from dataclasses import dataclass, field
 
-from vhostpc.wire.ramrec import TARGET_PAGE, BadRamStream, BadRecord, RamEncoder, RamModel
+from vhostpc.units import TARGET_PAGE
+from vhostpc.wire.ramrec import BadRamStream, BadRecord, RamEncoder, RamModel
 
 BLOCKS = {
     "ram0": (6 * TARGET_PAGE, TARGET_PAGE),

@@ -54,9 +54,12 @@ class Front:
             assert self.far.recv(2048) == text
 
     def offer_on(self, length: int) -> None:
-        """Offer chain 0, and shrink the file before the device looks."""
+        """Shrink the file and offer chain 0, in this order where the ring stays: the device may be looking just now."""
+        if length:
+            os.ftruncate(self.guest.fd, length)
         store16(self.guest.mem, self.ring.avail + 2, self.ring.avail_idx + 1)
-        os.ftruncate(self.guest.fd, length)
+        if not length:
+            os.ftruncate(self.guest.fd, length)
         os.eventfd_write(self.ring.kick, 1)
 
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 import trio
 
 from tests.streams import Encoded
+from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.elements import (
     BlockInfo,
     Configuration,
@@ -30,7 +31,7 @@ from vhostpc.wire.elements import (
     SectionPart,
     SectionStart,
 )
-from vhostpc.wire.ramrec import TARGET_PAGE, RamEncoder
+from vhostpc.wire.ramrec import RamEncoder
 from vhostpc.wire.return_path import PageRequest, ReturnPathDecoder
 
 RAM = 3

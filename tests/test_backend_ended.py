@@ -120,7 +120,7 @@ QUEUE_CALLS: dict[str, Callable[[Queue], Any]] = {
 #: They reach nothing of C's.
 HARMLESS = {
     *("close", "returnable", "pump_stats", "look_again", "set_kick", "resume", "has_come", "may_be_pushed"),
-    *("forget_frames", "hold", "let_go"),
+    *("forget_frames", "hold", "let_go", "closed"),
 }
 
 

@@ -21,8 +21,9 @@ import trio
 
 from tests.until import until
 from vhostpc.cli.demo_books import Far, Frames, Pages, Requests, Result, judge, waits_of
-from vhostpc.cli.demo_relay import PAGE, Relay, find_page
+from vhostpc.cli.demo_relay import Relay, find_page
 from vhostpc.cli.pictures import Band, Frame, cells, svg, ticks
+from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.ramrec import RamFlag
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +61,7 @@ def check_numbers(text: str, mib: int = 128) -> dict[str, Any]:
     assert all(w["p50_ns"] <= w["p99_ns"] <= w["longest_ns"] for w in waits.values())
     assert sum(w["faults"] for w in waits.values()) == numbers["requests"]["faults"]
     assert numbers["frames"][0]["received"] > 0
-    assert numbers["bytes"]["total"] > pages["total"] * PAGE
+    assert numbers["bytes"]["total"] > pages["total"] * TARGET_PAGE
     return numbers
 
 
@@ -248,20 +249,27 @@ def test_percentiles() -> None:
 
 
 def record(offset: int, flags: RamFlag) -> bytes:
-    return (offset | flags).to_bytes(8, "big") + bytes(PAGE)
+    return (offset | flags).to_bytes(8, "big") + bytes(TARGET_PAGE)
 
 
 def test_a_byte_of_one_page_is_damaged_once() -> None:
     flags = RamFlag.PAGE | RamFlag.CONTINUE
-    data = b"x" * 13 + record(PAGE, flags) + record(5 * PAGE, flags) + record(6 * PAGE, flags)
+    data = (
+        b"x" * 13
+        + record(TARGET_PAGE, flags)
+        + record(5 * TARGET_PAGE, flags)
+        + record(6 * TARGET_PAGE, flags)
+    )
     assert find_page(data, 0) == 21
-    assert find_page(data, 2 * PAGE) == 21 + PAGE + 8
-    assert find_page(data[: 21 + PAGE - 1], 0) is None
+    assert find_page(data, 2 * TARGET_PAGE) == 21 + TARGET_PAGE + 8
+    assert find_page(data[: 21 + TARGET_PAGE - 1], 0) is None
     relay = Relay(0)
     assert relay.pass_on(data) == data
     relay.harm = True
     changed = relay.pass_on(data)
-    assert [i for i, (a, b) in enumerate(zip(data, changed, strict=True)) if a != b] == [21 + PAGE // 2]
+    assert [i for i, (a, b) in enumerate(zip(data, changed, strict=True)) if a != b] == [
+        21 + TARGET_PAGE // 2
+    ]
     assert relay.pass_on(data) == data
 
 

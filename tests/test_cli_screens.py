@@ -18,9 +18,10 @@ from rich.progress import Progress
 
 from vhostpc.cli import demo_screen
 from vhostpc.cli.checks import Check, Level
-from vhostpc.cli.demo import print_tables, tables
+from vhostpc.cli.demo import print_tables
 from vhostpc.cli.demo_books import Frames, Pages, Result, Traffic, Waits
 from vhostpc.cli.demo_run import COPYING, FOLLOWING, RUNNING, STARTING, THERE
+from vhostpc.cli.demo_tables import tables
 from vhostpc.cli.doctor import text_report
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,21 +5,22 @@ from __future__ import annotations
 import ast
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.c_calls import CallGraph
+from tests.c_calls import CallGraph, arguments, closing
 from tests.rig import Guest, backend_child, far_side, moving
 from tests.thread_names import thread_names
 from tests.until import until
-from vhostpc._native.entries import ENTRIES, Thread, Use
+from vhostpc._native.entries import ENTRIES, Thread, Use, use_of
 from vhostpc.frontend import Driver
-from vhostpc.memory.ramblock import TARGET_PAGE, RamSet
+from vhostpc.memory.ramblock import RamSet
 from vhostpc.memory.vcpu import Area, VCpu
 from vhostpc.ufd.dirty import DirtyTracker, DirtyWay
+from vhostpc.units import TARGET_PAGE
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vhostpc"
@@ -74,9 +75,15 @@ def declared() -> set[str]:
     return found
 
 
-def test_every_entry_is_in_the_table(graph: CallGraph) -> None:
-    assert declared() == set(ENTRIES)
-    assert all(graph.find(name) for name in ENTRIES), "an entry whose body the scan does not find"
+def entries(which: Callable[[Use], bool]) -> set[str]:
+    """What the table says of all that Python can call."""
+    return {name for name in declared() if which(use_of(name))}
+
+
+def test_the_table_names_what_there_is(graph: CallGraph) -> None:
+    assert set(ENTRIES) <= declared()
+    assert Use.PLAIN not in ENTRIES.values(), "what is not named is that"
+    assert all(graph.find(name) for name in declared()), "an entry whose body the scan does not find"
 
 
 def test_what_touches_guest_memory(graph: CallGraph) -> None:
@@ -85,8 +92,8 @@ def test_what_touches_guest_memory(graph: CallGraph) -> None:
     touching = users - ADDRESS_ONLY
     seeds = {name for _, name in touching}
     assert {"vpc_touch_slow", "vpc_vq_ready", "vpc_vq_publish", "vpc_ram_verify", "driver_at"} <= seeds
-    reaching = {name for _, name in graph.reaching(seeds) if name in ENTRIES}
-    assert reaching == {name for name, use in ENTRIES.items() if use.touches}
+    reaching = {name for _, name in graph.reaching(seeds)} & declared()
+    assert reaching == entries(lambda use: use.touches)
 
 
 def test_what_may_wait_for_a_page(graph: CallGraph) -> None:
@@ -96,9 +103,25 @@ def test_what_may_wait_for_a_page(graph: CallGraph) -> None:
         name for _, name in ADDRESS_ONLY
     }
     waiting |= graph.reaching(blocks)
-    found = {name for _, name in waiting if name in ENTRIES} - CALM_BLOCKS
-    assert found == {name for name, use in ENTRIES.items() if use.may_wait}
-    assert {name for name, use in ENTRIES.items() if use is Use.CALM_LOOP} == CALM_BLOCKS
+    found = {name for _, name in waiting} & declared() - CALM_BLOCKS
+    assert found == entries(lambda use: use.may_wait)
+    assert entries(lambda use: use is Use.CALM_LOOP) == CALM_BLOCKS
+
+
+#: System calls that wait for descriptors, unless their time is 0.
+WAITS = re.compile(r"\b(?:epoll_wait|epoll_pwait2?|p?poll)(?=\()")
+
+
+def waits_for_descriptors(body: str) -> bool:
+    calls = (arguments(body[m.end() + 1 : closing(body, m.end(), "()") - 1]) for m in WAITS.finditer(body))
+    return any("0" not in args[2:] for args in calls)
+
+
+def test_what_waits_for_descriptors(graph: CallGraph) -> None:
+    waiting = {f.name for f in graph.functions if waits_for_descriptors(f.body)}
+    assert {"vpc_pump_wait", "sleep_until", "vpc_far_run"} <= waiting
+    reaching = {name for _, name in graph.reaching(waiting)} & declared()
+    assert reaching == entries(lambda use: use.is_loop)
 
 
 #: A look at "lost", and the functions that may take one: there it stands behind a fence, which keeps the plain loads of
@@ -184,11 +207,9 @@ def test_who_may_wait_comes_through_its_door(path: Path) -> None:
     found = Uses(path)
     here = str(path.relative_to(PACKAGE))
     for node in ast.walk(found.tree):
-        if not (isinstance(node, ast.Attribute) and node.attr in ENTRIES):
+        if not (isinstance(node, ast.Attribute) and use_of(node.attr) in DOORS):
             continue
-        use = ENTRIES[node.attr]
-        if use not in DOORS:
-            continue
+        use = use_of(node.attr)
         where = f"{here}:{node.lineno}: {node.attr}"
         call = found.parents[node]
         if not (isinstance(call, ast.Call) and call.func is node):
@@ -223,7 +244,7 @@ def test_what_is_held_is_called_inside_a_door() -> None:
 #: Borrows trio's threads, as a device of a user's may: it has no way to guest memory ("Trio thread N" in the table).
 OF_TRIO = {PACKAGE / "backend" / "medium.py": "trio.to_thread.run_sync"}
 #: What gets a thread, and which argument is its name.
-BORROWS = {"borrow": 2, "KeptThread": 0, "self.sleepers.run": 2}
+BORROWS = {"borrow": 2, "KeptThread": 0, "keeping": 0, "self.sleepers.run": 2}
 
 
 def test_no_thread_without_a_name() -> None:
@@ -263,6 +284,7 @@ def test_the_page_lists_every_entry() -> None:
             table[name] = (touches, waits, how)
     words = {True: "yes", False: "no"}
     assert table == {n: (words[u.touches], words[u.may_wait], u.value) for n, u in ENTRIES.items()}
+    assert rows("Entry points")[-1] == ["every other", "no", "no", Use.PLAIN.value]
 
 
 def page_threads() -> set[str]:

@@ -9,7 +9,7 @@ import pytest
 from tests.own_machine import migrate, pair
 from tests.qemu.qmp import QmpError
 from vhostpc.endpoint.machine import Block, Spec, open_machine
-from vhostpc.memory.ramblock import TARGET_PAGE
+from vhostpc.units import TARGET_PAGE
 
 MIB = 1 << 20
 PAGES = 64 * MIB // TARGET_PAGE

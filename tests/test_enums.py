@@ -9,7 +9,14 @@ import pkgutil
 import pytest
 
 import vhostpc
+from vhostpc._native import lib
 from vhostpc.enums import NamedFlag
+from vhostpc.memory import strike
+from vhostpc.memory.mapping import Backing
+from vhostpc.memory.ramblock import Bits
+from vhostpc.ufd import flags, trace
+from vhostpc.ufd.pagesource import Ended
+from vhostpc.wire.ramrec import BadRecord
 
 
 def all_enums() -> list[type[enum.Enum]]:
@@ -53,3 +60,27 @@ def test_sets_of_bits_print_the_names_of_all() -> None:
     assert [str(Some(n)) for n in (0, 1, 5, 8, 12)] == ["0", "A", "A|B", "bit 3", "B|bit 3"]
     assert f"{Some(5):#x}" == "0x5"
     assert Some(5) == 5
+
+
+#: Enumerations whose numbers C has too: how they begin there, and names that differ.
+OF_C: list[tuple[type[enum.IntEnum], str, dict[str, str]]] = [
+    (Backing, "VPC_KIND_", {}),
+    (Bits, "VPC_BITS_", {}),
+    (BadRecord, "VPC_BAD_", {}),
+    (Ended, "VPC_SAVE_", {}),
+    (strike.Use, "VPC_USE_", {"DIRTY_LOG": "LOG", "INFLIGHT_REGION": "INFLIGHT"}),
+    (trace.Way, "VPC_WAY_", {}),
+    (flags.Way, "VPC_UFFD_", {"USER_MODE_ONLY": "USER_MODE"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "renamed"), OF_C, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_number_of_c_is_the_same_in_python(
+    kind: type[enum.IntEnum], prefix: str, renamed: dict[str, str]
+) -> None:
+    ours = {prefix + renamed.get(member.name, member.name): member.value for member in kind}
+    theirs = {name: getattr(lib, name) for name in dir(lib) if name.startswith(prefix)}
+    theirs.pop("VPC_SAVE_HEARD", None)  # is no end
+    assert ours == theirs

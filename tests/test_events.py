@@ -173,10 +173,6 @@ async def test_a_socket_that_the_peer_made_and_makes_blocking() -> None:
 
 #: Raw reads and writes outside event.c: of what, and why they may.
 OTHERS = {
-    (
-        "guard.c",
-        "write(s->strike_fd",
-    ): "an eventfd of our own, in a signal handler, which may call little else",
     ("pump_in.c", "read(c->fd"): "the far side of a pump: the device's own",
     ("pump_out.c", "write(c->fd"): "the far side of a pump: the device's own",
     ("ramload.c", "pread(b->fd"): "a RAM block, by an open file that nobody else holds",

@@ -169,6 +169,22 @@ def test_no_function_takes_or_returns_a_pointer_to_guest_bytes(header: str) -> N
         ), f"{header}: {kind}{name}: guest memory is named by integers; if this is private, list it"
 
 
+def test_one_way_to_make_an_object() -> None:
+    """``vpc_x_new`` gives 0 or -errno, and its object through the last argument; no function returns a handle."""
+    made, freed = set(), set()
+    for header in sorted(NATIVE.glob("vpc_*.h")):
+        for declaration in declarations(header.name).split(";"):
+            text = " ".join(declaration.split())
+            assert not re.match(r"(const )?struct \w+ \*", text), text
+            freed |= set(re.findall(r"^void vpc_(\w+)_(?:free|unref)\(", text))
+            if found := re.match(r"(.*) vpc_(\w+)_new\((.*)\)$", text):
+                kind = found[2]
+                assert found[1] == "int", text
+                assert found[3].split(", ")[-1] == f"struct vpc_{kind} **out", text
+                made.add(kind)
+    assert made == freed - {"chain"}, "a chain is made by popping it"
+
+
 @pytest.mark.parametrize("header", sorted(p.name for p in NATIVE.glob("vpc_*.h")))
 def test_no_callbacks(header: str) -> None:
     assert not re.search(r"\(\s*\*", declarations(header)), "C calls no Python"

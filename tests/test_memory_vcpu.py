@@ -14,8 +14,9 @@ import trio
 
 from tests.until import until
 from vhostpc.errors import StreamError
-from vhostpc.memory.ramblock import TARGET_PAGE, RamSet
+from vhostpc.memory.ramblock import RamSet
 from vhostpc.memory.vcpu import UNLIMITED, Area, VCpu
+from vhostpc.units import TARGET_PAGE
 
 PAGES = 300
 SEED = 77

@@ -6,8 +6,9 @@ from contextlib import ExitStack
 
 import trio
 
-from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet
+from vhostpc.memory.ramblock import Bits, RamSet
 from vhostpc.ufd.pagesource import UNLIMITED, Ended, PageScan, PageSource
+from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.ramrec import EndOfSection, RamDecoder, RamPage
 from vhostpc.wire.return_path import PageRequest, Shut
 

@@ -18,8 +18,8 @@ from vhostpc.memory.ramblock import Bits, RamSet
 from vhostpc.ufd.pagesource import UNLIMITED, Ended, PageSource
 from vhostpc.ufd.ramchannel import INPUT_ROOM
 from vhostpc.ufd.service import FaultService
+from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.ramrec import (
-    TARGET_PAGE,
     BadRamStream,
     BadRecord,
     EndOfSection,

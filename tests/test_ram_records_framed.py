@@ -15,7 +15,8 @@ from tests.framed_streams import BLOCKS, SECTION, Case, case, expected
 from vhostpc.errors import ChannelLost
 from vhostpc.memory.ramblock import Bits, RamSet
 from vhostpc.ufd.service import FaultService
-from vhostpc.wire.ramrec import TARGET_PAGE, BadRamStream
+from vhostpc.units import TARGET_PAGE
+from vhostpc.wire.ramrec import BadRamStream
 
 pytestmark = pytest.mark.ufd
 

@@ -19,11 +19,12 @@ import trio.testing
 
 from tests.until import unread_faults, until
 from vhostpc.errors import ChannelLost, MemoryLost
-from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet
+from vhostpc.memory.ramblock import Bits, RamSet
 from vhostpc.ufd import Userfaultfd
 from vhostpc.ufd.client import Client, ClientRange
 from vhostpc.ufd.pagesource import UNLIMITED, PageSource
 from vhostpc.ufd.service import FaultService
+from vhostpc.units import TARGET_PAGE
 
 SEED = 7
 HUGE = 2 << 20

@@ -15,10 +15,11 @@ from tests.hugepages import none_free
 from tests.small_tmpfs import SmallTmpfs, small_tmpfs
 from tests.until import until
 from vhostpc.errors import ChannelLost, MemoryLost
-from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamBlock, RamSet
+from vhostpc.memory.ramblock import Bits, RamBlock, RamSet
 from vhostpc.ufd.pagesource import UNLIMITED, PageSource
 from vhostpc.ufd.ramchannel import RamChannel
 from vhostpc.ufd.service import FaultService
+from vhostpc.units import TARGET_PAGE
 
 pytestmark = pytest.mark.ufd
 SEED = 4

@@ -9,10 +9,11 @@ import pytest
 import trio
 
 from tests.until import until
-from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet
+from vhostpc.memory.ramblock import Bits, RamSet
 from vhostpc.ufd.pagesource import PageSource
 from vhostpc.ufd.service import FaultService
 from vhostpc.ufd.trace import Trace, Way
+from vhostpc.units import TARGET_PAGE
 
 PAGES = 40
 pytestmark = pytest.mark.ufd

@@ -1,6 +1,6 @@
 """Writes docs/phases.md: the phases of a migration, drawn from the tables in vhostpc/migration/phase.py.
 
-    python tools/draw_phases.py [FILE]
+python tools/draw_phases.py [FILE]
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ TITLES: dict[Side, str] = {"source": "The source", "destination": "The destinati
 
 def phases(side: Side) -> list[Phase]:
     """Those of one end, in the order of their definition."""
-    found = {phase for compat in DIALECTS for pair, after in _arrows(side, compat) for phase in (pair[0], after)}
+    found = {
+        phase for compat in DIALECTS for pair, after in _arrows(side, compat) for phase in (pair[0], after)
+    }
     return [phase for phase in Phase if phase in found]
 
 
@@ -48,7 +50,9 @@ def diagram(side: Side) -> str:
                 events[phase, after].append(event)
     names = {phase: phase.replace("-", "_") for phase in Phase}
     lines = [f"    {names[phase]} : {phase}" for phase in phases(side)]
-    lines += [f"    {names[a]} --> {names[b]} : {', '.join(words)}" for (a, b), words in events.items() if words]
+    lines += [
+        f"    {names[a]} --> {names[b]} : {', '.join(words)}" for (a, b), words in events.items() if words
+    ]
     return "\n".join(["```mermaid", "stateDiagram-v2", *lines, "```"])
 
 

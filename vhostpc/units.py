@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+TARGET_PAGE = 4096
+"""Bytes of a page as a guest, the migration stream and the dirty log count it. A host page is one or more of them."""
+
 _UNITS = (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10))
 
 

@@ -44,10 +44,12 @@ FLIP = Program(
     (
         "event",
         "gm",
+        "view",
         "supply",
         "guard",
         "replace",
         "vq",
+        "walk",
         "call",
         "chain",
         "inflight",
@@ -56,13 +58,13 @@ FLIP = Program(
         "pump_out",
     ),
 )
-GUARD = Program("guard", "address,undefined", ("gm", "supply", "guard", "replace"))
-MAPS = Program("maps", "undefined", ("gm", "supply", "guard", "replace"))
+GUARD = Program("guard", "address,undefined", ("event", "gm", "view", "supply", "guard", "replace"))
+MAPS = Program("maps", "undefined", ("event", "gm", "view", "supply", "guard", "replace"))
 # Step by step: what the address sanitizer adds would be most of the steps.
 RESTART = Program(
     "restart",
     "undefined",
-    ("event", "gm", "supply", "guard", "replace", "vq", "call", "chain", "inflight"),
+    ("event", "gm", "view", "supply", "guard", "replace", "vq", "walk", "call", "chain", "inflight"),
 )
 FAULTS = Program(
     "faults",

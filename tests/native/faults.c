@@ -184,10 +184,9 @@ static void one_round(void)
     CHECK(fd >= 0 && ftruncate(fd, (off_t)LENGTH) == 0);
     CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, back) == 0);
     CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, records) == 0);
-    ram = vpc_ram_new();
-    CHECK(ram && vpc_ram_add(ram, "m", fd, 0, LENGTH, 4096) == 0);
-    service = vpc_fault_new(ram);
-    CHECK(service && vpc_uffd_register(place, vpc_ram_base(ram, 0), LENGTH, UFFDIO_REGISTER_MODE_MISSING, &ioctls) == 0);
+    CHECK(vpc_ram_new(&ram) == 0 && vpc_ram_add(ram, "m", fd, 0, LENGTH, 4096) == 0);
+    CHECK(vpc_fault_new(ram, &service) == 0);
+    CHECK(vpc_uffd_register(place, vpc_ram_base(ram, 0), LENGTH, UFFDIO_REGISTER_MODE_MISSING, &ioctls) == 0);
     for (int i = 0; i < CLIENTS; i++) {
         view[i] = mmap(NULL, LENGTH, PROT_READ, MAP_SHARED, fd, 0);
         CHECK(view[i] != MAP_FAILED);
@@ -198,8 +197,7 @@ static void one_round(void)
         CHECK(client[i] == i && vpc_fault_set_ranges(service, i, &range, 1) == 0);
     }
     CHECK(vpc_fault_set_return_path(service, back[0]) == 0);
-    load = vpc_load_new(ram, service, records[0], place);
-    CHECK(load);
+    CHECK(vpc_load_new(ram, service, records[0], place, &load) == 0);
     atomic_store(&shortages, SHORTAGES);
     atomic_store(&over, 0);
     atomic_store(&asked, 0);

@@ -65,12 +65,13 @@ static uint64_t sum_of(int fd, uint64_t length, uint64_t weight)
 
 static void one_case(const uint32_t *head, const unsigned char *stream)
 {
-    struct vpc_ram *ram = vpc_ram_new();
+    struct vpc_ram *ram;
+    struct vpc_load *load;
     int fd[BLOCKS], place = head[2] ? open_ufd() : -1, input = memfd_create("input", MFD_CLOEXEC);
     struct vpc_load_stats stats;
     uint64_t ioctls, sum = 0, received = 0;
 
-    CHECK(ram && input >= 0);
+    CHECK(vpc_ram_new(&ram) == 0 && input >= 0);
     for (int i = 0; i < BLOCKS; i++) {
         fd[i] = memfd_create(BLOCK[i].name, MFD_CLOEXEC);
         CHECK(fd[i] >= 0 && ftruncate(fd[i], (off_t)BLOCK[i].length) == 0);
@@ -81,8 +82,7 @@ static void one_case(const uint32_t *head, const unsigned char *stream)
     }
     size_t left = head[4] - head[3];
     CHECK(write(input, stream + head[3], left) == (ssize_t)left && lseek(input, 0, SEEK_SET) == 0);
-    struct vpc_load *load = vpc_load_new(ram, NULL, input, place);
-    CHECK(load && vpc_load_feed(load, stream, head[3]) == 0);
+    CHECK(vpc_load_new(ram, NULL, input, place, &load) == 0 && vpc_load_feed(load, stream, head[3]) == 0);
     if (head[0])
         CHECK(vpc_load_follow(load, SECTION, (int)head[1]) == 0);
     int rc = vpc_load_run(load, 0);

@@ -32,16 +32,18 @@ int main(int argc, char **argv)
     struct vpc_driver_config c = {.desc = 0, .avail = 4096, .used = 8192, .buffers = 16384, .buffer_stride = 4096,
                                   .num = 64, .slots = 64, .parts = 1, .buffer_len = 2048, .header = 12, .receive = 1};
     int fd = memfd_create("ram", MFD_CLOEXEC);
-    struct vpc_ram *ram = vpc_ram_new();
+    struct vpc_ram *ram;
+    struct vpc_driver *d;
     unsigned char *good = malloc(ROOM), *bad = malloc(ROOM), *again = malloc(ROOM);
 
     seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
     c.kick_fd = eventfd(0, EFD_NONBLOCK);
     c.call_fd = eventfd(0, EFD_NONBLOCK);
-    if (!ram || !good || !bad || !again || ftruncate(fd, LENGTH) < 0 || vpc_ram_add(ram, "ram", fd, 0, LENGTH, 4096) < 0)
+    if (vpc_ram_new(&ram) < 0 || !good || !bad || !again || ftruncate(fd, LENGTH) < 0 ||
+        vpc_ram_add(ram, "ram", fd, 0, LENGTH, 4096) < 0)
         return 1;
-    struct vpc_driver *d = vpc_driver_new(ram, &c);
-    if (!d || vpc_driver_add_region(d, 0, LENGTH, 0, 0) < 0 || vpc_driver_reset(d) < 0 || vpc_driver_post(d, 20, 0) != 20)
+    if (vpc_driver_new(ram, &c, &d) < 0 || vpc_driver_add_region(d, 0, LENGTH, 0, 0) < 0 || vpc_driver_reset(d) < 0 ||
+        vpc_driver_post(d, 20, 0) != 20)
         return 1;
     int64_t size = vpc_driver_save(d, good, ROOM);
     for (long i = 0; i < rounds; i++) {

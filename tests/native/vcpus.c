@@ -104,7 +104,7 @@ static void park_and_go(struct vpc_vcpu *cpu)
 
 static uint64_t one_round(int synchronous)
 {
-    struct vpc_ram *ram = vpc_ram_new();
+    struct vpc_ram *ram;
     struct vpc_vcpu *cpu[CPUS];
     struct vpc_vcpu_stats stats;
     struct vpc_vcpu_state state = {.seed = 11};
@@ -115,7 +115,7 @@ static uint64_t one_round(int synchronous)
     int pagemap = synchronous ? -1 : open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     uint64_t steps = 0;
 
-    CHECK(ram && ufd >= 0 && (synchronous || pagemap >= 0));
+    CHECK(vpc_ram_new(&ram) == 0 && ufd >= 0 && (synchronous || pagemap >= 0));
     for (int i = 0; i < 2; i++) {
         int fd = memfd_create("block", MFD_CLOEXEC);
         CHECK(fd >= 0 && ftruncate(fd, PAGES * 4096) == 0);
@@ -124,14 +124,12 @@ static uint64_t one_round(int synchronous)
         close(fd);
     }
     for (uint32_t i = 0; i < CPUS; i++) {
-        cpu[i] = vpc_vcpu_new(ram, i, CPUS);
-        CHECK(cpu[i] && vpc_vcpu_add_area(cpu[i], 0, 0, PAGES, 0) == 0);
+        CHECK(vpc_vcpu_new(ram, i, CPUS, &cpu[i]) == 0 && vpc_vcpu_add_area(cpu[i], 0, 0, PAGES, 0) == 0);
         CHECK(vpc_vcpu_add_area(cpu[i], 1, 0, PAGES, 0) == 0);
         CHECK(vpc_vcpu_set_state(cpu[i], &state) == 0 && vpc_vcpu_fill(cpu[i]) == 0);
         vpc_vcpu_set_rates(cpu[i], VPC_RATE_UNLIMITED, VPC_RATE_UNLIMITED);
     }
-    tracker = vpc_dirty_new(ram, ufd, pagemap);
-    CHECK(tracker);
+    CHECK(vpc_dirty_new(ram, ufd, pagemap, &tracker) == 0);
     if (synchronous)
         CHECK(pthread_create(&loop, NULL, run_tracker, NULL) == 0);
     for (int i = 0; i < CPUS; i++)

@@ -32,14 +32,6 @@ for _name in dir(lib):
     getattr(lib, _name)
 
 
-def made(handle: Any, what: str) -> Any:
-    """Return a handle that a ``vpc_..._new`` has just made, else raise the :class:`OSError` that its errno names."""
-    if handle == ffi.NULL:
-        err = ffi.errno
-        raise OSError(err, f"{what}: {os.strerror(err)}")
-    return handle
-
-
 def check(rc: int, what: str) -> int:
     """Return ``rc`` if it is not negative, else raise the :class:`OSError` that ``-rc`` names."""
     if rc < 0:

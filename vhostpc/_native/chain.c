@@ -4,32 +4,6 @@
 #include <string.h>
 #include "ring_internal.h"
 
-void vpc_walk_init(struct vpc_walk *w)
-{
-    w->segs = w->few;
-    w->room = VPC_FEW_SEGS;
-}
-
-void vpc_walk_free(struct vpc_walk *w)
-{
-    if (w->segs != w->few)
-        free(w->segs);
-}
-
-int vpc_walk_grow(struct vpc_walk *w)
-{
-    uint32_t room = 4 * w->room;
-    struct vpc_seg *segs = realloc(w->segs == w->few ? NULL : w->segs, room * sizeof(*segs));
-
-    if (!segs)
-        return -ENOMEM;
-    if (w->segs == w->few)
-        memcpy(segs, w->few, sizeof(w->few));
-    w->segs = segs;
-    w->room = room;
-    return 0;
-}
-
 void vpc_chain_free(struct vpc_chain *c)
 {
     if (!c)

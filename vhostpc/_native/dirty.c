@@ -73,29 +73,31 @@ void vpc_dirty_free(struct vpc_dirty *d)
     free(d);
 }
 
-struct vpc_dirty *vpc_dirty_new(struct vpc_ram *ram, int ufd, int pagemap)
+int vpc_dirty_new(struct vpc_ram *ram, int ufd, int pagemap, struct vpc_dirty **out)
 {
     struct vpc_dirty *d = calloc(1, sizeof *d);
+    int rc = 0;
 
     if (!d)
-        return NULL;
+        return -ENOMEM;
     pthread_mutex_init(&d->lock, NULL);
     d->ram = ram;
     d->stats.block = -1;
-    d->ufd = fcntl(ufd, F_DUPFD_CLOEXEC, 0);
-    d->pagemap = pagemap < 0 ? -1 : fcntl(pagemap, F_DUPFD_CLOEXEC, 0);
-    d->control = event_new();
-    int ok = d->ufd >= 0 && d->control >= 0 && (pagemap < 0 || d->pagemap >= 0);
-    for (; ok && d->count < ram->count; d->count++) {
+    d->ufd = d->pagemap = d->control = -1;
+    if ((d->ufd = fcntl(ufd, F_DUPFD_CLOEXEC, 0)) < 0 || (d->control = event_new()) < 0 ||
+        (pagemap >= 0 && (d->pagemap = fcntl(pagemap, F_DUPFD_CLOEXEC, 0)) < 0))
+        rc = -errno;
+    for (; rc == 0 && d->count < ram->count; d->count++) {
         d->written[d->count] = calloc((size_t)((ram->blocks[d->count]->pages + 63) / 64), sizeof(uint64_t));
-        ok = d->written[d->count] != NULL;
+        if (!d->written[d->count])
+            rc = -ENOMEM;
     }
-    if (ok)
-        return d;
-    int error = errno;
-    vpc_dirty_free(d);
-    errno = error;
-    return NULL;
+    if (rc < 0) {
+        vpc_dirty_free(d);
+        return rc;
+    }
+    *out = d;
+    return 0;
 }
 
 /* ---- protecting */

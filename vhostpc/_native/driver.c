@@ -67,31 +67,32 @@ static void all_free(struct vpc_driver *d)
     memset(d->in_flight, 0, d->c.slots);
 }
 
-struct vpc_driver *vpc_driver_new(struct vpc_ram *ram, const struct vpc_driver_config *config)
+int vpc_driver_new(struct vpc_ram *ram, const struct vpc_driver_config *config, struct vpc_driver **out)
 {
     struct vpc_driver *d;
+    int rc;
 
-    if (!config_ok(config)) {
-        errno = EINVAL;
-        return NULL;
-    }
+    if (!config_ok(config))
+        return -EINVAL;
     d = calloc(1, sizeof *d);
     if (!d)
-        return NULL;
+        return -ENOMEM;
     d->ram = ram;
     d->c = *config;
     d->control = event_new();
+    rc = d->control < 0 ? -errno : vpc_frames_init(&d->frames);
     d->free_slots = calloc(config->slots, sizeof *d->free_slots);
     d->in_flight = calloc(config->slots, 1);
     d->buffer = malloc(MAX_BUFFER);
-    if (vpc_frames_init(&d->frames) < 0 || d->control < 0 || !d->free_slots || !d->in_flight || !d->buffer) {
-        int error = errno;
+    if (rc == 0 && (!d->free_slots || !d->in_flight || !d->buffer))
+        rc = -ENOMEM;
+    if (rc < 0) {
         vpc_driver_free(d);
-        errno = error;
-        return NULL;
+        return rc;
     }
     all_free(d);
-    return d;
+    *out = d;
+    return 0;
 }
 
 int vpc_driver_add_region(struct vpc_driver *d, uint64_t gpa, uint64_t size, int block, uint64_t offset)

@@ -8,7 +8,7 @@
 
 /* An eventfd of our own, which no peer ever holds: non-blocking, close-on-exec. -1 and errno. */
 int event_new(void);
-/* Write and read such a one: one plain system call each. */
+/* Write and read such a one: one plain system call each, also in a signal handler. */
 void event_poke(int fd);
 void event_drain(int fd);
 

@@ -22,42 +22,33 @@
 
 /* ---- life */
 
-/* Also used for a descriptor that is shared with its client's process, so it has to be taken out by hand. */
-int vpc_fault_watch(struct vpc_fault *s, int fd, uint32_t who)
-{
-    struct epoll_event ev = {.events = EPOLLIN, .data.u32 = who};
-
-    return epoll_ctl(s->ready, EPOLL_CTL_ADD, fd, &ev) < 0 ? -errno : 0;
-}
-
-void vpc_fault_unwatch(struct vpc_fault *s, int fd)
-{
-    (void)epoll_ctl(s->ready, EPOLL_CTL_DEL, fd, NULL);
-}
-
-struct vpc_fault *vpc_fault_new(struct vpc_ram *ram)
+int vpc_fault_new(struct vpc_ram *ram, struct vpc_fault **out)
 {
     struct vpc_fault *s = calloc(1, sizeof *s);
+    int rc;
 
     if (!s)
-        return NULL;
+        return -ENOMEM;
+    s->ready = -1;
     s->control = event_new();
-    s->ready = epoll_create1(EPOLL_CLOEXEC);
-    if (s->control < 0 || s->ready < 0 || vpc_fault_watch(s, s->control, CONTROL) < 0) {
-        int error = errno;
+    if (s->control < 0 || (s->ready = epoll_create1(EPOLL_CLOEXEC)) < 0)
+        rc = -errno;
+    else
+        rc = vpc_fault_watch(s, s->control, CONTROL);
+    if (rc < 0) {
         if (s->control >= 0)
             close(s->control);
         if (s->ready >= 0)
             close(s->ready);
         free(s);
-        errno = error;
-        return NULL;
+        return rc;
     }
     s->ram = ram;
     s->out_fd = -1;
     pthread_mutex_init(&s->lock, NULL);
     pthread_mutex_init(&s->out_lock, NULL);
-    return s;
+    *out = s;
+    return 0;
 }
 
 void vpc_fault_free(struct vpc_fault *s)
@@ -74,11 +65,6 @@ void vpc_fault_free(struct vpc_fault *s)
     free(s->waiters);
     free(s->trace);
     free(s);
-}
-
-void vpc_fault_kick(struct vpc_fault *s)
-{
-    event_poke(s->control);
 }
 
 void vpc_fault_stop(struct vpc_fault *s)

@@ -11,7 +11,9 @@
  */
 #include <pthread.h>
 #include <stdatomic.h>
+#include <sys/epoll.h>
 
+#include "event_internal.h"
 #include "ram_internal.h"
 #include "vpc_uffd.h"
 
@@ -63,11 +65,25 @@ struct vpc_fault {
     int out_used; /* there was a return path before */
 };
 
-/* fault.c */
-void vpc_fault_kick(struct vpc_fault *s);
+/* Have the loop look again. */
+static inline void vpc_fault_kick(struct vpc_fault *s)
+{
+    event_poke(s->control);
+}
+
 /* Tell the loop what is to be read from a client, or no longer. 0 or -errno. */
-int vpc_fault_watch(struct vpc_fault *s, int fd, uint32_t who);
-void vpc_fault_unwatch(struct vpc_fault *s, int fd);
+static inline int vpc_fault_watch(struct vpc_fault *s, int fd, uint32_t who)
+{
+    struct epoll_event ev = {.events = EPOLLIN, .data.u32 = who};
+
+    return epoll_ctl(s->ready, EPOLL_CTL_ADD, fd, &ev) < 0 ? -errno : 0;
+}
+
+/* By hand, since the descriptor may be shared with its client's process, and then closing ours does not do it. */
+static inline void vpc_fault_unwatch(struct vpc_fault *s, int fd)
+{
+    (void)epoll_ctl(s->ready, EPOLL_CTL_DEL, fd, NULL);
+}
 
 /* outbox.c; the first two with the lock held, the third with the outbox's. The first two: 0 or -ENOMEM. */
 int vpc_outbox_request(struct vpc_fault *s, int block, uint64_t page);

@@ -152,23 +152,28 @@ void vpc_far_free(struct vpc_far *f)
     free(f);
 }
 
-struct vpc_far *vpc_far_new(int fd, int echo)
+int vpc_far_new(int fd, int echo, struct vpc_far **out)
 {
     struct vpc_far *f = calloc(1, sizeof *f);
+    int rc;
 
     if (!f)
-        return NULL;
+        return -ENOMEM;
     f->echo = echo;
-    f->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-    f->control = event_new();
+    f->control = -1;
+    if ((f->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0)) < 0 || (f->control = event_new()) < 0)
+        rc = -errno;
+    else
+        rc = vpc_frames_init(&f->frames);
     f->room = malloc((size_t)BURST * FRAME_MAX);
-    if (vpc_frames_init(&f->frames) < 0 || f->fd < 0 || f->control < 0 || !f->room) {
-        int error = errno;
+    if (rc == 0 && !f->room)
+        rc = -ENOMEM;
+    if (rc < 0) {
         vpc_far_free(f);
-        errno = error;
-        return NULL;
+        return rc;
     }
-    return f;
+    *out = f;
+    return 0;
 }
 
 void vpc_far_stop(struct vpc_far *f)

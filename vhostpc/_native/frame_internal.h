@@ -7,6 +7,8 @@
 
 #include "vpc_driver.h"
 
+/* Smallest frame in bytes: 14 of Ethernet and 24 of ours. */
+#define VPC_FRAME_MIN 38
 #define VPC_FRAME_NUMBERS ((uint64_t)1 << 28) /* frames with higher numbers are not ours */
 
 struct vpc_frames {

@@ -1,41 +1,13 @@
 /* Guest memory: mappings, the table of regions, translation, copies. See vpc_gm.h and gm_internal.h. */
 #define _GNU_SOURCE
 #include <fcntl.h>
-#include <linux/magic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/vfs.h>
 #include <unistd.h>
 #include "gm_internal.h"
 #include "replace_internal.h"
 #include "supply_internal.h"
-
-#ifndef HUGETLBFS_MAGIC
-#define HUGETLBFS_MAGIC 0x958458f6
-#endif
-
-int vpc_fd_kind(int fd, uint32_t *kind, uint64_t *page_size, uint64_t *size)
-{
-    struct stat st;
-    struct statfs fs;
-
-    if (fstat(fd, &st) < 0 || fstatfs(fd, &fs) < 0)
-        return -errno;
-    if (!S_ISREG(st.st_mode))
-        return -EINVAL;
-    *size = (uint64_t)st.st_size;
-    *page_size = (uint64_t)sysconf(_SC_PAGESIZE);
-    *kind = VPC_KIND_OTHER;
-    if ((uint32_t)fs.f_type == HUGETLBFS_MAGIC) {
-        *kind = VPC_KIND_HUGETLB;
-        *page_size = (uint64_t)fs.f_bsize;
-    } else if ((uint32_t)fs.f_type == TMPFS_MAGIC) {
-        *kind = VPC_KIND_TMPFS;
-    }
-    return 0;
-}
 
 int vpc_map_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, int armed, struct vpc_map **out)
 {
@@ -47,7 +19,7 @@ int vpc_map_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, in
         return rc;
     /* A part of a page is as good as any memory, but is not registered: nobody moves such a region. */
     if (size == 0 || __builtin_add_overflow(offset, size, &end) || end > INT64_MAX ||
-        (armed && (offset | size) % 4096))
+        (armed && (offset | size) % TARGET_PAGE))
         return -EINVAL;
     if (end > file_size)
         return -EFBIG;
@@ -179,7 +151,7 @@ int vpc_gm_add(struct vpc_gm *gm, struct vpc_map *m, uint64_t guest_addr, uint64
 {
     uint64_t end;
 
-    if (size == 0 || size > m->len - m->skip || (atomic_load(&m->armed) && (guest_addr | user_addr) % 4096) ||
+    if (size == 0 || size > m->len - m->skip || (atomic_load(&m->armed) && (guest_addr | user_addr) % TARGET_PAGE) ||
         __builtin_add_overflow(guest_addr, size, &end) || __builtin_add_overflow(user_addr, size, &end))
         return -EINVAL;
     uint32_t at = 0;
@@ -210,11 +182,6 @@ const struct vpc_region *vpc_gm_find_user(const struct vpc_gm *gm, uint64_t uadd
             return len <= r->size - (uaddr - r->uaddr) ? r : NULL;
     }
     return NULL;
-}
-
-int vpc_gm_has_user(const struct vpc_gm *gm, uint64_t user_addr, uint64_t len)
-{
-    return vpc_gm_find_user(gm, user_addr, len) != NULL;
 }
 
 uint64_t vpc_gm_end(const struct vpc_gm *gm)
@@ -293,54 +260,17 @@ int vpc_gm_write(const struct vpc_gm *gm, uint64_t gpa, const void *from, uint64
 
 int vpc_log_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, struct vpc_log **out)
 {
-    uint32_t kind;
-    uint64_t end, page, file_size;
-    int rc = vpc_fd_kind(fd, &kind, &page, &file_size);
-
-    if (rc < 0)
-        return rc;
-    if (size == 0 || __builtin_add_overflow(offset, size, &end) || end > INT64_MAX)
-        return -EINVAL;
-    if (end > file_size)
-        return -EFBIG;
-    vpc_replace_reserve();
     struct vpc_log *log = calloc(1, sizeof(*log));
-    if (!log)
-        return -ENOMEM;
-    uint64_t start = offset & ~(page - 1);
-    /* Whole pages, also of hugetlbfs, which unmaps no part of one. */
-    log->map_len = ((end + page - 1) & ~(page - 1)) - start;
-    log->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
-    if (log->fd < 0) {
-        rc = -errno;
+    int rc = log ? vpc_view_open(&log->view, s, fd, offset, size, VPC_USE_LOG) : -ENOMEM;
+
+    if (rc < 0) {
         free(log);
         return rc;
     }
-    log->map = mmap(NULL, log->map_len, PROT_READ | PROT_WRITE, MAP_SHARED, log->fd, (off_t)start);
-    if (log->map == MAP_FAILED) {
-        rc = -errno;
-        goto fail;
-    }
-    (void)madvise(log->map, log->map_len, MADV_DONTFORK);
-    log->guarded = vpc_guard_add(&(struct vpc_guard_range){.supply = s, .base = (uintptr_t)log->map,
-                                                           .len = log->map_len, .page = page, .file_off = start,
-                                                           .fd = log->fd, .kind = kind, .use = VPC_USE_LOG});
-    if (!log->guarded) {
-        munmap(log->map, log->map_len);
-        rc = -ENOMEM;
-        goto fail;
-    }
-    vpc_supply_ref(s);
-    log->supply = s;
     atomic_init(&log->refs, 1);
-    log->bits = (atomic_uchar *)(log->map + (offset - start));
-    log->size = size;
+    log->bits = (atomic_uchar *)log->view.at;
     *out = log;
     return 0;
-fail:
-    close(log->fd);
-    free(log);
-    return rc;
 }
 
 void vpc_log_ref(struct vpc_log *log)
@@ -352,10 +282,7 @@ void vpc_log_unref(struct vpc_log *log)
 {
     if (!log || atomic_fetch_sub(&log->refs, 1) != 1)
         return;
-    vpc_guard_remove(log->guarded);
-    munmap(log->map, log->map_len);
-    close(log->fd);
-    vpc_supply_unref(log->supply);
+    vpc_view_close(&log->view);
     free(log);
 }
 
@@ -363,9 +290,9 @@ void vpc_log_mark(struct vpc_log *log, uint64_t gpa, uint64_t len)
 {
     if (!len)
         return;
-    uint64_t last = (gpa + len - 1) >> 12;
-    for (uint64_t page = gpa >> 12; page <= last; page++) {
-        if (page >> 3 >= log->size)
+    uint64_t last = (gpa + len - 1) >> TARGET_SHIFT;
+    for (uint64_t page = gpa >> TARGET_SHIFT; page <= last; page++) {
+        if (page >> 3 >= log->view.size)
             return;
         uint8_t bit = (uint8_t)(1u << (page & 7));
         /* One log serves all devices of the VM and the front-end clears it with atomic exchange.

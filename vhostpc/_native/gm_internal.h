@@ -7,13 +7,13 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include "guard_internal.h"
+#include "page.h"
 #include "vpc_gm.h"
 #include "vpc_ring.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "virtio 1 is little-endian, and so must the host be"
 #endif
-
 
 struct vpc_supply {
     atomic_int refs;
@@ -61,16 +61,29 @@ struct vpc_gm {
     struct vpc_region *regions; /* by gpa */
 };
 
-struct vpc_log {
-    atomic_int refs;
+/* A part of a front-end's file that is mapped here and is no guest memory: a page of it that goes makes the supply lost. */
+struct vpc_view {
     struct vpc_supply *supply;
     struct vpc_guarded *guarded;
     int fd; /* for the guard, which asks for its size */
     uint8_t *map;
     uint64_t map_len;
-    atomic_uchar *bits;
+    uint8_t *at; /* its first byte */
     uint64_t size;
 };
+
+struct vpc_log {
+    atomic_int refs;
+    struct vpc_view view;
+    atomic_uchar *bits;
+};
+
+/* Kind (VPC_KIND_*) and page size in bytes of what an fd names, and its size in bytes; -errno. */
+int vpc_fd_kind(int fd, uint32_t *kind, uint64_t *page_size, uint64_t *size);
+/* Map [offset, offset + size) of fd, which is duplicated. -EFBIG: longer than the file. -EINVAL: empty, wrapping or no
+ * regular file. -EOPNOTSUPP: VPC_USE_INFLIGHT, and neither tmpfs nor hugetlbfs. After an error there is nothing to close. */
+int vpc_view_open(struct vpc_view *v, struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, int use);
+void vpc_view_close(struct vpc_view *v);
 
 void vpc_gm_ref(struct vpc_gm *gm);
 void vpc_log_ref(struct vpc_log *log);

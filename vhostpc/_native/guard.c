@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include "event_internal.h"
 #include "gm_internal.h"
 #include "replace_internal.h"
 
@@ -64,7 +65,6 @@ static int read_entry(struct vpc_guarded *e, struct vpc_guard_range *out)
 static void tell(const struct vpc_guard_range *r, uintptr_t at, int poisoned)
 {
     struct vpc_supply *s = r->supply;
-    uint64_t one = 1;
     struct stat st;
     int none = 0;
 
@@ -75,7 +75,7 @@ static void tell(const struct vpc_guard_range *r, uintptr_t at, int poisoned)
     if (fstat(r->fd, &st) == 0)
         s->strike.size = (uint64_t)st.st_size;
     atomic_store_explicit(&s->struck, 2, memory_order_release);
-    (void)!write(s->strike_fd, &one, sizeof(one));
+    event_poke(s->strike_fd);
 }
 
 /* Was the fault in a mapping of ours, and is there a page now? */

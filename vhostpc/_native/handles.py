@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
-from vhostpc._native import ffi
+from vhostpc._native import check, ffi
 
 _needed: Counter[int] = Counter()
 """How many objects use another one, by its address."""
@@ -15,6 +15,16 @@ _needed: Counter[int] = Counter()
 
 def _address(raw: Any) -> int:
     return int(ffi.cast("uintptr_t", raw))
+
+
+def made(kind: str, what: str, make: Callable[..., int], *args: Any) -> Any:
+    """A new ``struct vpc_<kind>``: what ``make`` gives through the pointer behind ``args``. Raises OSError.
+
+    It is for a :class:`Handle`, which frees it.
+    """
+    out = ffi.new(f"struct vpc_{kind} **")
+    check(make(*args, out), what)
+    return out[0]
 
 
 class Handle:
@@ -76,3 +86,31 @@ def _free(free: Callable[[Any], None], needs: list[Any], raw: Any) -> None:
     """``needs`` stand here to live until now."""
     free(raw)
     _needed.subtract(map(_address, needs))
+
+
+class Owner:
+    """Base of what owns an object of C, by a :class:`Handle` that its ``__init__`` makes. As a context manager it is
+    closed at the end.
+    """
+
+    _native: Handle
+
+    @property
+    def handle(self) -> Any:
+        """The C handle; ValueError, or the error that was chosen for it, after :meth:`close`."""
+        return self._native.raw
+
+    @property
+    def closed(self) -> bool:
+        """:meth:`close` was called."""
+        return self._native.closed
+
+    def close(self) -> None:
+        """Let go of it; what uses it in C keeps it. Harmless again."""
+        self._native.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -5,14 +5,9 @@
  * as far as it can be checked: the front-end and whoever served it before us may have written anything there.
  */
 #define _GNU_SOURCE
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
-#include "replace_internal.h"
 #include "ring_internal.h"
-#include "supply_internal.h"
 
 #define VERSION 1
 
@@ -30,13 +25,7 @@
 
 struct vpc_inflight {
     atomic_int refs;
-    struct vpc_supply *supply;
-    struct vpc_guarded *guarded;
-    int fd; /* for the guard, which asks for its size */
-    uint8_t *map;
-    uint64_t map_len;
-    uint8_t *at; /* of the region's first byte */
-    uint64_t size;
+    struct vpc_view view;
 };
 
 struct taken {
@@ -73,66 +62,25 @@ static uint8_t *entry(const struct vpc_inflight_part *part, uint32_t head)
 
 int vpc_inflight_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, struct vpc_inflight **out)
 {
-    uint32_t kind;
-    uint64_t page, file_size, end;
-    int rc = vpc_fd_kind(fd, &kind, &page, &file_size);
-
-    if (rc < 0)
-        return rc;
-    if (size == 0 || offset % 8 || __builtin_add_overflow(offset, size, &end) || end > INT64_MAX)
+    if (offset % 8)
         return -EINVAL;
-    if (end > file_size)
-        return -EFBIG;
-    if (kind == VPC_KIND_OTHER)
-        return -EOPNOTSUPP;
     struct vpc_inflight *region = calloc(1, sizeof(*region));
-    if (!region)
-        return -ENOMEM;
-    uint64_t start = offset & ~(page - 1);
-    /* Whole pages, also of hugetlbfs, which unmaps no part of one. */
-    region->map_len = ((end + page - 1) & ~(page - 1)) - start;
-    vpc_replace_reserve();
-    region->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
-    if (region->fd < 0) {
-        rc = -errno;
+    int rc = region ? vpc_view_open(&region->view, s, fd, offset, size, VPC_USE_INFLIGHT) : -ENOMEM;
+
+    if (rc < 0) {
         free(region);
         return rc;
     }
-    region->map = mmap(NULL, region->map_len, PROT_READ | PROT_WRITE, MAP_SHARED, region->fd, (off_t)start);
-    if (region->map == MAP_FAILED) {
-        rc = -errno;
-        goto fail;
-    }
-    (void)madvise(region->map, region->map_len, MADV_DONTFORK);
-    region->guarded = vpc_guard_add(&(struct vpc_guard_range){.supply = s, .base = (uintptr_t)region->map,
-                                                              .len = region->map_len, .page = page, .file_off = start,
-                                                              .fd = region->fd, .kind = kind, .use = VPC_USE_INFLIGHT});
-    if (!region->guarded) {
-        munmap(region->map, region->map_len);
-        rc = -ENOMEM;
-        goto fail;
-    }
-    vpc_supply_ref(s);
-    region->supply = s;
     atomic_init(&region->refs, 1);
-    region->at = region->map + (offset - start);
-    region->size = size;
     *out = region;
     return 0;
-fail:
-    close(region->fd);
-    free(region);
-    return rc;
 }
 
 void vpc_inflight_unref(struct vpc_inflight *region)
 {
     if (!region || atomic_fetch_sub(&region->refs, 1) != 1)
         return;
-    vpc_guard_remove(region->guarded);
-    munmap(region->map, region->map_len);
-    close(region->fd);
-    vpc_supply_unref(region->supply);
+    vpc_view_close(&region->view);
     free(region);
 }
 
@@ -151,8 +99,8 @@ int vpc_vq_set_inflight(struct vpc_vq *vq, struct vpc_inflight *region, uint64_t
     uint16_t *batch = NULL;
 
     if (region) {
-        if (offset % 8 || size == 0 || size > VPC_MAX_RING || offset > region->size ||
-            ENTRIES + ENTRY_SIZE * (uint64_t)size > region->size - offset)
+        if (offset % 8 || size == 0 || size > VPC_MAX_RING || offset > region->view.size ||
+            ENTRIES + ENTRY_SIZE * (uint64_t)size > region->view.size - offset)
             return -EINVAL;
         batch = calloc(size, sizeof(*batch));
         if (!batch)
@@ -162,7 +110,7 @@ int vpc_vq_set_inflight(struct vpc_vq *vq, struct vpc_inflight *region, uint64_t
     vpc_inflight_drop(vq);
     vq->inflight = (struct vpc_inflight_part){.region = region, .size = size, .batch = batch};
     if (region)
-        vq->inflight.at = region->at + offset;
+        vq->inflight.at = region->view.at + offset;
     return 0;
 }
 

@@ -15,10 +15,11 @@
 
 #define DISCARD_TRIES 8
 
-struct vpc_ram *vpc_ram_new(void)
+int vpc_ram_new(struct vpc_ram **out)
 {
     vpc_replace_reserve(); /* for vpc_ram_give_up */
-    return calloc(1, sizeof(struct vpc_ram));
+    *out = calloc(1, sizeof(struct vpc_ram));
+    return *out ? 0 : -ENOMEM;
 }
 
 static void block_free(struct vpc_block *b)

@@ -6,10 +6,9 @@
 #include <stdint.h>
 #include <time.h>
 
+#include "page.h"
 #include "vpc_ram.h"
 
-#define TARGET_SHIFT 12
-#define TARGET_PAGE 4096u
 #define MAX_BLOCKS 64
 #define BITMAPS 6
 

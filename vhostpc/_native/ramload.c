@@ -47,12 +47,13 @@ void vpc_load_free(struct vpc_load *l)
     free(l);
 }
 
-struct vpc_load *vpc_load_new(struct vpc_ram *ram, struct vpc_fault *service, int fd, int place_ufd)
+int vpc_load_new(struct vpc_ram *ram, struct vpc_fault *service, int fd, int place_ufd, struct vpc_load **out)
 {
     struct vpc_load *l = calloc(1, sizeof *l);
+    int rc = 0;
 
     if (!l)
-        return NULL;
+        return -ENOMEM;
     l->ram = ram;
     l->service = service;
     l->block = -1;
@@ -62,20 +63,20 @@ struct vpc_load *vpc_load_new(struct vpc_ram *ram, struct vpc_fault *service, in
     for (int i = 0; i < ram->count; i++)
         if (ram->blocks[i]->page_size > l->run_room)
             l->run_room = ram->blocks[i]->page_size;
-    l->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-    l->place = place_ufd < 0 ? -1 : fcntl(place_ufd, F_DUPFD_CLOEXEC, 0);
-    l->control = event_new();
-    l->on_disk = is_on_disk(fd); /* not of our copy: the error that says why there is none must stay */
-    l->input = malloc(INPUT_ROOM);
-    l->run = pages(l->run_room, PROT_READ | PROT_WRITE);
-    l->zeros = pages(l->run_room, PROT_READ); /* now: later there may be no room for them */
-    if (l->fd < 0 || (place_ufd >= 0 && l->place < 0) || l->control < 0 || !l->input || !l->run || !l->zeros) {
-        int error = errno;
+    l->on_disk = is_on_disk(fd);
+    l->fd = l->place = l->control = -1;
+    /* The zeros now: later there may be no room for them. */
+    if ((l->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0)) < 0 || (l->control = event_new()) < 0 ||
+        (place_ufd >= 0 && (l->place = fcntl(place_ufd, F_DUPFD_CLOEXEC, 0)) < 0) ||
+        !(l->input = malloc(INPUT_ROOM)) || !(l->run = pages(l->run_room, PROT_READ | PROT_WRITE)) ||
+        !(l->zeros = pages(l->run_room, PROT_READ)))
+        rc = -errno;
+    if (rc < 0) {
         vpc_load_free(l);
-        errno = error;
-        return NULL;
+        return rc;
     }
-    return l;
+    *out = l;
+    return 0;
 }
 
 void vpc_load_stop(struct vpc_load *l)

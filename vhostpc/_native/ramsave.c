@@ -31,12 +31,12 @@ void vpc_save_free(struct vpc_save *s)
     free(s);
 }
 
-struct vpc_save *vpc_save_new(struct vpc_scan *scan, int fd, int in_fd)
+int vpc_save_new(struct vpc_scan *scan, int fd, int in_fd, struct vpc_save **out)
 {
     struct vpc_save *s = calloc(1, sizeof *s);
 
     if (!s)
-        return NULL;
+        return -ENOMEM;
     s->scan = scan;
     s->writer.fd = s->requests.fd = -1;
     s->control = event_new();
@@ -46,10 +46,10 @@ struct vpc_save *vpc_save_new(struct vpc_scan *scan, int fd, int in_fd)
         rc = vpc_requests_init(&s->requests, scan->ram, in_fd, s->notify);
     if (rc < 0) {
         vpc_save_free(s);
-        errno = -rc;
-        return NULL;
+        return rc;
     }
-    return s;
+    *out = s;
+    return 0;
 }
 
 void vpc_save_stop(struct vpc_save *s)

@@ -1,4 +1,4 @@
-/* What vq.c, chain.c and the pumps share; never part of the cdef. */
+/* What vq.c, walk.c, chain.c and the pumps share; never part of the cdef. */
 #ifndef VPC_RING_INTERNAL_H
 #define VPC_RING_INTERNAL_H
 #include <linux/virtio_config.h>
@@ -52,8 +52,6 @@ struct vpc_walk {
 
 void vpc_walk_init(struct vpc_walk *w);
 void vpc_walk_free(struct vpc_walk *w);
-/* Room for another segment: 0 or -ENOMEM. */
-int vpc_walk_grow(struct vpc_walk *w);
 
 struct vpc_chain {
     struct vpc_gm *gm;
@@ -66,7 +64,13 @@ struct vpc_chain {
     uint64_t loaded;
 };
 
-int vpc_vq_break(struct vpc_vq *vq, const char *why);
+/* The driver has done what it may not: the ring does nothing more. -EBADMSG. */
+static inline int vpc_vq_break(struct vpc_vq *vq, const char *why)
+{
+    atomic_store(&vq->error, why); /* late chains are walked beside other calls */
+    return -EBADMSG;
+}
+
 /* Make the ring ready for popping: touches its index words, reads the used index the first time. */
 int vpc_vq_ready(struct vpc_vq *vq, int flags);
 /* Chains that the driver has made available and that are not popped, by a fresh look at its index. */
@@ -78,6 +82,9 @@ static inline const atomic_int *vpc_vq_stopper(const struct vpc_vq *vq, int flag
 {
     return flags & VPC_UNSTOPPED ? NULL : &vq->stop;
 }
+
+/* Ask for no kicks, if the used ring is there: never waits. */
+void vpc_vq_disable_notify(struct vpc_vq *vq);
 
 /* The head of the chain that is taken after `ahead` others. */
 int vpc_vq_head(struct vpc_vq *vq, uint16_t ahead, uint16_t *head, int flags);

@@ -7,15 +7,16 @@
 
 #define PAGE_BITS 48 /* of a place: the number of a page; above it its block's */
 
-struct vpc_scan *vpc_scan_new(struct vpc_ram *ram, uint64_t background_rate)
+int vpc_scan_new(struct vpc_ram *ram, uint64_t background_rate, struct vpc_scan **out)
 {
     struct vpc_scan *scan = calloc(1, sizeof *scan);
 
     if (!scan)
-        return NULL;
+        return -ENOMEM;
     scan->ram = ram;
     atomic_store(&scan->rate, background_rate);
-    return scan;
+    *out = scan;
+    return 0;
 }
 
 void vpc_scan_free(struct vpc_scan *scan)

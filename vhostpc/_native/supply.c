@@ -3,11 +3,11 @@
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <stdlib.h>
-#include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
+#include "event_internal.h"
 #include "gm_internal.h"
 #include "replace_internal.h"
 #include "supply_internal.h"
@@ -22,7 +22,7 @@ int vpc_supply_new(struct vpc_supply **out)
     if (!s)
         return -ENOMEM;
     atomic_init(&s->refs, 1);
-    s->strike_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    s->strike_fd = event_new();
     if (s->strike_fd < 0) {
         int rc = -errno;
         free(s);

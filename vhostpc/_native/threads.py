@@ -12,7 +12,8 @@ from __future__ import annotations
 import time
 import weakref
 from _thread import allocate_lock, start_new_thread
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -199,3 +200,14 @@ class KeptThread:
     def close(self) -> None:
         """Let it end, when the call that it makes has ended. Harmless again."""
         self._end()
+
+
+@contextmanager
+def keeping(name: Thread, what: str) -> Iterator[KeptThread]:
+    """A :class:`KeptThread` that outlives this block, unless it raises."""
+    thread = KeptThread(name, what)
+    try:
+        yield thread
+    except BaseException:
+        thread.close()
+        raise

@@ -54,28 +54,31 @@ struct vpc_vcpu {
 
 /* ---- life */
 
-struct vpc_vcpu *vpc_vcpu_new(struct vpc_ram *ram, uint32_t index, uint32_t count)
+int vpc_vcpu_new(struct vpc_ram *ram, uint32_t index, uint32_t count, struct vpc_vcpu **out)
 {
-    struct vpc_vcpu *v = index < count ? calloc(1, sizeof *v) : NULL;
+    struct vpc_vcpu *v;
 
+    if (index >= count)
+        return -EINVAL;
+    v = calloc(1, sizeof *v);
     if (!v)
-        return NULL;
+        return -ENOMEM;
     v->control = event_new();
     v->parked = v->control < 0 ? -1 : event_new();
     if (v->parked < 0) {
-        int error = errno;
+        int rc = -errno;
         if (v->control >= 0)
             close(v->control);
         free(v);
-        errno = error;
-        return NULL;
+        return rc;
     }
     pthread_mutex_init(&v->lock, NULL);
     v->ram = ram;
     v->index = index;
     v->count = count;
     v->stats.first_bad.block = -1;
-    return v;
+    *out = v;
+    return 0;
 }
 
 void vpc_vcpu_free(struct vpc_vcpu *v)

@@ -24,8 +24,8 @@ struct vpc_dirty_stats {
 };
 
 /* A tracker of the blocks that the set has now. ufd: its handshake is made and it is non-blocking (we keep a
- * copy). pagemap: /proc/self/pagemap (a copy too), or -1 for the synchronous way. NULL: errno says what was short. */
-struct vpc_dirty *vpc_dirty_new(struct vpc_ram *ram, int ufd, int pagemap);
+ * copy). pagemap: /proc/self/pagemap (a copy too), or -1 for the synchronous way. */
+int vpc_dirty_new(struct vpc_ram *ram, int ufd, int pagemap, struct vpc_dirty **out);
 void vpc_dirty_free(struct vpc_dirty *d);
 /* Protect everything. On failure nothing is protected; -ENOTTY and -EINVAL with block -1: no PAGEMAP_SCAN. */
 int vpc_dirty_start(struct vpc_dirty *d);

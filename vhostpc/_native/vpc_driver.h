@@ -12,9 +12,6 @@
 struct vpc_driver; /* one queue */
 struct vpc_far;    /* a datagram socket that checks, and may echo, frames */
 
-/* Smallest frame in bytes: 14 of Ethernet and 24 of ours. */
-#define VPC_FRAME_MIN 38
-
 struct vpc_driver_config {
     uint64_t desc, avail, used;      /* guest addresses of the ring's parts */
     uint64_t buffers, buffer_stride; /* slot i's buffer is at buffers + i * buffer_stride */
@@ -52,7 +49,8 @@ struct vpc_driver_stats {
     struct vpc_frame_stats received;
 };
 
-struct vpc_driver *vpc_driver_new(struct vpc_ram *ram, const struct vpc_driver_config *config);
+/* -EINVAL: a ring cannot be laid out like this. */
+int vpc_driver_new(struct vpc_ram *ram, const struct vpc_driver_config *config, struct vpc_driver **out);
 void vpc_driver_free(struct vpc_driver *d);
 /* Guest addresses [gpa, gpa + size) are block from offset. */
 int vpc_driver_add_region(struct vpc_driver *d, uint64_t gpa, uint64_t size, int block, uint64_t offset);
@@ -82,7 +80,7 @@ int vpc_driver_load(struct vpc_driver *d, const unsigned char *data, uint64_t le
 int vpc_driver_stats(struct vpc_driver *d, struct vpc_driver_stats *out);
 
 /* Receive and check frames on the datagram socket fd; echo: send each whole one back to where it came from. */
-struct vpc_far *vpc_far_new(int fd, int echo);
+int vpc_far_new(int fd, int echo, struct vpc_far **out);
 void vpc_far_free(struct vpc_far *f);
 /* Until stopped; returns 0 or -errno. */
 int vpc_far_run(struct vpc_far *f);

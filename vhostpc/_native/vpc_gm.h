@@ -57,8 +57,6 @@ void vpc_supply_stats(struct vpc_supply *s, struct vpc_wait_stats *out);
 #define VPC_KIND_HUGETLB 2
 #define VPC_KIND_OTHER 3
 
-/* Kind and page size in bytes of what an fd names, and its size in bytes; -errno. */
-int vpc_fd_kind(int fd, uint32_t *kind, uint64_t *page_size, uint64_t *size);
 /* Map [offset, offset + size) of fd, shared. The fd is duplicated. armed: without access, until
  * vpc_map_register. -EFBIG: longer than the file. -EINVAL: empty or wrapping, or armed and unaligned (4096).
  * -EOPNOTSUPP: armed, but neither tmpfs nor hugetlbfs. */
@@ -76,8 +74,6 @@ void vpc_gm_unref(struct vpc_gm *gm);
 int vpc_gm_add(struct vpc_gm *gm, struct vpc_map *m, uint64_t guest_addr, uint64_t size, uint64_t user_addr);
 /* Users of the table besides its owner: rings and chains in hand. */
 int vpc_gm_users(const struct vpc_gm *gm);
-/* 1 if [user_addr, user_addr + len) lies in one region, else 0. */
-int vpc_gm_has_user(const struct vpc_gm *gm, uint64_t user_addr, uint64_t len);
 /* Guest address after the highest region. */
 uint64_t vpc_gm_end(const struct vpc_gm *gm);
 

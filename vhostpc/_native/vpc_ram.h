@@ -25,7 +25,7 @@ struct vpc_load;
 #define VPC_BITS_DISCARDED 5 /* the stream's RAM_DISCARD took it, or a part of it has come: it will be sent */
 
 /* ---- ram.c: the set of blocks. Nothing here waits for a page unless it says so. */
-struct vpc_ram *vpc_ram_new(void);
+int vpc_ram_new(struct vpc_ram **out);
 void vpc_ram_free(struct vpc_ram *ram);
 /* Map length bytes of fd (our own copy is kept) from fd_offset; returns the block's index. */
 int vpc_ram_add(struct vpc_ram *ram, const char *name, int fd, uint64_t fd_offset, uint64_t length,
@@ -151,7 +151,7 @@ struct vpc_thread_waits {
     uint64_t histogram[256];
 };
 
-struct vpc_fault *vpc_fault_new(struct vpc_ram *ram);
+int vpc_fault_new(struct vpc_ram *ram, struct vpc_fault **out);
 void vpc_fault_free(struct vpc_fault *service);
 /* Poll ufd (we keep our own copy of it; it must be non-blocking); returns the client's number. */
 int vpc_fault_add_client(struct vpc_fault *service, int ufd);
@@ -223,7 +223,7 @@ struct vpc_load_stats {
 
 /* Read records from fd until told otherwise; pages are placed through place_ufd into the set's own
  * mapping; place_ufd -1 is calm mode: plain writes, the last copy wins. service may be null. */
-struct vpc_load *vpc_load_new(struct vpc_ram *ram, struct vpc_fault *service, int fd, int place_ufd);
+int vpc_load_new(struct vpc_ram *ram, struct vpc_fault *service, int fd, int place_ufd, struct vpc_load **out);
 void vpc_load_free(struct vpc_load *load);
 /* Returns VPC_LOAD_*, -EBADMSG (see why and bad_offset), or -errno of reading or placing. -EEXIST: armed, and bad_page is
  * there although it has not come: it is neither overwritten nor taken for the one that came. Armed, a page for which

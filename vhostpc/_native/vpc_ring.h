@@ -27,8 +27,6 @@ void vpc_vq_set_log(struct vpc_vq *vq, struct vpc_log *log, int log_used, uint64
 /* Next avail index to take; also forgets the used index, which the next touching call reads. */
 void vpc_vq_set_base(struct vpc_vq *vq, uint32_t avail_index);
 uint32_t vpc_vq_base(const struct vpc_vq *vq);
-/* The used index as last written or read here, or -1 before the first touching call. */
-int64_t vpc_vq_used(const struct vpc_vq *vq);
 /* --- the inflight region: chains that are taken and not answered, in a file that outlives the process --- */
 struct vpc_inflight;
 /* Map [offset, offset + size) of fd, shared. -EFBIG: longer than the file. -EINVAL: empty, wrapping, unaligned (8)
@@ -99,7 +97,6 @@ int vpc_chain_rebase(struct vpc_chain *chain, struct vpc_gm *memory);
 void vpc_vq_unpop(struct vpc_vq *vq, const struct vpc_chain *chain);
 /* Ask for a kick at the next buffer. 1: more came since the last look, so look again. Else as pop. */
 int vpc_vq_enable_notify(struct vpc_vq *vq, int flags);
-void vpc_vq_disable_notify(struct vpc_vq *vq);
 
 /* --- pumps --- */
 struct vpc_pump;

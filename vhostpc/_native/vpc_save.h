@@ -20,7 +20,7 @@ struct vpc_scan_stats {
 };
 
 /* The blocks' DIRTY pages, at background_rate bytes a second besides what is asked for. */
-struct vpc_scan *vpc_scan_new(struct vpc_ram *ram, uint64_t background_rate);
+int vpc_scan_new(struct vpc_ram *ram, uint64_t background_rate, struct vpc_scan **out);
 void vpc_scan_free(struct vpc_scan *scan);
 /* These two are looked at by a loop when it is kicked (vpc_save_kick). hold_all: withhold everything that is asked for,
  * until called with 0. */
@@ -52,7 +52,7 @@ struct vpc_save_stats {
 
 /* Serve the scan's pages on fd (a socket, a pipe or a file). in_fd: the return path, -1 for none; both may be the same.
  * What a connection before this one was asked for and withheld is forgotten: its destination asks again. */
-struct vpc_save *vpc_save_new(struct vpc_scan *scan, int fd, int in_fd);
+int vpc_save_new(struct vpc_scan *scan, int fd, int in_fd, struct vpc_save **out);
 void vpc_save_free(struct vpc_save *save);
 /* One section of precopy, with its frames: a PART of about budget_ns at the background rate, or (last) the END with
  * all that is dirty, without a limit. Returns 1 if pages are still dirty, 0 if none is, or as vpc_save_run; a section

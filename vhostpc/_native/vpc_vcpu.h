@@ -52,8 +52,8 @@ struct vpc_vcpu_stats {
     uint64_t histogram[256]; /* first touches, see vpc_histogram_floor */
 };
 
-/* vCPU index of count. Areas, then vpc_vcpu_set_state, before anything else. NULL: errno says why. */
-struct vpc_vcpu *vpc_vcpu_new(struct vpc_ram *ram, uint32_t index, uint32_t count);
+/* vCPU index of count. Areas, then vpc_vcpu_set_state, before anything else. */
+int vpc_vcpu_new(struct vpc_ram *ram, uint32_t index, uint32_t count, struct vpc_vcpu **out);
 void vpc_vcpu_free(struct vpc_vcpu *v);
 /* count target pages of block from first; touch: they are somebody else's, one byte of them is read now and then.
  * -ERANGE: they leave the block. -ENOSPC: too many areas. */

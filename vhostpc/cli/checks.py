@@ -20,6 +20,7 @@ from vhostpc.errors import VhostpcError
 from vhostpc.ufd import MINIMUM_KERNEL, POSTCOPY_FEATURES, Features, Probe, Way, names, probe
 from vhostpc.ufd.dirty import DirtyWay, probe_dirty
 from vhostpc.ufd.probe import explain
+from vhostpc.units import TARGET_PAGE
 
 QEMU_WAIT_SECONDS = 20
 
@@ -117,7 +118,7 @@ def check_memfd() -> Check:
         mend = "allow memfd_create in the seccomp profile, or give guests memory by files on /dev/shm"
         return Check("memfd", Level.WARN, f"memfd_create: {e.strerror}", mend)
     try:
-        os.ftruncate(fd, 4096)
+        os.ftruncate(fd, TARGET_PAGE)
     finally:
         os.close(fd)
     return Check("memfd", Level.OK, "shared memory can be made and sealed")

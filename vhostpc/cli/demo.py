@@ -25,9 +25,10 @@ from vhostpc.cli.common import (
 )
 from vhostpc.cli.demo_books import Result
 from vhostpc.cli.demo_run import MIB, SIZE, Demo
+from vhostpc.cli.demo_tables import GOOD, tables
 from vhostpc.cli.endpoint import size as size_of
 from vhostpc.memory.available import available_memory
-from vhostpc.units import in_units
+from vhostpc.units import TARGET_PAGE, in_units
 
 SMALLEST = 32 * MIB
 BESIDES = 400 * MIB
@@ -39,63 +40,6 @@ HARM = "VHOSTPC_DEMO_CORRUPT"
 def as_json(result: Result) -> dict[str, Any]:
     """The numbers as one object; a unit stands in the name, bytes and seconds in none."""
     return asdict(result) | {"ok": not result.problems}
-
-
-def duration(ns: int) -> str:
-    return f"{ns / 1e6:.2f} ms"
-
-
-def volume(count: int) -> str:
-    return f"{count / MIB:.1f} MiB" if count >= MIB else f"{count / 1024:.0f} KiB"
-
-
-def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
-    """What is told of a run: titles, heads and rows, numbers as text. For the terminal and the report."""
-    p, b = result.pages, result.bytes
-    share = 100 / max(p.total, 1)
-    came = [
-        ["precopy", f"{p.precopy}", f"{p.precopy * share:.1f} %"],
-        ["postcopy, in the background", f"{p.background}", f"{p.background * share:.1f} %"],
-        ["postcopy, because somebody waited", f"{p.requested}", f"{p.requested * share:.1f} %"],
-        ["all", f"{p.total}", ""],
-        ["bad", f"{p.bad}", ""],
-    ]
-    waits = [
-        [
-            w.name,
-            str(w.faults),
-            *(duration(ns) if w.faults else "-" for ns in (w.p50_ns, w.p99_ns, w.longest_ns)),
-            "-" if w.standstill_ns is None else duration(w.standstill_ns),
-        ]
-        for w in result.waits
-    ]
-    frames = [
-        [f.name, *map(str, (f.sent, f.received, f.lost_at_switch, f.lost, f.flying))] for f in result.frames
-    ]
-    times = [
-        ["downtime, as QEMU counts it", f"{result.downtime_ms} ms"],
-        ["whole migration", f"{result.total_ms} ms"],
-        ["bytes by precopy", volume(b.precopy)],
-        ["bytes while the machine stood", volume(b.downtime)],
-        ["bytes by postcopy", volume(b.postcopy)],
-    ]
-    return [
-        ("how the pages came", ["way", "pages", "share"], came),
-        (
-            "who waited for pages",
-            ["who", "faults", "p50", "p99", "longest", "stood at the switch"],
-            waits,
-        ),
-        (
-            "network frames",
-            ["device", "sent", "came back", "lost at the switch", "lost else", "on their way"],
-            frames,
-        ),
-        ("times and bytes", ["what", "how much"], times),
-    ]
-
-
-GOOD = "Every frame and every page is accounted for, each page came once and is what it should be."
 
 
 def print_tables(result: Result) -> None:
@@ -151,7 +95,7 @@ def page_path(_: click.Context, __: click.Parameter, page: Path | None) -> Path 
 
 def memory(_: click.Context, __: click.Parameter, text: str) -> int:
     size = size_of(text)
-    if size < SMALLEST or size % 4096:
+    if size < SMALLEST or size % TARGET_PAGE:
         raise click.BadParameter(f"{text!r} is not whole pages of 4 KiB, {SMALLEST // MIB}M at least")
     return size
 

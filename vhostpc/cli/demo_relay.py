@@ -10,9 +10,9 @@ from pathlib import Path
 import trio
 
 from vhostpc.errors import VhostpcError
+from vhostpc.units import TARGET_PAGE
 
 CHUNK = 64 << 10
-PAGE = 4096
 # A record of a page with its content, of the block of the record before (PAGE | CONTINUE): its first eight bytes.
 _RECORD = re.compile(
     rb"(?=(\0\0\0[\0-\xff]{3}[\x00\x10\x20\x30\x40\x50\x60\x70\x80\x90\xa0\xb0\xc0\xd0\xe0\xf0]\x28))"
@@ -23,8 +23,8 @@ def find_page(data: bytes, first: int) -> int | None:
     """Where in ``data`` the content of a page at offset ``first`` of its block or behind it begins."""
     for match in _RECORD.finditer(data):
         begin = match.start() + 8
-        end = begin + PAGE
-        if int.from_bytes(match[1], "big") & ~(PAGE - 1) < first or end > len(data):
+        end = begin + TARGET_PAGE
+        if int.from_bytes(match[1], "big") & ~(TARGET_PAGE - 1) < first or end > len(data):
             continue
         behind = data[end : end + 8]
         if not behind or (len(behind) == 8 and behind[:3] == b"\0\0\0" and behind[7] in (0x28, 0x22, 0x10)):
@@ -45,7 +45,7 @@ class Relay:
             return data
         self.harmed = True
         changed = bytearray(data)
-        changed[at + PAGE // 2] ^= 1
+        changed[at + TARGET_PAGE // 2] ^= 1
         return bytes(changed)
 
     async def serve(self, listener: trio.SocketListener, target: Path) -> None:

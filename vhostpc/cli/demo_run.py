@@ -24,8 +24,8 @@ from vhostpc.frontend import FarSide
 from vhostpc.listener import socket_folder
 from vhostpc.ufd import Userfaultfd
 from vhostpc.ufd.trace import Way
+from vhostpc.units import TARGET_PAGE
 
-PAGE = 4096
 MIB = 1 << 20
 SIZE = 128 * MIB
 VCPUS = 2
@@ -252,7 +252,7 @@ class Demo:
         arrivals = (here["came-before"] or here["came"])["placed"]
         kept = here["kept"] if here["kept"] is not None else here["blocks"][0]["received"]
         r.pages = Pages(
-            total=self.size // PAGE,
+            total=self.size // TARGET_PAGE,
             precopy=kept,
             resent=arrivals - kept,
             background=sent["background-pages"] - arrivals,

@@ -35,7 +35,7 @@ from vhostpc.qmp import Events, Monitor, sizes
 from vhostpc.qmp.screen import Screen, shared
 from vhostpc.qmp.terminal import TextMonitor
 from vhostpc.ufd.dirty import DirtyWay
-from vhostpc.units import in_units
+from vhostpc.units import TARGET_PAGE, in_units
 
 log = rationed_logger(__name__)
 
@@ -79,14 +79,14 @@ def blocks(_: click.Context, __: click.Parameter, given: Sequence[str]) -> list[
         name, equals, length = first.partition("=")
         if not equals or not 0 < len(name.encode()) < 256:
             raise click.BadParameter(f"{text!r} is not NAME=SIZE[,page=SIZE]")
-        page = 4096
+        page = TARGET_PAGE
         for option in rest:
             key, equals, value = option.partition("=")
             if key != "page":
                 raise click.BadParameter(f"{option!r} is not page=SIZE")
             page = size(value)
         ram = Block(name, size(length), page)
-        if page < 4096 or page & (page - 1):
+        if page < TARGET_PAGE or page & (page - 1):
             raise click.BadParameter(
                 f"page={value}: the size of a host page is a power of two from 4 KiB on, not {in_units(page)}"
             )

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from html import escape
 from math import log10
 
-from vhostpc.cli.demo import GOOD, tables
 from vhostpc.cli.demo_books import Result
-from vhostpc.cli.demo_run import MIB, PAGE, Sample, Story
+from vhostpc.cli.demo_run import MIB, Sample, Story
+from vhostpc.cli.demo_tables import GOOD, tables
 from vhostpc.cli.pictures import BOTTOM, STYLE, TOP, Band, Frame, cells, svg, text, ticks
+from vhostpc.units import TARGET_PAGE
 
 COLUMNS = 40
 MOST_DOTS = 2500
@@ -101,7 +102,7 @@ class Pictures:
     def arrivals(self) -> str:
         frame = self.frame(220)
         size = self.story.size / MIB
-        unit = PAGE / MIB
+        unit = TARGET_PAGE / MIB
         asked = sorted(f.end for f in self.story.faults if f.asked)
         run = self.phase["postcopy"].begin
 
@@ -225,7 +226,7 @@ def facts(result: Result) -> list[tuple[str, str]]:
     stood = max((w.standstill_ns or 0 for w in result.waits), default=0)
     longest = max((w.longest_ns for w in result.waits), default=0)
     return [
-        (f"{p.total * PAGE / MIB:.0f} MiB", "of memory moved"),
+        (f"{p.total * TARGET_PAGE / MIB:.0f} MiB", "of memory moved"),
         (f"{stood / 1e6:.1f} ms", "the vCPUs stood at the switch"),
         (f"{faults}", "page faults answered"),
         (f"{longest / 1e6:.1f} ms", "the longest of them"),

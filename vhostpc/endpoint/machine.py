@@ -23,14 +23,14 @@ from vhostpc.errors import GuestMemoryError, MemoryLost, MigrationRefused, Short
 from vhostpc.frontend import DirtyLog, GuestRegion
 from vhostpc.logs import rationed_logger
 from vhostpc.memory.available import available_memory
-from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet, refusal
+from vhostpc.memory.ramblock import Bits, RamSet, refusal
 from vhostpc.memory.vcpu import Area, VCpu, stop_all
 from vhostpc.memory.waits import Waits
 from vhostpc.migration.runstate import RunState
 from vhostpc.ufd.client import ClientNumbers
 from vhostpc.ufd.dirty import DirtyTracker, DirtyWay
 from vhostpc.ufd.service import FaultService
-from vhostpc.units import in_units, sizes_differ
+from vhostpc.units import TARGET_PAGE, in_units, sizes_differ
 from vhostpc.wire.elements import Configuration, DeviceSection, RamBlocks
 
 log = rationed_logger(__name__)

@@ -23,6 +23,7 @@ from vhostpc.errors import MemoryLost, Shortage, StreamError, sentence
 from vhostpc.frontend import Driver, GuestRegion, RingLayout
 from vhostpc.logs import rationed_logger
 from vhostpc.memory.ramblock import RamSet
+from vhostpc.units import TARGET_PAGE
 from vhostpc.virtio.event import signal_event
 from vhostpc.wire.elements import DeviceSection
 from vhostpc.wire.vhost_user import Feature
@@ -40,13 +41,12 @@ TICK = 0.01  # seconds between two batches
 PROBE, MOST = 4, 1.0
 """Frames at a time until one has come back to a new place; seconds between two such times, at most."""
 _SLOTS = 256
-_PAGE = 4096
 
 
 def layouts(start: int) -> list[RingLayout]:
     """Both rings in the area from guest address ``start``; each buffer on a page of its own."""
-    rx = RingLayout.packed_at(start, _SLOTS, buffer_stride=_PAGE)
-    tx = RingLayout.packed_at(rx.end, _SLOTS, buffer_stride=_PAGE)
+    rx = RingLayout.packed_at(start, _SLOTS, buffer_stride=TARGET_PAGE)
+    tx = RingLayout.packed_at(rx.end, _SLOTS, buffer_stride=TARGET_PAGE)
     assert tx.end <= start + AREA
     return [rx, tx]
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vhostpc.errors import StreamError
+from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.elements import Configuration, DeviceSection
 
-PAGE = 4096
 _BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8}
 
 
@@ -140,7 +140,7 @@ def description(configuration: Configuration, sections: Sequence[DeviceSection])
             "version": 1,
             "fields": [_entry("len", "uint32", 4), _entry("name", "buffer", len(name))],
         },
-        "page_size": PAGE,
+        "page_size": TARGET_PAGE,
         "devices": [_device(section) for section in sections],
     }
     return json.dumps(whole).encode()

@@ -13,22 +13,25 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import trio
 
-from vhostpc._native import check, ffi, lib, made
+from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
-from vhostpc._native.threads import KeptThread
+from vhostpc._native.numbers import numbers_of
+from vhostpc._native.threads import KeptThread, keeping
 from vhostpc.errors import StreamError, naming
 from vhostpc.frontend.share import GuestRegion
 from vhostpc.memory.ramblock import RamSet, touched
+from vhostpc.units import TARGET_PAGE
 
-FRAME_MIN = 38
-"""Smallest frame in bytes."""
+
+def _pages(length: int) -> int:
+    """Bytes, to the end of the last page."""
+    return (length + TARGET_PAGE - 1) & -TARGET_PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +61,10 @@ class RingLayout:
     def packed_at(cls, start: int, num: int = 256, **more: int) -> RingLayout:
         """Everything one after the other from ``start``, each part on pages of its own."""
 
-        def pages(length: int) -> int:
-            return (length + 4095) & ~4095
-
         slots = more.pop("slots", num)
-        avail = start + pages(16 * num)
-        used = avail + pages(6 + 2 * num)
-        buffers = used + pages(6 + 8 * num)
+        avail = start + _pages(16 * num)
+        used = avail + _pages(6 + 2 * num)
+        buffers = used + _pages(6 + 8 * num)
         return cls(start, avail, used, buffers, num=num, slots=slots, **more)
 
     @property
@@ -77,7 +77,7 @@ class RingLayout:
             self.buffers + self.slots * self.buffer_stride,
             self.tables + self.slots * self.table_stride if self.tables else 0,
         ]
-        return (max(ends) + 4095) & ~4095
+        return _pages(max(ends))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,17 +112,6 @@ class DriverNumbers:
     received: FrameNumbers
 
 
-def _frames(raw: Any) -> FrameNumbers:
-    return FrameNumbers(
-        frames=int(raw.frames),
-        bytes=int(raw.bytes),
-        bad=int(raw.bad),
-        duplicates=int(raw.duplicates),
-        reordered=int(raw.reordered),
-        next=int(raw.next),
-    )
-
-
 def _eventfd(stack: ExitStack) -> int:
     """A non-blocking one, closed by ``stack``."""
     with naming("eventfd of a ring"):
@@ -131,7 +120,7 @@ def _eventfd(stack: ExitStack) -> int:
     return fd
 
 
-class Driver:
+class Driver(Owner):
     """One queue. ``kick`` and ``call`` are its eventfds, for SET_VRING_KICK and SET_VRING_CALL.
 
     One call at a time; each raises MemoryLost when the RAM set was given up. ``event_idx`` says that
@@ -162,25 +151,18 @@ class Driver:
             stack.callback(self._thread.close)
             self.kick, self.call = _eventfd(stack), _eventfd(stack)
             raw.kick_fd, raw.call_fd = self.kick, self.call
-            new = lib.vpc_driver_new(ram.handle, raw)
-            if new == ffi.NULL and ffi.errno == errno.EINVAL:
-                raise ValueError(f"a ring cannot be laid out like this: {layout}")
-            self._native = Handle(
-                made(new, "driver of a ring"),
-                lib.vpc_driver_free,
-                "this driver is closed",
-                needs=[ram.handle],
-            )
+            try:
+                new = made("driver", "driver of a ring", lib.vpc_driver_new, ram.handle, raw)
+            except OSError as e:
+                if e.errno == errno.EINVAL:
+                    raise ValueError(f"a ring cannot be laid out like this: {layout}") from None
+                raise
+            self._native = Handle(new, lib.vpc_driver_free, "this driver is closed", needs=[ram.handle])
             stack.callback(self._native.close)
             for r in regions:
                 rc = lib.vpc_driver_add_region(self.handle, r.guest_addr, r.size, r.block.index, r.offset)
                 check(rc, f"region at {r.guest_addr:#x}")
             stack.pop_all()
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
 
     async def reset(self) -> None:
         """Make the ring empty. May wait for a page."""
@@ -221,7 +203,7 @@ class Driver:
 
     def unseen(self, first: int, end: int) -> int:
         """How many of these frame numbers no frame received so far had. Touches nothing."""
-        return int(lib.vpc_driver_unseen(self.handle, first, end))
+        return lib.vpc_driver_unseen(self.handle, first, end)
 
     def save(self) -> bytes:
         """What a driver of the same layout needs to go on elsewhere. Touches nothing; no call may run."""
@@ -256,54 +238,27 @@ class Driver:
         """Touches nothing."""
         raw = ffi.new("struct vpc_driver_stats *")
         lib.vpc_driver_stats(self.handle, raw)
-        return DriverNumbers(
-            posted=int(raw.posted),
-            completed=int(raw.completed),
-            kicks=int(raw.kicks),
-            calls=int(raw.calls),
-            bad_used=int(raw.bad_used),
-            in_flight=int(raw.in_flight),
-            avail_index=int(raw.avail_index),
-            used_index=int(raw.used_index),
-            received=_frames(raw.received),
-        )
+        return numbers_of(DriverNumbers, raw, received=numbers_of(FrameNumbers, raw.received))
 
     async def _hop(self, call: Any) -> int:
         return touched(await self._thread.call(call), "driver")
 
     def close(self) -> None:
         """Free it and close the eventfds. Not while a call runs."""
-        if not self._native.closed:
+        if not self.closed:
             self._native.close(idle=self._thread.idle)
             self._thread.close()
             for fd in (self.kick, self.call):
                 os.close(fd)
 
-    def __enter__(self) -> Driver:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class FarSide:
+class FarSide(Owner):
     """What stands behind a bridge: a datagram socket that checks frames, and may echo them."""
 
     def __init__(self, sock: socket.socket | trio.socket.SocketType, *, echo: bool = False) -> None:
-        self._thread = KeptThread(Thread.FAR, "the far side")
-        try:
-            raw = made(lib.vpc_far_new(sock.fileno(), echo), "far side")
-        except BaseException:
-            self._thread.close()
-            raise
+        with keeping(Thread.FAR, "the far side") as self._thread:
+            raw = made("far", "far side", lib.vpc_far_new, sock.fileno(), echo)
         self._native = Handle(raw, lib.vpc_far_free, "this far side is closed")
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
 
     async def run(self) -> None:
         """One C call on its thread until cancelled."""
@@ -322,17 +277,9 @@ class FarSide:
     def _numbers(self) -> tuple[FrameNumbers, int]:
         raw, echoed = ffi.new("struct vpc_frame_stats *"), ffi.new("uint64_t *")
         lib.vpc_far_stats(self.handle, raw, echoed)
-        return _frames(raw), int(echoed[0])
+        return numbers_of(FrameNumbers, raw), echoed[0]
 
     def close(self) -> None:
         """Not while :meth:`run` runs. The socket stays the caller's."""
         self._native.close(idle=self._thread.idle)
         self._thread.close()
-
-    def __enter__(self) -> FarSide:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

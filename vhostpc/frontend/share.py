@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from vhostpc.errors import LocalProtocolError, PostcopyRefused, RemoteProtocolError, naming
 from vhostpc.frontend.client import FrontEnd
 from vhostpc.memory.ramblock import RamBlock
-from vhostpc.units import in_units
+from vhostpc.units import TARGET_PAGE, in_units
 from vhostpc.wire.vhost_user import (
     LogArea,
     MemoryRegion,
@@ -30,7 +30,6 @@ from vhostpc.wire.vhost_user import (
     unpack_table,
 )
 
-LOG_PAGE = 4096
 """A bit of the dirty log stands for so many bytes of guest memory."""
 
 
@@ -230,7 +229,7 @@ class DirtyLog:
 
     def __init__(self, regions: Sequence[GuestRegion]) -> None:
         end = max(r.guest_addr + r.size for r in regions)
-        self.size = (end // LOG_PAGE + 63) // 64 * 8
+        self.size = (end // TARGET_PAGE + 63) // 64 * 8
         with naming("dirty log"):
             self.fd = os.memfd_create("vhostpc-log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:

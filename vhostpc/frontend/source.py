@@ -27,7 +27,8 @@ import trio
 from vhostpc.errors import ChannelLost, StreamError
 from vhostpc.memory.ramblock import Bits, RamBlock, RamSet
 from vhostpc.ufd.pagesource import PageSource, SourceNumbers
-from vhostpc.wire.ramrec import TARGET_PAGE, RamEncoder
+from vhostpc.units import TARGET_PAGE
+from vhostpc.wire.ramrec import RamEncoder
 from vhostpc.wire.return_path import PageRequest, ReturnPathDecoder, Shut
 
 #: A small send buffer: what is asked for must not wait behind much of the background.

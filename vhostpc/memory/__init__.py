@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from vhostpc.lazy import exports
 
 if TYPE_CHECKING:
-    from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamBlock, RamSet, make_memfd, total_pages
+    from vhostpc.memory.ramblock import Bits, RamBlock, RamSet, make_memfd, total_pages
+    from vhostpc.units import TARGET_PAGE
     from vhostpc.memory.vcpu import Area, BadPage, VCpu, VCpuNumbers, stop_all
 
 __all__ = [
@@ -29,7 +30,8 @@ if not TYPE_CHECKING:  # for a type checker it would stand for every name
     __getattr__ = exports(
         __name__,
         {
-            "vhostpc.memory.ramblock": "TARGET_PAGE Bits RamBlock RamSet make_memfd total_pages",
+            "vhostpc.memory.ramblock": "Bits RamBlock RamSet make_memfd total_pages",
+            "vhostpc.units": "TARGET_PAGE",
             "vhostpc.memory.vcpu": "Area BadPage VCpu VCpuNumbers stop_all",
         },
     )

@@ -9,10 +9,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from typing import Any
 
-from vhostpc._native import ffi, lib
-from vhostpc._native.handles import Handle
+from vhostpc._native import lib
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc.errors import GuestMemoryError
 from vhostpc.memory.mapping import Supply
 from vhostpc.units import in_units
@@ -43,7 +42,7 @@ def new_inflight_file(queues: int, queue_size: int) -> int:
     return fd
 
 
-class InflightRegion:
+class InflightRegion(Owner):
     """Maps ``size`` bytes at ``offset`` of ``fd``, parts for ``queues`` rings of at most ``queue_size`` entries.
 
     The descriptor may be closed afterwards. A file that is shrunk ends ``supply``'s session. Nothing here touches a
@@ -62,21 +61,14 @@ class InflightRegion:
             self.stride = part_size(queue_size)  # of a back-end that aligns nothing
         if not queues or not queue_size or size < queues * self.stride:
             raise GuestMemoryError(f"{where} are too few")
-        out = ffi.new("struct vpc_inflight **")
-        rc = lib.vpc_inflight_new(supply.handle, fd, offset, size, out)
-        if rc in (-errno.EFBIG, -errno.EINVAL):
-            raise GuestMemoryError(f"{where} are unaligned, or do not lie in a file of that size")
-        if rc == -errno.EOPNOTSUPP:
-            raise GuestMemoryError(f"{where} are neither on tmpfs nor on hugetlbfs")
-        if rc < 0:
-            raise GuestMemoryError(f"{where}: {os.strerror(-rc)}")
-        self._native = Handle(out[0], lib.vpc_inflight_unref, "this inflight region is closed")
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
-
-    def close(self) -> None:
-        """Let go of our hold; rings keep theirs until they start again."""
-        self._native.close()
+        try:
+            raw = made("inflight", where, lib.vpc_inflight_new, supply.handle, fd, offset, size)
+        except OSError as e:
+            outside = f"{where} are unaligned, or do not lie in a file of that size"
+            why = {
+                errno.EFBIG: outside,
+                errno.EINVAL: outside,
+                errno.EOPNOTSUPP: f"{where} are neither on tmpfs nor on hugetlbfs",
+            }
+            raise GuestMemoryError(why.get(e.errno or 0, e.strerror)) from None
+        self._native = Handle(raw, lib.vpc_inflight_unref, "this inflight region is closed")

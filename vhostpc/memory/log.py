@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import errno
-import os
-from typing import Any
 
-from vhostpc._native import ffi, lib
-from vhostpc._native.handles import Handle
+from vhostpc._native import lib
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc.errors import GuestMemoryError
 from vhostpc.memory.mapping import Supply
-from vhostpc.units import in_units
+from vhostpc.units import TARGET_PAGE, in_units
 
 
-class DirtyLog:
+class DirtyLog(Owner):
     """Maps ``size`` bytes at ``offset`` of ``fd``; the descriptor may be closed afterwards.
 
     A page of it that goes, because the front-end shrinks the file, makes ``supply`` lost. Raises GuestMemoryError
@@ -21,26 +19,16 @@ class DirtyLog:
     """
 
     def __init__(self, supply: Supply, fd: int, offset: int, size: int) -> None:
-        out = ffi.new("struct vpc_log **")
-        rc = lib.vpc_log_new(supply.handle, fd, offset, size, out)
-        if rc in (-errno.EFBIG, -errno.EINVAL):
+        try:
+            raw = made("log", "dirty log", lib.vpc_log_new, supply.handle, fd, offset, size)
+        except OSError as e:
+            outside = f"dirty log: {in_units(size)} at {offset:#x} do not lie in a file of that size"
             raise GuestMemoryError(
-                f"dirty log: {in_units(size)} at {offset:#x} do not lie in a file of that size"
-            )
-        if rc < 0:
-            raise GuestMemoryError(f"dirty log: {os.strerror(-rc)}")
-        self._native = Handle(out[0], lib.vpc_log_unref, "this dirty log is closed")
+                outside if e.errno in (errno.EFBIG, errno.EINVAL) else e.strerror
+            ) from None
+        self._native = Handle(raw, lib.vpc_log_unref, "this dirty log is closed")
         self.size = size
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
 
     def covers(self, guest_end: int) -> bool:
         """Has every page below guest address ``guest_end`` a bit?"""
-        return self.size * 8 * 4096 >= guest_end
-
-    def close(self) -> None:
-        """Let go of our hold; rings keep theirs until they are told of another log."""
-        self._native.close()
+        return self.size * 8 * TARGET_PAGE >= guest_end

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
-from typing import Any
 
 from vhostpc._native import check, ffi, lib
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
+from vhostpc._native.numbers import numbers_of
 from vhostpc.enums import WordEnum
 from vhostpc.errors import GuestMemoryError, PostcopyRefused
 from vhostpc.memory.addr import OwnAddr
@@ -32,21 +32,15 @@ class WaitStats:
     longest_ns: int
 
 
-class Supply:
+class Supply(Owner):
     """Who brings a session's missing pages: a userfaultfd lent to the front-end, or nobody (all are here).
 
     Armed memory is memory that may miss pages, from POSTCOPY_LISTEN to POSTCOPY_END.
     """
 
     def __init__(self) -> None:
-        out = ffi.new("struct vpc_supply **")
-        check(lib.vpc_supply_new(out), "guest memory")
-        self._native = Handle(out[0], lib.vpc_supply_unref, "this supply is closed")
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
+        raw = made("supply", "guest memory", lib.vpc_supply_new)
+        self._native = Handle(raw, lib.vpc_supply_unref, "this supply is closed")
 
     def arm(self, ufd: int) -> None:
         """Register maps made from now on with this userfaultfd; a copy is kept until :meth:`disarm`."""
@@ -74,16 +68,12 @@ class Supply:
 
     @property
     def lost(self) -> bool:
-        return self._native.closed or bool(lib.vpc_supply_is_lost(self.handle))
-
-    def close(self) -> None:
-        """Let go of it, and of the userfaultfd; what is still mapped holds its own copy."""
-        self._native.close()
+        return self.closed or bool(lib.vpc_supply_is_lost(self.handle))
 
     def stats(self) -> WaitStats:
         out = ffi.new("struct vpc_wait_stats *")
         lib.vpc_supply_stats(self.handle, out)
-        return WaitStats(out.waits, out.total_ns, out.longest_ns)
+        return numbers_of(WaitStats, out)
 
 
 def mlock_future_in_force() -> bool:
@@ -91,7 +81,7 @@ def mlock_future_in_force() -> bool:
     return bool(lib.vpc_mlock_future())
 
 
-class Mapping:
+class Mapping(Owner):
     """``size`` bytes at ``offset`` of ``fd`` (duplicated), shared, kept from children and core dumps.
 
     ``armed``: mapped without access until :meth:`register`. Raises GuestMemoryError for an empty, wrapping
@@ -101,28 +91,21 @@ class Mapping:
     """
 
     def __init__(self, supply: Supply, fd: int, offset: int, size: int, *, armed: bool = False) -> None:
-        out = ffi.new("struct vpc_map **")
-        where = f"{in_units(size)} at {offset:#x} of the descriptor"
-        rc = lib.vpc_map_new(supply.handle, fd, offset, size, armed, out)
-        if rc == -errno.EFBIG:
-            raise GuestMemoryError(f"memory region: {where} end after the end of its file")
-        if rc == -errno.EINVAL:
+        where = f"memory region: {in_units(size)} at {offset:#x} of the descriptor"
+        try:
+            raw = made("map", where, lib.vpc_map_new, supply.handle, fd, offset, size, armed)
+        except OSError as e:
+            if e.errno == errno.EOPNOTSUPP:
+                raise PostcopyRefused(
+                    "postcopy needs guest memory on tmpfs (memfd, /dev/shm) or hugetlbfs; this is another file system"
+                ) from None
             unaligned = ", unaligned" if armed else ""
-            raise GuestMemoryError(
-                f"memory region: {where} are empty, wrapping{unaligned} or not a regular file's"
-            )
-        if rc == -errno.EOPNOTSUPP:
-            raise PostcopyRefused(
-                "postcopy needs guest memory on tmpfs (memfd, /dev/shm) or hugetlbfs; this is another file system"
-            )
-        if rc < 0:
-            raise GuestMemoryError(f"memory region: {where}: {os.strerror(-rc)}")
-        self._native = Handle(out[0], lib.vpc_map_unref, "this mapping is closed")
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
+            why = {
+                errno.EFBIG: f"{where} end after the end of its file",
+                errno.EINVAL: f"{where} are empty, wrapping{unaligned} or not a regular file's",
+            }
+            raise GuestMemoryError(why.get(e.errno or 0, e.strerror)) from None
+        self._native = Handle(raw, lib.vpc_map_unref, "this mapping is closed")
 
     @property
     def address(self) -> OwnAddr:
@@ -136,7 +119,3 @@ class Mapping:
     def register(self) -> None:
         """Register with the supply's userfaultfd (missing pages), then allow access. Raises OSError."""
         check(lib.vpc_map_register(self.handle), "UFFDIO_REGISTER")
-
-    def close(self) -> None:
-        """Let go of our hold; it is unmapped when no table holds it either."""
-        self._native.close()

@@ -11,19 +11,18 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Any
 
 import trio
 
-from vhostpc._native import check, ffi, lib, made
+from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.threads import borrow
 from vhostpc.enums import WordEnum
 from vhostpc.errors import BadAddress, MemoryLost, PageBorn, naming
+from vhostpc.units import TARGET_PAGE
 
-TARGET_PAGE = 4096
 MEMFD_NAME = 200
 """Bytes of a memfd's name that are kept; the kernel takes 249."""
 _HUGE_SHIFT = 26
@@ -119,7 +118,7 @@ class RamBlock:
     @property
     def base(self) -> int:
         """Address of our own mapping: for registering and for the memory table, never for touching."""
-        return int(lib.vpc_ram_base(self._ram.handle, self.index))
+        return lib.vpc_ram_base(self._ram.handle, self.index)
 
     def set_bits(self, which: Bits, first: int = 0, count: int | None = None, value: bool = True) -> None:
         """Set or clear the bits of ``count`` host pages (default: to the end)."""
@@ -140,7 +139,7 @@ class RamBlock:
         """The same in each of ``cells`` equal parts, the block's pages at most: part i begins at i * pages // cells."""
         out = ffi.new("uint32_t[]", max(cells, 1))
         check(lib.vpc_ram_count_cells(self._ram.handle, self.index, which, out, cells), "RAM bits")
-        return [int(n) for n in out[0:cells]]
+        return list(out[0:cells])
 
     def discard(self, offset: int = 0, length: int | None = None) -> None:
         """Punch a hole (whole host pages) and forget that these pages were received, requested or discarded.
@@ -156,7 +155,7 @@ class RamBlock:
                 f"host page {left[0]} of {self.name!r} is still there after its discard: it belongs to a huge "
                 "page that somebody holds (I/O that is under way), or whoever maps it has touched it again",
                 self.name,
-                int(left[0]),
+                left[0],
             )
         check(rc, f"discard in {self.name}")
 
@@ -226,7 +225,7 @@ class RamBlock:
         count = self.length // TARGET_PAGE - first if count is None else count
         where = ffi.new("uint64_t *")
         bad = await self._hop(lib.vpc_ram_verify, first, count, seed, where)
-        return bad, (int(where[0]) if bad else None)
+        return bad, (where[0] if bad else None)
 
     async def _hop(self, call: Any, *args: Any) -> int:
         handle = self._ram.handle
@@ -235,11 +234,11 @@ class RamBlock:
         return touched(rc, what)
 
 
-class RamSet:
+class RamSet(Owner):
     """All RAM blocks of a machine. Close it after everything that uses it."""
 
     def __init__(self, threads: int = 16) -> None:
-        raw = made(lib.vpc_ram_new(), "RAM set")
+        raw = made("ram", "RAM set", lib.vpc_ram_new)
         self._native = Handle(raw, lib.vpc_ram_free, "this RAM set is closed")
         self.limiter = trio.CapacityLimiter(threads)
         """For copies that may wait for a page: never trio's default."""
@@ -249,11 +248,6 @@ class RamSet:
     def lost(self) -> bool:
         """Given up: touching raises MemoryLost from now on."""
         return bool(lib.vpc_ram_is_lost(self.handle))
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
 
     def __getitem__(self, name: str) -> RamBlock:
         for block in self.blocks:
@@ -306,14 +300,6 @@ class RamSet:
             if block.fd >= 0:
                 os.close(block.fd)
                 block.fd = -1
-
-    def __enter__(self) -> RamSet:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def total_pages(blocks: Sequence[RamBlock], which: Bits) -> int:

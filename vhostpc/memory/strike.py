@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import trio
 
 from vhostpc._native import ffi, lib
+from vhostpc._native.numbers import numbers_of
 from vhostpc.enums import WordEnum
 from vhostpc.memory.mapping import Backing, Supply
 from vhostpc.memory.table import Region
@@ -62,4 +63,4 @@ async def struck(supply: Supply) -> Strike:
     await trio.lowlevel.wait_readable(lib.vpc_supply_strike_fd(supply.handle))
     out = ffi.new("struct vpc_strike *")
     assert lib.vpc_supply_struck(supply.handle, out)
-    return Strike(out.address, out.offset, out.size, Backing(out.kind), Use(out.use), bool(out.poisoned))
+    return numbers_of(Strike, out, backing=Backing(out.kind), use=Use(out.use), poisoned=bool(out.poisoned))

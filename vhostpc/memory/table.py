@@ -6,10 +6,9 @@ import errno
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from vhostpc._native import check, ffi, lib
-from vhostpc._native.handles import Handle
+from vhostpc._native import lib
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc.errors import GuestMemoryError
 from vhostpc.memory.addr import FrontAddr, GuestAddr
 from vhostpc.memory.mapping import Backing, Mapping, Supply
@@ -26,7 +25,7 @@ class Region:
     mapping: Mapping
 
 
-class GuestMemory:
+class GuestMemory(Owner):
     """An immutable region table over ``struct vpc_gm``.
 
     Rings and chains in hand count as users; the memory is unmapped with the last of them. Raises
@@ -37,20 +36,14 @@ class GuestMemory:
     def __init__(self, supply: Supply, regions: Iterable[Region]) -> None:
         self.regions = tuple(regions)
         self.mappings = frozenset(r.mapping for r in self.regions)
-        out = ffi.new("struct vpc_gm **")
-        check(lib.vpc_gm_new(supply.handle, out), "memory table")
-        self._native = Handle(out[0], lib.vpc_gm_unref, "this memory table is closed")
+        raw = made("gm", "memory table", lib.vpc_gm_new, supply.handle)
+        self._native = Handle(raw, lib.vpc_gm_unref, "this memory table is closed")
         try:
             for r in self.regions:
                 self._add(r)
         except BaseException:
             self.close()
             raise
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
 
     def _add(self, r: Region) -> None:
         rc = lib.vpc_gm_add(self.handle, r.mapping.handle, r.guest_addr, r.size, r.user_addr)
@@ -78,7 +71,3 @@ class GuestMemory:
     def slow(self) -> bool:
         """Some backing may read a disk at any touch."""
         return any(r.mapping.backing is Backing.OTHER for r in self.regions)
-
-    def close(self) -> None:
-        """Let go of our hold on the table; rings and chains in hand keep theirs."""
-        self._native.close()

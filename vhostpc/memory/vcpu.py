@@ -11,21 +11,21 @@ import errno
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import trio
 
-from vhostpc._native import check, ffi, lib, made
+from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
+from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import KeptThread, borrow
 from vhostpc.errors import StreamError
 from vhostpc.memory.ramblock import RamBlock, RamSet, touched
 from vhostpc.memory.waits import Waits, waits_of
 
-UNLIMITED = int(lib.VPC_RATE_UNLIMITED)
+UNLIMITED = lib.VPC_RATE_UNLIMITED
 STATE_VERSION = 1
 _HEAD = struct.Struct(">IIIQQQHH")
 _AREA = struct.Struct(">QQ")
@@ -94,7 +94,7 @@ class VCpuNumbers:
     """The first touch of each page: waiting for it happens there."""
 
 
-class VCpu:
+class VCpu(Owner):
     """vCPU ``index`` of ``count``; all of one machine have the same ``areas``, in the same order, and ``touch``.
 
     ``touch`` are pages that belong to others (to devices): one byte of one of them is read now and then. Per
@@ -135,7 +135,7 @@ class VCpu:
         self._run: trio.Event | None = None  # the end of a run that has a thread for itself
         if not 0 <= index < count:
             raise ValueError(f"there is no vCPU {index} of {count}")
-        raw = made(lib.vpc_vcpu_new(ram.handle, index, count), self.name)
+        raw = made("vcpu", self.name, lib.vpc_vcpu_new, ram.handle, index, count)
         self._native = Handle(raw, lib.vpc_vcpu_free, f"vCPU {index} is closed", needs=[ram.handle])
         try:
             for is_touch, listed in ((0, self.areas), (1, self.touch)):
@@ -150,18 +150,13 @@ class VCpu:
         self.set_rates(writes, reads)
 
     @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
-
-    @property
     def name(self) -> str:
         return f"vCPU {self.index}"
 
     @property
     def running(self) -> bool:
         """From :meth:`go` until its thread has parked again, or has ended."""
-        return not self._native.closed and not lib.vpc_vcpu_parked(self.handle)
+        return not self.closed and not lib.vpc_vcpu_parked(self.handle)
 
     def set_rates(self, writes: int, reads: int) -> None:
         """Pages a second that are rewritten and read; 0: none. Also while it runs."""
@@ -234,20 +229,11 @@ class VCpu:
     def numbers(self) -> VCpuNumbers:
         raw = ffi.new("struct vpc_vcpu_stats *")
         lib.vpc_vcpu_stats(self.handle, raw)
-        return VCpuNumbers(
-            beats=int(raw.beats),
-            reads=int(raw.reads),
-            writes=int(raw.writes),
-            checks=int(raw.checks),
-            glances=int(raw.glances),
-            touches=int(raw.touches),
-            bad=int(raw.bad),
+        return numbers_of(
+            VCpuNumbers,
+            raw,
             first_bad=self._bad_page(raw.first_bad),
-            step=int(raw.step),
-            first_beat_ns=int(raw.first_beat_ns),
-            last_beat_ns=int(raw.last_beat_ns),
-            thread=int(raw.thread),
-            stalls=waits_of(raw.histogram, int(raw.longest_ns)),
+            stalls=waits_of(raw.histogram, raw.longest_ns),
         )
 
     # --- state
@@ -260,7 +246,7 @@ class VCpu:
         self._must_stand()
         raw = ffi.new("struct vpc_vcpu_state *")
         check(lib.vpc_vcpu_state(self.handle, raw), self.name)
-        return self._head(int(raw.seed), int(raw.step), int(raw.draws)) + self._layout()
+        return self._head(raw.seed, raw.step, raw.draws) + self._layout()
 
     def restore(self, data: bytes) -> None:
         """Go on where another vCPU was when it was saved. Raises StreamError, ValueError while it runs."""
@@ -313,16 +299,11 @@ class VCpu:
     def _bad_page(self, raw: Any) -> BadPage | None:
         if raw.block < 0:
             return None
-        return BadPage(
+        return numbers_of(
+            BadPage,
+            raw,
             block=self.ram.blocks[raw.block].name,
-            page=int(raw.page),
-            word=int(raw.word),
-            index=int(raw.index),
-            generation=int(raw.generation),
-            found_index=int(raw.found_index),
-            found_generation=int(raw.found_generation),
-            found_owner=int(raw.found_owner) & 0xFFFFFFFF,
-            found_seed=int(raw.found_seed),
+            found_owner=raw.found_owner & 0xFFFFFFFF,
         )
 
     async def _hop(self, call: Callable[[], int]) -> int:
@@ -330,19 +311,11 @@ class VCpu:
 
     def close(self) -> None:
         """Free it. It may not be running, nor have a thread."""
-        if not self._native.closed:
+        if not self.closed:
             self._must_stand()
             if self.held:
                 raise ValueError(f"{self.name} still has its thread")
             self._native.close(idle=not self._limiter.borrowed_tokens)
-
-    def __enter__(self) -> VCpu:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 async def stop_all(cpus: Sequence[VCpu]) -> None:

@@ -20,7 +20,7 @@ class Waits:
 
 def waits_of(histogram: Any, longest_ns: int) -> Waits:
     """Percentiles of a C histogram: the upper end of the bucket that holds them, at most the longest."""
-    counts = [int(n) for n in histogram]
+    counts = list(histogram)
     total = sum(counts)
 
     def percentile(share: float) -> int:
@@ -28,7 +28,7 @@ def waits_of(histogram: Any, longest_ns: int) -> Waits:
         for i, n in enumerate(counts):
             seen += n
             if n and seen >= want:
-                return min(int(lib.vpc_histogram_floor(i + 1)), longest_ns)
+                return min(lib.vpc_histogram_floor(i + 1), longest_ns)
         return 0
 
     return Waits(total, percentile(0.5), percentile(0.99), longest_ns)

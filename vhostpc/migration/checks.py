@@ -9,9 +9,8 @@ from vhostpc.memory.mapping import mlock_future_in_force
 from vhostpc.memory.ramblock import RamBlock
 from vhostpc.ufd.flags import Features
 from vhostpc.ufd.uffd import Userfaultfd
-from vhostpc.units import in_units, page_sizes
+from vhostpc.units import TARGET_PAGE, in_units, page_sizes
 from vhostpc.wire.elements import BadStream, PostcopyAdvise, RamBlocks, RamDiscard
-from vhostpc.wire.ramrec import TARGET_PAGE
 
 
 def check_advise(event: PostcopyAdvise, *, postcopy: bool, two_way: bool) -> None:

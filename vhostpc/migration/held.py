@@ -8,10 +8,10 @@ from typing import Any, Self
 
 from vhostpc.errors import MigrationRefused, StreamError
 from vhostpc.memory.available import available_memory
-from vhostpc.memory.ramblock import TARGET_PAGE, Bits, RamSet, refusal
+from vhostpc.memory.ramblock import Bits, RamSet, refusal
 from vhostpc.migration.runstate import RunState
 from vhostpc.ufd.service import FaultService
-from vhostpc.units import in_units, sizes_differ
+from vhostpc.units import TARGET_PAGE, in_units, sizes_differ
 from vhostpc.wire.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
 
 MOST_RAM = 1 << 42

@@ -7,8 +7,7 @@ from typing import Any
 
 from vhostpc.dialect import Dialect
 from vhostpc.migration.status import Status
-
-PAGE = 4096
+from vhostpc.units import TARGET_PAGE
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class RamInfo:
             "multifd-bytes": 0,
             "pages-per-second": self.pages_per_second,
             "downtime-bytes": self.downtime_bytes,
-            "page-size": PAGE,
+            "page-size": TARGET_PAGE,
             "remaining": self.remaining,
             "postcopy-bytes": self.postcopy_bytes,
             "mbps": self.mbps,
@@ -46,7 +45,7 @@ class RamInfo:
             "precopy-bytes": self.precopy_bytes,
             "duplicate": self.duplicate,
             "dirty-pages-rate": self.dirty_pages_rate,
-            "normal-bytes": self.normal * PAGE,
+            "normal-bytes": self.normal * TARGET_PAGE,
             "normal": self.normal,
         }
         if dialect.skipped_pages:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from vhostpc.dialect import DEFAULT, DIALECTS, Compat, Dialect
 from vhostpc.errors import MigrationRefused
+from vhostpc.units import TARGET_PAGE
 
 SUPPORTED = frozenset({"events", "postcopy-ram", "return-path", "late-block-activate"})
 """Capabilities that can be switched on. (late-block-activate is about block devices, which we have none of.)"""
@@ -103,7 +104,7 @@ def _max_throttle(value: int, now: Mapping[str, Any]) -> str | None:
 
 
 def _cache(value: int, _: Mapping[str, Any]) -> str | None:
-    if value >= 4096 and value & (value - 1) == 0:
+    if value >= TARGET_PAGE and value & (value - 1) == 0:
         return None
     return "expects a power of two no less than the target page size"
 

@@ -36,6 +36,8 @@ class Session:
 
     endpoint: Endpoint
     events: Events
+    human: Callable[[Session, str], Awaitable[str]]
+    """Runs a line of the text monitor, which stands on the commands here."""
     negotiated: bool = False
     oob: bool = False
     received: list[int] = field(default_factory=list)  # descriptors that no getfd has named yet
@@ -303,11 +305,9 @@ async def _closefd(session: Session, arguments: dict[str, Any]) -> Any:
 
 
 async def _human(session: Session, arguments: dict[str, Any]) -> Any:
-    from vhostpc.qmp import human
-
     if arguments.get("cpu-index", 0) != 0:
         raise QmpError("Parameter 'cpu-index' expects a CPU number")
-    return await human.run(session, arguments["command-line"])
+    return await session.human(session, arguments["command-line"])
 
 
 _FD_NAME = Struct((Member("fdname", STR),))

@@ -16,7 +16,7 @@ from typing import Any
 import trio
 
 from vhostpc.logs import rationed_logger
-from vhostpc.qmp import commands
+from vhostpc.qmp import commands, human
 from vhostpc.qmp.commands import Session
 from vhostpc.qmp.endpoint import Endpoint
 from vhostpc.qmp.events import Events
@@ -42,7 +42,7 @@ class Monitor(SocketServer):
 
     async def serve(self, client: trio.socket.SocketType) -> None:
         self.clients += 1
-        session = Session(self.endpoint, self.events)
+        session = Session(self.endpoint, self.events, human.run)
         try:
             with client:
                 await _Client(client, session).run()

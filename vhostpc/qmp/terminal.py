@@ -167,7 +167,7 @@ class TextMonitor(SocketServer):
 
     async def _run(self, wire: _Wire) -> bool:
         """Serve to the end; whether that was ``quit``."""
-        session = Session(self.endpoint, self.events, negotiated=True, text=True)
+        session = Session(self.endpoint, self.events, human.run, negotiated=True, text=True)
         lines = Lines()
         version = ".".join(map(str, session.dialect.version))
 

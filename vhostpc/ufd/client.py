@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vhostpc._native import check, ffi, lib
+from vhostpc._native.numbers import numbers_of
 from vhostpc.memory.ramblock import RamBlock
 from vhostpc.memory.waits import Waits, waits_of
 
@@ -101,21 +102,7 @@ class Client:
     def numbers(self) -> ClientNumbers:
         raw = ffi.new("struct vpc_client_stats *")
         check(lib.vpc_fault_client_stats(self._service.handle, self.number, raw), "client numbers")
-        return ClientNumbers(
-            faults=int(raw.faults),
-            distinct=int(raw.distinct),
-            wakes=int(raw.wakes),
-            found_nothing=int(raw.found_nothing),
-            received_already=int(raw.received_already),
-            requested_already=int(raw.requested_already),
-            repeated=int(raw.repeated),
-            other_events=int(raw.other_events),
-            waiting_now=int(raw.waiting_now),
-            waiting_for_page=int(raw.waiting_for_page),
-            last_unknown=int(raw.last_unknown),
-            error=int(raw.error),
-            waits=waits_of(raw.histogram, int(raw.longest_ns)),
-        )
+        return numbers_of(ClientNumbers, raw, waits=waits_of(raw.histogram, raw.longest_ns))
 
     def threads(self) -> dict[int, Waits]:
         """What each of its threads has waited, by kernel thread id; a ufd without THREAD_ID tells of none.
@@ -125,4 +112,4 @@ class Client:
         raw = ffi.new("struct vpc_thread_waits[]", MOST_THREADS)
         rc = lib.vpc_fault_threads(self._service.handle, self.number, raw, MOST_THREADS)
         count = check(rc, f"threads of {self.name}")
-        return {int(w.thread): waits_of(w.histogram, int(w.longest_ns)) for w in raw[0:count]}
+        return {w.thread: waits_of(w.histogram, w.longest_ns) for w in raw[0:count]}

@@ -13,15 +13,15 @@ import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import trio
 
-from vhostpc._native import ffi, lib, made
+from vhostpc._native import ffi, lib
 from vhostpc._native.entries import Thread
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
+from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import KeptThread
 from vhostpc.errors import UfdError, VhostpcError
 from vhostpc.memory.ramblock import RamSet
@@ -62,7 +62,7 @@ class DirtyNumbers:
     """Time spent in syncs."""
 
 
-class DirtyTracker:
+class DirtyTracker(Owner):
     """Finds the host pages of a RAM set's blocks that are written through its mapping.
 
     Use::
@@ -86,17 +86,11 @@ class DirtyTracker:
             self._loop_thread: KeptThread | None = None
             if self.way is DirtyWay.WP_SYNC:
                 self._loop_thread = _thread(stack, "the loop of dirty tracking")
-            raw = _made(ram, self.way)
+            self._native = _made(ram, self.way)
             self._threads = stack.pop_all()
-        self._native = Handle(raw, lib.vpc_dirty_free, "this dirty tracker is closed", needs=[ram.handle])
         self._loops = Loops()
         self._loop_ended: trio.Event | None = None
         self._started = False
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Protect all blocks; writes from here on are found.
@@ -131,7 +125,7 @@ class DirtyTracker:
 
     async def stop(self) -> None:
         """Protect nothing any more. What was written since the last :meth:`sync` is not known. Harmless again."""
-        if self._native.closed:
+        if self.closed:
             return
         if self._loop_ended is not None:
             lib.vpc_dirty_stop(self.handle)
@@ -141,13 +135,7 @@ class DirtyTracker:
     def numbers(self) -> DirtyNumbers:
         raw = ffi.new("struct vpc_dirty_stats *")
         lib.vpc_dirty_stats(self.handle, raw)
-        return DirtyNumbers(
-            syncs=int(raw.syncs),
-            found=int(raw.found),
-            faults=int(raw.faults),
-            calls=int(raw.calls),
-            sync_ns=int(raw.sync_ns),
-        )
+        return numbers_of(DirtyNumbers, raw)
 
     async def _run(
         self, thread: KeptThread, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -175,19 +163,11 @@ class DirtyTracker:
 
     def close(self) -> None:
         """Stop and free, at once or when its threads have ended."""
-        if not self._native.closed:
+        if not self.closed:
             lib.vpc_dirty_stop(self.handle)
             self._native.close(idle=self._loops.idle)
             self._loops.close()
             self._threads.close()
-
-    def __enter__(self) -> DirtyTracker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def probe_dirty() -> dict[DirtyWay, str]:
@@ -206,14 +186,14 @@ def _try(way: DirtyWay) -> None:
     """Start and sync, on memory that nobody writes: does the kernel do it? Raises UfdError, OSError."""
     with RamSet() as ram:
         ram.create("probe", mmap.PAGESIZE)
-        handle = _made(ram, way)
+        native = _made(ram, way)
         try:
-            if (rc := lib.vpc_dirty_start(handle)) < 0:
-                raise _start_failure(ram, way, handle, -rc)
-            if (rc := lib.vpc_dirty_sync(handle)) < 0:
+            if (rc := lib.vpc_dirty_start(native.raw)) < 0:
+                raise _start_failure(ram, way, native.raw, -rc)
+            if (rc := lib.vpc_dirty_sync(native.raw)) < 0:
                 raise _failure(-rc)
         finally:
-            lib.vpc_dirty_free(handle)
+            native.close(idle=True)
 
 
 def _best() -> DirtyWay:
@@ -231,10 +211,11 @@ def _best() -> DirtyWay:
     raise last
 
 
-def _made(ram: RamSet, way: DirtyWay) -> Any:
-    """The C handle of a tracker. Raises UfdError, OSError."""
+def _made(ram: RamSet, way: DirtyWay) -> Handle:
+    """A tracker in C. Raises UfdError, OSError."""
     with _open(way) as ufd, _pagemap(way) as pagemap:
-        return made(lib.vpc_dirty_new(ram.handle, ufd.fileno(), pagemap), "dirty tracking")
+        raw = made("dirty", "dirty tracking", lib.vpc_dirty_new, ram.handle, ufd.fileno(), pagemap)
+    return Handle(raw, lib.vpc_dirty_free, "this dirty tracker is closed", needs=[ram.handle])
 
 
 def _failure(err: int) -> UfdError:

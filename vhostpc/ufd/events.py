@@ -71,15 +71,15 @@ Event = PageFault | Fork | Remap | Remove | Unmap | UnknownEvent
 
 def decode(raw: Any) -> Event:
     """An event from a ``struct vpc_uffd_event``."""
-    kind = int(raw.kind)
+    kind = raw.kind
     if kind == UFFD_EVENT_PAGEFAULT:
-        return PageFault(int(raw.address), FaultFlags(raw.flags), int(raw.thread))
+        return PageFault(raw.address, FaultFlags(raw.flags), raw.thread)
     if kind == UFFD_EVENT_FORK:
-        return Fork(int(raw.address))
+        return Fork(raw.address)
     if kind == UFFD_EVENT_REMAP:
-        return Remap(int(raw.address), int(raw.to), int(raw.length))
+        return Remap(raw.address, raw.to, raw.length)
     if kind == UFFD_EVENT_REMOVE:
-        return Remove(int(raw.address), int(raw.length))
+        return Remove(raw.address, raw.length)
     if kind == UFFD_EVENT_UNMAP:
-        return Unmap(int(raw.address), int(raw.length))
+        return Unmap(raw.address, raw.length)
     return UnknownEvent(kind)

@@ -10,22 +10,22 @@ import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import trio
 
-from vhostpc._native import check, ffi, lib, made
+from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
-from vhostpc._native.threads import KeptThread
+from vhostpc._native.numbers import numbers_of
+from vhostpc._native.threads import keeping
 from vhostpc.enums import WordEnum
 from vhostpc.errors import StreamError
 from vhostpc.memory.ramblock import Bits, RamSet
 from vhostpc.wire.ramrec import REASONS, BadRecord
 
-UNLIMITED = 0xFFFFFFFFFFFFFFFF
+UNLIMITED = lib.VPC_RATE_UNLIMITED
 """Background rate: as fast as the socket takes it."""
 
 
@@ -65,7 +65,7 @@ class SourceNumbers:
     """The PONG of MUST_HEAR came."""
 
 
-class PageScan:
+class PageScan(Owner):
     """Which page of ``ram`` is sent next: as long as a migration lives, over all its connections.
 
     The DIRTY bits of its blocks say what is to be sent. ``background_rate`` is in bytes a second besides what is
@@ -74,25 +74,15 @@ class PageScan:
 
     def __init__(self, ram: RamSet, background_rate: int = 0) -> None:
         self.ram = ram
-        raw = made(lib.vpc_scan_new(ram.handle, background_rate), "page scan")
+        raw = made("scan", "page scan", lib.vpc_scan_new, ram.handle, background_rate)
         self._native = Handle(raw, lib.vpc_scan_free, "this page scan is closed", needs=[ram.handle])
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
 
     def set_rate(self, background_rate: int) -> None:
         """As :meth:`PageSource.set_rate`, while no source of this scan runs."""
         lib.vpc_scan_set_rate(self.handle, background_rate)
 
-    def close(self) -> None:
-        """Let go of it; page sources that use it keep it alive."""
-        if not self._native.closed:
-            self._native.close()
 
-
-class PageSource:
+class PageSource(Owner):
     """Serves all blocks of ``ram`` on ``sock``: give it a RamSet whose DIRTY bits say what is to be sent.
 
     ``background_rate`` is in bytes a second besides what is asked for; 0 sends only what is asked for. A
@@ -121,21 +111,15 @@ class PageSource:
         self._own_scan = scan is None
         back = fd if return_path is None else return_path
         # From the first page to the last: there is a place in the stream from which on none may be lacking.
-        self._thread = KeptThread(Thread.SOURCE, "the page source")
         try:
-            raw = made(lib.vpc_save_new(self._scan.handle, fd, back), "page source")
+            with keeping(Thread.SOURCE, "the page source") as self._thread:
+                raw = made("save", "page source", lib.vpc_save_new, self._scan.handle, fd, back)
         except BaseException:
-            self._thread.close()
             self._close_scan()
             raise
         self._native = Handle(
             raw, lib.vpc_save_free, "this page source is closed", needs=[self._scan.handle, ram.handle]
         )
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
 
     async def serve(self, heard: Callable[[], None] | None = None) -> Ended:
         """One C call on its thread until the peer closes or says that it is done, or cancelled.
@@ -190,7 +174,7 @@ class PageSource:
 
     def _ended(self, rc: int) -> Ended:
         if rc == -errno.EBADMSG:
-            why = BadRecord(int(self._raw().why))
+            why = BadRecord(self._raw().why)
             raise StreamError(f"return path: a message with {REASONS[why]}")
         return Ended(check(rc, "page source"))
 
@@ -235,22 +219,7 @@ class PageSource:
     def numbers(self) -> SourceNumbers:
         raw, pages = self._raw(), ffi.new("struct vpc_scan_stats *")
         lib.vpc_scan_stats(self._scan.handle, pages)
-        return SourceNumbers(
-            bytes=int(raw.bytes),
-            data_pages=int(pages.data_pages),
-            zero_pages=int(pages.zero_pages),
-            requests=int(raw.requests),
-            requested_pages=int(pages.requested_pages),
-            background_pages=int(pages.background_pages),
-            useless=int(raw.useless),
-            held=int(raw.held),
-            held_ever=int(raw.held_ever),
-            dirty_left=int(pages.dirty_left),
-            eos_sent=bool(raw.eos_sent),
-            pongs=int(raw.pongs),
-            shut=int(raw.shut),
-            heard=bool(raw.heard),
-        )
+        return numbers_of(SourceNumbers, raw, pages, eos_sent=bool(raw.eos_sent), heard=bool(raw.heard))
 
     def _raw(self) -> Any:
         raw = ffi.new("struct vpc_save_stats *")
@@ -259,7 +228,7 @@ class PageSource:
 
     def close(self) -> None:
         """Close our copy of the socket; what still runs is ended."""
-        if not self._native.closed:
+        if not self.closed:
             self.stop()
             self._native.close(idle=self._thread.idle)
             self._thread.close()
@@ -268,11 +237,3 @@ class PageSource:
     def _close_scan(self) -> None:
         if self._own_scan:
             self._scan.close()
-
-    def __enter__(self) -> PageSource:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Protocol
 
 import trio
 
-from vhostpc._native import check, ffi, lib, made
+from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
-from vhostpc._native.threads import KeptThread
+from vhostpc._native.numbers import numbers_of
+from vhostpc._native.threads import keeping
 from vhostpc.errors import ChannelLost, MemoryLost, PageBorn
 from vhostpc.memory.ramblock import RamSet
 from vhostpc.ufd.loops import Loops
@@ -62,7 +62,7 @@ class Service(Protocol):
     def missing(self) -> int: ...
 
 
-class RamChannel:
+class RamChannel(Owner):
     """One socket that brings RAM records. Not armed: plain writes, the last copy of a page wins."""
 
     def __init__(self, service: Service, sock: trio.SocketStream | int, *, holes: bool = False) -> None:
@@ -72,22 +72,13 @@ class RamChannel:
         """
         fd = sock if isinstance(sock, int) else sock.socket.fileno()
         self._service = service
-        self._thread = KeptThread(Thread.LOAD, "loading RAM")
         ram, faults = service.ram.handle, service.handle
-        try:
-            raw = made(lib.vpc_load_new(ram, faults, fd, service.place_fd()), "RAM channel")
-        except BaseException:
-            self._thread.close()
-            raise
+        with keeping(Thread.LOAD, "loading RAM") as self._thread:
+            raw = made("load", "RAM channel", lib.vpc_load_new, ram, faults, fd, service.place_fd())
         self._native = Handle(raw, lib.vpc_load_free, "this RAM channel is closed", needs=[ram, faults])
         if holes:
             lib.vpc_load_keep_holes(raw)
         self._loops = Loops()
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
 
     def feed(self, data: bytes) -> None:
         """Bytes of the stream that were read already, before a :meth:`load`. Raises OSError, ENOSPC: over 256 KiB."""
@@ -101,7 +92,7 @@ class RamChannel:
     @property
     def block(self) -> int:
         """Index of the block that the next record may continue; -1: it has to name one."""
-        return int(lib.vpc_load_block(self.handle))
+        return lib.vpc_load_block(self.handle)
 
     @block.setter
     def block(self, index: int) -> None:
@@ -135,17 +126,17 @@ class RamChannel:
         if rc == lib.VPC_LOAD_EOS:
             return self._numbers(raw)
         if rc == -errno.EBADMSG and raw.why != BadRecord.TRUNCATED:
-            raise BadRamStream(BadRecord(raw.why), int(raw.bad_offset))
+            raise BadRamStream(BadRecord(raw.why), raw.bad_offset)
         if rc in (lib.VPC_LOAD_EOF, -errno.EBADMSG, -errno.ECONNRESET, -errno.EPIPE):
             cut = " inside a record" if rc == -errno.EBADMSG else ""
             raise ChannelLost(
-                f"the source of pages closed the channel{cut}, after {int(raw.bytes)} bytes; "
+                f"the source of pages closed the channel{cut}, after {raw.bytes} bytes; "
                 f"{self._service.missing()} host pages are missing"
             )
         if rc == -errno.EEXIST:
             raise self._service.born(
-                int(raw.bad_block),
-                int(raw.bad_page),
+                raw.bad_block,
+                raw.bad_page,
                 "has come, and a page that nobody sent is there",
                 "; what came is not placed, and no source sends a page twice: it cannot be had again",
             )
@@ -159,19 +150,7 @@ class RamChannel:
 
     @staticmethod
     def _numbers(raw: Any) -> LoadNumbers:
-        return LoadNumbers(
-            bytes=int(raw.bytes),
-            data_pages=int(raw.data_pages),
-            zero_pages=int(raw.zero_pages),
-            placed=int(raw.placed),
-            already=int(raw.already),
-            runs=int(raw.runs),
-            reads=int(raw.reads),
-            sections=int(raw.sections),
-            ended=bool(raw.ended),
-            shortages=int(raw.shortages),
-            short=bool(raw.short_now),
-        )
+        return numbers_of(LoadNumbers, raw, ended=bool(raw.ended), short=bool(raw.short_now))
 
     @staticmethod
     def _raw(handle: Any) -> Any:
@@ -184,11 +163,3 @@ class RamChannel:
         self._native.close(idle=self._loops.idle)
         self._loops.close()
         self._thread.close()
-
-    def __enter__(self) -> RamChannel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

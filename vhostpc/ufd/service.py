@@ -9,16 +9,15 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any
 
 import trio
 
-from vhostpc._native import check, ffi, lib, made
+from vhostpc._native import check, ffi, lib
 from vhostpc._native.entries import Thread
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
-from vhostpc._native.threads import KeptThread
+from vhostpc._native.numbers import numbers_of
+from vhostpc._native.threads import keeping
 from vhostpc.errors import PageBorn
 from vhostpc.logs import rationed_logger
 from vhostpc.memory.ramblock import Bits, RamBlock, RamSet
@@ -70,7 +69,7 @@ class Waiter:
     since_ns: int
 
 
-class FaultService:
+class FaultService(Owner):
     """Faults in, requests out, pages placed, waiters woken.
 
     Use::
@@ -91,12 +90,8 @@ class FaultService:
     def __init__(self, ram: RamSet, *, spin_us: int = 0, trace: int = 0) -> None:
         self.ram = ram
         # Had at once: the loop begins where there is a way back, and what it serves may be behind it.
-        self._thread = KeptThread(Thread.FAULT, "the fault loop")
-        try:
-            raw = made(lib.vpc_fault_new(ram.handle), "fault service")
-        except BaseException:
-            self._thread.close()
-            raise
+        with keeping(Thread.FAULT, "the fault loop") as self._thread:
+            raw = made("fault", "fault service", lib.vpc_fault_new, ram.handle)
         self._native = Handle(raw, lib.vpc_fault_free, "this fault service is closed", needs=[ram.handle])
         self.loops = Loops()
         self._spin_ns = spin_us * 1000
@@ -111,15 +106,6 @@ class FaultService:
             except BaseException:
                 self.close()
                 raise
-
-    @property
-    def handle(self) -> Any:
-        """The C handle; ValueError after :meth:`close`."""
-        return self._native.raw
-
-    @property
-    def closed(self) -> bool:
-        return self._native.closed
 
     @property
     def armed(self) -> bool:
@@ -234,9 +220,7 @@ class FaultService:
         finally:  # whatever ended it
             self.give_up()
         if rc == -errno.EEXIST:
-            raise self.born(
-                int(raw.born_block), int(raw.born_page), "lies ready here, and a page is there already"
-            )
+            raise self.born(raw.born_block, raw.born_page, "lies ready here, and a page is there already")
         check(rc, "fault loop")
 
     def give_up(self) -> None:
@@ -276,32 +260,14 @@ class FaultService:
     def numbers(self) -> ServiceNumbers:
         raw = ffi.new("struct vpc_fault_stats *")
         lib.vpc_fault_stats(self.handle, raw)
-        return ServiceNumbers(
-            events=int(raw.events),
-            requests=int(raw.requests),
-            batches=int(raw.batches),
-            bytes_sent=int(raw.bytes_sent),
-            wakes=int(raw.wakes),
-            outbox_bytes=int(raw.outbox_bytes),
-            waiting_now=int(raw.waiting_now),
-            shortages=int(raw.shortages),
-            short_now=int(raw.short_now),
-            send_errno=int(raw.send_errno),
-        )
+        return numbers_of(ServiceNumbers, raw)
 
     def waiting(self, most: int = 256) -> list[Waiter]:
         """Who waits now, longest first: for diagnostics."""
         raw = ffi.new("struct vpc_waiter[]", most)
         count = lib.vpc_fault_waiting(self.handle, raw, most)
         return [
-            Waiter(
-                client=int(w.client),
-                thread=int(w.thread),
-                address=int(w.address),
-                block=None if w.block < 0 else self.ram.blocks[w.block].name,
-                page=int(w.page),
-                since_ns=int(w.since_ns),
-            )
+            numbers_of(Waiter, w, block=None if w.block < 0 else self.ram.blocks[w.block].name)
             for w in raw[0:count]
         ]
 
@@ -352,11 +318,3 @@ class FaultService:
         self._native.close(idle=self.loops.idle)
         self.loops.close()
         self._thread.close()
-
-    def __enter__(self) -> FaultService:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

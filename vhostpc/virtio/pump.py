@@ -8,9 +8,10 @@ import stat
 from dataclasses import dataclass
 from typing import Any
 
-from vhostpc._native import check, ffi, lib
+from vhostpc._native import ffi, lib
 from vhostpc._native.entries import Thread
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
+from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import KeptThread
 
 
@@ -27,7 +28,7 @@ class PumpStats:
     calls: int = 0
 
 
-class Pump:
+class Pump(Owner):
     """Joins a virtqueue (a native handle) to a file descriptor, one direction at a time.
 
     Raises ValueError after :meth:`close`.
@@ -35,35 +36,32 @@ class Pump:
 
     def __init__(self, queue: Any, index: int) -> None:
         """``index``: the queue's. Raises Shortage, OSError."""
-        out = ffi.new("struct vpc_pump **")
-        check(lib.vpc_pump_new(queue, out), f"pump of queue {index}")
-        self._native = Handle(out[0], lib.vpc_pump_free, "this pump is closed", needs=[queue])
+        raw = made("pump", f"pump of queue {index}", lib.vpc_pump_new, queue)
+        self._native = Handle(raw, lib.vpc_pump_free, "this pump is closed", needs=[queue])
         # Kept while the queue is paused, too: a message of the front-end must not end a pump that ran.
         self.thread = KeptThread(Thread.PUMP, f"the pump of queue {index}")
 
     def run(self, inward: bool, config: Any) -> int:
         """The pump's long C call. Waits for guest pages: only on a thread of its own."""
-        pump = self._native.raw
+        pump = self.handle
         return lib.vpc_pump_in(pump, config) if inward else lib.vpc_pump_out(pump, config)
 
     def stop(self) -> None:
         """Make the running call return soon, or the next one at once, until :meth:`clear`."""
-        lib.vpc_pump_stop(self._native.raw)
+        lib.vpc_pump_stop(self.handle)
 
     def clear(self) -> None:
-        lib.vpc_pump_clear(self._native.raw)
+        lib.vpc_pump_clear(self.handle)
 
     def drop(self) -> None:
         """The ring stops: let go of a frame that waits for more buffers than the guest has posted."""
-        lib.vpc_pump_drop(self._native.raw)
+        lib.vpc_pump_drop(self.handle)
 
     @property
     def stats(self) -> PumpStats:
         out = ffi.new("struct vpc_pump_stats *")
-        lib.vpc_pump_stats(self._native.raw, out)
-        return PumpStats(
-            out.frames, out.bytes, out.dropped, out.discarded, out.batches, out.syscalls, out.calls
-        )
+        lib.vpc_pump_stats(self.handle, out)
+        return numbers_of(PumpStats, out)
 
     def close(self) -> None:
         self._native.close()

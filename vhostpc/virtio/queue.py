@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from vhostpc._native import check, ffi, lib
-from vhostpc._native.handles import Handle
+from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
 from vhostpc.errors import BrokenQueue, QueueEnded
 from vhostpc.memory.gate import Gate
@@ -70,7 +70,7 @@ class _Held:
         self._queue.let_go(self._calls)
 
 
-class Queue:
+class Queue(Owner):
     """One ring of one session. Made and configured by the session; used by ``Device.handle_queue``.
 
     One task works a queue, with one C call at a time. ``async for chain in queue`` and the pumps end when the
@@ -79,9 +79,7 @@ class Queue:
     """
 
     def __init__(self, index: int, gate: Gate, spawn: Spawn) -> None:
-        out = ffi.new("struct vpc_vq **")
-        check(lib.vpc_vq_new(out), "virtqueue")
-        self._native = Handle(out[0], lib.vpc_vq_free, ENDED, QueueEnded)
+        self._native = Handle(made("vq", "virtqueue", lib.vpc_vq_new), lib.vpc_vq_free, ENDED, QueueEnded)
         self.index = index
         #: Feature bits that driver and device agreed on.
         self.features = 0
@@ -118,11 +116,6 @@ class Queue:
         self.stopping = False
         self._fresh = True  # no pump has run in this session
         self.memory: GuestMemory | None = None
-
-    @property
-    def handle(self) -> Any:
-        """The native virtqueue; QueueEnded after :meth:`close`."""
-        return self._native.raw
 
     # --- for the device ---
 
@@ -203,7 +196,7 @@ class Queue:
         return self._pump.stats if self._pump is not None else self._counted
 
     def _must_live(self) -> None:
-        if self._native.closed:
+        if self.closed:
             raise QueueEnded(ENDED)
 
     # --- popping and pushing ---
@@ -263,7 +256,7 @@ class Queue:
             chain = Chain(self._out[i], self._completed, self._transfers)
             self._sequence += 1
             self._open[self._sequence] = chain
-            if self._native.closed:
+            if self.closed:
                 chain.end(ENDED)
             elif chain.late:
                 self._late.await_chain(chain)
@@ -348,19 +341,19 @@ class Queue:
         if calls and not self._busy:
             self._idle.set()
         self._holds -= 1
-        if not self._holds and self._native.closed:
+        if not self._holds and self.closed:
             self._free()
 
     # --- chains whose own pages are absent ---
 
     def has_come(self, chain: Chain) -> None:
         """A late chain's pages are here."""
-        if not self._native.closed:
+        if not self.closed:
             self._ready.append(chain)
 
     def may_be_pushed(self, chain: Chain) -> None:
         """The pages of a chain's answer are here, or the ring stops."""
-        if not self._native.closed:
+        if not self.closed:
             self._answers.append(chain)
 
     def _set_late_answers_apart(self) -> None:
@@ -648,7 +641,7 @@ class Queue:
 
         What C works on is freed when its last call has returned.
         """
-        if self._native.closed:
+        if self.closed:
             return
         self.end()
         self._native.close()

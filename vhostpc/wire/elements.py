@@ -15,13 +15,12 @@ from typing import TypeVar
 
 from vhostpc.enums import SpecEnum
 from vhostpc.errors import LocalProtocolError, StreamError
-from vhostpc.wire.ramrec import TARGET_PAGE, EndOfSection, RamFlag, RamPage
+from vhostpc.units import TARGET_PAGE
+from vhostpc.wire.ramrec import EndOfSection, RamFlag, RamPage
 
 MAGIC = b"QEVM"
 VERSION = 3
 RAM_VERSION = 4
-DISCARDS_A_COMMAND = 12
-"""So many ranges QEMU puts into one RAM_DISCARD."""
 
 U16, U32, U64 = struct.Struct(">H"), struct.Struct(">I"), struct.Struct(">Q")
 _COMMAND = struct.Struct(">BHH")

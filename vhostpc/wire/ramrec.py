@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from vhostpc.enums import NamedFlag, WordEnum
 from vhostpc.errors import LocalProtocolError, StreamError
+from vhostpc.units import TARGET_PAGE
 
-TARGET_PAGE = 4096
 SECTION_PART, SECTION_END, SECTION_FOOTER = 2, 3, 0x7E
 """First bytes of the frames around records."""
 _WORD = struct.Struct(">Q")

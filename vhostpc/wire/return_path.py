@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from vhostpc.enums import SpecEnum
 from vhostpc.errors import LocalProtocolError, StreamError
+from vhostpc.units import TARGET_PAGE
 
 MAX_LENGTH = 512
 MAX_BITMAP = 64 << 20
@@ -179,6 +180,6 @@ class ReturnPathDecoder:
         if self._block is None:
             raise StreamError("return path: a request that names no block before one was named")
         start, length = _REQUEST.unpack_from(body)
-        if start % 4096 or length % 4096:
+        if start % TARGET_PAGE or length % TARGET_PAGE:
             raise StreamError(f"return path: request for {length:#x} bytes at {start:#x} is not whole pages")
         return PageRequest(self._block, start, length)
