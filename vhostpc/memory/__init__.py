@@ -9,8 +9,8 @@ from vhostpc.lazy import exports
 
 if TYPE_CHECKING:
     from vhostpc.memory.ramblock import Bits, RamBlock, RamSet, make_memfd, total_pages
-    from vhostpc.units import TARGET_PAGE
     from vhostpc.memory.vcpu import Area, BadPage, VCpu, VCpuNumbers, stop_all
+    from vhostpc.units import TARGET_PAGE
 
 __all__ = [
     "TARGET_PAGE",
