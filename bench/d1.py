@@ -16,7 +16,7 @@ import trio
 
 from tests.peers.child import Child, open_child
 from vhostpc.frontend import Driver, GuestRegion, MemoryShare, RingLayout, connect, start_ring
-from vhostpc.memory.ramblock import RamSet
+from vhostpc.pages.ramblock import RamSet
 from vhostpc.wire.vhost_user import Feature
 
 from . import ROOT

@@ -14,9 +14,9 @@ import threading
 
 import trio
 
-from vhostpc.memory.ramblock import RamSet, make_memfd
-from vhostpc.ufd.client import ClientRange
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.faultclient import ClientRange
+from vhostpc.pages.ramblock import RamSet, make_memfd
+from vhostpc.pages.service import FaultService
 
 PAGE = 4096
 HELLO = struct.Struct("=QQ")  # base, length: struct ufd_hello in native/ufd_pass.h

@@ -13,8 +13,8 @@ import trio
 
 from vhostpc.frontend import BackendPostcopy, GuestRegion, MemoryShare, Mode, connect
 from vhostpc.frontend.source import start_source
-from vhostpc.memory.ramblock import RamSet, make_memfd
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.ramblock import RamSet, make_memfd
+from vhostpc.pages.service import FaultService
 
 from .f1_service import PAGE, write_pages
 

@@ -24,8 +24,8 @@ from vhostpc.frontend import (
     start_ring,
 )
 from vhostpc.frontend.source import start_source
-from vhostpc.memory.ramblock import RamSet, make_memfd
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.ramblock import RamSet, make_memfd
+from vhostpc.pages.service import FaultService
 
 PAGE = 4096
 MIB = 4

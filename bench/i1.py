@@ -17,7 +17,7 @@ import trio
 from tests.peers.child import open_child
 from vhostpc.frontend import Driver, FrontEnd, GuestRegion, MemoryShare, RingLayout, connect, start_ring
 from vhostpc.frontend.client import KNOWN_PROTOCOL_FEATURES
-from vhostpc.memory.ramblock import RamSet
+from vhostpc.pages.ramblock import RamSet
 from vhostpc.wire.vhost_user import Feature, ProtocolFeature
 
 from . import ROOT

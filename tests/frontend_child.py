@@ -26,8 +26,8 @@ from vhostpc.frontend import (
     connect,
     start_ring,
 )
-from vhostpc.memory.ramblock import RamSet
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.ramblock import RamSet
+from vhostpc.pages.service import FaultService
 
 
 async def run(control: trio.SocketStream, spec: dict[str, Any], fds: list[int]) -> None:

@@ -18,8 +18,8 @@ import trio
 from tests.confine import LIBC, die_with_parent
 from tests.until import until
 from vhostpc.errors import MemoryLost
-from vhostpc.memory.ramblock import Bits, RamSet
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.ramblock import Bits, RamSet
+from vhostpc.pages.service import FaultService
 from vhostpc.units import TARGET_PAGE
 
 

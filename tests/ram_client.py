@@ -14,7 +14,7 @@ import sys
 import trio
 
 from tests.confine import die_with_parent
-from vhostpc.memory.ramblock import RamSet
+from vhostpc.pages.ramblock import RamSet
 from vhostpc.ufd import Userfaultfd
 
 

@@ -32,9 +32,9 @@ from vhostpc.frontend import (
     start_ring,
 )
 from vhostpc.frontend.source import SourceProcess, start_source
-from vhostpc.memory.ramblock import Bits, RamBlock, RamSet
-from vhostpc.ufd.ramchannel import LoadNumbers, RamChannel
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.ramblock import Bits, RamBlock, RamSet
+from vhostpc.pages.ramchannel import LoadNumbers, RamChannel
+from vhostpc.pages.service import FaultService
 from vhostpc.wire.vhost_user import Feature, Request
 
 SEED = 11

@@ -11,13 +11,13 @@ import trio
 
 from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.errors import ChannelLost
-from vhostpc.memory.ramblock import Bits, RamSet
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import After, Outgoing
 from vhostpc.migration.phase import Course, Event, Told
 from vhostpc.migration.status import Status
+from vhostpc.pages.ramblock import Bits, RamSet
 from vhostpc.wire.elements import Configuration, DeviceSection, Package, Ping, StreamEvent
 from vhostpc.wire.ramrec import RamPage
 from vhostpc.wire.return_path import Shut

@@ -20,7 +20,7 @@ from vhostpc.backend.disk import Disk
 from vhostpc.backend.net import Bridge
 from vhostpc.cli.own_device import load_file
 from vhostpc.frontend import Driver, FarSide, GuestRegion, MemoryShare, RingLayout, connect, start_ring
-from vhostpc.memory.ramblock import RamSet
+from vhostpc.pages.ramblock import RamSet
 from vhostpc.virtio.features import NetFeature as N
 from vhostpc.virtio.features import closed
 from vhostpc.wire import vhost_user as vu

@@ -20,7 +20,7 @@ from tests.test_backend_unordered import start, used
 from tests.until import until
 from vhostpc.backend import Device, Options, Queue, serve
 from vhostpc.backend.net import Bridge
-from vhostpc.endpoint.machine import Block, OwnMachine, Spec, open_machine
+from vhostpc.guest.own_machine import Block, OwnMachine, Spec, open_machine
 
 CHAINS = 4
 

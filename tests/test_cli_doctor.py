@@ -13,7 +13,8 @@ import pytest
 
 from vhostpc.cli import checks
 from vhostpc.cli.checks import Level
-from vhostpc.ufd import Features, dirty, kernel_version, probe
+from vhostpc.pages import dirty
+from vhostpc.ufd import Features, kernel_version, probe
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,8 +17,8 @@ PACKAGE = ROOT / "vhostpc"
 PAGE = ROOT / "docs" / "stream.md"
 FILES = [
     *("wire/stream.py", "wire/elements.py", "wire/split.py", "wire/devices.py", "wire/ramscan.py"),
-    *("migration/checks.py", "migration/heads.py", "migration/incoming.py", "migration/held.py"),
-    *("endpoint/machine.py",),
+    *("migration/postcopy_checks.py", "migration/heads.py", "migration/incoming.py", "migration/held.py"),
+    *("guest/own_machine.py",),
 ]
 REFUSALS = {"BadStream", "StreamError", "PostcopyRefused"}
 
@@ -28,11 +28,11 @@ BEFORE = {
     "wire/devices.py": {"early_section"},
     # In the end it is the C loader that reads records, whose reasons are in ramrec.
     "wire/ramscan.py": {"block_list", "_page_size", "records", "_delta"},
-    "migration/checks.py": {"check_advise", "check_page_sizes", "check_discard"},
+    "migration/postcopy_checks.py": {"check_advise", "check_page_sizes", "check_discard"},
     "migration/heads.py": {"check_head"},
     "migration/incoming.py": {"_open_return_path", "_precopy"},
     "migration/held.py": {"accept_blocks", "_must_fit", "_page_size"},
-    "endpoint/machine.py": {"accept", "accept_blocks"},
+    "guest/own_machine.py": {"accept", "accept_blocks"},
 }
 # Behind the package by nothing but a broken connection, or told under another name in the table.
 BY_ANOTHER_NAME = {
@@ -41,7 +41,7 @@ BY_ANOTHER_NAME = {
     ("wire/stream.py", "_package"): "those before the package; the other is in the table",
     ("wire/stream.py", "_start"): "those before the package; the others are in the table",
     ("wire/stream.py", "_part"): "a part of a section that never started: there is one section only",
-    ("endpoint/machine.py", "load"): "a state that is not a machine's of ours",
+    ("guest/own_machine.py", "load"): "a state that is not a machine's of ours",
 }
 
 # The connection's end, and what only precopy has.

@@ -17,9 +17,9 @@ from tests.thread_names import thread_names
 from tests.until import until
 from vhostpc._native.entries import ENTRIES, Thread, Use, use_of
 from vhostpc.frontend import Driver
-from vhostpc.memory.ramblock import RamSet
-from vhostpc.memory.vcpu import Area, VCpu
-from vhostpc.ufd.dirty import DirtyTracker, DirtyWay
+from vhostpc.guest.vcpu import Area, VCpu
+from vhostpc.pages.dirty import DirtyTracker, DirtyWay
+from vhostpc.pages.ramblock import RamSet
 from vhostpc.units import TARGET_PAGE
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,8 +17,8 @@ from tests.rig import Guest, Move, moving
 from tests.until import until
 from vhostpc.errors import PeerClosed, PostcopyRefused
 from vhostpc.frontend import BackendPostcopy, Driver, Mode, connect, stop_ring
-from vhostpc.memory.ramblock import RamSet
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.ramblock import RamSet
+from vhostpc.pages.service import FaultService
 from vhostpc.wire.vhost_user import Feature, ProtocolFeature
 
 pytestmark = [pytest.mark.dpdk, pytest.mark.ufd]

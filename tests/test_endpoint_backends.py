@@ -21,12 +21,12 @@ import trio.testing
 from tests.fake_backend import REPLY, Answer, Change, FakeBackend, answers_to, listening
 from tests.until import until
 from vhostpc._native import lib
-from vhostpc.endpoint import netdev
-from vhostpc.endpoint.machine import Block, OwnMachine, Spec, open_machine
 from vhostpc.errors import PostcopyRefused, RequestFailed
 from vhostpc.frontend import BackendPostcopy, Driver, FrontEnd, MemoryShare
+from vhostpc.guest import netdev
+from vhostpc.guest.own_machine import Block, OwnMachine, Spec, open_machine
+from vhostpc.pages.service import FaultService
 from vhostpc.ufd import Way
-from vhostpc.ufd.service import FaultService
 from vhostpc.wire import vhost_user as vu
 from vhostpc.wire.ramrec import RamEncoder
 from vhostpc.wire.vhost_user import BackendRequest, Frame, Request

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from tests.fake_backend import REPLY, Answer, FakeBackend, listening
 from tests.test_backend_fuzz import NUMBER, PAYLOAD, SMALL, open_fd, run
 from tests.until import until
-from vhostpc.endpoint.machine import Block, OwnMachine, Spec, open_machine
-from vhostpc.endpoint.netdev import AREA
 from vhostpc.errors import PostcopyRefused, VhostpcError
-from vhostpc.ufd.service import FaultService
+from vhostpc.guest.netdev import AREA
+from vhostpc.guest.own_machine import Block, OwnMachine, Spec, open_machine
+from vhostpc.pages.service import FaultService
 from vhostpc.wire import vhost_user as vu
 from vhostpc.wire.vhost_user import BackendRequest, Frame, MemoryRegion, Request
 

@@ -26,7 +26,7 @@ from tests.qemu.qmp import Qmp
 from tests.streams import Encoded
 from tests.until import until
 from vhostpc.cli import endpoint as cli
-from vhostpc.endpoint.machine import Block, Spec, open_machine
+from vhostpc.guest.own_machine import Block, Spec, open_machine
 from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import After
 from vhostpc.wire.elements import (

@@ -20,8 +20,8 @@ from tests.qemu.qmp import QmpError
 from tests.until import until
 from vhostpc.cli.common import Failure
 from vhostpc.cli.endpoint import endpoint
-from vhostpc.memory.ramblock import RamSet
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.ramblock import RamSet
+from vhostpc.pages.service import FaultService
 
 MIB = 1 << 20
 SLOW = {"max_bandwidth": 8 * MIB, "max_postcopy_bandwidth": 24 * MIB}

@@ -16,9 +16,9 @@ import trio
 from tests.migration_ends import incoming_of, pair
 from tests.own_machine import STEP, WAIT, bridge, check, far_side
 from tests.thread_names import thread_names
-from vhostpc.endpoint.machine import Block, OwnMachine, Spec, open_machine
-from vhostpc.endpoint.sections import NET, globalstate
 from vhostpc.errors import ChannelLost, GuestMemoryError, StreamError
+from vhostpc.guest.own_machine import Block, OwnMachine, Spec, open_machine
+from vhostpc.guest.sections import NET, globalstate
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import NeverRan, Outgoing

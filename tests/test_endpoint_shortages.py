@@ -35,13 +35,13 @@ from tests.shortages import (
 from tests.test_endpoint_moves import leaves, resources
 from tests.until import until
 from vhostpc.endpoint import Endpoint
-from vhostpc.endpoint.machine import Block, OwnMachine, Spec, open_machine
 from vhostpc.errors import PostcopyRefused, VhostpcError
+from vhostpc.guest.own_machine import Block, OwnMachine, Spec, open_machine
 from vhostpc.migration.options import Options
 from vhostpc.migration.status import BUSY, Status
 from vhostpc.migration.uri import Fd, Unix
-from vhostpc.ufd.dirty import DirtyWay
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.dirty import DirtyWay
+from vhostpc.pages.service import FaultService
 
 pytestmark = pytest.mark.ufd
 RAM = [Block("pc.ram", 8 << 20)]

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vhostpc.endpoint import sections
-from vhostpc.endpoint.machine import Block, Spec, open_machine
 from vhostpc.errors import StreamError
 from vhostpc.frontend import DirtyLog, Driver, GuestRegion, RingLayout
-from vhostpc.memory.ramblock import Bits, RamSet
+from vhostpc.guest import sections
+from vhostpc.guest.own_machine import Block, Spec, open_machine
+from vhostpc.pages.ramblock import Bits, RamSet
 from vhostpc.wire.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
 from vhostpc.wire.vmdesc import parse, split_by
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.own_machine import migrate, pair
 from tests.qemu.qmp import QmpError
-from vhostpc.endpoint.machine import Block, Spec, open_machine
+from vhostpc.guest.own_machine import Block, Spec, open_machine
 from vhostpc.units import TARGET_PAGE
 
 MIB = 1 << 20

@@ -13,9 +13,10 @@ from vhostpc._native import lib
 from vhostpc.enums import NamedFlag
 from vhostpc.memory import strike
 from vhostpc.memory.mapping import Backing
-from vhostpc.memory.ramblock import Bits
-from vhostpc.ufd import flags, trace
-from vhostpc.ufd.pagesource import Ended
+from vhostpc.pages import trace
+from vhostpc.pages.pagesource import Ended
+from vhostpc.pages.ramblock import Bits
+from vhostpc.ufd import flags
 from vhostpc.wire.ramrec import BadRecord
 
 
@@ -40,7 +41,7 @@ ENUMS = [kind for kind in all_enums() if len(kind)]
 
 def test_they_are_found() -> None:
     names = {f"{kind.__module__}.{kind.__qualname__}" for kind in ENUMS}
-    assert {"vhostpc.ufd.flags.Way", "vhostpc.ufd.trace.Way", "vhostpc.wire.vhost_user.Request"} <= names
+    assert {"vhostpc.ufd.flags.Way", "vhostpc.pages.trace.Way", "vhostpc.wire.vhost_user.Request"} <= names
     assert len(names) > 25
 
 

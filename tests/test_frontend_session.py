@@ -24,8 +24,8 @@ from vhostpc.frontend import (
     listen,
     over,
 )
-from vhostpc.memory.ramblock import RamSet
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.ramblock import RamSet
+from vhostpc.pages.service import FaultService
 from vhostpc.wire import vhost_user as vu
 from vhostpc.wire.vhost_user import (
     FLAG_NEED_REPLY,

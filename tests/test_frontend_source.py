@@ -11,8 +11,8 @@ import trio
 from tests.until import until
 from vhostpc.errors import ChannelLost, StreamError
 from vhostpc.frontend.source import CallableSource, start_source
-from vhostpc.memory.ramblock import Bits, RamSet
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.ramblock import Bits, RamSet
+from vhostpc.pages.service import FaultService
 from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.return_path import Shut
 

@@ -24,7 +24,7 @@ from vhostpc.frontend import (
     start_ring,
     stop_ring,
 )
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.service import FaultService
 from vhostpc.wire.vhost_user import ProtocolFeature
 
 pytestmark = pytest.mark.qemu

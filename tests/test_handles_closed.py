@@ -23,17 +23,17 @@ from vhostpc._native import lib
 from vhostpc._native.handles import Handle, made
 from vhostpc.errors import VhostpcError
 from vhostpc.frontend import Driver, FarSide, GuestRegion, RingLayout
+from vhostpc.guest.vcpu import Area, VCpu
 from vhostpc.memory.inflight import InflightRegion
 from vhostpc.memory.log import DirtyLog
 from vhostpc.memory.mapping import Mapping, Supply
-from vhostpc.memory.ramblock import Bits, RamSet
 from vhostpc.memory.table import GuestMemory, Region
-from vhostpc.memory.vcpu import Area, VCpu
+from vhostpc.pages.dirty import DirtyTracker
+from vhostpc.pages.pagesource import PageScan, PageSource
+from vhostpc.pages.ramblock import Bits, RamSet
+from vhostpc.pages.ramchannel import RamChannel
+from vhostpc.pages.service import FaultService
 from vhostpc.ufd import Userfaultfd
-from vhostpc.ufd.dirty import DirtyTracker
-from vhostpc.ufd.pagesource import PageScan, PageSource
-from vhostpc.ufd.ramchannel import RamChannel
-from vhostpc.ufd.service import FaultService
 from vhostpc.virtio.pump import Pump
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vhostpc"

@@ -14,8 +14,8 @@ import trio
 
 from tests.until import until
 from vhostpc.errors import StreamError
-from vhostpc.memory.ramblock import RamSet
-from vhostpc.memory.vcpu import UNLIMITED, Area, VCpu
+from vhostpc.guest.vcpu import UNLIMITED, Area, VCpu
+from vhostpc.pages.ramblock import RamSet
 from vhostpc.units import TARGET_PAGE
 
 PAGES = 300

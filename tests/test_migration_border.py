@@ -20,7 +20,6 @@ from tests.until import until
 from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.endpoint import Endpoint
 from vhostpc.errors import ChannelLost, MigrationRefused
-from vhostpc.memory.ramblock import RamBlock
 from vhostpc.migration import outgoing as outgoing_file
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.incoming import Incoming
@@ -29,6 +28,7 @@ from vhostpc.migration.outgoing import NeverRan, Outgoing
 from vhostpc.migration.phase import Phase
 from vhostpc.migration.status import Status
 from vhostpc.migration.uri import Fd, Unix
+from vhostpc.pages.ramblock import RamBlock
 from vhostpc.wire.elements import DeviceSection, Package, StreamEvent, VmDescription
 from vhostpc.wire.return_path import Shut
 

@@ -18,8 +18,8 @@ from tests.streams import BLOB, JSON, POSTCOPY, PRECOPY, A, B, C, h
 from tests.thread_names import thread_names
 from tests.until import until
 from vhostpc.errors import ChannelLost, MigrationRefused, StreamError, UfdError
-from vhostpc.migration import checks
 from vhostpc.migration import incoming as incoming_module
+from vhostpc.migration import postcopy_checks
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.phase import Event
@@ -451,7 +451,7 @@ async def test_postcopy_without_a_userfaultfd(monkeypatch: pytest.MonkeyPatch) -
         def open(**_: object) -> None:
             raise UfdError("userfaultfd: not permitted; allow it with ...", 1)
 
-    monkeypatch.setattr(checks, "Userfaultfd", Denied)
+    monkeypatch.setattr(postcopy_checks, "Userfaultfd", Denied)
     received = await refused(POSTCOPY, postcopy=True)
     assert "postcopy cannot be done here: userfaultfd: not permitted" in str(received.error)
     assert received.messages == [Pong(1), Shut(1)]

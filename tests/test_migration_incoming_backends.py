@@ -26,12 +26,12 @@ from vhostpc.frontend import (
     start_ring,
 )
 from vhostpc.frontend.postcopy import Phase
-from vhostpc.memory.ramblock import Bits
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.phase import Event
-from vhostpc.ufd.pagesource import PageSource
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.pagesource import PageSource
+from vhostpc.pages.ramblock import Bits
+from vhostpc.pages.service import FaultService
 from vhostpc.wire.elements import EndOfStream, Footer, SectionEnd
 from vhostpc.wire.return_path import Pong, Shut
 from vhostpc.wire.vhost_user import Feature, ProtocolFeature

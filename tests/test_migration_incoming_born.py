@@ -23,10 +23,10 @@ from tests.test_migration_incoming_postcopy import (
 from tests.test_ufd_born import held_for_io
 from tests.until import until
 from vhostpc.errors import PageBorn
-from vhostpc.memory.ramblock import Bits, RamSet
 from vhostpc.migration.phase import Event
+from vhostpc.pages.ramblock import Bits, RamSet
+from vhostpc.pages.service import FaultService
 from vhostpc.ufd import Userfaultfd
-from vhostpc.ufd.service import FaultService
 from vhostpc.wire.elements import Ping
 from vhostpc.wire.return_path import Pong, Shut
 

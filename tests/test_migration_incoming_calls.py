@@ -15,7 +15,7 @@ import trio
 
 from tests.migration_ends import LIMIT, incoming_of
 from tests.scripted_source import CLOCK, RAM
-from vhostpc.migration import waits
+from vhostpc.migration import long_waits
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.wire.elements import (
@@ -113,7 +113,7 @@ async def calls(pages: int, postcopy: bool) -> int:
 @pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
 async def test_python_calls_do_not_grow_with_pages(postcopy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # Looking on who waits costs calls by the second, not by the page.
-    monkeypatch.setattr(waits, "FIRST", 3600.0)
+    monkeypatch.setattr(long_waits, "FIRST", 3600.0)
     await calls(10 * PER_PART, postcopy)  # what is done once
     few, many = await calls(100_000, postcopy), await calls(400_000, postcopy)
     assert few > 100  # it counts

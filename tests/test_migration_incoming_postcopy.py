@@ -16,13 +16,13 @@ from tests.scripted_source import CLOCK, ScriptedSource
 from tests.streams import Encoded
 from tests.until import until
 from vhostpc.errors import ChannelLost, MemoryLost, StreamError
-from vhostpc.memory.ramblock import Bits
-from vhostpc.migration import waits
+from vhostpc.migration import long_waits
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.phase import Event, Phase
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.ramblock import Bits
+from vhostpc.pages.service import FaultService
 from vhostpc.wire.elements import DeviceSection, Package, Ping, PostcopyListen, PostcopyRun, RamBlocks
 from vhostpc.wire.return_path import PageRequest, Pong, Shut
 
@@ -487,9 +487,9 @@ async def test_who_waits_for_long_is_named(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Client, page, how long; at growing intervals, also in a pause."""
-    monkeypatch.setattr(waits, "FIRST", 0.02)
+    monkeypatch.setattr(long_waits, "FIRST", 0.02)
     received = Received()
-    with caplog.at_level(logging.WARNING, "vhostpc.migration.waits"):
+    with caplog.at_level(logging.WARNING, "vhostpc.migration.long_waits"):
         async with receiving(received) as setup:
             await setup.source.switch()
             await setup.incoming.running()
@@ -501,7 +501,7 @@ async def test_who_waits_for_long_is_named(
             await until(lambda: len(caplog.records) > count)
             setup.incoming.close()
             await setup.ended.wait()
-    told = [record for record in caplog.records if record.name == waits.__name__]
+    told = [record for record in caplog.records if record.name == long_waits.__name__]
     for record in told:
         assert "own mapping has waited" in record.getMessage()
         assert "for page 3 of 'ram'" in record.getMessage()

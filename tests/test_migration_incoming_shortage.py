@@ -10,7 +10,7 @@ from tests.migration_ends import Received
 from tests.small_tmpfs import SmallTmpfs, small_tmpfs
 from tests.test_migration_incoming_postcopy import PAGE, TOUCH, A, Machine, Toucher, receiving
 from tests.until import until
-from vhostpc.migration import waits
+from vhostpc.migration import long_waits
 from vhostpc.migration.phase import Event
 from vhostpc.wire.elements import RamBlocks
 from vhostpc.wire.return_path import Pong, Shut
@@ -36,7 +36,7 @@ async def test_a_shortage_is_waited_out(
     running: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The log says so; who waits for a page gets it when there is memory, and the migration completes."""
-    monkeypatch.setattr(waits, "FIRST", 0.02)
+    monkeypatch.setattr(long_waits, "FIRST", 0.02)
     received = Received()
     told: list[str] = []
 
@@ -71,8 +71,11 @@ async def test_a_shortage_that_is_over_is_told(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line when it begins, one when it is over."""
-    monkeypatch.setattr(waits, "FIRST", 0.02)
-    with small_tmpfs(3, PAGES * PAGE) as disk, caplog.at_level(logging.WARNING, "vhostpc.migration.waits"):
+    monkeypatch.setattr(long_waits, "FIRST", 0.02)
+    with (
+        small_tmpfs(3, PAGES * PAGE) as disk,
+        caplog.at_level(logging.WARNING, "vhostpc.migration.long_waits"),
+    ):
         async with receiving(wanted=OnDisk(disk)) as setup:
             await setup.source.switch()
             await setup.source.pages("ram", *((page, A) for page in range(5)))

@@ -17,13 +17,13 @@ from tests.streams import CLOCK, CONFIGURATION, HEADER, PRECOPY, h
 from tests.test_migration_incoming import ADVISED, HEAD, LISTEN, PING3, RUN, package
 from vhostpc.errors import StreamError
 from vhostpc.memory import available
-from vhostpc.memory.ramblock import RamBlock
 from vhostpc.migration import held
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.incoming import DISCARD
 from vhostpc.migration.phase import Event
 from vhostpc.migration.turns import pieces
+from vhostpc.pages.ramblock import RamBlock
 from vhostpc.wire.elements import BlockInfo, DeviceSection, Footer, Ping, RamBlocks, RamDiscard, SectionStart
 
 MIB, GIB = 1 << 20, 1 << 30

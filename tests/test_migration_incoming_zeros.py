@@ -13,10 +13,10 @@ from tests.migration_ends import Received
 from tests.scripted_source import CLOCK
 from tests.test_migration_incoming_postcopy import TOUCH, Machine, Toucher, receiving
 from tests.until import until
-from vhostpc.memory.ramblock import Bits, RamSet
 from vhostpc.migration.phase import Event
+from vhostpc.pages.faultclient import ClientRange
+from vhostpc.pages.ramblock import Bits, RamSet
 from vhostpc.ufd import Userfaultfd
-from vhostpc.ufd.client import ClientRange
 from vhostpc.wire.elements import RamBlocks
 from vhostpc.wire.return_path import Pong, Shut
 

@@ -27,7 +27,7 @@ from vhostpc.migration.options import Options
 from vhostpc.migration.runstate import RunState
 from vhostpc.migration.status import BUSY, Status
 from vhostpc.migration.uri import Fd
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.service import FaultService
 from vhostpc.wire.elements import Configuration, DeviceSection, RamBlocks
 
 PAGES = 400

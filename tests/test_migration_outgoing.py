@@ -10,10 +10,10 @@ from tests.until import until
 from vhostpc._native import lib
 from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.errors import ChannelLost, MigrationRefused, StreamError
-from vhostpc.memory.ramblock import Bits
 from vhostpc.migration.outgoing import After, NeverRan
 from vhostpc.migration.phase import Phase
 from vhostpc.migration.status import Status
+from vhostpc.pages.ramblock import Bits
 from vhostpc.wire.elements import (
     MUST_HEAR,
     DeviceSection,

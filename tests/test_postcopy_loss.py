@@ -26,8 +26,8 @@ from tests.until import until
 from vhostpc.errors import ChannelLost, PeerClosed
 from vhostpc.frontend import Driver, FarSide, Mode
 from vhostpc.frontend.source import SourceProcess, start_source
-from vhostpc.memory.ramblock import Bits, RamSet
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.ramblock import Bits, RamSet
+from vhostpc.pages.service import FaultService
 
 pytestmark = pytest.mark.ufd
 FRAMES = 16

@@ -14,11 +14,11 @@ import trio
 from tests.until import until
 from vhostpc._native import ffi, lib
 from vhostpc.errors import MemoryLost
-from vhostpc.memory.ramblock import Bits, RamSet
-from vhostpc.memory.vcpu import UNLIMITED, Area, VCpu, stop_all
-from vhostpc.ufd import pagesource
-from vhostpc.ufd.pagesource import PageSource
-from vhostpc.ufd.service import FaultService
+from vhostpc.guest.vcpu import UNLIMITED, Area, VCpu, stop_all
+from vhostpc.pages import pagesource
+from vhostpc.pages.pagesource import PageSource
+from vhostpc.pages.ramblock import Bits, RamSet
+from vhostpc.pages.service import FaultService
 from vhostpc.units import TARGET_PAGE
 
 pytestmark = pytest.mark.ufd

@@ -15,10 +15,10 @@ from tests.migration_ends import incoming_of
 from tests.qemu import peers, vm
 from tests.qemu.link import link
 from tests.qemu.versions import EACH
-from vhostpc.memory.ramblock import Bits
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.incoming import Incoming
+from vhostpc.pages.ramblock import Bits
 from vhostpc.wire.elements import Package
 from vhostpc.wire.ramrec import RamPage
 from vhostpc.wire.stream import RamMode, StreamReader

@@ -14,10 +14,10 @@ from tests.qemu.versions import EACH
 from tests.test_qemu_to_held import MAIN, PAGE, listening
 from tests.until import until
 from vhostpc.errors import MemoryLost, StreamError, VhostpcError
-from vhostpc.memory.ramblock import Bits, RamBlock
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.phase import Event
+from vhostpc.pages.ramblock import Bits, RamBlock
 from vhostpc.wire.elements import DeviceSection
 
 pytestmark = pytest.mark.qemu

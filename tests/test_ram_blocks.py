@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.hugepages import HUGE
 from vhostpc.errors import BadAddress
-from vhostpc.memory.ramblock import Bits, RamBlock, RamSet, make_memfd, total_pages
+from vhostpc.pages.ramblock import Bits, RamBlock, RamSet, make_memfd, total_pages
 from vhostpc.units import TARGET_PAGE
 
 PAGES = 200

@@ -6,8 +6,8 @@ from contextlib import ExitStack
 
 import trio
 
-from vhostpc.memory.ramblock import Bits, RamSet
-from vhostpc.ufd.pagesource import UNLIMITED, Ended, PageScan, PageSource
+from vhostpc.pages.pagesource import UNLIMITED, Ended, PageScan, PageSource
+from vhostpc.pages.ramblock import Bits, RamSet
 from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.ramrec import EndOfSection, RamDecoder, RamPage
 from vhostpc.wire.return_path import PageRequest, Shut

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vhostpc.errors import ChannelLost, StreamError
-from vhostpc.memory.ramblock import Bits, RamSet
-from vhostpc.ufd.pagesource import UNLIMITED, Ended, PageSource
-from vhostpc.ufd.ramchannel import INPUT_ROOM
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.pagesource import UNLIMITED, Ended, PageSource
+from vhostpc.pages.ramblock import Bits, RamSet
+from vhostpc.pages.ramchannel import INPUT_ROOM
+from vhostpc.pages.service import FaultService
 from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.ramrec import (
     BadRamStream,

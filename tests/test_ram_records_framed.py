@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tests.framed_streams import BLOCKS, SECTION, Case, case, expected
 from vhostpc.errors import ChannelLost
-from vhostpc.memory.ramblock import Bits, RamSet
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.ramblock import Bits, RamSet
+from vhostpc.pages.service import FaultService
 from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.ramrec import BadRamStream
 

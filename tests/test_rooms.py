@@ -14,8 +14,8 @@ from tests.pages import PAGES, ROOT, blocks
 from tests.test_layers import loaded_by
 
 ROOMS = (
-    *("vhostpc", "vhostpc.backend", "vhostpc.endpoint", "vhostpc.frontend", "vhostpc.memory"),
-    *("vhostpc.migration", "vhostpc.qmp", "vhostpc.ufd", "vhostpc.wire"),
+    *("vhostpc", "vhostpc.backend", "vhostpc.endpoint", "vhostpc.frontend", "vhostpc.guest"),
+    *("vhostpc.migration", "vhostpc.pages", "vhostpc.qmp", "vhostpc.ufd", "vhostpc.wire"),
 )
 # ``vhostpc blk`` and ``vhostpc bridge`` as programs of their own.
 PROGRAMS = {"vhostpc.cli": {"run_only"}}

@@ -14,10 +14,10 @@ import trio
 from tests.test_migration_incoming_huge import HUGE, advised, huge_page  # noqa: F401  a fixture
 from tests.until import unread_faults, until
 from vhostpc.errors import MemoryLost, PageBorn
-from vhostpc.memory.ramblock import Bits, RamBlock, RamSet
+from vhostpc.pages.faultclient import ClientRange
+from vhostpc.pages.ramblock import Bits, RamBlock, RamSet
+from vhostpc.pages.service import FaultService
 from vhostpc.ufd import Userfaultfd
-from vhostpc.ufd.client import ClientRange
-from vhostpc.ufd.service import FaultService
 from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.ramrec import RamEncoder
 

@@ -15,12 +15,13 @@ import trio
 
 from tests.until import until
 from vhostpc.errors import UfdError
-from vhostpc.memory.ramblock import Bits, RamBlock, RamSet, total_pages
-from vhostpc.memory.vcpu import UNLIMITED, Area, VCpu
-from vhostpc.ufd import dirty, kernel_version
-from vhostpc.ufd.dirty import DirtyTracker, DirtyWay, probe_dirty
+from vhostpc.guest.vcpu import UNLIMITED, Area, VCpu
+from vhostpc.pages import dirty
+from vhostpc.pages.dirty import DirtyTracker, DirtyWay, probe_dirty
+from vhostpc.pages.ramblock import Bits, RamBlock, RamSet, total_pages
+from vhostpc.pages.service import FaultService
+from vhostpc.ufd import kernel_version
 from vhostpc.ufd.flags import Features
-from vhostpc.ufd.service import FaultService
 from vhostpc.units import TARGET_PAGE
 
 pytestmark = pytest.mark.ufd

@@ -19,11 +19,11 @@ import trio.testing
 
 from tests.until import unread_faults, until
 from vhostpc.errors import ChannelLost, MemoryLost
-from vhostpc.memory.ramblock import Bits, RamSet
+from vhostpc.pages.faultclient import Client, ClientRange
+from vhostpc.pages.pagesource import UNLIMITED, PageSource
+from vhostpc.pages.ramblock import Bits, RamSet
+from vhostpc.pages.service import FaultService
 from vhostpc.ufd import Userfaultfd
-from vhostpc.ufd.client import Client, ClientRange
-from vhostpc.ufd.pagesource import UNLIMITED, PageSource
-from vhostpc.ufd.service import FaultService
 from vhostpc.units import TARGET_PAGE
 
 SEED = 7

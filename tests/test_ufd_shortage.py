@@ -15,10 +15,10 @@ from tests.hugepages import none_free
 from tests.small_tmpfs import SmallTmpfs, small_tmpfs
 from tests.until import until
 from vhostpc.errors import ChannelLost, MemoryLost
-from vhostpc.memory.ramblock import Bits, RamBlock, RamSet
-from vhostpc.ufd.pagesource import UNLIMITED, PageSource
-from vhostpc.ufd.ramchannel import RamChannel
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.pagesource import UNLIMITED, PageSource
+from vhostpc.pages.ramblock import Bits, RamBlock, RamSet
+from vhostpc.pages.ramchannel import RamChannel
+from vhostpc.pages.service import FaultService
 from vhostpc.units import TARGET_PAGE
 
 pytestmark = pytest.mark.ufd

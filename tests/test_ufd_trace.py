@@ -9,10 +9,10 @@ import pytest
 import trio
 
 from tests.until import until
-from vhostpc.memory.ramblock import Bits, RamSet
-from vhostpc.ufd.pagesource import PageSource
-from vhostpc.ufd.service import FaultService
-from vhostpc.ufd.trace import Trace, Way
+from vhostpc.pages.pagesource import PageSource
+from vhostpc.pages.ramblock import Bits, RamSet
+from vhostpc.pages.service import FaultService
+from vhostpc.pages.trace import Trace, Way
 from vhostpc.units import TARGET_PAGE
 
 PAGES = 40

@@ -14,12 +14,12 @@ import pytest
 import trio
 
 from tests.until import until
-from vhostpc.memory.ramblock import Bits, RamSet
+from vhostpc.pages.faultclient import ClientRange
+from vhostpc.pages.pagesource import UNLIMITED, PageSource
+from vhostpc.pages.ramblock import Bits, RamSet
+from vhostpc.pages.service import FaultService
 from vhostpc.ufd import Userfaultfd
-from vhostpc.ufd.client import ClientRange
 from vhostpc.ufd.flags import Features
-from vhostpc.ufd.pagesource import UNLIMITED, PageSource
-from vhostpc.ufd.service import FaultService
 from vhostpc.units import TARGET_PAGE
 
 pytestmark = pytest.mark.ufd

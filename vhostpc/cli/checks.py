@@ -17,8 +17,8 @@ from typing import Any
 from vhostpc.backend.tap import may_open_any_tap
 from vhostpc.cli.common import MORE_DESCRIPTORS, few_descriptors
 from vhostpc.errors import VhostpcError
+from vhostpc.pages.dirty import DirtyWay, probe_dirty
 from vhostpc.ufd import MINIMUM_KERNEL, POSTCOPY_FEATURES, Features, Probe, Way, names, probe
-from vhostpc.ufd.dirty import DirtyWay, probe_dirty
 from vhostpc.ufd.probe import explain
 from vhostpc.units import TARGET_PAGE
 

@@ -22,8 +22,8 @@ from vhostpc.cli.demo_relay import Relay, open_relay
 from vhostpc.errors import VhostpcError
 from vhostpc.frontend import FarSide
 from vhostpc.listener import socket_folder
+from vhostpc.pages.trace import Way
 from vhostpc.ufd import Userfaultfd
-from vhostpc.ufd.trace import Way
 from vhostpc.units import TARGET_PAGE
 
 MIB = 1 << 20

@@ -23,18 +23,18 @@ from vhostpc.cli.common import (
 )
 from vhostpc.dialect import DEFAULT, DIALECTS, Compat
 from vhostpc.endpoint import Endpoint
-from vhostpc.endpoint.machine import Block, Spec, open_machine
 from vhostpc.errors import is_foreseen, sentence
+from vhostpc.guest.own_machine import Block, Spec, open_machine
 from vhostpc.logs import rationed_logger
 from vhostpc.migration import uri
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import After
+from vhostpc.pages.dirty import DirtyWay
 from vhostpc.qmp import Events, Monitor, sizes
 from vhostpc.qmp.screen import Screen, shared
 from vhostpc.qmp.terminal import TextMonitor
-from vhostpc.ufd.dirty import DirtyWay
 from vhostpc.units import TARGET_PAGE, in_units
 
 log = rationed_logger(__name__)

@@ -6,15 +6,16 @@ from vhostpc.lazy import exports
 
 if TYPE_CHECKING:
     from vhostpc.endpoint.endpoint import Endpoint, Listener
-    from vhostpc.endpoint.machine import Block, OwnMachine, Spec, open_machine
 
-__all__ = ["Block", "Endpoint", "Listener", "OwnMachine", "Spec", "open_machine"]
+__all__ = [
+    "Endpoint",
+    "Listener",
+]
 
 if not TYPE_CHECKING:  # for a type checker it would stand for every name
     __getattr__ = exports(
         __name__,
         {
             "vhostpc.endpoint.endpoint": "Endpoint Listener",
-            "vhostpc.endpoint.machine": "Block OwnMachine Spec open_machine",
         },
     )

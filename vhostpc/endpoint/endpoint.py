@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import trio
 
-from vhostpc.endpoint.waits import tell_waits
+from vhostpc.endpoint.stalls import tell_waits
 from vhostpc.errors import (
     ChannelLost,
     MigrationRefused,
@@ -28,7 +28,6 @@ from vhostpc.errors import (
     sentence,
 )
 from vhostpc.logs import rationed_logger
-from vhostpc.memory.ramblock import Bits
 from vhostpc.migration.channel import Channel, connect, listen
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.info import MigrationInfo
@@ -39,6 +38,7 @@ from vhostpc.migration.phase import Course, Event, Phase, Told
 from vhostpc.migration.runstate import RunState, check_migrate
 from vhostpc.migration.status import BUSY, IN_POSTCOPY, Status
 from vhostpc.migration.uri import Address, Exec, Fd, File
+from vhostpc.pages.ramblock import Bits
 
 log = rationed_logger(__name__)
 

@@ -25,7 +25,7 @@ from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import KeptThread, keeping
 from vhostpc.errors import StreamError, naming
 from vhostpc.frontend.share import GuestRegion
-from vhostpc.memory.ramblock import RamSet, touched
+from vhostpc.pages.ramblock import RamSet, touched
 from vhostpc.units import TARGET_PAGE
 
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from vhostpc.errors import LocalProtocolError, PostcopyRefused, RequestFailed, UfdError
 from vhostpc.frontend.client import FrontEnd
 from vhostpc.frontend.share import BackendRegion, MemoryShare, check_mode, set_nonblocking
+from vhostpc.pages.faultclient import Client, ClientRange
+from vhostpc.pages.service import FaultService
 from vhostpc.ufd import Userfaultfd, is_userfaultfd
-from vhostpc.ufd.client import Client, ClientRange
-from vhostpc.ufd.service import FaultService
 from vhostpc.wire.vhost_user import FLAG_NEED_REPLY, ProtocolFeature, Request
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from vhostpc.errors import LocalProtocolError, PostcopyRefused, RemoteProtocolError, naming
 from vhostpc.frontend.client import FrontEnd
-from vhostpc.memory.ramblock import RamBlock
+from vhostpc.pages.ramblock import RamBlock
 from vhostpc.units import TARGET_PAGE, in_units
 from vhostpc.wire.vhost_user import (
     LogArea,

@@ -25,8 +25,8 @@ from typing import Any
 import trio
 
 from vhostpc.errors import ChannelLost, StreamError
-from vhostpc.memory.ramblock import Bits, RamBlock, RamSet
-from vhostpc.ufd.pagesource import PageSource, SourceNumbers
+from vhostpc.pages.pagesource import PageSource, SourceNumbers
+from vhostpc.pages.ramblock import Bits, RamBlock, RamSet
 from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.ramrec import RamEncoder
 from vhostpc.wire.return_path import PageRequest, ReturnPathDecoder, Shut

@@ -8,9 +8,9 @@ from typing import Any, Self
 
 from vhostpc.errors import MigrationRefused, StreamError
 from vhostpc.memory.available import available_memory
-from vhostpc.memory.ramblock import Bits, RamSet, refusal
 from vhostpc.migration.runstate import RunState
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.ramblock import Bits, RamSet, refusal
+from vhostpc.pages.service import FaultService
 from vhostpc.units import TARGET_PAGE, in_units, sizes_differ
 from vhostpc.wire.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
 

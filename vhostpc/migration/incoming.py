@@ -1,7 +1,7 @@
 """The destination of a migration: receives a machine by precopy or by postcopy.
 
 Python reads what stands between RAM sections; the sections themselves are read in C, on a thread that never
-needs the GIL (:mod:`vhostpc.ufd.ramchannel`). In postcopy three things go on at once, and none waits for another:
+needs the GIL (:mod:`vhostpc.pages.ramchannel`). In postcopy three things go on at once, and none waits for another:
 the page thread places what comes, the fault loop asks for what somebody waits for, and a task of its own loads
 the package, which may wait for a page like anybody else.
 """
@@ -16,17 +16,17 @@ import trio
 
 from vhostpc.errors import ChannelLost, PageBorn, StreamError, VhostpcError, first_of, is_foreseen, sentence
 from vhostpc.logs import rationed_logger
-from vhostpc.memory.ramblock import Bits
 from vhostpc.migration.channel import Channel
-from vhostpc.migration.checks import check_advise, check_discard, check_page_sizes
 from vhostpc.migration.heads import check_head
+from vhostpc.migration.long_waits import tell_waits
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.phase import Course, Event, Phase, begun
+from vhostpc.migration.postcopy_checks import check_advise, check_discard, check_page_sizes
 from vhostpc.migration.turns import in_turns, pieces
-from vhostpc.migration.waits import tell_waits
 from vhostpc.migration.watcher import Unwatched, Watcher
-from vhostpc.ufd.ramchannel import LoadNumbers, RamChannel
-from vhostpc.ufd.service import FaultService, ServiceNumbers
+from vhostpc.pages.ramblock import Bits
+from vhostpc.pages.ramchannel import LoadNumbers, RamChannel
+from vhostpc.pages.service import FaultService, ServiceNumbers
 from vhostpc.wire.elements import (
     LOADED,
     MUST_HEAR,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from vhostpc.memory.ramblock import RamSet
 from vhostpc.migration.runstate import RunState
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.ramblock import RamSet
+from vhostpc.pages.service import FaultService
 from vhostpc.wire.elements import Configuration, DeviceSection, RamBlocks
 
 

@@ -18,7 +18,6 @@ import trio
 
 from vhostpc.errors import ChannelLost, MigrationRefused, StreamError, sentence
 from vhostpc.logs import rationed_logger
-from vhostpc.memory.ramblock import Bits, total_pages
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.info import RamInfo
 from vhostpc.migration.machine import Machine
@@ -26,7 +25,8 @@ from vhostpc.migration.options import Options
 from vhostpc.migration.pace import Pace
 from vhostpc.migration.phase import ALL_SENT, Course, Event, Phase, begun
 from vhostpc.migration.watcher import Unwatched, Watcher
-from vhostpc.ufd.pagesource import UNLIMITED, Ended, PageSource, SourceNumbers
+from vhostpc.pages.pagesource import UNLIMITED, Ended, PageSource, SourceNumbers
+from vhostpc.pages.ramblock import Bits, total_pages
 from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.elements import (
     LOADED,

@@ -7,8 +7,8 @@ from vhostpc.lazy import exports
 if TYPE_CHECKING:
     from vhostpc.migration.info import MigrationInfo, RamInfo
     from vhostpc.qmp.client import open_monitor
-    from vhostpc.qmp.endpoint import Endpoint
     from vhostpc.qmp.events import Events
+    from vhostpc.qmp.monitored import Endpoint
     from vhostpc.qmp.server import Monitor
     from vhostpc.qmp.terminal import TextMonitor
 
@@ -20,7 +20,7 @@ if not TYPE_CHECKING:  # for a type checker it would stand for every name
         {
             "vhostpc.migration.info": "MigrationInfo RamInfo",
             "vhostpc.qmp.client": "open_monitor",
-            "vhostpc.qmp.endpoint": "Endpoint",
+            "vhostpc.qmp.monitored": "Endpoint",
             "vhostpc.qmp.events": "Events",
             "vhostpc.qmp.server": "Monitor",
             "vhostpc.qmp.terminal": "TextMonitor",

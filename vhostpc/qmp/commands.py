@@ -19,8 +19,8 @@ from vhostpc.migration.options import parameters
 from vhostpc.migration.runstate import RunState, check_migrate
 from vhostpc.migration.status import BUSY, Status
 from vhostpc.qmp import types
-from vhostpc.qmp.endpoint import Endpoint
 from vhostpc.qmp.events import Events
+from vhostpc.qmp.monitored import Endpoint
 from vhostpc.qmp.schema import ANY, BOOL, NOTHING, STR, Array, Enum, Int, Introspection, Member, Struct, Type
 from vhostpc.wire.qmp import NOT_FOUND, QmpError
 

@@ -18,9 +18,9 @@ import trio
 from vhostpc.logs import rationed_logger
 from vhostpc.qmp import commands, human
 from vhostpc.qmp.commands import Session
-from vhostpc.qmp.endpoint import Endpoint
 from vhostpc.qmp.events import Events
 from vhostpc.qmp.listening import SocketServer
+from vhostpc.qmp.monitored import Endpoint
 from vhostpc.qmp.unsent import EVENTS, Unsent
 from vhostpc.wire import qmp
 

@@ -24,9 +24,9 @@ from vhostpc.errors import VhostpcError, sentence
 from vhostpc.logs import rationed_logger
 from vhostpc.qmp import human
 from vhostpc.qmp.commands import Session
-from vhostpc.qmp.endpoint import Endpoint
 from vhostpc.qmp.events import Events
 from vhostpc.qmp.listening import SocketServer
+from vhostpc.qmp.monitored import Endpoint
 from vhostpc.qmp.screen import Screen, is_dumb
 
 log = rationed_logger(__name__)

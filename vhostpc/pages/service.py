@@ -20,13 +20,13 @@ from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import keeping
 from vhostpc.errors import PageBorn
 from vhostpc.logs import rationed_logger
-from vhostpc.memory.ramblock import Bits, RamBlock, RamSet
-from vhostpc.memory.waits import Waits
-from vhostpc.ufd.client import Client, ClientRange
+from vhostpc.pages.faultclient import Client, ClientRange
+from vhostpc.pages.loops import Loops
+from vhostpc.pages.ramblock import Bits, RamBlock, RamSet
+from vhostpc.pages.ramchannel import LoadNumbers, RamChannel
+from vhostpc.pages.trace import Trace, Traced
+from vhostpc.pages.waits import Waits
 from vhostpc.ufd.flags import Features
-from vhostpc.ufd.loops import Loops
-from vhostpc.ufd.ramchannel import LoadNumbers, RamChannel
-from vhostpc.ufd.trace import Trace, Traced
 from vhostpc.ufd.uffd import Userfaultfd
 
 log = rationed_logger(__name__)

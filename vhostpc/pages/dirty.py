@@ -24,9 +24,9 @@ from vhostpc._native.loop import run_loop
 from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import KeptThread
 from vhostpc.errors import UfdError, VhostpcError
-from vhostpc.memory.ramblock import RamSet
+from vhostpc.pages.loops import Loops
+from vhostpc.pages.ramblock import RamSet
 from vhostpc.ufd.flags import Features, names
-from vhostpc.ufd.loops import Loops
 from vhostpc.ufd.probe import SHORT
 from vhostpc.ufd.uffd import Userfaultfd
 

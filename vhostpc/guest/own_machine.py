@@ -16,20 +16,20 @@ from uuid import UUID
 
 import trio
 
-from vhostpc.endpoint.backends import TIMEOUT, BackEnd, open_backend
-from vhostpc.endpoint.netdev import AREA, NetDevice
-from vhostpc.endpoint.sections import MACHINE, VCPU, description, globalstate, name_of, run_state_of
 from vhostpc.errors import GuestMemoryError, MemoryLost, MigrationRefused, Shortage, StreamError, UfdError
 from vhostpc.frontend import DirtyLog, GuestRegion
+from vhostpc.guest.backends import TIMEOUT, BackEnd, open_backend
+from vhostpc.guest.netdev import AREA, NetDevice
+from vhostpc.guest.sections import MACHINE, VCPU, description, globalstate, name_of, run_state_of
+from vhostpc.guest.vcpu import Area, VCpu, stop_all
 from vhostpc.logs import rationed_logger
 from vhostpc.memory.available import available_memory
-from vhostpc.memory.ramblock import Bits, RamSet, refusal
-from vhostpc.memory.vcpu import Area, VCpu, stop_all
-from vhostpc.memory.waits import Waits
 from vhostpc.migration.runstate import RunState
-from vhostpc.ufd.client import ClientNumbers
-from vhostpc.ufd.dirty import DirtyTracker, DirtyWay
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.dirty import DirtyTracker, DirtyWay
+from vhostpc.pages.faultclient import ClientNumbers
+from vhostpc.pages.ramblock import Bits, RamSet, refusal
+from vhostpc.pages.service import FaultService
+from vhostpc.pages.waits import Waits
 from vhostpc.units import TARGET_PAGE, in_units, sizes_differ
 from vhostpc.wire.elements import Configuration, DeviceSection, RamBlocks
 

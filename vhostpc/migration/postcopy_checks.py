@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vhostpc.errors import UfdError
 from vhostpc.memory.mapping import mlock_future_in_force
-from vhostpc.memory.ramblock import RamBlock
+from vhostpc.pages.ramblock import RamBlock
 from vhostpc.ufd.flags import Features
 from vhostpc.ufd.uffd import Userfaultfd
 from vhostpc.units import TARGET_PAGE, in_units, page_sizes

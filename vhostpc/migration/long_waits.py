@@ -8,8 +8,8 @@ from collections.abc import Callable
 import trio
 
 from vhostpc.logs import rationed_logger
-from vhostpc.ufd.ramchannel import LoadNumbers
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.ramchannel import LoadNumbers
+from vhostpc.pages.service import FaultService
 
 log = rationed_logger(__name__)
 

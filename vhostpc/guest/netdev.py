@@ -17,12 +17,12 @@ from typing import Any
 
 import trio
 
-from vhostpc.endpoint.backends import BackEnd
-from vhostpc.endpoint.sections import NET, name_of
 from vhostpc.errors import MemoryLost, Shortage, StreamError, sentence
 from vhostpc.frontend import Driver, GuestRegion, RingLayout
+from vhostpc.guest.backends import BackEnd
+from vhostpc.guest.sections import NET, name_of
 from vhostpc.logs import rationed_logger
-from vhostpc.memory.ramblock import RamSet
+from vhostpc.pages.ramblock import RamSet
 from vhostpc.units import TARGET_PAGE
 from vhostpc.virtio.event import signal_event
 from vhostpc.wire.elements import DeviceSection

@@ -22,7 +22,7 @@ from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import keeping
 from vhostpc.enums import WordEnum
 from vhostpc.errors import StreamError
-from vhostpc.memory.ramblock import Bits, RamSet
+from vhostpc.pages.ramblock import Bits, RamSet
 from vhostpc.wire.ramrec import REASONS, BadRecord
 
 UNLIMITED = lib.VPC_RATE_UNLIMITED

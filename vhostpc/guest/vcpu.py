@@ -22,8 +22,8 @@ from vhostpc._native.loop import run_loop
 from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import KeptThread, borrow
 from vhostpc.errors import StreamError
-from vhostpc.memory.ramblock import RamBlock, RamSet, touched
-from vhostpc.memory.waits import Waits, waits_of
+from vhostpc.pages.ramblock import RamBlock, RamSet, touched
+from vhostpc.pages.waits import Waits, waits_of
 
 UNLIMITED = lib.VPC_RATE_UNLIMITED
 STATE_VERSION = 1

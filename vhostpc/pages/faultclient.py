@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from vhostpc._native import check, ffi, lib
 from vhostpc._native.numbers import numbers_of
-from vhostpc.memory.ramblock import RamBlock
-from vhostpc.memory.waits import Waits, waits_of
+from vhostpc.pages.ramblock import RamBlock
+from vhostpc.pages.waits import Waits, waits_of
 
 MOST_THREADS = 256
 

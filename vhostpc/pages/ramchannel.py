@@ -15,8 +15,8 @@ from vhostpc._native.loop import run_loop
 from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import keeping
 from vhostpc.errors import ChannelLost, MemoryLost, PageBorn
-from vhostpc.memory.ramblock import RamSet
-from vhostpc.ufd.loops import Loops
+from vhostpc.pages.loops import Loops
+from vhostpc.pages.ramblock import RamSet
 from vhostpc.wire.ramrec import BadRamStream, BadRecord
 
 INPUT_ROOM = 256 << 10

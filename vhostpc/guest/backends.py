@@ -26,8 +26,8 @@ from vhostpc.frontend import BackendPostcopy, Driver, FrontEnd, GuestRegion, Mem
 from vhostpc.frontend.rings import ring_addr
 from vhostpc.frontend.share import DirtyLog
 from vhostpc.logs import rationed_logger
-from vhostpc.ufd.client import Client, ClientNumbers
-from vhostpc.ufd.service import FaultService
+from vhostpc.pages.faultclient import Client, ClientNumbers
+from vhostpc.pages.service import FaultService
 from vhostpc.wire.vhost_user import Feature, ProtocolFeature
 
 log = rationed_logger(__name__)
