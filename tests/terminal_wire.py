@@ -78,13 +78,13 @@ async def qemu(version: Compat, tmp_path: Path, *more: str) -> AsyncIterator[Ter
     argv = [*program.argv, "-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]
     argv += ["-M", "pc", "-m", "16", "-S", "-monitor", f"unix:{path},server=on,wait=off", *more]
     async with child("qemu", argv, env=program.env):
-        await until(lambda: _listens(path), what="QEMU's monitor")
+        await until(lambda: listens(path), what="QEMU's monitor")
         terminal = Terminal(path, echoes=True)
         with terminal.sock:
             yield terminal
 
 
-def _listens(path: Path) -> bool:
+def listens(path: Path) -> bool:
     """Told without connecting: a monitor takes one client at a time."""
     rows = Path("/proc/net/unix").read_text().splitlines()
     return any(row.endswith(f" {path}") and row.split()[3] == "00010000" for row in rows)

@@ -7,6 +7,7 @@ import shlex
 import socket
 import sys
 from contextlib import AsyncExitStack, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import trio
 
 from tests.pages import ROOT, files
 from tests.peers.child import Child, open_child
+from tests.terminal_wire import listens
 from tests.until import until
 from vhostpc.qmp.client import QmpClient, open_monitor
 
@@ -69,7 +71,8 @@ async def test_two_ends_by_hand(tmp_path: Path) -> None:
                 children.append(child)
                 if path := re.search(r"--socket-path (\S+)|--qmp unix:(\S+)", here(line)):
                     where = path[1] or path[2]
-                    await until(Path(where).exists, LIMIT, f"{line}: {child.said}")
+                    # Its name is there before it listens.
+                    await until(partial(listens, Path(where)), LIMIT, f"{line}: {child.said}")
                     if path[2]:
                         monitors.append(await stack.enter_async_context(open_monitor(where, line)))
             try:
