@@ -117,7 +117,7 @@ def stages(folder: Path) -> list[list[int]]:
             sleep.begin,
         ]
         ends = [min(end, sleep.begin) for end in ends]  # the toucher may run before the wake has returned
-        if ends == sorted(ends):  # else something else was under way, too
+        if ends == sorted(ends):  # otherwise something else was in flight, too
             found.append([b - a for a, b in itertools.pairwise(ends)])
     return found
 
