@@ -136,7 +136,7 @@ def test_what_a_destination_would_refuse(flags: list[str]) -> None:
         assert found["refused"] == [{"offset": 8, "reason": why}]
         assert [block["guest_address"] for block in found["ram"]] == [0, 1 << 32]
     else:
-        assert f"\nA destination of ours refuses this stream:\n           8  {why}\n" in done.stdout
+        assert f"\nOur destination refuses this stream:\n           8  {why}\n" in done.stdout
         assert done.stdout.endswith("\nNothing wrong.\n")
 
 
@@ -208,7 +208,7 @@ def test_it_listens_for_a_source(kind: str, tmp_path: Path) -> None:
     ("source", "code", "text"),
     [
         ("/nowhere/at all", 1, "/nowhere/at all: No such file or directory"),
-        ("tcp:localhost:many", 2, "wants a port"),
+        ("tcp:localhost:many", 2, "needs a port"),
         ("/dev/null", 1, "byte 0 (0x0): the stream ends inside the header"),
     ],
 )

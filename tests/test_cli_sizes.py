@@ -36,7 +36,7 @@ def test_sizes_are_typed_as_qemu_takes_them(text: str, count: int) -> None:
         *[("256X", "is not a size such as 256M"), ("", "is not a size"), ("-4096", "is not a size")],
         *[("1.5", "is not a size"), ("M", "is not a size"), ("BB", "is not a size")],
         *[("0x10M", "a hexadecimal number is whole bytes, without a unit"), ("0x", "a hexadecimal number")],
-        *[("8E", "more than a file can have"), ("16E", "more than a file can have")],
+        *[("8E", "more than the largest file size"), ("16E", "more than a file can have")],
     ],
 )
 def test_what_is_no_size_is_refused_in_a_sentence(text: str, why: str) -> None:

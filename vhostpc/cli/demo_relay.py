@@ -49,7 +49,7 @@ class Relay:
         return bytes(changed)
 
     async def serve(self, listener: trio.SocketListener, target: Path) -> None:
-        """Join one connection to ``target``, until both sides have ended."""
+        """Connect one connection to ``target``, until both sides have ended."""
         async with await listener.accept() as near, await trio.open_unix_socket(str(target)) as far:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._pump, near, far, True)
@@ -76,4 +76,4 @@ async def open_relay(path: Path, target: Path, first: int) -> AsyncIterator[Rela
         yield relay
         nursery.cancel_scope.cancel()
     if not relay.harmed:
-        raise VhostpcError("a byte was to be damaged on the way, and no page came by")
+        raise VhostpcError("a byte was to be damaged in transit, but no page passed")
