@@ -43,37 +43,40 @@ What limits each figure:
 
 - N1: the kernel's UDP path. The pump spends all but a few hundredths of its time in `sendmmsg`, one call for up to 64
   messages. Frames of one size are joined (UDP_SEGMENT): the kernel carries up to 64 of them as one, and the receiver
-  gets them so. That is most of the difference. Mixed sizes mostly cannot be joined, so there the lead over a bridge without
-  a dump is smallest.
-- N2: the sender, where nothing is lost and its rate equals ours: it cannot send faster. Sent one by one, each datagram
-  costs sender and receiver a pass through the kernel of its own, and that pass is most of the cost.
+  gets them so. That is most of the difference. Mixed sizes mostly cannot be joined, so there the lead over a bridge
+  without a dump is smallest.
+- N2: the sender, where nothing is lost and its rate equals ours: it cannot send faster. Sent one by one, each
+  datagram costs sender and receiver a pass through the kernel of its own, and that pass is most of the cost.
 - N2, in and out again: the guest's transmit ring of 256. The pump into the guest can go on until that ring is full
   while the pump out of it waits for a turn on the same core; the guest then drops. A yield after each publishing was
   tried. It helped little here, and a sender that never pauses then kept the core: an eighth of the frames arrived.
 - N4: where both figures are equal, the sender.
 - F1: the kernel's fault and wake-up. p99 across two cores is the scheduler's: with other work on the machine it is
-  milliseconds for both sides. The busy Python thread costs no GIL, only a processor: with two cores, where it is bound
-  to the handler's core while the toucher has the other, some wake-ups wait for the end of its time slice.
-- F2: idle, four wake-ups of sleeping threads: fault loop, source, load, and the toucher; `python -m bench.stages` shows
-  where each microsecond goes. While pages flow, the data queued ahead of the requested page: in the source's output,
-  in the socket, in the load's input. The two threads that carry the flow want both cores; a QEMU with preempt has
-  a second connection for requested pages. Spinning needs idle cores: on two it takes them from threads that have
+  milliseconds for both sides. The busy Python thread costs no GIL, only a processor: with two cores, where it is
+  bound to the handler's core while the toucher has the other, some wake-ups wait for the end of its time slice.
+- F2: idle, four wake-ups of sleeping threads: fault loop, source, load, and the toucher; `python -m bench.stages`
+  shows where each microsecond goes. While pages flow, the data queued ahead of the requested page: in the source's
+  output, in the socket, in the load's input. The two threads that carry the flow want both cores; a QEMU with preempt
+  has a second connection for requested pages. Spinning needs idle cores: on two it takes them from threads that have
   work to do, so p50 stays and p99 grows; each touch costs the destination both cores until the next.
 - F3: a processor. The fault loop and the load need no GIL, but with two cores a wake-up may wait for the end of the
-  busy thread's time slice, some 3 ms, which makes p99 in some runs and not in others. With the busy thread at nice 19 none
-  of three runs had it. While pages flow, the busy thread and the two that carry the flow are three for two cores.
-- F4: together, the creation of a thread for each chain, some 0.2 ms each in Python. That is nearly all of it; the pages
-  have arrived by then. So it helps where a page takes longer than a thread (a network in between), and not on one machine.
-- M1: the kernel's allocation of pages for a memfd. Touched through a mapping, each costs a fault and a clearing. That is
-  nearly all of it, for pages of data as for marks of zeros.
+  busy thread's time slice, some 3 ms, which makes p99 in some runs and not in others. With the busy thread at nice 19
+  none of three runs had it. While pages flow, the busy thread and the two that carry the flow are three for two
+  cores.
+- F4: together, the creation of a thread for each chain, some 0.2 ms each in Python. That is nearly all of it; the
+  pages have arrived by then. So it helps where a page takes longer than a thread (a network in between), and not on
+  one machine.
+- M1: the kernel's allocation of pages for a memfd. Touched through a mapping, each costs a fault and a clearing. That
+  is nearly all of it, for pages of data as for marks of zeros.
 - M2: full pages: the copies into the socket and out of it, and the first read of each page in memory; zero pages: the
   read. A source whose pages are not mapped yet also pays one fault for every 16 of them.
 - M3: at the source, the back-end's answer with its ring positions, and the last check for written pages; at the
-  destination, discarding the pages that were rewritten (one system call per range), the exchange of addresses with the
-  back-end, and two pages that are waited for while the device's state is loaded, by then beside the flow of the others.
-  QEMU's reported downtime ends when the package has been sent; it excludes the destination's work on the package.
-- M4: as M1 and M2. Creating pages through a mapping takes more than twice as long per page at 4 GiB as at 1 GiB on such a
-  machine, also in a program of ten lines; writing them into the file does not.
+  destination, discarding the pages that were rewritten (one system call per range), the exchange of addresses with
+  the back-end, and two pages that are waited for while the device's state is loaded, by then beside the flow of the
+  others. QEMU's reported downtime ends when the package has been sent; it excludes the destination's work on the
+  package.
+- M4: as M1 and M2. Creating pages through a mapping takes more than twice as long per page at 4 GiB as at 1 GiB on
+  such a machine, also in a program of ten lines; writing them into the file does not.
 - M0: the interpreter and its modules.
 - D1: plain Python, a batch at a time; a device with bulk data uses a pump.
 

@@ -235,7 +235,7 @@ def test_what_a_machine_reports_is_named() -> None:
     assert found == [
         "back-end net0 is gone",
         "vCPU 1 met 2 bad pages, the first: page 7",
-        "net0: 1 faults of no page",
+        "net0: 1 faults belong to no page",
         "net0: 1 faults still wait",
     ]
 

@@ -30,7 +30,7 @@ def needs_root() -> None:
 
 def names_the_mend(text: str) -> None:
     assert "postcopy cannot be done here" in text
-    assert "to mend it, give this process read and write access to /dev/userfaultfd" in text
+    assert "to fix it, give this process read and write access to /dev/userfaultfd" in text
     assert "seccomp" in text
 
 

@@ -260,8 +260,8 @@ async def run(
     default=0,
     show_default=True,
     metavar="N",
-    help="Keep polling for N microseconds after each fault and each page of a postcopy before sleeping: occupies up to two "
-    "cores, and only helps where these are idle.",
+    help="Keep polling for N microseconds after each fault and each page of a postcopy before sleeping: occupies "
+    "up to two cores, and only helps where these are idle.",
 )
 @click.option(
     "--incoming", metavar="URI|defer", help="Wait for a machine from there, or for migrate-incoming."

@@ -81,14 +81,14 @@ class Pictures:
             ),
             "faults": (
                 "How long a missing page takes",
-                "Each dot is one page fault: when a thread touched a missing page, and how long it waited until the page "
-                "arrived from the source (the scale is logarithmic; a tenfold wait is a line higher).",
+                "Each dot is one page fault: when a thread touched a missing page, and how long it waited until the "
+                "page arrived from the source (the scale is logarithmic; a tenfold wait is a line higher).",
                 self.faults(),
             ),
             "lanes": (
                 "Who waited, and when",
-                "One lane for each vCPU and each other client that touches memory: the higher a column, the more of that "
-                "moment was spent waiting for pages; at a full one it did nothing else. "
+                "One lane for each vCPU and each other client that touches memory: the higher a column, the more of "
+                "that moment was spent waiting for pages; at a full one it did nothing else. "
                 "At the right: the part of the postcopy phase spent waiting.",
                 self.lanes(),
             ),

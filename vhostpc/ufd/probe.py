@@ -84,7 +84,7 @@ def explain(failures: Mapping[Way, int]) -> str:
     if unprivileged is None and Way.USER_MODE_ONLY not in failures:
         mend.append("let user-mode-only be tried, which needs no privilege")
     text = f"userfaultfd cannot be opened: {why}"
-    return f"{text}; to mend it, {' or '.join(mend)}" if mend else text
+    return f"{text}; to fix it, {' or '.join(mend)}" if mend else text
 
 
 @dataclass(frozen=True, slots=True)
