@@ -181,7 +181,7 @@ async def test_cve_2020_10723_ring_index_cut_to_fewer_bits(
         await front.send(request_, state(index, 1))
         assert await front.ended()
     (line,) = lines(caplog)
-    assert f"ring {index}, there are 2" in line
+    assert f"ring {index}, but there are 2" in line
 
 
 async def test_cve_2020_10724_lengths_that_the_guest_only_claims(guest: Guest, far: Far) -> None:

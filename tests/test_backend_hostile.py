@@ -74,7 +74,7 @@ async def test_missing_descriptor(caplog: pytest.LogCaptureFixture, request_: Re
 @pytest.mark.parametrize(
     ("request_", "payload", "fds", "words"),
     [
-        (Request.SET_VRING_NUM, state(2, 16), 0, "ring 2, there are 2"),
+        (Request.SET_VRING_NUM, state(2, 16), 0, "ring 2, but there are 2"),
         (Request.SET_VRING_NUM, state(0, 0), 0, "0 entries"),
         (Request.SET_VRING_NUM, state(0, 24), 0, "24 entries"),
         (Request.SET_VRING_NUM, state(0, 65536), 0, "65536 entries"),
@@ -86,9 +86,9 @@ async def test_missing_descriptor(caplog: pytest.LogCaptureFixture, request_: Re
         (Request.VRING_KICK, state(9, 0), 0, "ring 9"),
         (Request.SET_VRING_ADDR, vu.VringAddr(5, 0, 0, 0, 0, 0).pack(), 0, "ring 5"),
         (Request.SET_VRING_KICK, vu.pack_u64(0xFF), 1, "ring 255"),
-        (Request.SET_VRING_KICK, vu.pack_u64(0), 1, "no eventfd"),
-        (Request.SET_VRING_CALL, vu.pack_u64(0), 1, "no eventfd"),
-        (Request.SET_VRING_ERR, vu.pack_u64(1), 1, "no eventfd"),
+        (Request.SET_VRING_KICK, vu.pack_u64(0), 1, "not an eventfd"),
+        (Request.SET_VRING_CALL, vu.pack_u64(0), 1, "not an eventfd"),
+        (Request.SET_VRING_ERR, vu.pack_u64(1), 1, "not an eventfd"),
         (Request.SET_VRING_KICK, vu.pack_u64(vu.VRING_NOFD), 1, "no-descriptor bit"),
         (Request.SET_VRING_CALL, vu.pack_u64(0), 0, "no-descriptor bit"),
         (Request.SET_BACKEND_REQ_FD, b"", 1, "not a socket"),

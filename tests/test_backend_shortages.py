@@ -112,7 +112,7 @@ async def test_no_thread_is_left_for_a_request(
                 break
             if not whole:  # else it was looking for more
                 (line,) = ended_sessions(caplog)
-                own = isinstance(device, Borrower) and "this process can have no more threads" in line
+                own = isinstance(device, Borrower) and "this process cannot start more threads" in line
                 assert own or "no thread for a touch of guest memory" in line
         assert count >= 2
         assert await session(path)

@@ -192,7 +192,7 @@ def test_a_socket_in_use_is_left_alone(tmp_path: Path) -> None:
     with listening(path):
         done = call(RNG, "--socket-path", str(path))
         assert done.returncode == 1
-        assert "another process listens" in done.stderr
+        assert "another process is listening" in done.stderr
         assert path.exists()
 
 
@@ -203,7 +203,7 @@ async def test_a_second_one_does_not_end_the_first(tmp_path: Path) -> None:
         await first.until("ready on")
         async with program(RNG, "--socket-path", str(path)) as second:
             assert await second.wait() == 1
-            assert "another process listens" in second.said
+            assert "another process is listening" in second.said
         with await connected(path) as sock:
             assert await ask(sock, Request.GET_FEATURES)
         assert await first.wait() == 0, first.said

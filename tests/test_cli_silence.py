@@ -87,7 +87,9 @@ def test_a_path_that_no_socket_can_have(arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.endswith(f"/tmp/{TOO_LONG}: a unix socket's path has 108 bytes at most, and this one has 125")
+    assert line.endswith(
+        f"/tmp/{TOO_LONG}: a unix socket's path can have at most 108 bytes, and this one has 125"
+    )
 
 
 def test_a_back_end_that_is_not_there() -> None:

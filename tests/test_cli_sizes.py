@@ -66,7 +66,10 @@ def test_a_machine_of_a_hexadecimal_size() -> None:
     ("ram", "told"),
     [
         ("mem=0x500000,page=2M", "5 MiB are not whole pages of 2 MiB"),
-        ("mem=4M,page=3K", "page=3K: the size of a host page is a power of two from 4 KiB on, not 3 KiB"),
+        (
+            "mem=4M,page=3K",
+            "page=3K: the size of a host page must be a power of two, at least 4 KiB, not 3 KiB",
+        ),
         ("mem=1000G", "a machine of 1000 GiB does not fit: this computer has "),
         # More than any address space has.
         ("mem=1048576T", "RAM block 'mem', 1048576 TiB in pages of 4 KiB, cannot be had"),

@@ -411,7 +411,7 @@ async def test_stop_in_postcopy_waits_for_pages_and_not_for_time(tmp_path: Path)
 
 async def test_no_huge_page_is_free(tmp_path: Path) -> None:
     """Small ones do not take their place, in a machine of its own nor in one that is held."""
-    mend = "; set 32 aside in /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
+    mend = "; reserve 32 in /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
     huge = ["--ram", "mem=64M,page=2M"]
     with none_free():
         argv = [sys.executable, "-m", "vhostpc", "endpoint", "--qmp", f"unix:{tmp_path / 'qmp'}", *huge]
@@ -473,7 +473,7 @@ async def test_large(when: str, ram: list[str], tmp_path: Path) -> None:
         (["--ram", "a=64M", "--vcpu-writes", "18446744073709551616"], 2, "vcpu-writes"),
         (["--ram", "a=64M", "--backend-timeout", "nan"], 2, "'nan' is not a number"),
         (["--ram", "a=64M", "--postcopy-after-seconds", "nan"], 2, "'nan' is not a number"),
-        (["--ram", "a=1024G,page=2M"], 1, "RAM block 'a', .* cannot be had: .*; set 524288 aside in"),
+        (["--ram", "a=1024G,page=2M"], 1, "RAM block 'a', .* cannot be had: .*; reserve 524288 in"),
         (["--ram", "a=1M", "--backend", "x"], 1, "need 4 MiB of the first RAM block, 'a', which has 1"),
         (
             ["--ram", "a=64M", "--backend", "/nowhere/x", "--backend-timeout", "0.2"],

@@ -357,7 +357,7 @@ async def test_other_vcpu_areas_are_refused(tmp_path: Path) -> None:
             {"backends": ["/nowhere"]},
             "need 4 MiB of the first RAM block, 'a', which has 1",
         ),
-        ([Block("a", 1 << 40, 2 * MIB)], {}, "cannot be had: .*; set 524288 aside in .*2048kB/nr_hugepages"),
+        ([Block("a", 1 << 40, 2 * MIB)], {}, "cannot be had: .*; reserve 524288 in .*2048kB/nr_hugepages"),
     ],
 )
 async def test_memory_that_cannot_be_had(blocks: list[Block], more: dict[str, Any], why: str) -> None:

@@ -15,7 +15,7 @@ from vhostpc import logs
 from vhostpc.logs import BURST, INTERVAL, Ration
 
 ROOT = Path(__file__).resolve().parent.parent
-MORE = "there are more lines like the last one: they are counted"
+MORE = "more lines like the last one follow: they are only counted"
 
 
 class Clock:

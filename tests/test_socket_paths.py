@@ -139,7 +139,7 @@ async def test_who_listens_is_left_alone_and_not_connected_to(
         held_up = signal.signal(signal.SIGALRM, signal.default_int_handler)
         signal.alarm(20)
         try:
-            with pytest.raises(VhostpcError, match="another process listens there"), alone():
+            with pytest.raises(VhostpcError, match="another process is listening there"), alone():
                 async with served(path):
                     pass
         finally:
@@ -215,7 +215,7 @@ async def test_two_that_start_at_a_stale_file(tmp_path: Path, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "lstat", lstat_and_bind)
-        with pytest.raises(VhostpcError, match="another process listens there"):
+        with pytest.raises(VhostpcError, match="another process is listening there"):
             backend.bind(path)
     with quicker[0]:
         quicker[0].listen()

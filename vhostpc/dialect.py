@@ -1,4 +1,4 @@
-"""How the versions of QEMU differ, as far as we keep their manners: one :class:`Dialect` for each.
+"""The differences between QEMU's versions, as far as we follow them: one :class:`Dialect` for each.
 
 Nothing else compares versions: who has to know asks for the field that says what differs. What follows the machine
 type, and not the program, is in :meth:`Dialect.of_machine`.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Compat = Literal["7.2", "10.0", "11.1"]
-"""The QEMU whose manners are kept where they differ."""
+"""The QEMU version whose behaviour is followed where versions differ."""
 DEFAULT: Compat = "10.0"
 
 _MACHINE_VERSION = re.compile(r"-(\d+)\.\d+$")
@@ -20,7 +20,7 @@ _MACHINE_VERSION = re.compile(r"-(\d+)\.\d+$")
 
 @dataclass(frozen=True)
 class Dialect:
-    """What one version of QEMU says, takes and does. Names are QEMU's, in its order."""
+    """The messages, arguments and behaviour of one version of QEMU. Names are QEMU's, in its order."""
 
     version: tuple[int, int, int]
 
@@ -29,12 +29,12 @@ class Dialect:
     deprecated_capabilities: tuple[str, ...]
     """As ``query-qmp-schema`` marks them."""
     conflicts: tuple[tuple[str, str, str], ...]
-    """(capability, another that does not go with it, the refusal), looked at in this order."""
+    """(capability, another that conflicts with it, the refusal), checked in this order."""
     needs: tuple[tuple[str, str, str], ...]
-    """(capability, another that it needs, the refusal), looked at before all."""
+    """(capability, another that it needs, the refusal), checked first."""
     parameters: tuple[str, ...]
     ignored_parameters: frozenset[str]
-    """Taken, and the old value is kept."""
+    """Accepted, but the old value is kept."""
     subjects: tuple[str, tuple[tuple[str, str], ...]]
     """What a refused value's sentence begins with, ``{}`` being the parameter, and those of which it is another."""
     hyphens: bool
@@ -42,7 +42,7 @@ class Dialect:
     modes: tuple[str, ...]
     """Values of the parameter ``mode``."""
     null_parameters: bool
-    """``query-migrate-parameters`` may have null for a text."""
+    """``query-migrate-parameters`` may have null for a string."""
 
     # Statuses.
     statuses: tuple[str, ...]
@@ -70,17 +70,17 @@ class Dialect:
     # Commands.
     migrate_flags: tuple[str, ...]
     channels: bool
-    """``migrate`` and ``migrate-incoming`` take ``channels`` in place of ``uri``."""
+    """``migrate`` and ``migrate-incoming`` accept ``channels`` in place of ``uri``."""
     exit_on_error: bool
-    """``migrate-incoming`` takes ``exit-on-error``; a destination that has failed can listen again."""
+    """``migrate-incoming`` accepts ``exit-on-error``; a destination that has failed can listen again."""
     singlestep: bool
     """``query-status`` has ``singlestep``."""
     globals: tuple[str, ...]
-    """Lines of the text monitor's ``info migrate``: settings of a machine type, which say how its streams look."""
+    """Lines of the text monitor's ``info migrate``: settings of a machine type that determine its stream format."""
     grouped_info: bool
     """``info migrate`` has several numbers on a line, and the lines above only with ``-a``."""
     parameter_is_rest: bool
-    """``migrate_set_parameter`` of the text monitor takes all that is left of the line, with its quotes."""
+    """``migrate_set_parameter`` of the text monitor takes the rest of the line, with its quotes."""
     parameters_in_text: tuple[str, ...]
     """Those of ``info migrate_parameters``, in its order."""
     postcopy_bandwidth_unit: str
@@ -92,9 +92,9 @@ class Dialect:
     empty_fd_name: bool
     """``fd:`` without a name is an address (of nothing)."""
     fd_of_file: bool
-    """``fd:`` may be a plain file."""
+    """``fd:`` may be a regular file."""
     inet_options: tuple[str, ...]
-    """What may stand behind ``tcp:HOST:PORT``, where anything else is refused; none: anything may."""
+    """Options allowed behind ``tcp:HOST:PORT``, if others are refused; none: anything is allowed."""
     keep_alive: tuple[str, ...]
     """Numbers of a TCP connection that is kept alive, in an address."""
     unknown_address: str

@@ -1,4 +1,4 @@
-"""Borrowed threads that may be asleep in guest memory, and how a session does without them."""
+"""Borrowed threads that may be asleep in guest memory, and how a session goes on without them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The class a device author writes."""
+"""The base class of devices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vhostpc.virtio.queue import Queue
 
 
 class FrontEnd(Protocol):
-    """What a device may know of the session it serves."""
+    """A device's view of the session that it serves."""
 
     name: str
     #: Feature bits that the driver accepted (0 before SET_FEATURES).
@@ -18,7 +18,7 @@ class FrontEnd(Protocol):
 
     @property
     def smallest_ring(self) -> int:
-        """Entries of the smallest ring that it has told the size of; 0 before the first."""
+        """Entries of the smallest ring whose size it has sent; 0 before the first."""
 
     async def config_changed(self) -> None:
         """Tell the driver that config space changed; nothing happens if the front-end has no channel for it."""
@@ -93,10 +93,10 @@ class Device:
 
 
 def check_device(device: object) -> None:
-    """Raises VhostpcError, with the class's name, for what cannot serve a queue."""
+    """Raises VhostpcError, with the class's name, for an object that cannot serve a queue."""
     name = type(device).__name__
     if not isinstance(device, Device):
-        raise VhostpcError(f"{name} is no vhostpc.backend.Device")
+        raise VhostpcError(f"{name} is not a vhostpc.backend.Device")
     if getattr(device.handle_queue, "__func__", None) is Device.handle_queue:
         raise VhostpcError(f"{name} has no handle_queue")
     for handler in (device.handle_queue, device.handle_disabled_queue, device.handle_session):

@@ -63,7 +63,9 @@ async def use_memory(session: SessionState, memory: GuestMemory) -> None:
             while old.users:
                 await trio.sleep(0.005)
         if old.users:
-            log.warning("%s: %d chains in hand still use memory that was taken away", session.name, old.users)
+            log.warning(
+                "%s: %d chains still in use refer to memory that was removed", session.name, old.users
+            )
     old.close()
     for mapping in gone:
         mapping.close()
@@ -122,7 +124,7 @@ def drop_pending(session: SessionState, keep: frozenset[Mapping] = frozenset()) 
 
 
 async def use_pending_memory(session: SessionState) -> None:
-    """The front-end has stored our addresses: the table of the last exchange comes into force."""
+    """The front-end has stored our addresses: the table of the last exchange takes effect."""
     memory, session.pending_memory = session.pending_memory, None
     if memory is not None:
         await use_memory(session, memory)
@@ -187,7 +189,7 @@ async def rem_mem_reg(session: SessionState, frame: Frame) -> Answer | None:
     regions = current_regions(session)
     gone = [r for r in regions if same(r, wanted)]
     if not gone:
-        log.error("%s: REM_MEM_REG of a region that is not there", session.name)
+        log.error("%s: REM_MEM_REG of a region that does not exist", session.name)
         return None if armed else FAILED
     memory = GuestMemory(session.supply, [r for r in regions if r not in gone])
     if armed:

@@ -32,7 +32,7 @@ GAP_WARNING = 5.0
 
 
 class RingHost(Protocol):
-    """What a ring asks of its session."""
+    """The interface of a session that a ring uses."""
 
     device: Device
     name: str
@@ -108,7 +108,7 @@ class Vring:
             )
         if rc < 0:
             raise RemoteProtocolError(
-                f"ring {self.index}: misaligned addresses, or a size that is no power of two"
+                f"ring {self.index}: misaligned addresses, or a size that is not a power of two"
             )
         self.set_log()
 
@@ -243,7 +243,7 @@ class Vring:
                 waited = 0.0
 
     async def set_up_anew(self) -> None:
-        """What the front-end says is no change of a running ring: it begins again, and the next KICK starts the ring.
+        """The front-end sets the ring up again instead of changing it while it runs: the next KICK starts it.
 
         Some front-ends do so after a reset, without GET_VRING_BASE. Waits for a page only if a touch in hand does.
         """
@@ -261,7 +261,7 @@ class Vring:
         return base
 
     def close(self) -> None:
-        """Let go of memory, close descriptors. The handler has ended; what else works the queue has to end now."""
+        """Release memory, close descriptors. The handler has ended; other users of the queue have to end now."""
         try:
             self.queue.close()
         finally:

@@ -1,4 +1,4 @@
-"""The door: the only way from a task to a C call that touches guest memory for it.
+"""The gate: the only way for a task to call C code that touches guest memory.
 
 Pumps do not come this way: they live on a thread of their own (see ``virtio.queue``).
 """
@@ -77,5 +77,5 @@ class Gate:
     def checked(rc: int) -> int:
         """``rc``, or MemoryLost for -EOWNERDEAD."""
         if rc == -errno.EOWNERDEAD:
-            raise MemoryLost("the front-end is gone and will bring no more pages, or has taken pages away")
+            raise MemoryLost("the front-end is gone and will send no more pages, or has taken pages away")
         return rc

@@ -22,7 +22,7 @@ ALIGNMENT = 64
 
 
 def part_size(queue_size: int) -> int:
-    """Bytes of a queue's part, without what aligns the next one."""
+    """Bytes of a queue's part, without the padding that aligns the next one."""
     return 16 + 16 * queue_size
 
 
@@ -61,7 +61,7 @@ class InflightRegion:
         if size == queues * part_size(queue_size):
             self.stride = part_size(queue_size)  # of a back-end that aligns nothing
         if not queues or not queue_size or size < queues * self.stride:
-            raise GuestMemoryError(f"{where} are too few")
+            raise GuestMemoryError(f"{where} are too small")
         out = ffi.new("struct vpc_inflight **")
         rc = lib.vpc_inflight_new(supply.handle, fd, offset, size, out)
         if rc in (-errno.EFBIG, -errno.EINVAL):
@@ -78,5 +78,5 @@ class InflightRegion:
         return self._native.raw
 
     def close(self) -> None:
-        """Let go of our hold; rings keep theirs until they start again."""
+        """Release our reference; rings keep theirs until they start again."""
         self._native.close()

@@ -24,9 +24,7 @@ class DirtyLog:
         out = ffi.new("struct vpc_log **")
         rc = lib.vpc_log_new(supply.handle, fd, offset, size, out)
         if rc in (-errno.EFBIG, -errno.EINVAL):
-            raise GuestMemoryError(
-                f"dirty log: {in_units(size)} at {offset:#x} do not lie in a file of that size"
-            )
+            raise GuestMemoryError(f"dirty log: {in_units(size)} at {offset:#x} are not within the file")
         if rc < 0:
             raise GuestMemoryError(f"dirty log: {os.strerror(-rc)}")
         self._native = Handle(out[0], lib.vpc_log_unref, "this dirty log is closed")
@@ -42,5 +40,5 @@ class DirtyLog:
         return self.size * 8 * 4096 >= guest_end
 
     def close(self) -> None:
-        """Let go of our hold; rings keep theirs until they are told of another log."""
+        """Release our reference; rings keep theirs until they get another log."""
         self._native.close()

@@ -1,4 +1,4 @@
-"""One mapping of one descriptor, and what stands behind a session's mappings: the supply of pages."""
+"""One mapping of one descriptor, and the provider behind a session's mappings: the supply of pages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vhostpc.units import in_units
 
 
 class Backing(WordEnum):
-    """What kind of file system a mapping comes from. Postcopy works on the first two."""
+    """The kind of file system of a mapping. Postcopy works on the first two."""
 
     TMPFS = 1
     HUGETLB = 2
@@ -33,7 +33,7 @@ class WaitStats:
 
 
 class Supply:
-    """Who brings a session's missing pages: a userfaultfd lent to the front-end, or nobody (all are here).
+    """The provider of a session's missing pages: a userfaultfd lent to the front-end, or none (all pages are here).
 
     Armed memory is memory that may miss pages, from POSTCOPY_LISTEN to POSTCOPY_END.
     """
@@ -69,7 +69,7 @@ class Supply:
 
     @property
     def asleep(self) -> int:
-        """Threads that wait for a page; after :meth:`fail` only those that it could not let go."""
+        """Threads that wait for a page; after :meth:`fail` only those that it could not release."""
         return lib.vpc_supply_asleep(self.handle)
 
     @property
@@ -77,7 +77,7 @@ class Supply:
         return self._native.closed or bool(lib.vpc_supply_is_lost(self.handle))
 
     def close(self) -> None:
-        """Let go of it, and of the userfaultfd; what is still mapped holds its own copy."""
+        """Release it, and the userfaultfd; live mappings hold their own copy."""
         self._native.close()
 
     def stats(self) -> WaitStats:
@@ -126,7 +126,7 @@ class Mapping:
 
     @property
     def address(self) -> OwnAddr:
-        """Where the region's first byte is in our process: for the front-end, which translates faults."""
+        """The address of the region's first byte in our process: for the front-end, which translates faults."""
         return OwnAddr(lib.vpc_map_address(self.handle))
 
     @property
@@ -138,5 +138,5 @@ class Mapping:
         check(lib.vpc_map_register(self.handle), "UFFDIO_REGISTER")
 
     def close(self) -> None:
-        """Let go of our hold; it is unmapped when no table holds it either."""
+        """Release our reference; it is unmapped when no table holds it either."""
         self._native.close()

@@ -1,4 +1,4 @@
-"""A page of a front-end's file that went away under our mapping, as the SIGBUS of a touch told."""
+"""A page of a front-end's file that vanished under our mapping, as the SIGBUS of a touch showed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vhostpc.memory.table import Region
 
 
 class Use(WordEnum):
-    """What a front-end's file is mapped for (``VPC_USE_*``)."""
+    """The use of a mapped file of a front-end (``VPC_USE_*``)."""
 
     MEMORY = 0
     DIRTY_LOG = 1
@@ -37,7 +37,7 @@ class Strike:
     poisoned: bool
 
     def sentence(self, regions: Iterable[Region]) -> str:
-        """What to tell, in one sentence; ``regions``: all that the session knows."""
+        """The message, in one sentence; ``regions``: all that the session knows."""
         what = self.use.name.lower().replace("_", " ")
         whose = f"the front-end's {what}"
         where = f"offset {self.offset:#x} of its file"

@@ -66,7 +66,7 @@ class GuestMemory:
 
     @property
     def users(self) -> int:
-        """Rings and chains that still look things up here."""
+        """Rings and chains that still use this table."""
         return lib.vpc_gm_users(self.handle)
 
     @property
@@ -76,9 +76,9 @@ class GuestMemory:
 
     @property
     def slow(self) -> bool:
-        """Some backing may read a disk at any touch."""
+        """Whether a touch may have to read a disk."""
         return any(r.mapping.backing is Backing.OTHER for r in self.regions)
 
     def close(self) -> None:
-        """Let go of our hold on the table; rings and chains in hand keep theirs."""
+        """Release our reference to the table; rings and chains in use keep theirs."""
         self._native.close()

@@ -28,7 +28,7 @@ class PumpStats:
 
 
 class Pump:
-    """Joins a virtqueue (a native handle) to a file descriptor, one direction at a time.
+    """Connects a virtqueue (a native handle) to a file descriptor, one direction at a time.
 
     Raises ValueError after :meth:`close`.
     """
@@ -54,7 +54,7 @@ class Pump:
         lib.vpc_pump_clear(self._native.raw)
 
     def drop(self) -> None:
-        """The ring stops: let go of a frame that waits for more buffers than the guest has posted."""
+        """The ring stops: drop a frame that waits for more buffers than the guest has posted."""
         lib.vpc_pump_drop(self._native.raw)
 
     @property

@@ -130,7 +130,7 @@ class Queue:
         return Steps(self._next_chain)
 
     def unordered(self) -> AsyncIterator[Chain]:
-        """Iterate over chains as their pages come: none waits for another's missing page.
+        """Iterate over chains as their pages arrive: none waits for another's missing page.
 
         For devices whose requests may be done in any order (virtio-blk is one). Each chain whose pages are
         absent waits by itself, up to 64 of a queue at a time, and so does each answer. When nothing is
@@ -497,7 +497,7 @@ class Queue:
         self._kick = kick
         self.stopping = False
         for chain in self._open.values():  # of a ring that broke: what is to be done again is read anew
-            chain.end("this chain's ring broke, and was started again")
+            chain.end("this chain's ring broke, and was restarted")
             lib.vpc_chain_free(chain.take())
         self._open.clear()
         self._answers.clear()
@@ -588,7 +588,9 @@ class Queue:
         await self._transfers.until_none()
         for chain in reversed(rest):
             lib.vpc_vq_unpop(self.handle, chain.handle)
-            chain.end("this chain's ring has stopped: what was not completed was given back to the driver")
+            chain.end(
+                "this chain's ring has stopped: chains that were not completed were given back to the driver"
+            )
             lib.vpc_chain_free(chain.take())
         return self.base
 
@@ -640,11 +642,11 @@ class Queue:
         check(lib.vpc_vq_set_call(self.handle, fd), "call descriptor")
 
     def signal(self) -> None:
-        """Call the driver once, whatever it asked for: a lost interrupt is worse than a spare one."""
+        """Call the driver once, whatever it requested: a lost interrupt is worse than a spurious one."""
         lib.vpc_vq_signal(self.handle)
 
     def close(self) -> None:
-        """The session is over: let go of memory and chains. Every method of the queue and of its chains raises now.
+        """The session is over: release memory and chains. Every method of the queue and of its chains raises now.
 
         What C works on is freed when its last call has returned.
         """
