@@ -183,11 +183,11 @@ REFUSED: dict[str, tuple[bytes, str, list[Event]]] = {
     "a package without listen": (with_package(CLOCK, RUN), "RUN without POSTCOPY_LISTEN", BEFORE),
     "listen twice": (with_package(LISTEN, LISTEN, CLOCK, RUN), "POSTCOPY_LISTEN again", BEFORE),
     "a package without run": (with_package(LISTEN, CLOCK, PING3), "without POSTCOPY_RUN", BEFORE),
-    "advise in a package": (with_package(LISTEN, CLOCK, ADVISE, RUN), "not for a package", BEFORE),
+    "advise in a package": (with_package(LISTEN, CLOCK, ADVISE, RUN), "not allowed in a package", BEFORE),
     "a section without a footer": (with_package(LISTEN, CLOCK[:-5], RUN), "has no footer", BEFORE),
     "a package in a package": (
         with_package(LISTEN, package(LISTEN, RUN), RUN),
-        "a package where none may stand",
+        "a package where none is allowed",
         BEFORE,
     ),
     "colo": (HEAD + h("08 0008 0000"), "ENABLE_COLO command come in migration stream", BEFORE),

@@ -148,7 +148,7 @@ class UfdError(VhostpcError):
 
 
 class Shortage(VhostpcError):
-    """This process, or the computer, cannot start more threads. (Too few descriptors or too little memory is OSError.)"""
+    """This process, or the computer, cannot start more threads. (For descriptors and memory it is OSError.)"""
 
 
 class StreamError(ProtocolError):
