@@ -173,7 +173,7 @@ async def test_what_comes_unasked_does_no_harm(caplog: pytest.LogCaptureFixture)
                 before = len(open_fds())
                 for _ in range(50):
                     socket.send_fds(ours, [vu.encode(2, ZERO, flags=vu.FLAG_REPLY)], [0, 1])
-                await until(lambda: "they are counted" in caplog.text)
+                await until(lambda: "they are only counted" in caplog.text)
                 await until(lambda: len(open_fds()) == before)
             await front.barrier()
 

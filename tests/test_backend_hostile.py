@@ -79,7 +79,7 @@ async def test_missing_descriptor(caplog: pytest.LogCaptureFixture, request_: Re
         (Request.SET_VRING_NUM, state(0, 24), 0, "24 entries"),
         (Request.SET_VRING_NUM, state(0, 65536), 0, "65536 entries"),
         (Request.SET_VRING_BASE, state(0xFFFFFFFF, 0), 0, "there are 2"),
-        (Request.SET_VRING_BASE, state(0, 0x10000), 0, "no index"),
+        (Request.SET_VRING_BASE, state(0, 0x10000), 0, "not an index"),
         (Request.GET_VRING_BASE, state(7, 0), 0, "ring 7"),
         (Request.SET_VRING_ENABLE, state(2, 1), 0, "ring 2"),
         (Request.SET_VRING_ENABLE, state(0, 2), 0, "expected 0 or 1"),

@@ -40,7 +40,7 @@ def test_a_folder_for_temporary_files_whose_name_is_too_long(tmp_path: Path) -> 
     folder.mkdir()
     done = run("demo", "--json", "--size", "64M", TMPDIR=str(folder))
     assert done.returncode == 0, done.stderr
-    assert "TMPDIR is too long for unix sockets: they are made under /" in done.stderr
+    assert "TMPDIR is too long for unix sockets: they are created under /" in done.stderr
     assert list(folder.iterdir()) == []
 
 
@@ -122,7 +122,7 @@ def test_why_a_machine_did_not_come_is_said_once(uri: str, machine: tuple[str, .
     assert done.returncode == 1
     why = "it does not begin with QEVM"
     assert done.stderr.count(why) == 1, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("vhostpc: the machine did not come: ")
+    assert done.stderr.splitlines()[-1].startswith("vhostpc: the machine did not arrive: ")
     assert "migration: failed\n" in done.stderr
 
 

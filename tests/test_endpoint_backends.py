@@ -106,8 +106,8 @@ def base(*numbers: int, request: int = BASE, flags: int = REPLY, size: int = 8) 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (base(0x10000, 0), "no index of a split ring"),
-        (base(0, 0xFFFFFFFF), "no index of a split ring"),
+        (base(0x10000, 0), "not an index of a split ring"),
+        (base(0, 0xFFFFFFFF), "not an index of a split ring"),
         (base(0, 40), "it says that ring 1 goes on at 40"),
         (base(0xFFFF, 0), "it says that ring 0 goes on at 65535"),
         (base(0, 0, size=4), "the reply has 4 bytes"),

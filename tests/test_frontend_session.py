@@ -270,8 +270,11 @@ def moved(region: MemoryRegion, **fields: int) -> MemoryRegion:
         (lambda sent, right: [moved(right[0], size=4096), *right[1:]], "in the order and size"),
         (lambda sent, right: [moved(right[0], user_addr=right[1].user_addr), *right[1:]], "overlap"),
         (lambda sent, right: [moved(right[0], user_addr=FakeBackend.base + 8), *right[1:]], "not aligned"),
-        (lambda sent, right: [moved(right[0], user_addr=0), *right[1:]], "cannot hold it"),
-        (lambda sent, right: [moved(right[0], user_addr=(1 << 64) - 4096), *right[1:]], "cannot hold it"),
+        (lambda sent, right: [moved(right[0], user_addr=0), *right[1:]], "leaves no room for it"),
+        (
+            lambda sent, right: [moved(right[0], user_addr=(1 << 64) - 4096), *right[1:]],
+            "leaves no room for it",
+        ),
     ],
 )
 async def test_addresses_that_cannot_be_right_refuse_postcopy(

@@ -87,7 +87,7 @@ async def born_while_somebody_waits(page_size: int, data: bytes) -> None:
                         assert (channel.numbers().placed, channel.numbers().already) == (1, 0)
                     feeding.cancel_scope.cancel()
                 assert (caught.value.block, caught.value.page) == ("ram0", 2)
-                for word in ("host page 2 of 'ram0'", "net0", "this process", "cannot be had again"):
+                for word in ("host page 2 of 'ram0'", "net0", "this process", "cannot be recovered"):
                     assert word in str(caught.value)
                 assert not block.test_bit(Bits.RECEIVED, 2)
                 assert service.missing() == 3

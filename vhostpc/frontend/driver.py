@@ -1,4 +1,4 @@
-"""The guest's side of virtqueues: a driver per queue in C, and the far side that its frames go to.
+"""The guest's side of virtqueues: a driver per queue in C, and the far side that receives its frames.
 
 A driver touches guest memory like a guest's processor: each call here is one C call on a thread of its own and
 may wait for a page. Frames carry a stream, a number and a CRC-32, so that a lost, doubled or damaged one is
@@ -33,7 +33,7 @@ FRAME_MIN = 38
 
 @dataclass(frozen=True, slots=True)
 class RingLayout:
-    """Where a queue lives, in guest addresses.
+    """The place of a queue, in guest addresses.
 
     ``buffers`` + i * ``buffer_stride`` is slot i's buffer, and the same with ``tables`` its indirect
     descriptor table (0: descriptors in the ring). ``slots`` chains of ``parts`` descriptors are in flight at
@@ -85,7 +85,7 @@ class FrameNumbers:
     """Frames received and checked."""
 
     frames: int
-    """Whole ones, each counted once."""
+    """Complete ones, each counted once."""
     bytes: int
     bad: int
     """Not ours, cut short or with a wrong CRC."""
@@ -97,7 +97,7 @@ class FrameNumbers:
 
 @dataclass(frozen=True, slots=True)
 class DriverNumbers:
-    """What a queue did."""
+    """Counts of a queue."""
 
     posted: int
     completed: int
@@ -164,7 +164,7 @@ class Driver:
             raw.kick_fd, raw.call_fd = self.kick, self.call
             new = lib.vpc_driver_new(ram.handle, raw)
             if new == ffi.NULL and ffi.errno == errno.EINVAL:
-                raise ValueError(f"a ring cannot be laid out like this: {layout}")
+                raise ValueError(f"not a possible layout of a ring: {layout}")
             self._native = Handle(
                 made(new, "driver of a ring"),
                 lib.vpc_driver_free,
@@ -194,7 +194,7 @@ class Driver:
         return await self._hop(lambda: lib.vpc_driver_post(self.handle, count, frame_len))
 
     async def reap(self) -> int:
-        """Take what the device has used; returns how many chains. May wait for a page."""
+        """Take back the chains that the device has used; returns their number. May wait for a page."""
         return await self._hop(lambda: lib.vpc_driver_reap(self.handle))
 
     async def run(self, count: int = 0, frame_len: int = 64, *, per_second: float = 0) -> None:
@@ -220,11 +220,11 @@ class Driver:
         return await self._hop(lambda: lib.vpc_driver_look(self.handle))
 
     def unseen(self, first: int, end: int) -> int:
-        """How many of these frame numbers no frame received so far had. Touches nothing."""
+        """The number of these frame numbers that have not been received. Touches nothing."""
         return int(lib.vpc_driver_unseen(self.handle, first, end))
 
     def save(self) -> bytes:
-        """What a driver of the same layout needs to go on elsewhere. Touches nothing; no call may run."""
+        """The state with which a driver of the same layout goes on elsewhere. Touches nothing; no call may run."""
         room = check(lib.vpc_driver_save(self.handle, ffi.NULL, 0), "state of a driver")
         buffer = ffi.new("unsigned char[]", room)
         check(lib.vpc_driver_save(self.handle, buffer, room), "state of a driver")
@@ -238,11 +238,11 @@ class Driver:
                 f"the state of a queue is that of another ring than ours of {self.layout.num} entries"
             )
         if rc == -errno.EBADMSG:
-            raise StreamError(f"the {len(state)} bytes of a queue's state are not such a state")
+            raise StreamError(f"the {len(state)} bytes of a queue's state are malformed")
         check(rc, "state of a driver")
 
     def move(self, ram: RamSet) -> None:
-        """The guest moved: the same addresses in another RAM set, and new eventfds. Touches nothing."""
+        """The guest has moved: the same addresses in another RAM set, and new eventfds. Touches nothing."""
         with ExitStack() as stack:
             kick, call = _eventfd(stack), _eventfd(stack)
             check(lib.vpc_driver_move(self.handle, ram.handle, kick, call), "moving a driver")
@@ -289,7 +289,7 @@ class Driver:
 
 
 class FarSide:
-    """What stands behind a bridge: a datagram socket that checks frames, and may echo them."""
+    """The network behind a bridge: a datagram socket that checks frames, and may echo them."""
 
     def __init__(self, sock: socket.socket | trio.socket.SocketType, *, echo: bool = False) -> None:
         self._thread = KeptThread(Thread.FAR, "the far side")

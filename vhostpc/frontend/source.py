@@ -91,7 +91,7 @@ class SourceProcess:
         await self._ask("release", block=block, first=first, count=count)
 
     async def hold_all(self, on: bool = True) -> None:
-        """Withhold everything that is asked for from now on, and the background."""
+        """Withhold every page requested from now on, and the background."""
         await self._ask("hold_all", on=on)
 
     async def set_rate(self, background_rate: int) -> None:
@@ -101,16 +101,16 @@ class SourceProcess:
         return SourceNumbers(**await self._ask("numbers"))
 
     async def wait_held(self, count: int = 1) -> SourceNumbers:
-        """Wait until at least ``count`` host pages are asked for and withheld."""
+        """Wait until at least ``count`` host pages are requested and withheld."""
         return SourceNumbers(**await self._ask("wait_held", count=count))
 
     def kill(self) -> None:
-        """SIGKILL: what a crash of the source's machine looks like."""
+        """SIGKILL: simulates a crash of the source's machine."""
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
 
     def end(self) -> None:
-        """Close everything; the process ends by itself."""
+        """Close everything; the process then ends."""
         self.sock.close()
         if self._process.poll() is None:
             self._process.kill()
@@ -206,7 +206,7 @@ class _Server:
         self._changed = trio.Event()
 
     async def watch(self) -> None:
-        """Wake whoever waits for withheld requests."""
+        """Wake the tasks that wait for withheld requests."""
         while True:
             await self._source.changed()
             self._changed.set()

@@ -1,4 +1,4 @@
-"""Dirty tracking: which host pages were written through a RAM set's own mapping. Nobody is stopped for it.
+"""Dirty tracking: which host pages were written through a RAM set's own mapping, without stopping the writers.
 
 Writes of other processes (back-ends) are not seen; those say themselves what they write, in the dirty log.
 """
@@ -32,12 +32,12 @@ from vhostpc.ufd.uffd import Userfaultfd
 
 
 class DirtyWay(enum.Enum):
-    """How writes are found, best first."""
+    """The ways to detect writes, best first."""
 
     WP_ASYNC = "wp-async"
-    """The kernel notes them and a scan collects (Linux 6.7); a writer never waits."""
+    """The kernel records them and a scan collects them (Linux 6.7); a writer never waits."""
     WP_SYNC = "wp-sync"
-    """The first write to each page between two syncs waits for a thread of ours that notes it (Linux 5.19)."""
+    """The first write to each page between two syncs waits for one of our threads, which records it (Linux 5.19)."""
 
 
 _FEATURES = {
@@ -49,13 +49,13 @@ _NEEDS = {DirtyWay.WP_ASYNC: "Linux 6.7", DirtyWay.WP_SYNC: "Linux 5.19"}
 
 @dataclass(frozen=True, slots=True)
 class DirtyNumbers:
-    """What tracking found and cost."""
+    """The results and costs of tracking."""
 
     syncs: int
     found: int
     """Host pages that syncs found written, all together."""
     faults: int
-    """WP_SYNC: writes that waited to be noted."""
+    """WP_SYNC: writes that waited until they were recorded."""
     calls: int
     """System calls that syncs made: scans, or protecting a run of pages."""
     sync_ns: int
@@ -99,7 +99,7 @@ class DirtyTracker:
         return self._native.raw
 
     async def start(self, nursery: trio.Nursery) -> None:
-        """Protect all blocks; writes from here on are found.
+        """Protect all blocks; writes from here on are detected.
 
         The thread of WP_SYNC runs in ``nursery``; when that ends, tracking ends, and nobody waits for it. Raises
         UfdError.
@@ -119,7 +119,7 @@ class DirtyTracker:
             raise
 
     async def sync(self) -> int:
-        """Set Bits.DIRTY of what was written since the last call, protect it again; how many bits were not set before.
+        """Set Bits.DIRTY of pages written since the last call, protect them again; returns how many bits were new.
 
         No write is lost: whatever is written later than its page was looked at is found by the next call. Raises
         UfdError when tracking has not begun or has ended.
@@ -130,7 +130,7 @@ class DirtyTracker:
         return rc
 
     async def stop(self) -> None:
-        """Protect nothing any more. What was written since the last :meth:`sync` is not known. Harmless again."""
+        """Protect nothing any more. Writes since the last :meth:`sync` are unknown. May be repeated."""
         if self._native.closed:
             return
         if self._loop_ended is not None:
@@ -217,7 +217,7 @@ def _try(way: DirtyWay) -> None:
 
 
 def _best() -> DirtyWay:
-    """What the kernel has, not what is left of it: a shortage is raised, and no reason for a lesser way."""
+    """Test what the kernel supports: a shortage is raised, and is no reason for a lesser way."""
     last: UfdError | None = None
     for way in DirtyWay:
         try:

@@ -1,4 +1,4 @@
-"""What a ufd reports, as values."""
+"""The events of a ufd, as values."""
 
 from __future__ import annotations
 

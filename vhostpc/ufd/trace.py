@@ -1,4 +1,4 @@
-"""A trace of the fault service: each answered fault by itself, the last ones only."""
+"""A trace of the fault service: the last answered faults, one by one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from vhostpc.enums import WordEnum
 
 
 class Way(WordEnum):
-    """How a fault was answered."""
+    """The ways in which a fault was answered."""
 
     ASKED = 0
-    """Its page was asked for because of it."""
+    """Its page was requested because of it."""
     JOINED = 1
-    """Somebody had asked for its page before."""
+    """Its page had been requested before."""
     THERE = 2
-    """Its page had come meanwhile."""
+    """Its page had arrived meanwhile."""
     LOCAL = 3
     """From a file of our own."""
 
@@ -75,7 +75,7 @@ class Trace:
         ]
 
     def keep(self) -> None:
-        """The service is about to go: what there is can still be read."""
+        """The service is about to close: recorded entries can still be read."""
         if self._handle is not None:
             kept = self.read(0, self._entries)
             self._handle = None
