@@ -72,7 +72,7 @@ def test_a_machine_of_a_hexadecimal_size() -> None:
         ),
         ("mem=1000G", "a machine of 1000 GiB does not fit: this computer has "),
         # More than any address space has.
-        ("mem=1048576T", "RAM block 'mem', 1048576 TiB in pages of 4 KiB, cannot be had"),
+        ("mem=1048576T", "RAM block 'mem', 1048576 TiB in pages of 4 KiB, cannot be created"),
     ],
 )
 def test_what_was_typed_comes_back_in_its_units(ram: str, told: str) -> None:

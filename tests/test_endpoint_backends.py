@@ -216,7 +216,7 @@ async def test_it_uses_more_of_a_ring_than_there_is(tmp_path: Path, caplog: pyte
         await setup.machine.stop()
         await setup.machine.cont()
         await setup.goes_on()
-        assert "more of a ring than there was" in str(setup.machine.backends[0].problem)
+        assert "more of a ring than was available" in str(setup.machine.backends[0].problem)
         assert not any(record.exc_info for record in caplog.records)
 
 

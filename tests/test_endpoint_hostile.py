@@ -427,7 +427,7 @@ async def test_one_that_stops_reading(tmp_path: Path) -> None:
     """The machine runs on, for whom is waited is told, and it can be cancelled."""
     async with source(tmp_path) as one:
         async with sends(one, tmp_path, "postcopy-ram", reads=False, max_bandwidth=0):
-            await one.process.err.find("the destination is waited for: .* host pages are left")
+            await one.process.err.find("waiting for the destination: .* host pages are left")
             assert (await one.migration())["status"] == "active"
             check(await one.until_works())
             await one.qmp.command("migrate_cancel")

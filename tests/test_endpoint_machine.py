@@ -90,7 +90,7 @@ async def moved(
         here = await arrived(source, destination)
         to_come = 0
         if when in ("at once", "in the middle"):
-            to_come = int((await destination.process.err.find(r"(\d+) host pages to come"))[1])
+            to_come = int((await destination.process.err.find(r"(\d+) host pages missing"))[1])
         return here, await source.migration(), to_come
 
 
@@ -140,7 +140,7 @@ async def test_a_load_that_needs_a_page_gets_it(tmp_path: Path) -> None:
         await destination.set("postcopy-ram")
         await migrate(source, destination, tmp_path)
         await source.qmp.command("migrate-start-postcopy")
-        to_come = int((await destination.process.err.find(r"(\d+) host pages to come"))[1])
+        to_come = int((await destination.process.err.find(r"(\d+) host pages missing"))[1])
         missing = int((await destination.process.err.find(r"may run here, (\d+) host pages"))[1])
         assert to_come - missing >= 4  # both rings of both devices
         await destination.until_works(frames=50, checks=50)
@@ -205,15 +205,15 @@ async def test_cancelled_it_runs_on_and_can_go_later(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ({"ram": ["other=64M"]}, "RAM block 'pc.ram' comes, and there is none of that name here"),
+        ({"ram": ["other=64M"]}, "RAM block 'pc.ram' arrives, but there is none of that name here"),
         ({"ram": ["pc.ram=64M", "more=4M"]}, "RAM block 'more' of this machine does not come"),
         (
             {"ram": ["pc.ram=32M"]},
             "Size mismatch: pc.ram: 0x4000000 != 0x2000000 (64 MiB at the source, 32 MiB here)",
         ),
-        ({"vcpus": 2}, "the machine that comes has 1 vCPUs, this one has 2"),
-        ({"devices": 2}, "the machine that comes has 1 network devices, this one has 2"),
-        ({"devices": 0}, "the machine that comes has 1 network devices, this one has 0"),
+        ({"vcpus": 2}, "the incoming machine has 1 vCPUs, this one has 2"),
+        ({"devices": 2}, "the incoming machine has 1 network devices, this one has 2"),
+        ({"devices": 0}, "the incoming machine has 1 network devices, this one has 0"),
     ],
 )
 async def test_machines_that_do_not_match(
@@ -473,7 +473,7 @@ async def test_large(when: str, ram: list[str], tmp_path: Path) -> None:
         (["--ram", "a=64M", "--vcpu-writes", "18446744073709551616"], 2, "vcpu-writes"),
         (["--ram", "a=64M", "--backend-timeout", "nan"], 2, "'nan' is not a number"),
         (["--ram", "a=64M", "--postcopy-after-seconds", "nan"], 2, "'nan' is not a number"),
-        (["--ram", "a=1024G,page=2M"], 1, "RAM block 'a', .* cannot be had: .*; reserve 524288 in"),
+        (["--ram", "a=1024G,page=2M"], 1, "RAM block 'a', .* cannot be created: .*; reserve 524288 in"),
         (["--ram", "a=1M", "--backend", "x"], 1, "need 4 MiB of the first RAM block, 'a', which has 1"),
         (
             ["--ram", "a=64M", "--backend", "/nowhere/x", "--backend-timeout", "0.2"],

@@ -313,7 +313,7 @@ async def test_advise_with_something_else() -> None:
 
     async with session(change) as (front, _), memory(front, Mode.TABLE) as (_, postcopy):
         before = len(os.listdir("/proc/self/fd"))
-        with pytest.raises(PostcopyRefused, match="no userfaultfd"):
+        with pytest.raises(PostcopyRefused, match="not a userfaultfd"):
             await postcopy.advise()
         assert len(os.listdir("/proc/self/fd")) == before
 

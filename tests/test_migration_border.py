@@ -423,7 +423,7 @@ async def test_the_destination_is_whole_whatever_fails_at_the_end(
             await until(lambda: source.status is Status.COMPLETED)
             await until(lambda: destination.status is Status.COMPLETED)
     assert world.running == {"destination"}
-    assert any("all pages are here, but" in r.message for r in caplog.records)
+    assert any("all pages have arrived, but" in r.message for r in caplog.records)
 
 
 @pytest.mark.parametrize("error", WRONG, ids=lambda e: type(e).__name__)

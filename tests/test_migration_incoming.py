@@ -568,7 +568,7 @@ async def test_a_source_that_pings_and_does_not_read() -> None:
                         await theirs.send_all(pings)
 
             nursery.start_soon(flood)
-            with pytest.raises(StreamError, match="a PING, and the source does not read"):
+            with pytest.raises(StreamError, match="a PING, but the source does not read"):
                 await incoming.receive()
         incoming.close()
 

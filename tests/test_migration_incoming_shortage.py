@@ -64,7 +64,7 @@ async def test_a_shortage_is_waited_out(
             assert setup.raised is None
             assert setup.incoming.loads()[-1].shortages == 1
     assert received.events == [Event.PACKAGE, Event.FINISH]
-    assert "no memory for a page that has come" in told[0]
+    assert "no memory for a page that has arrived" in told[0]
 
 
 async def test_a_shortage_that_is_over_is_told(

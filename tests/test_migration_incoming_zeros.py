@@ -73,7 +73,7 @@ async def test_discarded_is_owed(how: str) -> None:
         await setup.source.pages("ram", *((page, B) for page in range(5)), last=True)
         await setup.source.end([] if how == "postcopy" else [CLOCK])
         await until(lambda: received.error)
-        assert str(received.error) == "the source says that all is sent, and 1 host pages never came"
+        assert str(received.error) == "the source says that everything is sent, but 1 host pages never came"
     assert received.events == ([Event.PACKAGE, Event.LOSE] if how == "postcopy" else [Event.FAIL])
 
 
@@ -179,7 +179,7 @@ async def test_a_part_of_a_huge_page_is_owed_the_rest(huge_pages: None) -> None:
         await setup.source.pages("ram", *((page, B) for page in range(HUGE // PAGE + 1)), last=True)
         await setup.source.end()
         await until(lambda: received.error)
-        assert str(received.error) == "the source says that all is sent, and 1 host pages never came"
+        assert str(received.error) == "the source says that everything is sent, but 1 host pages never came"
         assert setup.incoming.phase is Phase.RUNNING
 
 

@@ -364,5 +364,5 @@ async def test_a_migration_that_is_broken_off_says_by_what(number: int | None, t
             assert client.events[-1][1]["data"] == {"guest": False, "reason": reason}
         await until(lambda: not living(group))
         name = "quit" if number is None else signal.Signals(number).name
-        assert f"migration: broken off by {name}, it was active" in child.said
+        assert f"migration: interrupted by {name}, it was active" in child.said
         assert not path.exists()

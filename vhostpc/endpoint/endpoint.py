@@ -142,7 +142,7 @@ class Endpoint:
         if not self._quit.is_set():
             listens = self._state.side == "destination" and self.status is Status.SETUP
             if self.status in BUSY and not listens:
-                log.error("migration: broken off by %s, it was %s", why, self.status)
+                log.error("migration: interrupted by %s, it was %s", why, self.status)
             else:
                 log.info("ended by %s", why)
         self._quit.set()
@@ -258,7 +258,9 @@ class Endpoint:
         if self.machine.running and self.run_state == "running":
             return
         if self.status is Status.COMPLETED and self._state.side == "source" and self.machine.runnable:
-            log.warning("the machine runs here again, although it was sent: see that it runs nowhere else")
+            log.warning(
+                "the machine runs here again, although it was sent: make sure that it runs nowhere else"
+            )
         await self._go()
 
     async def _put_back(self) -> bool:
@@ -419,7 +421,7 @@ class Endpoint:
     async def _after_sending(self, outgoing: Outgoing | None, error: BaseException | None) -> None:
         if self.status is Status.COMPLETED:
             if not self.machine.runnable:
-                log.info("the machine is still held here: stop takes it back, and it can be sent once more")
+                log.info("the machine is still held here: stop takes it back, and it can be sent again")
             return
         if not self._state.may_run or not self._switching:
             return
@@ -432,7 +434,7 @@ class Endpoint:
             # All was sent and the destination did not say what became of it: only a person can find out.
             self.run_state = "paused"
             log.error(
-                "migration: the guest may be running at the destination: it is not started here by itself (cont)"
+                "migration: the guest may be running at the destination: it is not started here automatically (cont)"
             )
             return
         if self._before != "running":
@@ -528,7 +530,7 @@ class Endpoint:
             _free_now()
             if exit_on_error:
                 self.error = error
-                self.quit("a machine that did not come")
+                self.quit("a machine that did not arrive")
         else:
             _free_now()
         finally:

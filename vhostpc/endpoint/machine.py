@@ -1,4 +1,4 @@
-"""Our own machine: RAM, vCPUs that check it, network devices with vhost-user back-ends; it runs, and it moves.
+"""Our own machine: RAM, vCPUs that check it, network devices with vhost-user back-ends; it runs and migrates.
 
 Guest addresses: the RAM blocks one after the other, each from a multiple of 1 GiB. The devices' rings and buffers
 lie at the beginning of the first block; the vCPUs work on all the rest, and look at the devices' pages now and then,
@@ -45,7 +45,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A RAM block to be made: bytes, and bytes of a host page."""
+    """A RAM block to be created: bytes, and bytes of a host page."""
 
     name: str
     length: int
@@ -54,7 +54,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What a machine is made of. ``backends``: sockets, one network device each.
+    """The parts of a machine. ``backends``: sockets, one network device each.
 
     ``writes`` and ``checks``: pages that each vCPU rewrites and reads in a second. ``tracking``: None for the best
     that the kernel has. ``timeout``: seconds that a back-end's answer may take.
@@ -118,7 +118,7 @@ def make_blocks(ram: RamSet, blocks: Sequence[Block], devices: int, vcpus: int) 
         except OSError as e:
             raise GuestMemoryError(
                 f"RAM block {block.name!r}, {in_units(block.length)} in pages of {in_units(block.page_size)}, "
-                f"cannot be had: {refusal(e, block.length, block.page_size)}"
+                f"cannot be created: {refusal(e, block.length, block.page_size)}"
             ) from None
         unit = max(GIB, block.page_size)
         at = (at + unit - 1) // unit * unit
@@ -128,7 +128,7 @@ def make_blocks(ram: RamSet, blocks: Sequence[Block], devices: int, vcpus: int) 
     total = sum(block.length for block in blocks if block.page_size == TARGET_PAGE)
     if total > (free := available_memory()):
         raise GuestMemoryError(
-            f"a machine of {in_units(total)} does not fit: this computer has {free >> 20} MiB to give"
+            f"a machine of {in_units(total)} does not fit: this computer has only {free >> 20} MiB left"
         )
     return regions
 
@@ -175,7 +175,7 @@ class OwnMachine:
         self._log = dirty_log
         self._nursery = nursery
         self._whole = False
-        """There is something to run: it was filled, or it has come."""
+        """Whether there is a machine to run: it was filled, or it has arrived."""
         self._leaves_as = "prelaunch"
         """Its run state before the last stop."""
         self._changing: trio.Event | None = None
@@ -197,7 +197,7 @@ class OwnMachine:
 
     @property
     def problems(self) -> list[str]:
-        """What went wrong and did not stop the machine, one sentence each."""
+        """Errors that did not stop the machine, one sentence each."""
         found = list(self._problems)
         for device in self.devices:
             found += device.problems
@@ -374,11 +374,11 @@ class OwnMachine:
 
     def accept_blocks(self, listed: RamBlocks, *, postcopy: bool) -> None:
         if self.running or self.ram.lost:
-            raise StreamError("this machine runs, or its memory is lost: nothing can come here")
+            raise StreamError("this machine runs, or its memory is lost: it cannot receive another")
         came = {block.name: block for block in listed.blocks}
         for name in came:
             if all(block.name != name for block in self.ram.blocks):
-                raise StreamError(f"RAM block {name!r} comes, and there is none of that name here")
+                raise StreamError(f"RAM block {name!r} arrives, but there is none of that name here")
         for block in self.ram.blocks:
             if block.name not in came:
                 raise StreamError(f"RAM block {block.name!r} of this machine does not come")
@@ -403,9 +403,9 @@ class OwnMachine:
     async def load(self, section: DeviceSection) -> None:
         key = (section.idstr, section.instance)
         if key not in self._expected():
-            raise StreamError(f"{name_of(section)} comes, and this machine has no such device")
+            raise StreamError(f"{name_of(section)} arrives, but this machine has no such device")
         if key in self._came:
-            log.warning("%s comes twice: the last one counts", name_of(section))
+            log.warning("%s arrives twice: the last one counts", name_of(section))
         if section.idstr == "vhost-user-net":
             await self.devices[section.instance].load(section)
         elif section.idstr == "vcpu":
@@ -413,7 +413,9 @@ class OwnMachine:
         elif section.idstr == "globalstate":
             self.came_as = self._leaves_as = run_state_of(section)
             if self.came_as not in RUN_STATES:
-                raise StreamError(f"the machine comes {self.came_as!r}: it can be {', '.join(RUN_STATES)}")
+                raise StreamError(
+                    f"the machine arrives {self.came_as!r}: allowed are {', '.join(RUN_STATES)}"
+                )
         else:
             values = MACHINE.unpack(section)
             for what, name, here in (
@@ -421,9 +423,7 @@ class OwnMachine:
                 ("network devices", "net_devices", len(self.devices)),
             ):
                 if values[name] != here:
-                    raise StreamError(
-                        f"the machine that comes has {values[name]} {what}, this one has {here}"
-                    )
+                    raise StreamError(f"the incoming machine has {values[name]} {what}, this one has {here}")
             self._left_ns = values["stopped_ns"]
         self._came.add(key)
 
@@ -456,7 +456,7 @@ class OwnMachine:
     # --- how it is
 
     def report(self) -> dict[str, Any]:
-        """Numbers for whoever tests it: JSON's types only. Times in nanoseconds."""
+        """Numbers for tests: JSON's types only. Times in nanoseconds."""
         live = self._service is not None and not self._service.closed
         threads = self._service.threads() if live and self._service is not None else self._threads
         return {

@@ -259,7 +259,7 @@ class Outgoing:
         log.info("migration: %r, %d MiB of RAM", machine.configuration.machine, total >> 20)
         if not self._postcopy and self.after != After():
             log.warning(
-                "migration: it cannot switch to postcopy by itself: the capability postcopy-ram is off"
+                "migration: it cannot switch to postcopy automatically: the capability postcopy-ram is off"
             )
         if await self._precopy():
             await self._switch()
@@ -344,7 +344,7 @@ class Outgoing:
         if isinstance(more, Ended):
             raise self._failed(more)
         if more:
-            raise StreamError("pages that are withheld cannot be left out of the last pass")
+            raise StreamError("withheld pages cannot be left out of the last pass")
         devices, description = await self.machine.save()
         await self._say(b"".join(section.encode() for section in devices))
         self._check_cancelled()
@@ -392,7 +392,7 @@ class Outgoing:
         if not self._remaining:
             await self._last()
             return
-        log.info("migration: postcopy, %d MiB to come", self._remaining >> 20)
+        log.info("migration: postcopy, %d MiB left to send", self._remaining >> 20)
         for block in machine.ram.blocks:
             for commands in block.discards():
                 await self._say(commands)
@@ -441,7 +441,9 @@ class Outgoing:
             raise ChannelLost(CANCELLED)
         self._said += len(package)
         if self._cancelled:
-            log.warning("migration: the cancel came too late: the package had gone, it goes on as postcopy")
+            log.warning(
+                "migration: the cancel came too late: the package had been sent, it goes on as postcopy"
+            )
             self._cancelled = False
 
     async def _say_behind(self, data: bytes) -> None:
@@ -472,13 +474,13 @@ class Outgoing:
     def _failed(self, ended: Ended) -> Exception:
         numbers = self.source.numbers()
         if ended is Ended.STOPPED:
-            waits = ", and the destination had not said its last word: the guest may be running there"
+            waits = ", before the destination's final report: the guest may be running there"
             return ChannelLost(CANCELLED + (waits if self._all_sent else ""))
         if ended is Ended.SHUT and numbers.shut and not numbers.pongs >> LOADED & 1:
             return NeverRan("the destination says that it failed, and did not run the machine")
         left = total_pages(self.machine.ram.blocks, Bits.DIRTY)
         if ended is Ended.SHUT and not numbers.shut:
-            return StreamError(f"the destination says that it is done, and {left} host pages were not sent")
+            return StreamError(f"the destination says that it is done, but {left} host pages were not sent")
         if ended is Ended.SHUT:
             return ChannelLost("the destination says that it failed after it had run the machine")
         return ChannelLost(f"the destination closed the connection; {left} host pages were not sent")
@@ -491,8 +493,8 @@ class Outgoing:
         """Something that changes as long as it goes on, and whom it waits for when it does not."""
         numbers = self.numbers()
         left = total_pages(self.machine.ram.blocks, Bits.DIRTY)
-        what = f"{left} host pages are left" if left else "all is sent, its last word is missing"
-        return (self._said, numbers.bytes, numbers.requests), f"the destination is waited for: {what}"
+        what = f"{left} host pages are left" if left else "everything is sent, its final report is missing"
+        return (self._said, numbers.bytes, numbers.requests), f"waiting for the destination: {what}"
 
     def _head(self) -> bytes:
         blocks = self.machine.ram.blocks

@@ -27,8 +27,8 @@ class Shortage:
         if short and self._since is None:
             self._since = time.monotonic()
             log.warning(
-                "migration: no memory for a page that has come (a full tmpfs, no huge page, a limit): "
-                "it is tried again until there is some"
+                "migration: no memory for a page that has arrived (a full tmpfs, no huge page, a limit): "
+                "retrying until there is some"
             )
         elif not short and self._since is not None:
             log.warning(

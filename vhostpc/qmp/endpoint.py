@@ -1,4 +1,4 @@
-"""What the monitor drives: the one thing that stands between it and a migration."""
+"""The interface that the monitor drives: all that it knows of a migration."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Endpoint(Protocol):
     def info(self) -> MigrationInfo: ...
 
     def report(self) -> dict[str, Any]:
-        """How the machine is: ``x-vhostpc-report``. JSON's types only."""
+        """The machine's report: ``x-vhostpc-report``. JSON's types only."""
         ...
 
     def trace(self, start: int) -> dict[str, Any]:

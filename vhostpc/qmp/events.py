@@ -1,4 +1,4 @@
-"""Events: told to every monitor that has agreed on capabilities."""
+"""Events: sent to every monitor that has negotiated capabilities."""
 
 from __future__ import annotations
 

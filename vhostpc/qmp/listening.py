@@ -1,4 +1,4 @@
-"""A unix socket with any number of clients, up to a bound: what the monitors are served on."""
+"""A unix socket for the monitors, with any number of clients up to a limit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SocketServer(ABC):
         while True:
             client = await accept(listener)
             if self.clients >= CLIENTS:
-                log.warning("monitor: more than %d clients, one is turned away", CLIENTS)
+                log.warning("monitor: more than %d clients, one is rejected", CLIENTS)
                 client.close()
             else:
                 nursery.start_soon(self.serve, client)

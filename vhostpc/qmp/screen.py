@@ -53,5 +53,5 @@ def shared(log: TextIO, out_fd: int = 1) -> Screen | None:
 
 
 def is_dumb() -> bool:
-    """Whether the terminal says of itself that it knows no control sequences, or says nothing."""
+    """Whether the terminal declares that it knows no control sequences, or declares nothing."""
     return os.environ.get("TERM", "") in ("", "dumb", "unknown")

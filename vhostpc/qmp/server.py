@@ -81,7 +81,7 @@ class _Client:
 
     def _event(self, message: dict[str, Any]) -> None:
         if self._session.negotiated and not self._unsent.event(message):
-            log.warning("monitor: a client does not read, with %d events unsent: cut off", EVENTS)
+            log.warning("monitor: a client does not read, with %d events unsent: disconnected", EVENTS)
             self._scope.cancel()
 
     async def _read(self) -> None:

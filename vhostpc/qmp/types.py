@@ -154,7 +154,7 @@ VERSION = Struct(
 
 
 def info(dialect: Dialect) -> Struct:
-    """``query-migrate``: the fields that are told here."""
+    """``query-migrate``: the fields that are returned here."""
     numbers = (
         "transferred remaining total duplicate skipped normal normal-bytes dirty-pages-rate mbps "
         "dirty-sync-count postcopy-requests page-size multifd-bytes pages-per-second precopy-bytes "

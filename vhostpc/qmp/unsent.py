@@ -1,4 +1,4 @@
-"""What is on its way to one client of the monitor, bounded in bytes."""
+"""The unsent output to one client of the monitor, bounded in bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVENTS = 1024
 
 
 class Unsent:
-    """Messages in their order, as the bytes they go out as. Only one task drains it."""
+    """Messages in order, encoded as bytes. Only one task drains it."""
 
     def __init__(self) -> None:
         self._lines: deque[tuple[bytes, bool]] = deque()
