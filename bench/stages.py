@@ -1,7 +1,7 @@
 """Where the time of a page goes: a fault served remotely, stage by stage. ``python -m bench.stages``.
 
 The idle case of F2 with our machine at both ends, each process with ``native/stamps.c`` preloaded, which notes when the
-system calls of its threads begin and end (by CLOCK_MONOTONIC; it costs some 0.1 us a call). One page is on its way at a
+system calls of its threads begin and end (by CLOCK_MONOTONIC; it costs some 0.1 us a call). One page is in flight at a
 time, so the calls of one fault are those between its touch and its return. Prints the medians as a table for the
 reader; it is no row, there is nothing to compare it with.
 """

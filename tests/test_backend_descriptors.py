@@ -130,7 +130,7 @@ async def test_own_end_of_another_session(tmp_path: Path) -> None:
 
 
 async def test_own_end_inside_the_channel(caplog: pytest.LogCaptureFixture) -> None:
-    """It waits in the queue of the channel that is passed: what comes unasked is taken out."""
+    """It waits in the queue of the channel that is passed: unexpected messages are taken out."""
     with nothing_left():
         async with connected(Net()) as front:
             await front.negotiate()

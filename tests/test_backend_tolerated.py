@@ -205,7 +205,7 @@ async def test_ring_is_aligned_where_it_lies(guest: Guest, caplog: pytest.LogCap
 async def test_none_such_in_postcopy(
     guest: Guest, region: vu.MemoryRegion, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Pages are what comes, and what faults tell."""
+    """Pages arrive, and faults are reported."""
     before = open_fds(), guest_mappings()
     async with connected(Echo()) as front:
         await front.negotiate()

@@ -75,7 +75,7 @@ async def running(
 
 
 def impatient(setup: Setup, seconds: float) -> None:
-    """How long an answer may take from now on: what came before may have taken as long as a busy machine needs."""
+    """How long an answer may take from now on: earlier ones may have taken as long as a busy machine needs."""
     backend = setup.machine.backends[0]
     backend.front.timeout = backend._timeout = seconds
 
@@ -161,7 +161,7 @@ async def test_it_dies_while_its_rings_are_stopped(tmp_path: Path, caplog: pytes
 
 
 def fill(fd: int) -> None:
-    """Full, and whoever writes waits."""
+    """Full, and a writer waits."""
     os.set_blocking(fd, False)
     with contextlib.suppress(BlockingIOError):
         os.eventfd_read(fd)
@@ -331,7 +331,7 @@ async def test_a_userfaultfd_that_is_none_yet(tmp_path: Path) -> None:
         await setup.goes_on()
 
 
-# --- what nobody thought of
+# --- unexpected errors
 
 
 class Bug(Exception):

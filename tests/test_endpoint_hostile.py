@@ -151,7 +151,7 @@ async def test_what_comes_is_no_machine(what: str, family: Family, tmp_path: Pat
         before = one.held()
         address = await listens(one.qmp, tmp_path, family)
         text = await attacked(one.qmp, address, STREAMS[what])
-        # Of a machine that is only held what came stays, until the program ends: nothing else can come there.
+        # Of a machine that is only held the content stays, until the program ends: nothing else can come there.
         await until(lambda: holds(one, before, 1 if machine == "held" else 0))
         log = "\n".join(one.process.err.lines)
         assert "Traceback" not in log
@@ -179,7 +179,7 @@ async def test_one_that_says_nothing_more(machine: str, tmp_path: Path) -> None:
 
 
 async def test_a_crowd_at_the_door(tmp_path: Path) -> None:
-    """Who comes first is taken, the others are not kept."""
+    """The first connection is accepted, the others are not kept."""
     async with end("one", tmp_path, "--incoming", "defer") as one:
         before = one.held()
         address = await listens(one.qmp, tmp_path, "tcp")

@@ -133,7 +133,7 @@ async def test_blocks_of_all_kinds_and_either_tracking(way: str, tmp_path: Path)
 
 
 async def test_a_load_that_needs_a_page_gets_it(tmp_path: Path) -> None:
-    """Nothing but what is asked for comes: so what came before the machine ran was asked for by the load."""
+    """Nothing but what is asked for comes: so pages that came before the machine ran were requested by the load."""
     async with pair(tmp_path, devices=2) as (source, destination):
         await source.until_works()
         await source.set("postcopy-ram", max_bandwidth=8 * MIB, max_postcopy_bandwidth=1)
@@ -292,7 +292,7 @@ async def test_a_back_end_that_is_gone_at_the_source(tmp_path: Path) -> None:
 
 
 async def test_a_source_that_is_gone_in_mid_postcopy(tmp_path: Path) -> None:
-    """A pause; who waits for a page waits, and the program still ends when it is told to."""
+    """A pause; threads that wait for a page wait, and the program still ends when it is told to."""
     async with pair(tmp_path, vcpus=2) as (source, destination):
         await source.until_works()
         await source.set("postcopy-ram", max_postcopy_bandwidth=1)

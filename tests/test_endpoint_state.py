@@ -1,4 +1,4 @@
-"""The state of our own machine's parts, on its way: what is saved comes back, what is hostile is refused whole."""
+"""The state of our own machine's parts: the saved state is restored, what is hostile is refused whole."""
 
 from __future__ import annotations
 

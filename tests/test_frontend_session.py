@@ -441,7 +441,7 @@ async def test_rings_are_stopped_with_one_wait_for_all() -> None:
 
 
 async def test_descriptors_of_answers_are_closed_when_a_later_one_fails() -> None:
-    """What came with the first answer is not left open when the second is wrong."""
+    """Descriptors of the first answer are not left open when the second is wrong."""
     ends: list[int] = []
 
     def change(frame: Frame) -> list[Answer] | None:

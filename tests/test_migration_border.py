@@ -430,7 +430,7 @@ async def test_the_destination_is_whole_whatever_fails_at_the_end(
 async def test_the_destination_pauses_whatever_fails_behind_run(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It runs; who waits for a page goes on waiting, and nobody lets it run at the source."""
+    """It runs; threads that wait for a page go on waiting, and nobody lets it run at the source."""
     world = World()
     with Here(world) as here, There(world) as there:
         left = [error]

@@ -51,7 +51,7 @@ async def touch_all(setup: Setup) -> None:
 
 
 async def test_a_back_end_that_fills_memory_pauses_the_migration() -> None:
-    """Behind RUN. Nothing is taken for a page that came; what had come before, and who waits, stays."""
+    """Behind RUN. Nothing is taken for a page that came; earlier pages and waiting threads stay."""
     received = Received()
 
     async def run(postcopy: bool) -> None:

@@ -351,7 +351,7 @@ class Toucher:
 
 @pytest.mark.parametrize("how", ["close", "cancel"])
 async def test_a_lost_link_is_a_pause(how: str) -> None:
-    """Who waits goes on waiting, as whoever comes later; pages that came stay. Only the end of it all gives them up."""
+    """Waiters go on waiting, also later ones; received pages stay. Only the end of it all gives them up."""
     received = Received()
     async with receiving(received) as setup:
         await setup.source.switch()

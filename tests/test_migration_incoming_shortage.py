@@ -35,7 +35,7 @@ class OnDisk(Machine):
 async def test_a_shortage_is_waited_out(
     running: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The log says so; who waits for a page gets it when there is memory, and the migration completes."""
+    """The log says so; a thread that waits for a page gets it when there is memory, and the migration completes."""
     monkeypatch.setattr(waits, "FIRST", 0.02)
     received = Received()
     told = []

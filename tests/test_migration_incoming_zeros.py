@@ -100,7 +100,7 @@ async def test_who_waits_for_such_a_page_gets_it_when_all_has_come() -> None:
 
 
 async def test_a_device_that_waits_for_such_a_page_is_loaded() -> None:
-    """The end of the stream waits for the load, so the load must not wait for what comes no more."""
+    """The end of the stream waits for the load, so the load must not wait for pages that never come."""
     async with receiving() as setup:
         await setup.source.begin()
         await setup.source.discard("ram", 0, 5)
@@ -113,7 +113,7 @@ async def test_a_device_that_waits_for_such_a_page_is_loaded() -> None:
 
 
 async def test_who_touches_it_behind_the_end() -> None:
-    """All has come and the machine is still being started: whoever touches first makes it."""
+    """Everything has arrived and the machine is still being started: the first touch makes it."""
     go = trio.Event()
 
     async def run(postcopy: bool) -> None:

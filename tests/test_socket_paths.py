@@ -1,4 +1,4 @@
-"""Sockets at paths: who may be there already, what becomes of the file; which signals end a program in good order."""
+"""Sockets at paths: existing files there, what becomes of the file; which signals end a program in good order."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ async def test_mode_under_any_umask(mask: int, mode: int, tmp_path: Path) -> Non
 async def test_what_is_put_in_its_place_keeps_its_mode_and_group(
     mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever may write to the folder replaces the socket by a link as soon as it is there."""
+    """A user who may write to the folder replaces the socket by a link as soon as it is there."""
     path, precious = tmp_path / "s", tmp_path / "precious"
     precious.write_text("")
     precious.chmod(0o640)
@@ -343,7 +343,7 @@ def living(group: int) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, None], ids=str)
 async def test_a_migration_that_is_broken_off_says_by_what(number: int | None, tmp_path: Path) -> None:
-    """And the command that took the stream ends, with what it has started; who listens to events is told."""
+    """And the command that took the stream ends, with what it has started; listeners to events are told."""
     path, taken = tmp_path / "s", tmp_path / "taken"
     argv = [sys.executable, "-m", "vhostpc", "endpoint", "--qmp", f"unix:{path}", "--ram", "a=64M"]
     async with open_child(argv, name="endpoint", cwd=ROOT) as child:

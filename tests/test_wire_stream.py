@@ -483,7 +483,7 @@ def test_a_run_ends_with_its_block() -> None:
     with pytest.raises(BadStream, match="at 0x3000 of block 'ram0', which has 0x3000 bytes") as wrong:
         read(data)
     assert wrong.value.offset == 87 + 14 + 2 * 9
-    # What came before the wrong byte is told.
+    # Elements before the wrong byte are reported.
     assert seen(data)[-1] == el.RamRun("ram0", 0, 3, RunKind.ZERO)
 
 

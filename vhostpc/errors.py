@@ -1,6 +1,6 @@
 """The exceptions of vhostpc, one tree.
 
-Codecs raise :class:`LocalProtocolError`; whoever fed them bytes from a peer turns that into
+Codecs raise :class:`LocalProtocolError`; a caller that fed them bytes from a peer turns that into
 :class:`RemoteProtocolError`, because only there it is known who was wrong.
 """
 

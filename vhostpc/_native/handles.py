@@ -22,7 +22,7 @@ class Handle:
 
     The object itself is freed, by ``free``, when nobody refers to it any more: a call that is under way does, so it
     keeps what it works on. ``needs``: pointers of other handles that the object uses; those objects live as long as
-    it does, whoever closes theirs.
+    it does, even if others close theirs.
 
     ``ended``: what ``error`` says.
     """

@@ -1,6 +1,6 @@
 """Threads: borrowed for one call, or kept. The one place that raises :class:`Shortage` where none can be started.
 
-A thread that has done its work waits a while for more, and that is no promise to anybody. What may not fail for want of
+A thread that has done its work waits a while for more, and that is no promise to anybody. What may not fail for lack of
 a thread, because it comes behind a point of no return, has a :class:`KeptThread` from before that point.
 
 They are not trio's: ``threading.Thread.start`` waits for ever, and the trio loop with it, for a thread that comes up
@@ -115,7 +115,7 @@ def _be_borrowed(calls: Calls) -> None:
         lib.vpc_thread_name(call.name.encode())
         call.make()
         lib.vpc_thread_name(Thread.IDLE.encode())
-        # First this, so that whoever is told and wants a thread can have this one.
+        # First this, so that a task that is told and wants a thread can have this one.
         try:
             _idle[calls] = None
         finally:  # without memory for that it ends here

@@ -31,7 +31,7 @@ class Device:
     are the framework's business. An exception ends the session it happened in, and no other.
 
     Locks: never hold one of your own across an ``await`` on a queue. That await may wait for a guest page,
-    and whoever waits for your lock would wait for it too.
+    and a task that waits for your lock would wait for it too.
 
     One instance may serve several sessions, one after the other or at a time; what belongs to one session
     should then be kept by ``queue.session`` or be local to ``handle_queue``.

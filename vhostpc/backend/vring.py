@@ -25,7 +25,7 @@ log = rationed_logger(__name__)
 #: Seconds that a handler which waits for the outside world gets to end by itself when its ring stops.
 GRACE = 0.2
 #: Seconds for which a ring that is started and not enabled is left alone. Front-ends enable a moment after they
-#: start; a device that drops what comes to a disabled queue would drop what the guest sends in between.
+#: start; a device that drops the input of a disabled queue would drop data that the guest sends in between.
 ENABLE_SOON = 0.1
 #: Seconds after which a stop that waits for the device is told in the log.
 GAP_WARNING = 5.0

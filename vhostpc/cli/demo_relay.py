@@ -61,7 +61,7 @@ class Relay:
                 await to.send_all(self.pass_on(bytes(data)) if pages else data)
             await to.send_eof()
         except trio.BrokenResourceError:
-            pass  # whoever is left notices
+            pass  # the remaining side notices
 
 
 @asynccontextmanager

@@ -110,7 +110,7 @@ class Demo:
 
     async def run(self) -> Result:
         """Raises UfdError where this computer cannot do postcopy, VhostpcError when the work failed."""
-        Userfaultfd.open().close()  # whoever may not is told so before anything begins
+        Userfaultfd.open().close()  # a user without the privilege is told before the run
         started = time.monotonic()
         with trio.move_on_after(LIMIT) as scope, socket_folder("vhostpc-demo-") as folder:
             async with AsyncExitStack() as stack:

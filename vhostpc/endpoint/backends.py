@@ -2,7 +2,7 @@
 
 A back-end that is killed, breaks the protocol, lies or answers too late is left: it is named in the log and among the
 machine's problems, its userfaultfd is no longer read, and the machine goes on without it. So it does where we fail with
-it in a way that nobody thought of; then the log has the traceback.
+it in an unexpected way; then the log has the traceback.
 """
 
 from __future__ import annotations

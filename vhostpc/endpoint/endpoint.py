@@ -43,7 +43,7 @@ log = rationed_logger(__name__)
 
 
 class Listener(Protocol):
-    """Whoever is told of events: ``vhostpc.qmp.Events``. On the trio thread; nothing here waits or raises."""
+    """The receiver of events: ``vhostpc.qmp.Events``. On the trio thread; nothing here waits or raises."""
 
     def emit(self, name: str, data: dict[str, Any] | None = None) -> None: ...
     def migration(self, status: Status) -> None: ...
@@ -99,7 +99,7 @@ class Endpoint:
         self.machine = machine
         self.options = options
         self.error: BaseException | None = None
-        """Why the program ends, where a machine that was waited for did not come."""
+        """Why the program ends, where an expected machine did not arrive."""
         self._events = events
         self._after = after
         self._trace = trace
@@ -185,7 +185,7 @@ class Endpoint:
         )
 
     def report(self) -> dict[str, Any]:
-        """How the machine is, and what came of the pages in the last migration from and to here."""
+        """The state of the machine, and the counts of pages in the last migration from and to here."""
         return {
             **self.machine.report(),
             "status": str(self.status),
@@ -345,7 +345,7 @@ class Endpoint:
                 raise
             channel: Channel | None = None
             if isinstance(address, Exec | Fd | File):
-                try:  # whether that can be had is known at once
+                try:  # a failure is known at once
                     channel = await connect(address)
                 except ChannelLost as error:
                     raise MigrationRefused(str(error)) from None

@@ -74,7 +74,7 @@ class Spec:
 async def open_machine(spec: Spec, *, empty: bool = False) -> AsyncIterator[OwnMachine]:
     """Make the machine, stopped. ``empty``: its memory and its devices' state come from elsewhere.
 
-    Raises GuestMemoryError for memory that cannot be had, PeerClosed and others for back-ends.
+    Raises GuestMemoryError for memory that cannot be allocated, PeerClosed and others for back-ends.
     """
     async with AsyncExitStack() as stack:
         ram = stack.enter_context(RamSet())
@@ -250,7 +250,7 @@ class OwnMachine:
                 async with trio.open_nursery() as nursery:
                     for device in self.devices:
                         nursery.start_soon(device.start, self._nursery)
-            except BaseException:  # it does not run half: whoever asked may let it run elsewhere
+            except BaseException:  # it does not run half: the caller may let it run elsewhere
                 with trio.CancelScope(shield=True):
                     await self._stand()
                 raise

@@ -2,7 +2,7 @@
 
 The driver sends frames that name themselves; the far side of the back-end sends each of them back. A frame is on its
 way, or back, or lost. When the machine moves, frames that come back while nobody has a ring are dropped by the
-network: of those that were on their way just then, or were sent before the first one came back to the new place, the
+network: of those that were in flight just then, or were sent before the first one came back to the new place, the
 ones that never come count as lost at the switch. One of any other time is a failure.
 
 Frames keep their order, so a frame that came says of all before it whether they still will.
@@ -81,7 +81,7 @@ class NetDevice:
         self._scope: trio.CancelScope | None = None
         self._idle = trio.Event()
         self._idle.set()
-        # Numbers of the frames that were on their way at the last switch, and the losses of those before.
+        # Numbers of the frames that were in flight at the last switch, and the losses of those before.
         self._flying = (0, 0)
         self._settled = False  # a frame that was sent at this place has come back to it
         self._lost_before = 0
@@ -95,7 +95,7 @@ class NetDevice:
     def make_drivers(self) -> list[Driver]:
         """For the features that the back-end's driver has acknowledged. Those before are freed.
 
-        All that they need until :meth:`close` is had here. Raises Shortage, OSError.
+        All that they need until :meth:`close` is allocated here. Raises Shortage, OSError.
         """
         self.close()
         event_idx = bool(self.backend.features & Feature.EVENT_IDX)

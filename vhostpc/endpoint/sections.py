@@ -98,7 +98,7 @@ NET = Layout(
         Field("rx_base", "uint16"),
         Field("tx_base", "uint16"),
         Field("lost_at_switch", "uint64"),
-        # Numbers of the frames that were on their way when the machine stood.
+        # Numbers of the frames that were in flight when the machine stood.
         Field("flying_first", "uint64"),
         Field("flying_end", "uint64"),
         Field("rx_size", "uint32"),

@@ -105,7 +105,7 @@ class FrontEnd:
             pass
         except RemoteProtocolError as e:
             self.error = e
-        except Exception as e:  # whoever made the session has others
+        except Exception as e:  # the creator of the session has others
             log.exception("reading a back-end's messages")
             self.error = RequestFailed(f"its messages could not be read: {e!r}")
         finally:

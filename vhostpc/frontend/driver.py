@@ -156,7 +156,7 @@ class Driver:
         for name in RingLayout.__dataclass_fields__:
             setattr(raw, name, getattr(layout, name))
         raw.header, raw.receive, raw.event_idx, raw.stream = header, receive, event_idx, stream
-        # All that its calls and its loop need is had here: they cannot fail for want of a thread.
+        # All that its calls and its loop need is allocated here: they cannot fail for lack of a thread.
         with ExitStack() as stack:
             self._thread = KeptThread(Thread.DRIVER, "the driver of a ring")
             stack.callback(self._thread.close)

@@ -1,6 +1,6 @@
 """A page source in a process of its own: ``python -m vhostpc.frontend.source FD``.
 
-FD is a unix socket for control, inherited from whoever started it; when it closes, the process ends. Its first
+FD is a unix socket for control, inherited from the parent process; when it closes, the process ends. Its first
 message is one JSON line (``{"rate": bytes a second, "blocks": [{"name", "length", "page_size"}, ...]}``) that
 carries the socket for pages and then one memfd for each block; a block with a ``"seed"`` has no memfd and is
 made and filled here. Every page is dirty: it is sent once. After that come commands, a JSON line each with an

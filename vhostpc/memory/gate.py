@@ -29,7 +29,7 @@ class Gate:
     armed  postcopy                          inline with VPC_TRY, which gives up before it touches an
                                              absent page; then the same call on a borrowed thread
     slow   a backing that may read a disk    always on a borrowed thread
-    lost   pages are gone, or whoever        MemoryLost
+    lost   pages are gone, or the peer that  MemoryLost
            brings them
     =====  ================================  ==========================================================
 

@@ -61,7 +61,7 @@ class Supply:
 
         Each armed mapping is replaced by private memory and its waiters are woken; they see
         :class:`MemoryLost`. The shared file stays as it was, also for a guest that lives on. Returns None, or why
-        there is no memory to replace all of them with: who waits in the others sleeps on (:attr:`asleep`). It may
+        there is no memory to replace all of them with: waiters in the others sleep on (:attr:`asleep`). It may
         be tried again.
         """
         rc = lib.vpc_supply_fail(self.handle)

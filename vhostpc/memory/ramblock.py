@@ -45,7 +45,7 @@ class Bits(WordEnum):
 def make_memfd(name: str, length: int, page_size: int = TARGET_PAGE) -> int:
     """A new memfd of ``length`` bytes; ``page_size`` above 4096 takes huge pages of that size.
 
-    Its length is sealed: back-ends have the descriptor, and one that shrank the file would end whoever touches what is
+    Its length is sealed: back-ends have the descriptor, and one that shrank the file would end a process that touches what is
     gone (SIGBUS). Raises OSError (ENOMEM when mapped later, if there are not enough huge pages).
     """
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
@@ -274,7 +274,7 @@ class RamSet:
     ) -> RamBlock:
         """A block on ``length`` bytes of ``fd`` from ``fd_offset``; we keep a copy of ``fd``, and one for peers.
 
-        Whoever else can shrink that file can end this process by it: :func:`make_memfd` makes one that nobody can.
+        A process that can shrink that file can end this one by it: :func:`make_memfd` makes one that nobody can.
         Raises OSError: EINVAL (not whole pages), ERANGE (longer than the file), EEXIST (name taken).
         """
         raw = name.encode("utf-8", "surrogateescape")

@@ -54,7 +54,9 @@ class Strike:
             Backing.HUGETLB: "no huge page is free",
             Backing.OTHER: "its disk fails",
         }[self.backing]
-        return f"a page of {whose} cannot be had ({where}): {also}, its file was shrunk, or it was poisoned"
+        return (
+            f"a page of {whose} is not available ({where}): {also}, its file was shrunk, or it was poisoned"
+        )
 
 
 async def struck(supply: Supply) -> Strike:

@@ -105,7 +105,7 @@ class VCpu:
 
         await vcpu.fill()                   # all of them, before any runs
         await nursery.start(vcpu.hold)      # its thread is there, and parked
-        vcpu.go()                           # this cannot fail for want of anything
+        vcpu.go()                           # this cannot fail for lack of anything
         ...
         await vcpu.stop()                   # parked again: it touches no memory any more
         state = vcpu.save()                 # ... at the destination: restore(state), hold, go

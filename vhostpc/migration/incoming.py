@@ -2,7 +2,7 @@
 
 Python reads what stands between RAM sections; the sections themselves are read in C, on a thread that never
 needs the GIL (:mod:`vhostpc.ufd.ramchannel`). In postcopy three things go on at once, and none waits for another:
-the page thread places what comes, the fault loop asks for what somebody waits for, and a task of its own loads
+the page thread places arriving pages, the fault loop requests missing pages, and a task of its own loads
 the package, which may wait for a page like anybody else.
 """
 
@@ -154,7 +154,7 @@ class Incoming:
         return self.service.missing()
 
     def loads(self) -> list[LoadNumbers]:
-        """What came, one look at each channel that brought pages: that of precopy, then that of postcopy."""
+        """The received pages, one count for each channel that brought pages: that of precopy, then that of postcopy."""
         return [*self._loads, *([] if self._pages is None else [self._pages.numbers()])]
 
     def asked(self) -> ServiceNumbers:
@@ -179,7 +179,7 @@ class Incoming:
         Raises StreamError (what is wrong, at which byte), ChannelLost, PostcopyRefused, OSError, and whatever else
         goes wrong in this process: the machine has not run here; the source was told so, where it can be. From RUN on
         it raises for nothing: it pauses. All pages, clients and waiters stay, and so does this call, until it is
-        cancelled or :meth:`close` is called. Then, and whenever it is cancelled with pages missing, who waits for a
+        cancelled or :meth:`close` is called. Then, and whenever it is cancelled with pages missing, a waiter for a
         page gets MemoryLost.
         """
         self._receiving = True
@@ -251,7 +251,7 @@ class Incoming:
 
     async def _read_on(self) -> None:
         """Our word that it never ran lets the source go on. But it sends its package or pages now, and what is sent to
-        a channel that broke may come to its notice before our word does. So what comes is thrown away, until it hangs
+        a channel that broke may come to its notice before our word does. So its data is thrown away, until it hangs
         up."""
         with suppress(*TROUBLE):
             while True:
@@ -299,7 +299,7 @@ class Incoming:
             elif isinstance(event, RamBlocks):
                 self._accept_blocks(event)
             elif isinstance(event, RamDiscard):
-                self._switching = True  # the package is on its way
+                self._switching = True  # the package is in flight
                 await self._discard(event)
             elif isinstance(event, Package):
                 if not self._return_path:
@@ -377,7 +377,7 @@ class Incoming:
             self._loaded.set()
         except Exception as error:
             if self.machine.ram.lost:
-                await trio.sleep_forever()  # given up by whoever ends all this, and says why
+                await trio.sleep_forever()  # given up by the task that ends the migration, and says why
             self._error = self._error or error
             raise
 
@@ -435,7 +435,7 @@ class Incoming:
             await self.machine.end()
         except Exception as error:
             log.error("migration: all pages have arrived, but: %s", sentence(error), exc_info=error)
-        await self._stop_faults()  # behind END: a fault that was on its way until then is still answered
+        await self._stop_faults()  # behind END: a fault that was in flight until then is still answered
         try:
             self.service.disarm()
         except Exception as error:

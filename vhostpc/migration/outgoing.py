@@ -53,13 +53,13 @@ from vhostpc.wire.ramrec import RamFlag
 log = rationed_logger(__name__)
 
 LAST_WORD = 10.0
-"""Seconds in which a destination's word is waited for once a write to it has failed behind the border."""
+"""Seconds to wait for a destination's report once a write to it has failed behind the border."""
 _END_OF_PAGES = int(RamFlag.EOS).to_bytes(8, "big")
 CANCELLED = "the migration was cancelled"
 
 
 class Watcher(Protocol):
-    """Whoever started it is told what happens; nothing here may raise."""
+    """The starter is told what happens; nothing here may raise."""
 
     def moved(self, event: Event, error: BaseException | None) -> None:
         """A step of the migration (never START, CANCEL or CANCELLED, which are the watcher's own)."""
@@ -209,7 +209,7 @@ class Outgoing:
     async def send(self) -> None:
         """Send all and, where there is a return path, wait for the destination's word that it has it.
 
-        What comes of it is told to the watcher: FINISH; FAIL where the machine has not run there and may go on here;
+        The outcome is told to the watcher: FINISH; FAIL where the machine has not run there and may go on here;
         NEVER_RAN where the destination said that it could not run it; LOSE where only the destination knows. The same
         error is raised: ChannelLost, StreamError, OSError, and whatever else goes wrong in this process. Cancelled, it
         tells the watcher as for a lost link.
@@ -219,8 +219,8 @@ class Outgoing:
             await self._send()
         except BaseException as caught:
             error = caught
-            self.channel.shut_down()  # the destination is told, whoever else still holds the descriptor
-        # First things are put back, then it is told: whoever hears of it may begin another one.
+            self.channel.shut_down()  # the destination is told, even if others still hold the descriptor
+        # First things are put back, then it is told: a listener may begin another one.
         with trio.CancelScope(shield=True):
             try:
                 await self.machine.stop_tracking()

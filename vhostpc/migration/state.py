@@ -198,7 +198,7 @@ class Machine:
         return (self.status, event) in self._table
 
     def move(self, event: Event) -> Status:
-        """Apply an event; the new status. Raises WrongMove. Whoever calls this also tells of the change."""
+        """Apply an event; the new status. Raises WrongMove. The caller also reports the change."""
         try:
             after = self._table[self.status, event]
         except KeyError:

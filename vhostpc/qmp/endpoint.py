@@ -14,7 +14,7 @@ class Endpoint(Protocol):
 
     A method that refuses raises :class:`~vhostpc.errors.MigrationRefused` with QEMU's sentence and has changed
     nothing; any other ``VhostpcError`` becomes a GenericError with its text. Methods return as soon as what
-    was asked for has begun; what comes of it is told by events and by ``info``. ``stop`` and
+    was asked for has begun; the outcome is reported by events and by ``info``. ``stop`` and
     ``verify`` wait for pages that the machine's threads or back-ends wait for, as QEMU's stop does; the others do
     not.
     """

@@ -30,7 +30,7 @@ class SocketServer(ABC):
     @contextlib.asynccontextmanager
     async def listening(self, path: str | os.PathLike[str]) -> AsyncIterator[None]:
         """Serve at a unix socket's path for the length of a block. The socket exists when it begins and is
-        removed when it ends. Raises VhostpcError if the path cannot be had."""
+        removed when it ends. Raises VhostpcError if the path is not available."""
         with listening(path) as sock, trio.socket.from_stdlib_socket(sock) as listener:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._accept, listener, nursery)

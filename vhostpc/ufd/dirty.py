@@ -75,7 +75,7 @@ class DirtyTracker:
     It is started once. ``way``: one of DirtyWay, None for the best that the kernel has. Absent pages are not made
     by it. Blocks that are added later are not tracked; no page may be discarded meanwhile; and the memory may not be
     armed for postcopy, which is another userfaultfd. Raises UfdError, saying what the kernel lacks or what is short;
-    OSError and Shortage for what is short. What it needs until its end is had here.
+    OSError and Shortage for what is short. What it needs until its end is allocated here.
     """
 
     def __init__(self, ram: RamSet, way: DirtyWay | None = None) -> None:

@@ -113,7 +113,7 @@ class PageSource:
     ) -> None:
         """``return_path``: the descriptor to read requests from, -1 for none; None: ``sock`` itself.
 
-        Raises Shortage, OSError: all that sending needs is had here.
+        Raises Shortage, OSError: all that sending needs is allocated here.
         """
         fd = sock if isinstance(sock, int) else sock.socket.fileno()
         self.ram = ram

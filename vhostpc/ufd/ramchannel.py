@@ -68,7 +68,7 @@ class RamChannel:
     def __init__(self, service: Service, sock: trio.SocketStream | int, *, holes: bool = False) -> None:
         """``holes``: no page will be missing later (no postcopy), so a zero page may stay a hole of the file.
 
-        Raises Shortage, OSError: all that loading needs is had here.
+        Raises Shortage, OSError: all that loading needs is allocated here.
         """
         fd = sock if isinstance(sock, int) else sock.socket.fileno()
         self._service = service

@@ -136,7 +136,7 @@ class FaultService:
         """Register all RAM blocks: from now on our own touches of missing pages are faults like any other.
 
         Opens our own ufd, through which pages are placed. Raises UfdError where that is not possible, and PageBorn
-        where a page is there that was not received: what is to come could not be placed, or would never be missed.
+        where a page is there that was not received: the expected page could not be placed, or would never be missed.
         """
         ufd = Userfaultfd.open(optional=Features.THREAD_ID)
         own: Client | None = None
@@ -243,8 +243,8 @@ class FaultService:
         """Missing pages will never come. Does nothing if none is missing, or before :meth:`arm`.
 
         Every touch of our own mapping that waits returns and raises MemoryLost, as do all later ones. No page
-        is made in the files: what is missing there stays missing, for whoever goes on with them. Where no other memory
-        can be put in the mapping's place, who waits goes on waiting, which the log says; called again it tries again.
+        is made in the files: what is missing there stays missing, for later users of them. Where no other memory
+        can be put in the mapping's place, waiters go on waiting, which the log says; called again it tries again.
         """
         if self._ufd is None or not (self._stays or (not self.ram.lost and self.missing())):
             return

@@ -63,7 +63,7 @@ class Chain:
         self.late = bool(popped.late)
         self.readable: int = popped.readable
         self.writable: int = popped.writable
-        # Our own copy: whoever reads it on whatever thread need not care when the native chain is freed.
+        # Our own copy: a reader on any thread need not care when the native chain is freed.
         self._data: bytes = (
             ffi.buffer(popped.data, min(popped.readable, LOADED))[:] if popped.readable else b""
         )
@@ -152,7 +152,7 @@ class Chain:
     def complete(self) -> None:
         """Give the chain back to the driver with the written data. Returns at once; the queue pushes it.
 
-        Raises ValueError while a piece of it is on its way.
+        Raises ValueError while a piece of it is in flight.
         """
         if not self.completed:
             if self._transfers.under_way and self in self._transfers.under_way:

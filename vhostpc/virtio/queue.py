@@ -405,7 +405,7 @@ class Queue:
 
     async def _wait_for_kick(self) -> None:
         if self.stopping or self._pushable() or self._ready or self._pauses:
-            return  # whoever paused us changes something: look at the ring again after that
+            return  # the pausing task changes something: look at the ring again after that
         try:
             with trio.CancelScope() as self._wait:
                 if self._kick < 0 or self._late.full:
@@ -502,7 +502,7 @@ class Queue:
         self._open.clear()
         self._answers.clear()
         self.set_base(self.base)  # the used index is read anew: a driver may have reset the ring
-        if self._pauses:  # whoever paused the stopped queue will resume it
+        if self._pauses:  # the task that paused the stopped queue will resume it
             self._resumed = trio.Event()
         else:
             self._resumed.set()

@@ -6,7 +6,7 @@ _COMPACT = 1 << 20
 
 
 class Buffer:
-    """``data`` from index ``at`` on is unread. Whoever feeds it bounds it."""
+    """``data`` from index ``at`` on is unread. The feeder bounds it."""
 
     __slots__ = ("_base", "at", "data")
 

@@ -231,7 +231,7 @@ class LastSections:
             raise BadStream(found.end, "the stream ends behind a section, without its end mark")
         rest = data[found.end - self._begin :]
         if rest[:1] == b"\x06" and len(rest) < 5 + int.from_bytes(rest[1:5].ljust(4, b"\xff"), "big"):
-            self.inside = "the description"  # who sends it has not sent all, and may not have ended
+            self.inside = "the description"  # its sender has not sent all, and may not have ended
             return False
         yield from _expected(found)
         self.doubt = found.doubt

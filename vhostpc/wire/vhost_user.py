@@ -410,7 +410,7 @@ def request_name(number: int) -> str:
 class Frame:
     """One message with its descriptors, which it owns until they are taken.
 
-    ``close_fds`` closes what nobody took; whoever handles a frame calls it on every path.
+    ``close_fds`` closes what nobody took; a frame's handler calls it on every path.
     """
 
     request: int
