@@ -1,6 +1,6 @@
 """``vhostpc bridge``: a virtio network card whose frames are UDP datagrams, or those of a tap device.
 
-It takes the letters of QEMU's vhost-user-bridge. The device is ``vhostpc.backend.net.Bridge``.
+It accepts the same single-letter options as QEMU's vhost-user-bridge. The device is ``vhostpc.backend.net.Bridge``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A virtio-net device of our own machine: its driver, a back-end, and traffic whose counts must agree.
 
-The driver sends frames that name themselves; the far side of the back-end sends each of them back. A frame is on its
-way, or back, or lost. When the machine moves, frames that come back while nobody has a ring are dropped by the
+The driver sends frames that name themselves; the far side of the back-end sends each of them back. A frame is in
+flight, or back, or lost. When the machine moves, frames that come back while nobody has a ring are dropped by the
 network: of those that were in flight just then, or were sent before the first one came back to the new place, the
 ones that never come count as lost at the switch. One of any other time is a failure.
 

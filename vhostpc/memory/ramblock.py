@@ -45,8 +45,8 @@ class Bits(WordEnum):
 def make_memfd(name: str, length: int, page_size: int = TARGET_PAGE) -> int:
     """A new memfd of ``length`` bytes; ``page_size`` above 4096 takes huge pages of that size.
 
-    Its length is sealed: back-ends have the descriptor, and one that shrank the file would end a process that touches what is
-    gone (SIGBUS). Raises OSError (ENOMEM when mapped later, if there are not enough huge pages).
+    Its length is sealed: back-ends have the descriptor, and one that shrank the file would end a process that touches
+    the missing part (SIGBUS). Raises OSError (ENOMEM when mapped later, if there are not enough huge pages).
     """
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     if page_size > mmap.PAGESIZE:
