@@ -607,4 +607,4 @@ async def test_names_of_blocks_are_bytes(name: bytes) -> None:
 async def test_a_name_with_a_nul_is_refused() -> None:
     error = (await refused(PRECOPY.replace(h("04 726f6d30"), h("04 726f0030")))).error
     assert isinstance(error, StreamError)
-    assert "no NUL" in str(error)
+    assert "cannot contain NUL" in str(error)

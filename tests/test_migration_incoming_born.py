@@ -111,7 +111,7 @@ async def test_a_page_born_before_run_fails_the_migration() -> None:
         await setup.source.stream.aclose()
         await setup.ended.wait()
         assert isinstance(setup.raised, PageBorn)
-        assert "host page 2 of 'ram' has come" in str(setup.raised)
+        assert "host page 2 of 'ram' arrived" in str(setup.raised)
         assert setup.machine.read == []
     assert received.events == [Event.PACKAGE, Event.NEVER_RAN]
 
@@ -181,5 +181,5 @@ async def test_huge_page_that_was_born(blocks: dict[str, tuple[int, int]], huge_
         await setup.source.heard(Shut(1))
         await setup.source.stream.aclose()
         await setup.ended.wait()
-        assert "host page 2 of 'big' has not come" in str(setup.raised)
+        assert "host page 2 of 'big' has not arrived" in str(setup.raised)
     assert received.events == [Event.FAIL]
