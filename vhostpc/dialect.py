@@ -36,9 +36,9 @@ class Dialect:
     ignored_parameters: frozenset[str]
     """Accepted, but the old value is kept."""
     subjects: tuple[str, tuple[tuple[str, str], ...]]
-    """What a refused value's sentence begins with, ``{}`` being the parameter, and those of which it is another."""
+    """The beginning of the refusal of a value, with ``{}`` for the parameter, and the parameters with another one."""
     hyphens: bool
-    """In such sentences a parameter has its name; else with underscores."""
+    """In such sentences a parameter has its name; otherwise one with underscores."""
     modes: tuple[str, ...]
     """Values of the parameter ``mode``."""
     null_parameters: bool
@@ -49,19 +49,19 @@ class Dialect:
     device_status: bool
     """A source whose machine has stopped is ``device``."""
     postcopy_before_stop: bool
-    """A source is ``postcopy-active`` before its machine has stopped, else when the package has gone."""
+    """A source is ``postcopy-active`` before its machine has stopped; otherwise when the package has been sent."""
     setup_while_listening: bool
-    """A destination that listens is ``setup``; else it is ``none`` still, and only an event says so."""
+    """A listening destination is ``setup``; otherwise it is still ``none``, and only an event says ``setup``."""
     precopy_passes_only: bool
-    """MIGRATION_PASS is told for the passes of a precopy, neither for the look before them nor for the last one."""
+    """MIGRATION_PASS is sent for the passes of a precopy, neither for the scan before them nor for the last one."""
 
     # query-migrate.
     error_before_failed: bool
-    """A source tells ``error-desc`` in every status, not only when it has failed."""
+    """A source reports ``error-desc`` in every status, not only when it has failed."""
     downtime_in_postcopy: bool
-    """A source tells ``downtime`` as soon as the machine runs elsewhere, in place of ``expected-downtime``."""
+    """A source reports ``downtime`` as soon as the machine runs elsewhere, in place of ``expected-downtime``."""
     address_after_listening: bool
-    """A destination tells ``socket-address`` also when its migration has ended."""
+    """A destination reports ``socket-address`` also when its migration has ended."""
     skipped_pages: bool
     """``ram`` has ``skipped``, always 0."""
     remaining: bool
@@ -82,7 +82,7 @@ class Dialect:
     parameter_is_rest: bool
     """``migrate_set_parameter`` of the text monitor takes the rest of the line, with its quotes."""
     parameters_in_text: tuple[str, ...]
-    """Those of ``info migrate_parameters``, in its order."""
+    """The parameters of ``info migrate_parameters``, in its order."""
     postcopy_bandwidth_unit: str
     """Of ``max-postcopy-bandwidth`` there."""
 
@@ -111,12 +111,12 @@ class Dialect:
         return parameter if self.hyphens else parameter.replace("-", "_")
 
     def subject(self, parameter: str) -> str:
-        """What the refusal of a value begins with."""
+        """The beginning of the refusal of a value."""
         form, others = self.subjects
         return dict(others).get(parameter) or form.format(self.spelt(parameter))
 
     def of_machine(self, machine: str) -> Dialect:
-        """The same with a machine type, which keeps what QEMU did when the type was made.
+        """The same with a machine type, which keeps QEMU's behaviour of its time.
 
         For a type without a version nothing is sent that an older QEMU does not know: it may go to one.
         """

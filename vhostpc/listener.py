@@ -29,7 +29,7 @@ ACCEPT_INTERVAL = 0.1
 FULL = 0.02
 """Seconds between two attempts at a socket whose queue is full."""
 MOST_BYTES = 108
-"""Of a socket's path (unix(7), ``sun_path``)."""
+"""Longest path of a socket (unix(7), ``sun_path``)."""
 ROOM = 64
 """Bytes that a socket's name in a folder of :func:`socket_folder` may have."""
 FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")

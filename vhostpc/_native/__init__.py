@@ -33,7 +33,7 @@ for _name in dir(lib):
 
 
 def made(handle: Any, what: str) -> Any:
-    """Return a handle that a ``vpc_..._new`` has just made, else raise the :class:`OSError` that its errno names."""
+    """Return a handle that a ``vpc_..._new`` has just made, or raise the :class:`OSError` of its errno."""
     if handle == ffi.NULL:
         err = ffi.errno
         raise OSError(err, f"{what}: {os.strerror(err)}")
@@ -41,7 +41,7 @@ def made(handle: Any, what: str) -> Any:
 
 
 def check(rc: int, what: str) -> int:
-    """Return ``rc`` if it is not negative, else raise the :class:`OSError` that ``-rc`` names."""
+    """Return ``rc`` if it is not negative, otherwise raise the :class:`OSError` of ``-rc``."""
     if rc < 0:
         raise OSError(-rc, f"{what}: {os.strerror(-rc)}")
     return rc

@@ -10,7 +10,7 @@ from typing import Any
 from vhostpc._native import ffi
 
 _needed: Counter[int] = Counter()
-"""How many objects use another one, by its address."""
+"""The number of users of an object, by its address."""
 
 
 def _address(raw: Any) -> int:

@@ -88,7 +88,7 @@ class _Call(Generic[T]):
                 return
 
     async def result(self, abandon: bool) -> T:
-        """Wait for it, whatever is cancelled meanwhile, unless it is one to ``abandon``."""
+        """Wait for it, shielded from cancellation unless it is one to ``abandon``."""
         with trio.CancelScope(shield=not abandon):
             await self._done.wait()
         if self._error is not None:

@@ -81,7 +81,7 @@ class Device:
         """The device was reset (RESET_DEVICE); all rings have been stopped."""
 
     def set_status(self, status: int) -> None:
-        """The driver's status byte (virtio 1.2, 2.1), where the front-end tells it."""
+        """The driver's status byte (virtio 1.2, 2.1), if the front-end sends it."""
 
     def send_rarp(self, mac: bytes) -> None:
         """Announce the guest's address (6 bytes) to the network after a migration. Offered if overridden."""

@@ -111,7 +111,7 @@ def await_exchange(session: SessionState, memory: GuestMemory) -> None:
 
 
 def drop_pending(session: SessionState, keep: frozenset[Mapping] = frozenset()) -> None:
-    """Forget the table of an exchange under way, and unmap what only it has."""
+    """Forget the table of an unfinished exchange, and unmap the regions that only it has."""
     old, session.pending_memory = session.pending_memory, None
     if old is None:
         return
@@ -137,7 +137,7 @@ async def get_max_mem_slots(session: SessionState, frame: Frame) -> Answer:
 
 
 def current_regions(session: SessionState) -> tuple[Region, ...]:
-    """The regions that the next change is made to: those of an exchange under way, else those in force."""
+    """The regions that the next change is made to: those of an unfinished exchange, otherwise those in effect."""
     memory = session.pending_memory or session.memory
     return memory.regions if memory else ()
 
@@ -213,4 +213,4 @@ async def set_log_base(session: SessionState, frame: Frame) -> Answer:
 
 @handles(Request.SET_LOG_FD)
 async def set_log_fd(session: SessionState, frame: Frame) -> None:
-    """An eventfd to signal on log writes; no front-end sends it, and nobody need be told."""
+    """An eventfd to signal on log writes; no front-end sends it, and no signal is needed."""

@@ -203,7 +203,7 @@ class SessionState:
                 signal_event(fd)
 
     def kick_from(self, fd: int, index: int) -> tuple[int, trio.CancelScope]:
-        """A kick eventfd of our own, written for all that comes from a pipe or socket, which is ours from now on.
+        """A kick eventfd of our own, written for each input from a pipe or socket, which is ours from now on.
 
         The scope is round the task that writes it, as above.
         """

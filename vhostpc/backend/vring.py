@@ -146,7 +146,7 @@ class Vring:
             os.close(old)
 
     def set_call(self, fd: int) -> None:
-        """Call the driver through this descriptor, ours from now on; -1: in-band if agreed, else not at all."""
+        """Call the driver through this descriptor, ours from now on; -1: in-band if negotiated, or not at all."""
         if fd < 0:
             fd = self._session.own_call(self.index)
         self._call_known = True

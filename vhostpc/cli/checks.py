@@ -25,7 +25,7 @@ QEMU_WAIT_SECONDS = 20
 
 
 class Level(Enum):
-    """How much a finding matters."""
+    """The severity of a finding."""
 
     OK = "ok"
     NOTE = "note"

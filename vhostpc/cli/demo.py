@@ -37,7 +37,7 @@ HARM = "VHOSTPC_DEMO_CORRUPT"
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """The numbers as one object; a unit stands in the name, bytes and seconds in none."""
+    """The numbers as one object; names include the unit, except for bytes and seconds."""
     return asdict(result) | {"ok": not result.problems}
 
 

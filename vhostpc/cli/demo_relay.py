@@ -20,7 +20,7 @@ _RECORD = re.compile(
 
 
 def find_page(data: bytes, first: int) -> int | None:
-    """Where in ``data`` the content of a page at offset ``first`` of its block or behind it begins."""
+    """The index in ``data`` where the content of a page at or behind offset ``first`` of its block begins."""
     for match in _RECORD.finditer(data):
         begin = match.start() + 8
         end = begin + PAGE
@@ -33,7 +33,7 @@ def find_page(data: bytes, first: int) -> int | None:
 
 
 class Relay:
-    """``harm``: damage the next page that comes by, of offset ``first`` or behind it."""
+    """``harm``: damage the next page at or behind offset ``first``."""
 
     def __init__(self, first: int) -> None:
         self.first = first

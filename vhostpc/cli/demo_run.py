@@ -222,7 +222,7 @@ class Demo:
             )
 
     async def _sample(self, destination: End) -> None:
-        """How memory fills, until cancelled."""
+        """Sample how memory fills, until cancelled."""
         with self._sampling:
             while True:
                 found = await destination.command("x-vhostpc-map", cells=CELLS)

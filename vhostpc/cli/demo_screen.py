@@ -34,7 +34,7 @@ Show = Callable[[str, float], None]
 
 
 def screen(*, stderr: bool = False) -> Console:
-    """A terminal as wide as it is, whatever it can do."""
+    """A console of the terminal's width, for any terminal."""
     width, height = shutil.get_terminal_size()
     stream = sys.stderr if stderr else sys.stdout
     fixed = stream.isatty() and is_dumb()  # else found out by itself, and again when it changes

@@ -150,7 +150,7 @@ class Frame:
             self.parts.append(f'<path class="{kind} dots" d="{path.replace("m", "M", 1)}"/>')
 
     def intervals(self, found: Sequence[tuple[float, float]], y: float, height: float, kind: str) -> None:
-        """How much of each moment is in one of these spans of time, none of which meets another: as columns."""
+        """The share of each moment that lies in these disjoint spans of time, as columns."""
         step = 1.5
         count = math.ceil((self.right - self.left) / step)
         second = (self.right - self.left) / (self.end - self.begin)

@@ -14,7 +14,7 @@ from vhostpc.cli.pictures import BOTTOM, STYLE, TOP, Band, Frame, cells, svg, te
 
 COLUMNS = 40
 MOST_DOTS = 2500
-"""Of each client, so that the page stays small; the slowest are kept."""
+"""Most faults of each client, so that the page stays small; the slowest are kept."""
 LEAST_WIDTH = 820
 """Pixels of a picture in a window: where it has fewer, it scrolls. Its letters would be too small to read."""
 KEY = (

@@ -88,7 +88,7 @@ class BackEnd:
         self.name = name
         self.path = path
         self.features = front.features
-        """What the driver has acknowledged."""
+        """The features that the driver has acknowledged."""
         self.problem: str | None = None
         """Why it was abandoned; None while it works."""
         self.postcopy: BackendPostcopy | None = None
@@ -160,7 +160,7 @@ class BackEnd:
             self.leave(f"{what}: {self._why(error)}")
 
     def _why(self, error: Exception) -> str:
-        """One sentence; what is nobody's word for a back-end's doing goes to the log as well."""
+        """One sentence; unexpected errors go to the log as well."""
         if isinstance(error, VhostpcError | OSError):
             return str(error)
         log.error("%s: unexpected error", self.name, exc_info=error)

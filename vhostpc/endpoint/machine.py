@@ -37,7 +37,7 @@ log = rationed_logger(__name__)
 NAME = "vhostpc-1"
 RAM_SECTION = 1
 RUN_STATES = ("running", "paused", "prelaunch")
-"""How it leaves, in QEMU's words: prelaunch is before it first ran."""
+"""The run states in which it may be sent: prelaunch is before it first ran."""
 MOST_STATE = 64 << 10
 """Bytes of a section of this machine in the stream, at most."""
 GIB = 1 << 30
@@ -72,7 +72,7 @@ class Spec:
 
 @asynccontextmanager
 async def open_machine(spec: Spec, *, empty: bool = False) -> AsyncIterator[OwnMachine]:
-    """Make the machine, stopped. ``empty``: its memory and its devices' state come from elsewhere.
+    """Create the machine, stopped. ``empty``: its memory and its devices' state come from elsewhere.
 
     Raises GuestMemoryError for memory that cannot be allocated, PeerClosed and others for back-ends.
     """
@@ -257,7 +257,7 @@ class OwnMachine:
 
     @asynccontextmanager
     async def _change(self) -> AsyncIterator[None]:
-        """Starting and stopping come one after the other."""
+        """Start and stop are serialized."""
         while self._changing is not None:
             await self._changing.wait()
         self._changing = trio.Event()
@@ -297,7 +297,7 @@ class OwnMachine:
         return list(dict.fromkeys(reason for reason in reasons if reason is not None))
 
     def postcopy_refusal(self) -> str | None:
-        """Why this machine cannot come by postcopy, one sentence."""
+        """Why this machine cannot arrive by postcopy, one sentence."""
         reasons = [backend.postcopy_refusal() for backend in self.backends if backend.works]
         return next((reason for reason in reasons if reason is not None), None)
 
@@ -333,7 +333,7 @@ class OwnMachine:
             raise
 
     async def _host_tracking(self, *, task_status: trio.TaskStatus[trio.Nursery]) -> None:
-        """A nursery for the tracker's loop: what ends it is the next sync's to tell, and ends nothing else."""
+        """A nursery for the tracker's loop: the next sync reports an error of the loop, which ends nothing else."""
         self._tracked = trio.Event()
         try:
             async with trio.open_nursery() as nursery:

@@ -141,7 +141,7 @@ class FrontEnd:
     # --- messages, raw ---
 
     async def send(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = 0) -> None:
-        """Send one message and wait for nothing. ``flags`` besides the version. Nothing is checked.
+        """Send one message without waiting. ``flags``: in addition to the version. Nothing is checked.
 
         Raises PeerClosed when the back-end is gone, RequestFailed when it takes no more for ``timeout``.
         """

@@ -213,7 +213,7 @@ class Driver:
         touched(rc, "driver")
 
     async def look(self) -> int:
-        """How many entries the device has used and nobody reaped. May wait for a page.
+        """The number of entries that the device has used and nobody reaped. May wait for a page.
 
         Raises OSError (EBADMSG) when they are more than the chains in flight.
         """

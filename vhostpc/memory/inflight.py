@@ -32,7 +32,7 @@ def stride_of(queue_size: int) -> int:
 
 
 def new_inflight_file(queues: int, queue_size: int) -> int:
-    """A memfd for so many queues, all zeros, whose size nobody can change; the caller owns it. Raises OSError."""
+    """A memfd for that many queues, all zeros, whose size nobody can change; the caller owns it. Raises OSError."""
     fd = os.memfd_create("inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, queues * stride_of(queue_size))

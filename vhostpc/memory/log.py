@@ -36,7 +36,7 @@ class DirtyLog:
         return self._native.raw
 
     def covers(self, guest_end: int) -> bool:
-        """Has every page below guest address ``guest_end`` a bit?"""
+        """Whether every page below guest address ``guest_end`` has a bit."""
         return self.size * 8 * 4096 >= guest_end
 
     def close(self) -> None:

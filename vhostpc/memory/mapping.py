@@ -57,7 +57,7 @@ class Supply:
         check(lib.vpc_supply_disarm(self.handle), "UFFDIO_UNREGISTER")
 
     def fail(self) -> str | None:
-        """No page will come any more: release every waiter, so that nothing is read, sent or created.
+        """No more pages will come: release every waiter, so that nothing is read, sent or created.
 
         Each armed mapping is replaced by private memory and its waiters are woken; they see
         :class:`MemoryLost`. The shared file stays as it was, also for a guest that lives on. Returns None, or why

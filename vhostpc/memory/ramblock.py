@@ -66,7 +66,7 @@ def make_memfd(name: str, length: int, page_size: int = TARGET_PAGE) -> int:
 
 
 def shared_copy(fd: int) -> int:
-    """A descriptor of the same file to be given away: an open file of its own.
+    """A descriptor of the same file for a peer: an open file of its own.
 
     So whatever flags a peer sets on it (O_APPEND makes each write go to the file's end) are not ours. Where the file
     cannot be opened again, a copy of ``fd``. Raises OSError without descriptors.
@@ -88,7 +88,7 @@ def refusal(error: OSError, length: int, page_size: int) -> str:
 
 
 def touched(rc: int, what: str) -> int:
-    """Result of a call that touches a RAM set. Raises MemoryLost when the set was given up, OSError else."""
+    """Result of a call that touches a RAM set. Raises MemoryLost when the set was given up, otherwise OSError."""
     if rc == -errno.EOWNERDEAD:
         raise MemoryLost(f"{what}: the source of its pages is gone and will send no more")
     return check(rc, what)
@@ -137,7 +137,7 @@ class RamBlock:
         return check(lib.vpc_ram_count_owed(self._ram.handle, self.index), "RAM bits")
 
     def count_cells(self, which: Bits, cells: int) -> list[int]:
-        """The same in each of ``cells`` equal parts, the block's pages at most: part i begins at i * pages // cells."""
+        """The same in each of ``cells`` equal parts, at most the block's pages: part i begins at i * pages // cells."""
         out = ffi.new("uint32_t[]", max(cells, 1))
         check(lib.vpc_ram_count_cells(self._ram.handle, self.index, which, out, cells), "RAM bits")
         return [int(n) for n in out[0:cells]]

@@ -26,7 +26,7 @@ from vhostpc.wire.qmp import NOT_FOUND, QmpError
 log = rationed_logger(__name__)
 
 MOST_CELLS = 1 << 16
-"""Of a map of memory: the reply is one line."""
+"""Most cells of a map of memory, since the reply is one line."""
 
 
 @dataclass

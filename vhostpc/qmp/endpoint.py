@@ -44,15 +44,15 @@ class Endpoint(Protocol):
         ...
 
     def map(self, cells: int) -> dict[str, Any]:
-        """``x-vhostpc-map``: host pages that have come, in each of ``cells`` parts of each RAM block."""
+        """``x-vhostpc-map``: host pages that have arrived, in each of ``cells`` parts of each RAM block."""
         ...
 
     async def verify(self) -> dict[str, Any]:
-        """``x-vhostpc-verify``: check every page of a machine that stands still and is all here."""
+        """``x-vhostpc-verify``: check every page of a stopped machine that has arrived completely."""
         ...
 
     def postcopy_refusal(self) -> str | None:
-        """Why a machine cannot come here by postcopy, one sentence; None: it can."""
+        """Why a machine cannot arrive by postcopy, one sentence; None: it can."""
         ...
 
     async def stop(self) -> None:
@@ -78,7 +78,7 @@ class Endpoint(Protocol):
     async def start_postcopy(self) -> None: ...
 
     def parameters_changed(self) -> None:
-        """``options`` has new parameters: what is under way takes its new limits."""
+        """``options`` has new parameters: a running migration takes its new limits."""
         ...
 
     def quit(self, why: str = "quit") -> None:

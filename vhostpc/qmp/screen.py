@@ -33,7 +33,7 @@ class Screen:
             self._stream.write(text)
 
     def write_now(self, text: str) -> None:
-        """Where nothing else stands in the last line; who draws it calls this."""
+        """Called by the editor that draws the last line, when nothing else is in it."""
         self._stream.write(text)
         self._stream.flush()
 

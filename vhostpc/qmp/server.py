@@ -26,7 +26,7 @@ from vhostpc.wire import qmp
 
 QUEUED = 8
 QUEUED_BYTES = 64 << 10
-"""Of JSON, that may wait when one more command is added."""
+"""Most bytes of JSON that may wait when one more command is added."""
 _FDS = 16  # descriptors that one message may bring; QEMU's bound
 
 log = rationed_logger(__name__)

@@ -13,7 +13,7 @@ from vhostpc.wire import qmp
 ROOM = 64 << 10
 """Bytes that may be unsent when one more reply is added. So one that is longer waits alone."""
 EVENTS = 1024
-"""Events that may be unsent. They are short, and nobody can be made to wait with them."""
+"""Most unsent events. They are short, and cannot be made to wait."""
 
 
 class Unsent:
@@ -40,7 +40,7 @@ class Unsent:
         return True
 
     def close(self) -> None:
-        """No more come; what is unsent still goes out."""
+        """No more messages follow; unsent ones still go out."""
         self._closed = True
         self._wake()
 

@@ -168,7 +168,7 @@ class DirtyTracker:
             raise _failure(-rc)
 
     async def _hop(self, call: Any) -> int:
-        """On a thread, since it takes as long as there is memory; it waits for nothing."""
+        """On a thread, since its time grows with the size of memory; it waits for nothing."""
         handle = self.handle
         with self._loops.running(lambda: None):
             return await self._thread.call(lambda: int(call(handle)))
@@ -203,7 +203,7 @@ def probe_dirty() -> dict[DirtyWay, str]:
 
 
 def _try(way: DirtyWay) -> None:
-    """Start and sync, on memory that nobody writes: does the kernel do it? Raises UfdError, OSError."""
+    """Start and sync, on memory that nobody writes, to test the kernel. Raises UfdError, OSError."""
     with RamSet() as ram:
         ram.create("probe", mmap.PAGESIZE)
         handle = _made(ram, way)
@@ -275,7 +275,7 @@ def _open(way: DirtyWay) -> Userfaultfd:
 
 @contextmanager
 def _pagemap(way: DirtyWay) -> Iterator[int]:
-    """/proc/self/pagemap for the way that needs it, else -1."""
+    """/proc/self/pagemap for the way that needs it, otherwise -1."""
     if way is not DirtyWay.WP_ASYNC:
         yield -1
         return

@@ -102,7 +102,7 @@ class WayResult:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What :func:`probe` found."""
+    """The result of :func:`probe`."""
 
     kernel: str
     kernel_ok: bool
@@ -111,7 +111,7 @@ class Probe:
     """Every feature the kernel knows; empty when no way works."""
     ioctls: Ioctls
     problem: str
-    """Empty when postcopy of shared memory can work, else one sentence: why not and what to change."""
+    """Empty when postcopy of shared memory can work, otherwise one sentence: why not and what to change."""
 
     @property
     def best(self) -> Way | None:

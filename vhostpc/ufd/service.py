@@ -165,7 +165,7 @@ class FaultService:
         check(rc, f"pages of {block.name}")
 
     def disarm(self) -> None:
-        """Every page has come: unregister. If some have not, our mapping is given up instead."""
+        """Every page has arrived: unregister. If some have not, our mapping is given up instead."""
         self.give_up()
         if self._ufd is None:
             return

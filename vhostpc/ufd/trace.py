@@ -37,12 +37,12 @@ class Traced(NamedTuple):
     woken_ns: int
 
     def row(self) -> list[int | str]:
-        """Its cells in this order, for JSON; ``way`` as a word."""
+        """Its fields in this order, for JSON; ``way`` as a word."""
         return [self.client, self.thread, self.block, self.page, str(self.way), self.read_ns, self.woken_ns]
 
 
 class Trace:
-    """Of the fault service with C handle ``handle``; ``entries`` are remembered. None of its methods waits."""
+    """A trace of the fault service with C handle ``handle``, of ``entries`` faults. None of its methods waits."""
 
     def __init__(self, handle: Any, entries: int) -> None:
         check(lib.vpc_fault_trace(handle, entries), "trace of faults")

@@ -161,7 +161,7 @@ class Chain:
             self._complete(self)
 
     def answer(self) -> bytes:
-        """What was written so far, from ``begun`` on."""
+        """The data written so far, from ``begun`` on."""
         return b"".join(self._parts)
 
     def _check_open(self) -> None:

@@ -334,7 +334,7 @@ class Queue:
         return _Held(self, 1)
 
     def _held(self) -> _Held:
-        """What C works on stays, also behind :meth:`close`."""
+        """Keep the objects that C works on, even after :meth:`close`."""
         return _Held(self, 0)
 
     def hold(self, calls: int) -> None:
@@ -662,7 +662,7 @@ class Queue:
             self._free()
 
     def _free(self) -> None:
-        """Nothing of C's runs, and nothing will; but a thread that was left asleep may still go on with its chains."""
+        """No C call runs, and none will; but a thread that was left asleep may still go on with its chains."""
         for chain in self._open.values():
             raw = chain.take()
             if not self._left:

@@ -129,7 +129,7 @@ class LastSections:
 
     def __init__(self, buffer: Buffer, limit: int, early: Sequence[DeviceSection]) -> None:
         self.closed = False
-        """Nothing more will come."""
+        """Whether the input has ended."""
         self.doubt: int | None = None
         """A byte before which the sections have a second reading."""
         self.inside = "the device sections"

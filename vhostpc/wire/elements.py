@@ -441,7 +441,7 @@ Slices = Generator[Busy, None, T]
 
 
 def at_once(work: Slices[T]) -> T:
-    """The result of work that nobody interrupts."""
+    """The result of work that is not interrupted."""
     while True:
         try:
             next(work)

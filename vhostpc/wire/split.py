@@ -45,7 +45,7 @@ _LONGEST = 7  # bytes of one with what follows
 _WINDOW = 256 << 10
 """Bytes that are searched in one slice."""
 _PIECE = 2000
-"""Elements, or places, that are looked at in one slice."""
+"""Elements, or places, that are examined in one slice."""
 _PRINTABLE = range(0x20, 0x7F)
 
 Inside = Command | DeviceSection | EndOfStream
