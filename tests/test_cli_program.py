@@ -102,7 +102,7 @@ def test_a_tap_device_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     done = call([*VHOSTPC, "bridge"], "-u", str(tmp_path / "s"), "--tap", "mistyped0", "--pairs", "2")
     assert done.returncode == 1
     assert done.stderr == (
-        "vhostpc: tap mistyped0: there is no such network device; to make it: "
+        "vhostpc: tap mistyped0: there is no such network device; to create it: "
         "ip tuntap add mistyped0 mode tap multi_queue\n"
     )
     assert not Path("/sys/class/net/mistyped0").exists()

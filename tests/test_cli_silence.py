@@ -96,7 +96,7 @@ def test_a_back_end_that_is_not_there() -> None:
     done = run(*endpoint("--backend", "/nowhere/x", "--backend-timeout", "1"))
     assert done.returncode == 1
     waits, ends = done.stderr.splitlines()
-    assert waits.endswith("net0: waiting for the back-end at /nowhere/x, for 1 s at most")
+    assert waits.endswith("net0: waiting for the back-end at /nowhere/x, for at most 1 s")
     assert ends == "vhostpc: no back-end listens on /nowhere/x: No such file or directory, waited for 1 s"
 
 
@@ -108,7 +108,7 @@ def test_a_back_end_that_says_nothing(tmp_path: Path) -> None:
         done = run(*endpoint("--backend", str(path), "--backend-timeout", "1"))
     assert done.returncode == 1
     waits, ends = done.stderr.splitlines()
-    assert waits.endswith(f"net0: waiting for the back-end at {path}, for 1 s at most")
+    assert waits.endswith(f"net0: waiting for the back-end at {path}, for at most 1 s")
     assert ends == f"vhostpc: the back-end at {path}: GET_FEATURES: no reply within 1 s"
 
 
