@@ -364,7 +364,7 @@ async def test_no_descriptors_left_for_a_connection(caplog: pytest.LogCaptureFix
         front.close()
         nursery.cancel_scope.cancel()
     (line,) = lines(caplog)
-    assert "has to wait" in line
+    assert "have to wait" in line
 
 
 @pytest.mark.parametrize("left", range(5))

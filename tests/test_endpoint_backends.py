@@ -108,8 +108,8 @@ def base(*numbers: int, request: int = BASE, flags: int = REPLY, size: int = 8) 
     [
         (base(0x10000, 0), "not an index of a split ring"),
         (base(0, 0xFFFFFFFF), "not an index of a split ring"),
-        (base(0, 40), "it says that ring 1 goes on at 40"),
-        (base(0xFFFF, 0), "it says that ring 0 goes on at 65535"),
+        (base(0, 40), "it says that ring 1 continues at 40"),
+        (base(0xFFFF, 0), "it says that ring 0 continues at 65535"),
         (base(0, 0, size=4), "the reply has 4 bytes"),
         (base(0, 0, request=Request.GET_STATUS), "number of GET_STATUS"),
         (base(0, 0, flags=vu.VERSION), "flags 0x1"),
@@ -229,7 +229,7 @@ async def test_it_reads_nothing_more(tmp_path: Path) -> None:
         impatient(setup, 0.2)
         front = setup.machine.backends[0].front
         setup.fake.hears = trio.Event()
-        with pytest.raises(RequestFailed, match="reads nothing"):
+        with pytest.raises(RequestFailed, match="has read nothing"):
             await flood(front)
         await setup.machine.stop()
         assert setup.left

@@ -467,7 +467,7 @@ async def test_large(when: str, ram: list[str], tmp_path: Path) -> None:
         (["--vcpus", "1"], 2, "give --ram for a machine of its own, or --incoming alone"),
         (["--ram", "a=64M", "--vcpus", "0"], 2, "--vcpus"),
         (["--ram", "a=64M", "--dirty-tracking", "magic"], 2, "wp-async"),
-        (["--ram", "a=64M,page=1G"], 2, "not whole pages"),
+        (["--ram", "a=64M,page=1G"], 2, "not a whole number of pages"),
         (["--ram", "a=8388608T"], 2, "'8388608T' is more than the largest file size"),
         (["--ram", "a=16777216T"], 2, "'16777216T' is more than the largest file size"),
         (["--ram", "a=64M", "--vcpu-writes", "18446744073709551616"], 2, "vcpu-writes"),

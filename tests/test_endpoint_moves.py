@@ -283,7 +283,7 @@ async def test_a_run_state_that_it_cannot_have(tmp_path: Path, monkeypatch: pyte
     def debug(section: DeviceSection) -> list[DeviceSection]:
         return [globalstate(section.section_id, "debug")]
 
-    await check_not_taken("globalstate", debug, "comes 'debug'", tmp_path, monkeypatch, postcopy=False)
+    await check_not_taken("globalstate", debug, "arrives 'debug'", tmp_path, monkeypatch, postcopy=False)
 
 
 async def check_not_taken(

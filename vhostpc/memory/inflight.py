@@ -61,7 +61,7 @@ class InflightRegion:
         if size == queues * part_size(queue_size):
             self.stride = part_size(queue_size)  # of a back-end that aligns nothing
         if not queues or not queue_size or size < queues * self.stride:
-            raise GuestMemoryError(f"{where} are too small")
+            raise GuestMemoryError(f"{where} are too few")
         out = ffi.new("struct vpc_inflight **")
         rc = lib.vpc_inflight_new(supply.handle, fd, offset, size, out)
         if rc in (-errno.EFBIG, -errno.EINVAL):
