@@ -1,6 +1,6 @@
 # make demo   shows it at work on this machine, without QEMU
 # make test   fetches what the tests need and runs them
-# On Debian, what is missing is installed (as root, or by sudo). PYTHON=python3.13 make ... takes another interpreter.
+# On Debian, what is missing is installed (as root, or by sudo). PYTHON=python3.13 make ... selects another interpreter.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -14,7 +14,7 @@ STRICT := -std=gnu11 -O2 -Wall -Wextra -Wconversion -Wno-sign-conversion -Wshado
 OWN_C := $(sort $(filter-out %/_vpc.c %/_vpc.abi3.c,$(wildcard vhostpc/_native/*.c tests/guest/*.c tests/native/*.c bench/native/*.c)))
 
 export PYTHON
-.PHONY: build peers demo demo-qemu test test-long lint lint-c lint-package bench fuzz sanitize clean help
+.PHONY: build peers demo demo-qemu test test-long lint lint-c lint-package lint-words bench fuzz sanitize clean help
 .DEFAULT_GOAL := build
 
 # What it needs of the interpreter: its version, and where it is at home (also of one in a virtual environment).
@@ -41,7 +41,7 @@ $(INTERPRETER):
 	@tools/need build
 	@wanted=$$($(PYTHON) -c $(WHICH)); found=$$($(BIN)/python -c $(WHICH) 2>/dev/null); \
 	if [ -e $(VENV) ] && [ "$$found" != "$$wanted" ] && ! [ "$$found" -a $(origin PYTHON) = file ]; then \
-		echo "$(VENV) is of another Python than $(PYTHON), which is $${wanted%-*}: making it anew"; \
+		echo "$(VENV) is of another Python than $(PYTHON), which is $${wanted%-*}: recreating it"; \
 		rm -rf $(VENV); \
 	fi
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
@@ -79,7 +79,7 @@ test: peers
 test-long: peers
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/.lint lint-c lint-package
+lint: $(VENV)/.lint lint-c lint-package lint-words
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
@@ -94,6 +94,9 @@ lint-c:
 lint-package: $(VENV)/.lint
 	@$(BIN)/python tools/check_package.py
 	@$(BIN)/python tools/check_manifest.py
+
+lint-words: $(VENV)/.lint
+	@$(BIN)/python tools/check_words.py
 
 bench: peers
 	@tools/need bench

@@ -24,60 +24,63 @@ ROWS = ["n1", "n2", "n3", "n4", "f1", "f2", "f3", "f4", "m0", "m1", "m2", "m3", 
 RESULT = ROOT / "docs" / "benchmarks.md"
 TEXT = """# Benchmarks
 
-Every figure is a ratio of two things run in turn on one machine; the absolute ones are for scale. A cell
+Every figure is a ratio of two programs run in turn on one machine; the absolute figures are for scale. A cell
 is the median of {repetitions} runs, with the smallest and the largest. Frames are counted where they arrive,
-by the same native program for both sides (in N4 by each receiver itself); what was lost on the way is stated,
+by the same native program for both sides (in N4 by each receiver itself). Losses on the way are stated,
 and "sender" is the sender's own rate. Less is better where the unit is a time or a size.
 
 - date: {date}
 - machine: {machine}
-- other work on the machine when it began: load average {load:.1f} (above 0.5 the spreads are wide)
+- other work on the machine at the start: load average {load:.1f} (above 0.5 the spreads are wide)
 - command: `{command}`
-- peers: vhost-user-bridge of Debian's QEMU source package {bridge}, its output thrown away
+- peers: vhost-user-bridge of Debian's QEMU source package {bridge}, its output discarded
   ("no dump": built without its dump of every frame); DPDK {dpdk}; Debian's QEMU 10.0
 - guest: DPDK's testpmd on virtio-user, which polls on core 1; all else runs on core 0
 
 {table}
 
-What bounds a figure:
+What limits each figure:
 
-- N1: the kernel's UDP path. The pump is in `sendmmsg` for all but a few hundredths of its time, one call for up to 64
-  messages. Frames of one size go joined (UDP_SEGMENT), the kernel carries up to 64 of them as one, and the receiver
-  takes them so: that is most of the distance. Mixed ones mostly do not, so there the lead over a bridge without a dump
-  is smallest.
-- N2: the sender, where nothing is lost and its rate equals ours: it has no more to give. Sent one by one, each datagram
-  costs sender and receiver a way through the kernel of its own, and that way is most of it.
+- N1: the kernel's UDP path. The pump spends all but a few hundredths of its time in `sendmmsg`, one call for up to 64
+  messages. Frames of one size are joined (UDP_SEGMENT): the kernel carries up to 64 of them as one, and the receiver
+  gets them so. That is most of the difference. Mixed sizes mostly cannot be joined, so there the lead over a bridge
+  without a dump is smallest.
+- N2: the sender, where nothing is lost and its rate equals ours: it cannot send faster. Sent one by one, each
+  datagram costs sender and receiver a pass through the kernel of its own, and that pass is most of the cost.
 - N2, in and out again: the guest's transmit ring of 256. The pump into the guest can go on until that ring is full
   while the pump out of it waits for a turn on the same core; the guest then drops. A yield after each publishing was
-  tried: it helped little here, and a sender that never pauses then had the core: an eighth of the frames arrived.
+  tried. It helped little here, and a sender that never pauses then kept the core: an eighth of the frames arrived.
 - N4: where both figures are equal, the sender.
 - F1: the kernel's fault and wake-up. p99 across two cores is the scheduler's: with other work on the machine it is
-  milliseconds for both sides. The busy Python thread costs no GIL, only a processor: with two cores, where it is held
-  to the handler's while the toucher has the other, some wake-ups wait for the end of its turn.
-- F2: idle, four wake-ups of sleeping threads: fault loop, source, load, and the toucher; `python -m bench.stages` says
-  where each microsecond goes. While pages flow, what lies before the page that was asked for: in the source's output,
-  in the socket, in the load's input, and the two threads that carry the flow want both cores; a QEMU with preempt has
-  a second connection for such pages. Spinning needs cores that are free: on two it takes them from those who have
-  something to do, so p50 stays and p99 grows; each touch costs the destination both cores until the next.
+  milliseconds for both sides. The busy Python thread costs no GIL, only a processor: with two cores, where it is
+  bound to the handler's core while the toucher has the other, some wake-ups wait for the end of its time slice.
+- F2: idle, four wake-ups of sleeping threads: fault loop, source, load, and the toucher; `python -m bench.stages`
+  shows where each microsecond goes. While pages flow, the data queued ahead of the requested page: in the source's
+  output, in the socket, in the load's input. The two threads that carry the flow want both cores; a QEMU with preempt
+  has a second connection for requested pages. Spinning needs idle cores: on two it takes them from threads that have
+  work to do, so p50 stays and p99 grows; each touch costs the destination both cores until the next.
 - F3: a processor. The fault loop and the load need no GIL, but with two cores a wake-up may wait for the end of the
-  busy thread's turn, some 3 ms: p99 is that in some runs and not in others. With the busy thread at nice 19 no run of
-  three had it. While pages flow, the busy thread and the two that carry the flow are three for two cores.
-- F4: together, the making of a thread for each chain, some 0.2 ms each in Python: that is nearly all of it, the pages
-  have come by then. So it helps where a page takes longer than a thread (a network in between), and not on one machine.
-- M1: the kernel's making of pages for a memfd. Touched through a mapping each costs a fault and a clearing: that is
-  nearly all of it, for pages of data as for marks of zeros.
-- M2: full pages, the copies into the socket and out of it, and the first look at each page in memory; zero pages, the
-  look. A source whose pages are not mapped yet pays a fault for each 16 of them besides.
-- M3: at the source, the back-end's word for where its rings stopped, and the last look at what was written; at the
-  destination, forgetting what was written meanwhile (a system call a stretch), the exchange of addresses with the
-  back-end, and two pages that are waited for while the device's state is loaded, by then beside the flow of the others.
-  QEMU's reported downtime ends when the package has been sent: what its destination does with it is not in it.
-- M4: as M1 and M2. To make pages through a mapping takes more than twice as long a page at 4 GiB as at 1 GiB on such a
-  machine, also in a program of ten lines; to write them into the file does not.
+  busy thread's time slice, some 3 ms, which makes p99 in some runs and not in others. With the busy thread at nice 19
+  none of three runs had it. While pages flow, the busy thread and the two that carry the flow are three for two
+  cores.
+- F4: together, the creation of a thread for each chain, some 0.2 ms each in Python. That is nearly all of it; the
+  pages have arrived by then. So it helps where a page takes longer than a thread (a network in between), and not on
+  one machine.
+- M1: the kernel's allocation of pages for a memfd. Touched through a mapping, each costs a fault and a clearing. That
+  is nearly all of it, for pages of data as for marks of zeros.
+- M2: full pages: the copies into the socket and out of it, and the first read of each page in memory; zero pages: the
+  read. A source whose pages are not mapped yet also pays one fault for every 16 of them.
+- M3: at the source, the back-end's answer with its ring positions, and the last check for written pages; at the
+  destination, discarding the pages that were rewritten (one system call per range), the exchange of addresses with
+  the back-end, and two pages that are waited for while the device's state is loaded, by then beside the flow of the
+  others. QEMU's reported downtime ends when the package has been sent; it excludes the destination's work on the
+  package.
+- M4: as M1 and M2. Creating pages through a mapping takes more than twice as long per page at 4 GiB as at 1 GiB on
+  such a machine, also in a program of ten lines; writing them into the file does not.
 - M0: the interpreter and its modules.
-- D1: plain Python, a batch at a time; a device whose volume matters is a pump.
+- D1: plain Python, a batch at a time; a device with bulk data uses a pump.
 
-What the rows are and how they are counted: the docstrings of `bench/n1.py` and its neighbours.
+The docstrings of `bench/n1.py` and its neighbours describe the rows and how they are counted.
 """
 
 

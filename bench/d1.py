@@ -1,6 +1,6 @@
 """D1: an entropy device in plain Python (``examples/rng``) against one in C. ``python -m bench.d1``.
 
-The guest is our own front-end's driver in C, the same for both: requests of 64 bytes, so many under way. The
+The guest is our own front-end's driver in C, the same for both: requests of 64 bytes, so many in flight. The
 peer is written for the bench on QEMU's libvhost-user.
 """
 
@@ -27,7 +27,7 @@ from .rows import REPETITIONS, Row, Sample, in_turn, print_rows, stated
 
 OURS, PEER = "vhostpc rng", "rng on libvhost-user"
 SIZE, WARM, COUNT = 64, 2_000, 150_000
-DEPTHS = {"64 under way": 64, "one at a time": 1}
+DEPTHS = {"64 in flight": 64, "one at a time": 1}
 
 
 def cpu_seconds(pid: int) -> float:

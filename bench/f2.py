@@ -14,7 +14,7 @@ while pages flow, and the goal is held against preempt.
 
 *Idle*: next to nothing is sent unasked (QEMU: ``max-postcopy-bandwidth`` 4096). Without preempt a QEMU has no such
 state: its limit holds up the pages that were asked for as well, for a tenth of a second and more.
-*Background pages flowing*: as many as the socket takes. What has come unasked is passed over, so the touches end with
+*Background pages flowing*: as many as the socket takes. Pages that arrived unasked are skipped, so the touches end with
 the flow. *Spinning*: ours against itself with ``--spin-us`` longer than the gap between touches; and what that costs
 the destination in processor time a touch, user and system, all of its threads.
 """

@@ -34,7 +34,7 @@ REQUESTS = (
     ["-m", "vhostpc", "backend", f"{ROOT / 'examples' / 'rng' / 'rng.py'}:Rng", "--socket-path"],
     0,
     150_000,
-    f"entropy, {SIZE} bytes, {ENTRIES} under way",
+    f"entropy, {SIZE} bytes, {ENTRIES} in flight",
     "requests/s",
 )
 

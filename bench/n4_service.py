@@ -1,7 +1,7 @@
 """Our side of N4: ``python -m bench.n4_service SOCKET`` is the bridge with the null device at its far end.
 
 Frames from the guest are copied, read whole and are gone. Each line on stdin is answered by one of JSON: the
-counters of what came out of the guest.
+counters of the frames from the guest.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where the time of a page goes: a fault served remotely, stage by stage. ``python -m bench.stages``.
 
 The idle case of F2 with our machine at both ends, each process with ``native/stamps.c`` preloaded, which notes when the
-system calls of its threads begin and end (by CLOCK_MONOTONIC; it costs some 0.1 us a call). One page is on its way at a
+system calls of its threads begin and end (by CLOCK_MONOTONIC; it costs some 0.1 us a call). One page is in flight at a
 time, so the calls of one fault are those between its touch and its return. Prints the medians as a table for the
 reader; it is no row, there is nothing to compare it with.
 """
@@ -117,7 +117,7 @@ def stages(folder: Path) -> list[list[int]]:
             sleep.begin,
         ]
         ends = [min(end, sleep.begin) for end in ends]  # the toucher may run before the wake has returned
-        if ends == sorted(ends):  # else something else was under way, too
+        if ends == sorted(ends):  # otherwise something else was in flight, too
             found.append([b - a for a, b in itertools.pairwise(ends)])
     return found
 

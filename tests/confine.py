@@ -99,7 +99,7 @@ def private_mounts() -> None:
     before = os.readlink("/proc/self/ns/mnt")
     _check(LIBC.unshare(CLONE_NEWNS), "unshare")
     # Only a mount point can be made private, and / is none in a plain chroot. So from the root of our namespace, to
-    # which setns(2) brings whoever enters one, and back.
+    # which setns(2) brings a process that enters one, and back.
     root, here = (os.open(path, os.O_PATH | os.O_DIRECTORY) for path in ("/", "."))
     space = os.open("/proc/self/ns/mnt", os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""A peer that keeps an eventfd full and blocking, so that whoever writes to it between two looks stays there.
+"""A peer that keeps an eventfd full and blocking, so that a writer between two looks stays there.
 
 ``python -m tests.event_attacker EVENTFD MEMFD SECONDS``: the memfd's first word counts what the other side has done. It
 leaves the counter full as soon as that stands still, or when the time is over.

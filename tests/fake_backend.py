@@ -140,7 +140,7 @@ def answers_to(request: Request, *answers: Answer) -> Change:
 
 @asynccontextmanager
 async def listening(path: Path, change: Change) -> AsyncIterator[list[FakeBackend]]:
-    """It serves whoever connects; those that it has been so far."""
+    """It serves every connection; those so far."""
     made: list[FakeBackend] = []
     with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         await listener.bind(str(path))

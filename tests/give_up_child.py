@@ -1,7 +1,7 @@
 """``python -m tests.give_up_child HOW``: memory is given up while somebody waits in it and no mapping can be made.
 
 HOW: ``maps`` (the process has as many as it may), ``data`` (RLIMIT_DATA), ``space`` (RLIMIT_AS, lifted later),
-``never`` (RLIMIT_AS, never lifted). One JSON line says what came of it.
+``never`` (RLIMIT_AS, never lifted). One JSON line says the outcome.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ POOL = Path("/proc/sys/vm/nr_hugepages")
 
 @contextlib.contextmanager
 def none_free() -> Iterator[None]:
-    """For the length of a block no huge page of 2 MiB can be had: those that are free are spoken for."""
+    """For the length of a block no huge page of 2 MiB is available: those that are free are spoken for."""
     pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
     free = int((pool / "free_hugepages").read_text()) - int((pool / "resv_hugepages").read_text())
     if not free:

@@ -117,7 +117,7 @@ class Card:
         sizes = (16 * ring.size, 6 + 2 * ring.size, 6 + 8 * ring.size)
         parts = [bytes(self.guest.mem[a : a + n]) for a, n in zip(old, sizes, strict=True)]
         for a, n in zip(old, sizes, strict=True):
-            self.guest.mem[a : a + n] = b"\xee" * n  # whoever still looks here breaks its ring
+            self.guest.mem[a : a + n] = b"\xee" * n  # a reader that still looks here breaks its ring
         delta = at - ring.desc
         ring.desc, ring.avail, ring.used = (a + delta for a in old)
         for a, part in zip((ring.desc, ring.avail, ring.used), parts, strict=True):

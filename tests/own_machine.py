@@ -198,5 +198,5 @@ def check(report: dict[str, Any], *, moves: int = 1, without: Sequence[str] = ()
             continue
         assert device["works"]
         assert (device["lost"], device["damaged"], device["doubled"]) == (0, 0, 0), device
-        # The frames that may be on their way at a time, and those that look whether the new place has a ring.
+        # The frames that may be in flight at a time, and those that look whether the new place has a ring.
         assert device["lost-at-switch"] <= (64 + 32) * (moves + 1), device

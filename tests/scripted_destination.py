@@ -141,7 +141,7 @@ class Destination:
             await self.on_event(event)
 
     def order(self) -> list[str]:
-        """Names of what came; runs of pages collapse."""
+        """Names of the elements received; runs of pages collapse."""
         names: list[str] = []
         for event in self.events:
             name = type(event).__name__

@@ -43,7 +43,7 @@ class Threads:
 
 @contextmanager
 def threads_left(count: int, *, side: str | None = None, once: bool = False) -> Iterator[Threads]:
-    """``count`` more can be had, by ``side`` if it is given, idle ones and trio's included; then none, or (``once``)
+    """``count`` more are available, by ``side`` if it is given, idle ones and trio's included; then none, or (``once``)
     all but the next one."""
     found = Threads()
 

@@ -32,7 +32,7 @@ class Terminal:
         self._rest = b""
 
     async def text(self) -> str:
-        """What comes up to the next prompt, without it, or to the end."""
+        """The output up to the next prompt, without it, or to the end."""
         with trio.fail_after(WAIT):
             while PROMPT not in self._rest:
                 data = await self.sock.recv(65536)

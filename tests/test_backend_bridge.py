@@ -180,7 +180,7 @@ async def test_frames_in(guest: Guest, far: Far, mergeable: bool) -> None:
 
 
 async def test_stale_frames_are_not_delivered(guest: Guest, far: Far) -> None:
-    """What came while no guest was running may have gone to it elsewhere: it must not come twice."""
+    """Frames that came while no guest was running may have gone to it elsewhere: they must not come twice."""
     ring = guest.ring(RX, 64)
     for i in range(20):
         far.send(frame(i, 100))
@@ -405,7 +405,7 @@ async def test_in_in_postcopy(absent: AbsentGuest, far: Far) -> None:
     frames = [frame(i, 1000) for i in range(20)]
     async with connected(far.bridge) as front, trio.open_nursery() as nursery:
         await start_postcopy(absent, front)
-        absent.place(await absent.next_fault())  # the pump has begun: what comes now is fresh
+        absent.place(await absent.next_fault())  # the pump has begun: frames that come now are fresh
         nursery.start_soon(absent.serve)
         with trio.fail_after(10):
             while 0x100 not in absent.requested:

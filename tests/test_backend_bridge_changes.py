@@ -102,7 +102,7 @@ class Traffic:
             self.sent["in"] += 1
 
     def look(self) -> None:
-        """Take what has come; each frame must be the next one."""
+        """Take the received frames; each must be the next one."""
         for data in self.card.take():
             self._next("in", data)
         try:

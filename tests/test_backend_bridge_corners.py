@@ -74,7 +74,7 @@ def guest() -> Iterator[Guest]:
 
 
 async def start(front: RawFrontEnd, guest: Guest, network: Network, *, mergeable: bool = True) -> None:
-    """Set up both rings; returns when what comes is no longer taken for stale."""
+    """Set up both rings; returns when incoming frames are no longer taken for stale."""
     await front.negotiate(hide=0 if mergeable else NetFeature.MRG_RXBUF)
     await guest.send_memory(front)
     network.send(b"stale")
@@ -355,7 +355,7 @@ async def test_refused_by_the_far_side(guest: Guest, make_network: MakeNetwork) 
             await until(lambda: card.free == 32, 10, "the buffers back")
         counters = network.bridge.counters()
         assert counters["out"].frames + counters["out"].dropped == 100
-        # A refusal goes to whoever asks first: it wakes the one pump, or fails a send of the other.
+        # A refusal goes to the first caller: it wakes the one pump, or fails a send of the other.
         assert counters["out"].dropped or counters["in"].syscalls > before, "nobody was told"
         with udp_at(address) as network.far:
             # A refusal that is still to be told may cost one frame more.

@@ -33,7 +33,7 @@ async def test_a_further_link_is_attached_while_its_pair_is_enabled() -> None:
             await first.send_setup(front)
             await second.send_setup(front)
             await until(lambda: calls == [off, on], 10)
-            # Stopped and started again it keeps what comes meanwhile.
+            # Stopped and started again it keeps frames that come meanwhile.
             reply = await front.ask(Request.GET_VRING_BASE, vu.VringState(RX_OF_SECOND, 0).pack())
             await second.send_setup(front, base=vu.VringState.unpack(reply.payload).num)
             await front.barrier()

@@ -1,4 +1,4 @@
-"""Errors that nobody thought of in one session of a back-end: it ends, and nothing else does."""
+"""Unexpected errors in one session of a back-end: it ends, and nothing else does."""
 
 from __future__ import annotations
 

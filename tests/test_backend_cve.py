@@ -112,7 +112,7 @@ async def test_cve_2018_1059_ranges_that_are_not_wholly_mapped(
 async def test_cve_2019_14818_descriptors_on_messages_that_carry_none() -> None:
     """Descriptors that came with a message which has no use for them stayed open, until there were no more.
 
-    Here a message owns what came with it, and whatever the handler did not take is closed after it.
+    Here a message owns its descriptors, and whatever the handler did not take is closed after it.
     """
     null = os.open("/dev/null", os.O_RDWR)
     before = open_fds()
@@ -181,7 +181,7 @@ async def test_cve_2020_10723_ring_index_cut_to_fewer_bits(
         await front.send(request_, state(index, 1))
         assert await front.ended()
     (line,) = lines(caplog)
-    assert f"ring {index}, there are 2" in line
+    assert f"ring {index}, but there are 2" in line
 
 
 async def test_cve_2020_10724_lengths_that_the_guest_only_claims(guest: Guest, far: Far) -> None:
@@ -237,7 +237,7 @@ async def test_cve_2020_10725_a_bad_address_in_the_midst_of_a_batch(
             await front.barrier()
             ring.offer(*range(8))
             with trio.fail_after(10):
-                while ring.used_idx < 5:  # what comes before the ring runs is dropped
+                while ring.used_idx < 5:  # frames that come before the ring runs are dropped
                     far.send(frames[0])
                     await trio.sleep(0.001)
                 while not lines(caplog):

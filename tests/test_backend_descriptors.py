@@ -130,7 +130,7 @@ async def test_own_end_of_another_session(tmp_path: Path) -> None:
 
 
 async def test_own_end_inside_the_channel(caplog: pytest.LogCaptureFixture) -> None:
-    """It waits in the queue of the channel that is passed: what comes unasked is taken out."""
+    """It waits in the queue of the channel that is passed: unexpected messages are taken out."""
     with nothing_left():
         async with connected(Net()) as front:
             await front.negotiate()
@@ -173,7 +173,7 @@ async def test_what_comes_unasked_does_no_harm(caplog: pytest.LogCaptureFixture)
                 before = len(open_fds())
                 for _ in range(50):
                     socket.send_fds(ours, [vu.encode(2, ZERO, flags=vu.FLAG_REPLY)], [0, 1])
-                await until(lambda: "they are counted" in caplog.text)
+                await until(lambda: "they are only counted" in caplog.text)
                 await until(lambda: len(open_fds()) == before)
             await front.barrier()
 
@@ -237,7 +237,7 @@ async def test_a_flood_writes_few_lines(flood: str, caplog: pytest.LogCaptureFix
             assert frame is not None
             frame.close_fds()
     assert 10 < len(caplog.records) < 40
-    assert "there are more lines like the last one: they are counted" in caplog.text
+    assert "more lines like the last one follow: they are only counted" in caplog.text
 
 
 async def test_a_flood_of_connections_writes_few_lines(

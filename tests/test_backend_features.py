@@ -132,7 +132,7 @@ async def test_descriptors_of_a_ring_that_is_not_there(caplog: pytest.LogCapture
         assert "no ring 3" in caplog.text
         await front.send(Request.SET_VRING_NUM, vu.VringState(3, 16).pack())
         assert await front.ended()
-    assert "ring 3, there are 3: the front-end is set up for more queues" in caplog.text
+    assert "ring 3, but there are 3: the front-end is configured for more queues" in caplog.text
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
 
 
 def open_fd(kind: str) -> list[int]:
-    """Descriptors to send along; the first counts, all are closed by whoever sends."""
+    """Descriptors to send along; the first counts, all are closed by the sender."""
     if kind == "event":
         return [os.eventfd(0, os.EFD_NONBLOCK)]
     if kind == "memory":
@@ -198,7 +198,7 @@ def test_any_ring(
 def test_any_number_in_any_message(
     postcopy: bool, which: int, field: int, size: int, number: int, need_reply: bool
 ) -> None:
-    """In the midst of a whole session one number of one message is another; the rest comes all the same."""
+    """In the middle of a whole session one number of one message is another; the rest comes all the same."""
 
     async def scenario() -> None:
         guest = Guest()

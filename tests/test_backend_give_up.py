@@ -65,7 +65,7 @@ async def test_no_mapping_more_for_a_page(tmp_path: Path) -> None:
 async def test_memory_that_cannot_be_given_up(
     tmp_path: Path, guest: AbsentGuest, device: str, denied: str
 ) -> None:
-    """Whoever waits in it sleeps on, with all that it uses; the session ends, others go on and the process can end.
+    """Its waiters sleep on, with all that they use; the session ends, others go on and the process can end.
 
     That thread makes no page and sends nothing, also when its page comes after all.
     """

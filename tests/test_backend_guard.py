@@ -162,7 +162,7 @@ async def test_huge_pages(tmp_path: Path, huge_pages: int, why: str) -> None:
             with none_free():
                 liar.ring.offer(0)
                 assert await liar.raw.ended()
-            await told(b, "a page of the front-end's memory cannot be had", REGION, "no huge page is free")
+            await told(b, "a page of the front-end's memory is not available", REGION, "no huge page is free")
         await other.work()
 
 
@@ -209,7 +209,7 @@ UFFDIO_POISON = 0xC020AA08  # since Linux 6.6: _IOWR(0xAA, 8, 32 bytes)
 
 @pytest.mark.ufd
 async def test_a_page_is_poisoned(tmp_path: Path, guest: AbsentGuest) -> None:
-    """Whoever serves a userfaultfd may say that a page is broken: a kernel that cannot finds the file shrunk."""
+    """The server of a userfaultfd may say that a page is broken: a kernel that cannot finds the file shrunk."""
     prepare(guest, 0)
     async with backend_child(tmp_path, device="echo") as b, working(b) as other, absent(b, guest) as raw:
         await faults(guest, FIRST)
@@ -293,12 +293,12 @@ async def test_a_bus_error_elsewhere_ends_the_process(tmp_path: Path, orders: li
         ),
         (
             Strike(0x5000, 0x3000, 0x4000, Backing.TMPFS, use=Use.DIRTY_LOG, poisoned=False),
-            "a page of the front-end's dirty log cannot be had (offset 0x3000 of its file): its file system is full,"
+            "a page of the front-end's dirty log is not available (offset 0x3000 of its file): its file system is full,"
             " its file was shrunk, or it was poisoned",
         ),
         (
             Strike(0x5000, 0x3000, 0x4000, Backing.OTHER, use=Use.MEMORY, poisoned=False),
-            "a page of the front-end's memory cannot be had (offset 0x3000 of its file): its disk fails,"
+            "a page of the front-end's memory is not available (offset 0x3000 of its file): its disk fails,"
             " its file was shrunk, or it was poisoned",
         ),
         (

@@ -401,7 +401,7 @@ async def test_a_device_that_ends_leaves_them_in_the_region(guest: Guest, region
         await start(guest, front, region, ring)
         await until(lambda: device.held)
         with pytest.raises(trio.TooSlowError), trio.fail_after(0.5):
-            await stop(front)  # the first was had and not answered: the stop waits
+            await stop(front)  # the first was taken and not answered: the stop waits
         device.complete(1)
         assert (await front.receive()) is not None
     assert region.marked == [2]
@@ -604,7 +604,7 @@ async def test_a_pump_takes_what_another_left(guest: Guest, region: Region, way:
                     with trio.fail_after(10):
                         assert await far.recv(100) == name
             else:
-                await until(lambda: region.mem[at + 10] == SIZE)  # it runs: what came before that is dropped
+                await until(lambda: region.mem[at + 10] == SIZE)  # it runs: earlier frames are dropped
                 for name in (b"FRAME A", b"FRAME B"):
                     await far.send(name)
             await ring.until_used(4)

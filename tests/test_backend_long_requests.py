@@ -99,7 +99,7 @@ async def test_disk_reads_and_writes_a_hundred_mebibytes(guest: Guest, tmp_path:
 async def test_long_requests_that_fail(
     guest: Guest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Beyond the disk's end, or in the midst of the medium: an error status, and the ring goes on."""
+    """Beyond the disk's end, or in the middle of the medium: an error status, and the ring goes on."""
     device = blk.Disk(memory="100M")
     buffers = parts(LONG, LONG, backwards=False)
     done = 0

@@ -93,7 +93,7 @@ async def test_set_up_gives_back_what_was_not_answered(guest: Guest) -> None:
 
 
 async def test_disabled_and_enabled(guest: Guest) -> None:
-    """ENABLE 0 stops the work, and not the ring: what comes meanwhile is done afterwards, once."""
+    """ENABLE 0 stops the work, and not the ring: requests that come meanwhile are done afterwards, once."""
     async with connected(Echo()) as front:
         ring = await started(front, guest)
         for i in range(5):

@@ -112,7 +112,7 @@ async def test_no_thread_is_left_for_a_request(
                 break
             if not whole:  # else it was looking for more
                 (line,) = ended_sessions(caplog)
-                own = isinstance(device, Borrower) and "this process can have no more threads" in line
+                own = isinstance(device, Borrower) and "this process cannot start more threads" in line
                 assert own or "no thread for a touch of guest memory" in line
         assert count >= 2
         assert await session(path)
@@ -124,7 +124,7 @@ async def works(machine: OwnMachine) -> None:
 
 
 async def test_no_thread_is_left_for_a_pump(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    """One guest's network goes on, also where its front-end changes something; who comes later has none."""
+    """One guest's network goes on, also where its front-end changes something; a later one has none."""
     path = tmp_path / "s"
     spec = Spec([Block("pc.ram", 8 << 20)], backends=[str(path)])
     async with far_side() as far:

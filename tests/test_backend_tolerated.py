@@ -205,7 +205,7 @@ async def test_ring_is_aligned_where_it_lies(guest: Guest, caplog: pytest.LogCap
 async def test_none_such_in_postcopy(
     guest: Guest, region: vu.MemoryRegion, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Pages are what comes, and what faults tell."""
+    """Pages arrive, and faults are reported."""
     before = open_fds(), guest_mappings()
     async with connected(Echo()) as front:
         await front.negotiate()
@@ -331,7 +331,7 @@ async def test_kick(guest: Guest, pair: Pair, caplog: pytest.LogCaptureFixture) 
             await ring.until_used(turn + 1)
         os.close(ours)
         if pair is not datagrams:
-            await until(lambda: "nobody kicks it any more" in caplog.text)
+            await until(lambda: "it gets no more kicks" in caplog.text)
         assert await front.ack(Request.SET_VRING_KICK, vu.pack_u64(0), [ring.kick]) == 0
         await echoes(guest, ring)
 
@@ -399,7 +399,7 @@ async def test_what_carries_no_event(
             assert await front.ended()
         assert open_fds() == before
     (line,) = lines(caplog)
-    assert "no eventfd, pipe or unix socket" in line
+    assert "not an eventfd, pipe or unix socket" in line
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ async def check_traffic(remote: trio.socket.SocketType, rx: Ring, memory: Arriva
         data, far = await remote.recvfrom(4096)
         assert data == payload(i)
     assert far is not None
-    # What comes before the queue has started is dropped, as on any network: ask until it has.
+    # Frames before the queue has started are dropped, as on any network: ask until it has.
     while not received(rx, memory):
         await remote.sendto(PROBE, far)
         await trio.sleep(0.05)

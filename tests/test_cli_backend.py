@@ -192,7 +192,7 @@ def test_a_socket_in_use_is_left_alone(tmp_path: Path) -> None:
     with listening(path):
         done = call(RNG, "--socket-path", str(path))
         assert done.returncode == 1
-        assert "another process listens" in done.stderr
+        assert "another process is listening" in done.stderr
         assert path.exists()
 
 
@@ -203,7 +203,7 @@ async def test_a_second_one_does_not_end_the_first(tmp_path: Path) -> None:
         await first.until("ready on")
         async with program(RNG, "--socket-path", str(path)) as second:
             assert await second.wait() == 1
-            assert "another process listens" in second.said
+            assert "another process is listening" in second.said
         with await connected(path) as sock:
             assert await ask(sock, Request.GET_FEATURES)
         assert await first.wait() == 0, first.said
@@ -236,7 +236,7 @@ def test_a_file_as_module(tmp_path: Path) -> None:
     [
         ([RNG], 2, "give one of --socket-path and --fd"),
         ([RNG, "--socket-path", "x", "--fd", "3"], 2, "give one of"),
-        ([RNG, "--connect", "--fd", "3"], 2, "--connect goes with --socket-path"),
+        ([RNG, "--connect", "--fd", "3"], 2, "--connect needs --socket-path"),
         ([RNG, "--fd", "0"], 2, "--fd"),
         ([RNG, "--socket-path", "x", "--socket-mode", "999"], 2, "not a file mode"),
         ([RNG, "--socket-path", "x", "--socket-group", "no such group"], 2, "no group"),
@@ -248,7 +248,7 @@ def test_a_file_as_module(tmp_path: Path) -> None:
         (["nonsense:Rng", "--socket-path", "x"], 2, "no module named 'nonsense'"),
         (["tests.devices:Absent", "--socket-path", "x"], 2, "has no class Absent"),
         (["absent.py:Rng", "--socket-path", "x"], 2, "absent.py: No such file or directory"),
-        (["tests.devices:not_a_device", "--socket-path", "x"], 2, "is no vhostpc.backend.Device"),
+        (["tests.devices:not_a_device", "--socket-path", "x"], 2, "is not a vhostpc.backend.Device"),
         (["tests.devices:breaks", "--socket-path", "x"], 1, "store.img: No space left on device"),
         (["tests.devices:OutsideTheSchema", "--print-capabilities"], 1, "has no type in the schema"),
         ([RNG, "--socket-path", "/nonexistent/x"], 1, "cannot listen on /nonexistent/x"),

@@ -101,7 +101,7 @@ def test_scripts_ask_this_program(shell: str) -> None:
 @pytest.mark.parametrize(
     ("shell", "answer"),
     [
-        ("zsh", "plain\nbridge\nJoin a guest's network card to UDP or to a tap device."),
+        ("zsh", "plain\nbridge\nConnect a guest's network card to UDP or to a tap device."),
         ("fish", "plain,bridge\t"),
     ],
 )

@@ -1,4 +1,4 @@
-"""``vhostpc demo``: the books balance, for root and for others; what does not is named; the report is whole."""
+"""``vhostpc demo``: the numbers agree, for root and for others; a disagreement is named; the report is complete."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_damaged_byte_is_found() -> None:
     numbers = json.loads(done.stdout)
     assert not numbers["ok"]
     assert any(
-        "bad pages, the first: page" in p or "not what they should be" in p for p in numbers["problems"]
+        "bad pages, the first: page" in p or "have the wrong content" in p for p in numbers["problems"]
     )
     for problem in numbers["problems"]:
         assert f"vhostpc: {problem}" in done.stderr
@@ -196,26 +196,26 @@ MACHINE: dict[str, Any] = {
 }
 
 
-def test_books_that_balance() -> None:
+def test_numbers_that_agree() -> None:
     assert judge(good(), [MACHINE]) == []
 
 
 @pytest.mark.parametrize(
     ("where", "name", "value", "sentence"),
     [
-        ("pages", "precopy", 3, "3 pages came by precopy and 6 by postcopy, of 10"),
-        ("pages", "twice", 1, "1 pages came twice"),
-        ("pages", "requested", 3, "4 pages were sent in the background and 3 on request, and 6 were placed"),
-        ("pages", "bad", 1, "1 of 9 pages are not what they should be"),
-        ("requests", "read", 1, "2 pages were asked for, and 1 requests came"),
-        ("requests", "wakes", 2, "3 faults were read and 2 answered"),
-        ("frames", "received", 14, "20 frames were sent, and 14 came back"),
+        ("pages", "precopy", 3, "3 pages arrived by precopy and 6 by postcopy, of 10"),
+        ("pages", "twice", 1, "1 pages arrived twice"),
+        ("pages", "requested", 3, "4 pages were sent in the background and 3 on request, but 6 were placed"),
+        ("pages", "bad", 1, "1 of 9 pages have the wrong content"),
+        ("requests", "read", 1, "2 pages were requested, but 1 requests reached"),
+        ("requests", "wakes", 2, "3 faults were read, but 2 answered"),
+        ("frames", "received", 14, "20 frames were sent, but 14 returned"),
         ("frames", "lost", 1, "1 frames were lost while the machine ran"),
-        ("frames", "damaged", 1, "1 frames came back damaged"),
-        ("frames", "doubled", 1, "1 frames came back twice"),
-        ("far", "echoed", 17, "18 frames came out of the bridges, and 17 were sent back"),
-        ("far", "came", 14, "20 frames were sent, 14 came out of the bridges, 15 came back"),
-        ("far", "damaged", 1, "1 frames came damaged"),
+        ("frames", "damaged", 1, "1 frames returned damaged"),
+        ("frames", "doubled", 1, "1 frames returned twice"),
+        ("far", "echoed", 17, "18 frames left the bridges, but 17 were sent back"),
+        ("far", "came", 14, "20 frames were sent, 14 left the bridges, 15 returned"),
+        ("far", "damaged", 1, "1 frames left the bridges damaged"),
     ],
 )
 def test_what_does_not_agree_is_named(where: str, name: str, value: int, sentence: str) -> None:
@@ -236,7 +236,7 @@ def test_what_a_machine_reports_is_named() -> None:
     assert found == [
         "back-end net0 is gone",
         "vCPU 1 met 2 bad pages, the first: page 7",
-        "net0: 1 faults of no page",
+        "net0: 1 faults belong to no page",
         "net0: 1 faults still wait",
     ]
 

@@ -131,8 +131,8 @@ def test_a_program_that_is_no_qemu(tmp_path: Path) -> None:
     program = tmp_path / "qemu-system-x86_64"
     program.write_text("#!/bin/sh\necho hello\n")
     program.chmod(0o755)
-    assert "does not say its version" in checks.check_qemu(program).text
-    assert "does not say its version" in checks.check_qemu(tmp_path / "absent").text
+    assert "does not report its version" in checks.check_qemu(program).text
+    assert "does not report its version" in checks.check_qemu(tmp_path / "absent").text
 
 
 def doctor_through(*command: str) -> tuple[int, dict[str, dict[str, str]]]:

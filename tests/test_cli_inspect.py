@@ -43,7 +43,11 @@ def test_precopy_in_words(tmp_path: Path) -> None:
         ["82", "ram", "2 RAM sections, the last one: 2 data, 2 zero pages"],
         ["8354", "device", "section 9, clk instance 0 version 1: 4 bytes"],
         ["8380", "end", "end of the stream"],
-        ["8381", "description", "157 bytes of JSON about 1 device section, all as long as it says"],
+        [
+            "8381",
+            "description",
+            "157 bytes of JSON about 1 device section, all with the lengths that it gives",
+        ],
     ]
     assert "  ram0  12 KiB: 2 data, 1 zero pages\n  rom0  4 KiB: 1 zero pages\n" in done.stdout
     assert done.stdout.endswith("\nNothing wrong.\n")
@@ -136,7 +140,7 @@ def test_what_a_destination_would_refuse(flags: list[str]) -> None:
         assert found["refused"] == [{"offset": 8, "reason": why}]
         assert [block["guest_address"] for block in found["ram"]] == [0, 1 << 32]
     else:
-        assert f"\nA destination of ours refuses this stream:\n           8  {why}\n" in done.stdout
+        assert f"\nOur destination refuses this stream:\n           8  {why}\n" in done.stdout
         assert done.stdout.endswith("\nNothing wrong.\n")
 
 
@@ -177,7 +181,7 @@ def test_sections_that_come_twice_or_look_like_more() -> None:
     data = streams.POSTCOPY.replace(h("0000002d") + streams.BLOB, len(blob).to_bytes(4, "big") + blob)
     done = inspect("-", data=data)
     assert done.returncode == 0
-    assert "can be read in more than one way" in done.stdout
+    assert "have more than one reading" in done.stdout
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
@@ -208,7 +212,7 @@ def test_it_listens_for_a_source(kind: str, tmp_path: Path) -> None:
     ("source", "code", "text"),
     [
         ("/nowhere/at all", 1, "/nowhere/at all: No such file or directory"),
-        ("tcp:localhost:many", 2, "wants a port"),
+        ("tcp:localhost:many", 2, "needs a port"),
         ("/dev/null", 1, "byte 0 (0x0): the stream ends inside the header"),
     ],
 )

@@ -55,8 +55,8 @@ def test_wrong_usage_names_the_program_that_was_called(name: str) -> None:
         ("--bad",): "No such option",
         ("--log-level", "foo"): "'foo' is not one of 'debug'",
         ("--hide-feature", "FLYING"): "no feature 'FLYING'",
-        ("-c", "-u", "x", "--socket-mode", "600"): "are for a socket that is made here",
-        ("--fd", "3", "--socket-group", "0"): "are for a socket that is made here",
+        ("-c", "-u", "x", "--socket-mode", "600"): "need a socket that is created here",
+        ("--fd", "3", "--socket-group", "0"): "need a socket that is created here",
     }.items():
         done = call(PROGRAMS[name], *wrong)
         assert done.returncode == 2, done.stderr
@@ -89,7 +89,7 @@ def test_help_tells_defaults(name: str) -> None:
         (["-l", "127.0.0.1:70000"], "'127.0.0.1:70000' is not HOST:PORT"),
         (["-r", "127.0.0.1"], "'127.0.0.1' is not HOST:PORT"),
         (["-l", "[::1]:0", "-r", "127.0.0.1:9"], "one of --local and --remote is an IPv6 address"),
-        (["--make-tap"], "--make-tap goes with --tap"),
+        (["--make-tap"], "--make-tap needs --tap"),
     ],
 )
 def test_addresses_of_the_bridge(wrong: list[str], words: str) -> None:
@@ -102,7 +102,7 @@ def test_a_tap_device_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     done = call([*VHOSTPC, "bridge"], "-u", str(tmp_path / "s"), "--tap", "mistyped0", "--pairs", "2")
     assert done.returncode == 1
     assert done.stderr == (
-        "vhostpc: tap mistyped0: there is no such network device; to make it: "
+        "vhostpc: tap mistyped0: there is no such network device; to create it: "
         "ip tuntap add mistyped0 mode tap multi_queue\n"
     )
     assert not Path("/sys/class/net/mistyped0").exists()

@@ -40,7 +40,7 @@ def test_a_folder_for_temporary_files_whose_name_is_too_long(tmp_path: Path) -> 
     folder.mkdir()
     done = run("demo", "--json", "--size", "64M", TMPDIR=str(folder))
     assert done.returncode == 0, done.stderr
-    assert "TMPDIR is too long for unix sockets: they are made under /" in done.stderr
+    assert "TMPDIR is too long for unix sockets: they are created under /" in done.stderr
     assert list(folder.iterdir()) == []
 
 
@@ -87,14 +87,16 @@ def test_a_path_that_no_socket_can_have(arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.endswith(f"/tmp/{TOO_LONG}: a unix socket's path has 108 bytes at most, and this one has 125")
+    assert line.endswith(
+        f"/tmp/{TOO_LONG}: a unix socket's path can have at most 108 bytes, and this one has 125"
+    )
 
 
 def test_a_back_end_that_is_not_there() -> None:
     done = run(*endpoint("--backend", "/nowhere/x", "--backend-timeout", "1"))
     assert done.returncode == 1
     waits, ends = done.stderr.splitlines()
-    assert waits.endswith("net0: waiting for the back-end at /nowhere/x, for 1 s at most")
+    assert waits.endswith("net0: waiting for the back-end at /nowhere/x, for at most 1 s")
     assert ends == "vhostpc: no back-end listens on /nowhere/x: No such file or directory, waited for 1 s"
 
 
@@ -106,7 +108,7 @@ def test_a_back_end_that_says_nothing(tmp_path: Path) -> None:
         done = run(*endpoint("--backend", str(path), "--backend-timeout", "1"))
     assert done.returncode == 1
     waits, ends = done.stderr.splitlines()
-    assert waits.endswith(f"net0: waiting for the back-end at {path}, for 1 s at most")
+    assert waits.endswith(f"net0: waiting for the back-end at {path}, for at most 1 s")
     assert ends == f"vhostpc: the back-end at {path}: GET_FEATURES: no reply within 1 s"
 
 
@@ -120,7 +122,7 @@ def test_why_a_machine_did_not_come_is_said_once(uri: str, machine: tuple[str, .
     assert done.returncode == 1
     why = "it does not begin with QEVM"
     assert done.stderr.count(why) == 1, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("vhostpc: the machine did not come: ")
+    assert done.stderr.splitlines()[-1].startswith("vhostpc: the machine did not arrive: ")
     assert "migration: failed\n" in done.stderr
 
 

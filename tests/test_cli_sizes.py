@@ -36,7 +36,7 @@ def test_sizes_are_typed_as_qemu_takes_them(text: str, count: int) -> None:
         *[("256X", "is not a size such as 256M"), ("", "is not a size"), ("-4096", "is not a size")],
         *[("1.5", "is not a size"), ("M", "is not a size"), ("BB", "is not a size")],
         *[("0x10M", "a hexadecimal number is whole bytes, without a unit"), ("0x", "a hexadecimal number")],
-        *[("8E", "more than a file can have"), ("16E", "more than a file can have")],
+        *[("8E", "more than the largest file size"), ("16E", "more than the largest file size")],
     ],
 )
 def test_what_is_no_size_is_refused_in_a_sentence(text: str, why: str) -> None:
@@ -65,11 +65,14 @@ def test_a_machine_of_a_hexadecimal_size() -> None:
 @pytest.mark.parametrize(
     ("ram", "told"),
     [
-        ("mem=0x500000,page=2M", "5 MiB are not whole pages of 2 MiB"),
-        ("mem=4M,page=3K", "page=3K: the size of a host page is a power of two from 4 KiB on, not 3 KiB"),
+        ("mem=0x500000,page=2M", "5 MiB is not a whole number of pages of 2 MiB"),
+        (
+            "mem=4M,page=3K",
+            "page=3K: the size of a host page must be a power of two, at least 4 KiB, not 3 KiB",
+        ),
         ("mem=1000G", "a machine of 1000 GiB does not fit: this computer has "),
         # More than any address space has.
-        ("mem=1048576T", "RAM block 'mem', 1048576 TiB in pages of 4 KiB, cannot be had"),
+        ("mem=1048576T", "RAM block 'mem', 1048576 TiB in pages of 4 KiB, cannot be created"),
     ],
 )
 def test_what_was_typed_comes_back_in_its_units(ram: str, told: str) -> None:

@@ -46,7 +46,7 @@ def compared(path: Path) -> Iterator[tuple[int, tuple[object, ...]]]:
                     yield node.lineno, ast.literal_eval(other)
 
 
-# The bugs of a QEMU that is installed here: no manners of ours.
+# The bugs of a QEMU that is installed here: no behaviour of ours.
 BUGS = "cli/checks.py"
 
 

@@ -52,7 +52,7 @@ ADDRESS_ONLY = {
     ("ramplace.c", "place_some"),
     ("local.c", "vpc_local_place"),
 }
-#: In the front-end's process a RAM block that is armed makes whoever touches it wait; these touch calm ones only.
+#: In the front-end's process a RAM block that is armed makes a thread that touches it wait; these touch calm ones only.
 CALM_BLOCKS = {"vpc_save_run", "vpc_save_round", "vpc_load_run"}
 
 

@@ -75,7 +75,7 @@ async def running(
 
 
 def impatient(setup: Setup, seconds: float) -> None:
-    """How long an answer may take from now on: what came before may have taken as long as a busy machine needs."""
+    """How long an answer may take from now on: earlier ones may have taken as long as a busy machine needs."""
     backend = setup.machine.backends[0]
     backend.front.timeout = backend._timeout = seconds
 
@@ -106,10 +106,10 @@ def base(*numbers: int, request: int = BASE, flags: int = REPLY, size: int = 8) 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (base(0x10000, 0), "no index of a split ring"),
-        (base(0, 0xFFFFFFFF), "no index of a split ring"),
-        (base(0, 40), "it says that ring 1 goes on at 40"),
-        (base(0xFFFF, 0), "it says that ring 0 goes on at 65535"),
+        (base(0x10000, 0), "not an index of a split ring"),
+        (base(0, 0xFFFFFFFF), "not an index of a split ring"),
+        (base(0, 40), "it says that ring 1 continues at 40"),
+        (base(0xFFFF, 0), "it says that ring 0 continues at 65535"),
         (base(0, 0, size=4), "the reply has 4 bytes"),
         (base(0, 0, request=Request.GET_STATUS), "number of GET_STATUS"),
         (base(0, 0, flags=vu.VERSION), "flags 0x1"),
@@ -161,7 +161,7 @@ async def test_it_dies_while_its_rings_are_stopped(tmp_path: Path, caplog: pytes
 
 
 def fill(fd: int) -> None:
-    """Full, and whoever writes waits."""
+    """Full, and a writer waits."""
     os.set_blocking(fd, False)
     with contextlib.suppress(BlockingIOError):
         os.eventfd_read(fd)
@@ -216,7 +216,7 @@ async def test_it_uses_more_of_a_ring_than_there_is(tmp_path: Path, caplog: pyte
         await setup.machine.stop()
         await setup.machine.cont()
         await setup.goes_on()
-        assert "more of a ring than there was" in str(setup.machine.backends[0].problem)
+        assert "more of a ring than was available" in str(setup.machine.backends[0].problem)
         assert not any(record.exc_info for record in caplog.records)
 
 
@@ -229,7 +229,7 @@ async def test_it_reads_nothing_more(tmp_path: Path) -> None:
         impatient(setup, 0.2)
         front = setup.machine.backends[0].front
         setup.fake.hears = trio.Event()
-        with pytest.raises(RequestFailed, match="reads nothing"):
+        with pytest.raises(RequestFailed, match="has read nothing"):
             await flood(front)
         await setup.machine.stop()
         assert setup.left
@@ -331,7 +331,7 @@ async def test_a_userfaultfd_that_is_none_yet(tmp_path: Path) -> None:
         await setup.goes_on()
 
 
-# --- what nobody thought of
+# --- unexpected errors
 
 
 class Bug(Exception):

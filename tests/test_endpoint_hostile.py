@@ -152,7 +152,7 @@ async def test_what_comes_is_no_machine(what: str, family: Family, tmp_path: Pat
         before = one.held()
         address = await listens(one.qmp, tmp_path, family)
         text = await attacked(one.qmp, address, STREAMS[what])
-        # Of a machine that is only held what came stays, until the program ends: nothing else can come there.
+        # Of a machine that is only held the content stays, until the program ends: nothing else can come there.
         await until(lambda: holds(one, before, 1 if machine == "held" else 0))
         log = "\n".join(one.process.err.lines)
         assert "Traceback" not in log
@@ -180,7 +180,7 @@ async def test_one_that_says_nothing_more(machine: str, tmp_path: Path) -> None:
 
 
 async def test_a_crowd_at_the_door(tmp_path: Path) -> None:
-    """Who comes first is taken, the others are not kept."""
+    """The first connection is accepted, the others are not kept."""
     async with end("one", tmp_path, "--incoming", "defer") as one:
         before = one.held()
         address = await listens(one.qmp, tmp_path, "tcp")
@@ -428,7 +428,7 @@ async def test_one_that_stops_reading(tmp_path: Path) -> None:
     """The machine runs on, for whom is waited is told, and it can be cancelled."""
     async with source(tmp_path) as one:
         async with sends(one, tmp_path, "postcopy-ram", reads=False, max_bandwidth=0):
-            await one.process.err.find("the destination is waited for: .* host pages are left")
+            await one.process.err.find("waiting for the destination: .* host pages are left")
             assert (await one.migration())["status"] == "active"
             check(await one.until_works())
             await one.qmp.command("migrate_cancel")

@@ -90,7 +90,7 @@ async def moved(
         here = await arrived(source, destination)
         to_come = 0
         if when in ("at once", "in the middle"):
-            to_come = int((await destination.process.err.find(r"(\d+) host pages to come"))[1])
+            to_come = int((await destination.process.err.find(r"(\d+) host pages missing"))[1])
         return here, await source.migration(), to_come
 
 
@@ -133,14 +133,14 @@ async def test_blocks_of_all_kinds_and_either_tracking(way: str, tmp_path: Path)
 
 
 async def test_a_load_that_needs_a_page_gets_it(tmp_path: Path) -> None:
-    """Nothing but what is asked for comes: so what came before the machine ran was asked for by the load."""
+    """Nothing but what is asked for comes: so pages that came before the machine ran were requested by the load."""
     async with pair(tmp_path, devices=2) as (source, destination):
         await source.until_works()
         await source.set("postcopy-ram", max_bandwidth=8 * MIB, max_postcopy_bandwidth=1)
         await destination.set("postcopy-ram")
         await migrate(source, destination, tmp_path)
         await source.qmp.command("migrate-start-postcopy")
-        to_come = int((await destination.process.err.find(r"(\d+) host pages to come"))[1])
+        to_come = int((await destination.process.err.find(r"(\d+) host pages missing"))[1])
         missing = int((await destination.process.err.find(r"may run here, (\d+) host pages"))[1])
         assert to_come - missing >= 4  # both rings of both devices
         await destination.until_works(frames=50, checks=50)
@@ -205,15 +205,15 @@ async def test_cancelled_it_runs_on_and_can_go_later(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ({"ram": ["other=64M"]}, "RAM block 'pc.ram' comes, and there is none of that name here"),
+        ({"ram": ["other=64M"]}, "RAM block 'pc.ram' arrives, but there is none of that name here"),
         ({"ram": ["pc.ram=64M", "more=4M"]}, "RAM block 'more' of this machine does not come"),
         (
             {"ram": ["pc.ram=32M"]},
             "Size mismatch: pc.ram: 0x4000000 != 0x2000000 (64 MiB at the source, 32 MiB here)",
         ),
-        ({"vcpus": 2}, "the machine that comes has 1 vCPUs, this one has 2"),
-        ({"devices": 2}, "the machine that comes has 1 network devices, this one has 2"),
-        ({"devices": 0}, "the machine that comes has 1 network devices, this one has 0"),
+        ({"vcpus": 2}, "the incoming machine has 1 vCPUs, this one has 2"),
+        ({"devices": 2}, "the incoming machine has 1 network devices, this one has 2"),
+        ({"devices": 0}, "the incoming machine has 1 network devices, this one has 0"),
     ],
 )
 async def test_machines_that_do_not_match(
@@ -292,7 +292,7 @@ async def test_a_back_end_that_is_gone_at_the_source(tmp_path: Path) -> None:
 
 
 async def test_a_source_that_is_gone_in_mid_postcopy(tmp_path: Path) -> None:
-    """A pause; who waits for a page waits, and the program still ends when it is told to."""
+    """A pause; threads that wait for a page wait, and the program still ends when it is told to."""
     async with pair(tmp_path, vcpus=2) as (source, destination):
         await source.until_works()
         await source.set("postcopy-ram", max_postcopy_bandwidth=1)
@@ -411,7 +411,7 @@ async def test_stop_in_postcopy_waits_for_pages_and_not_for_time(tmp_path: Path)
 
 async def test_no_huge_page_is_free(tmp_path: Path) -> None:
     """Small ones do not take their place, in a machine of its own nor in one that is held."""
-    mend = "; set 32 aside in /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
+    mend = "; reserve 32 in /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
     huge = ["--ram", "mem=64M,page=2M"]
     with none_free():
         argv = [sys.executable, "-m", "vhostpc", "endpoint", "--qmp", f"unix:{tmp_path / 'qmp'}", *huge]
@@ -467,13 +467,13 @@ async def test_large(when: str, ram: list[str], tmp_path: Path) -> None:
         (["--vcpus", "1"], 2, "give --ram for a machine of its own, or --incoming alone"),
         (["--ram", "a=64M", "--vcpus", "0"], 2, "--vcpus"),
         (["--ram", "a=64M", "--dirty-tracking", "magic"], 2, "wp-async"),
-        (["--ram", "a=64M,page=1G"], 2, "not whole pages"),
-        (["--ram", "a=8388608T"], 2, "'8388608T' is more than a file can have"),
-        (["--ram", "a=16777216T"], 2, "'16777216T' is more than a file can have"),
+        (["--ram", "a=64M,page=1G"], 2, "not a whole number of pages"),
+        (["--ram", "a=8388608T"], 2, "'8388608T' is more than the largest file size"),
+        (["--ram", "a=16777216T"], 2, "'16777216T' is more than the largest file size"),
         (["--ram", "a=64M", "--vcpu-writes", "18446744073709551616"], 2, "vcpu-writes"),
         (["--ram", "a=64M", "--backend-timeout", "nan"], 2, "'nan' is not a number"),
         (["--ram", "a=64M", "--postcopy-after-seconds", "nan"], 2, "'nan' is not a number"),
-        (["--ram", "a=1024G,page=2M"], 1, "RAM block 'a', .* cannot be had: .*; set 524288 aside in"),
+        (["--ram", "a=1024G,page=2M"], 1, "RAM block 'a', .* cannot be created: .*; reserve 524288 in"),
         (["--ram", "a=1M", "--backend", "x"], 1, "need 4 MiB of the first RAM block, 'a', which has 1"),
         (
             ["--ram", "a=64M", "--backend", "/nowhere/x", "--backend-timeout", "0.2"],
@@ -507,6 +507,6 @@ def test_how_long_it_looks_on_reaches_both_loops(tmp_path: Path, monkeypatch: py
     there.close()  # the stream ends at once
     here.set_inheritable(True)
     arguments = ["--qmp", f"unix:{tmp_path / 'qmp'}", "--ram", "a=64M", "--vcpus", "1", "--spin-us", "70"]
-    with pytest.raises(Failure, match="the machine did not come"):
+    with pytest.raises(Failure, match="the machine did not arrive"):
         endpoint([*arguments, "--incoming", f"fd:{here.detach()}"], standalone_mode=False)
     assert seen == [70_000]

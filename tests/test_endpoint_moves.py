@@ -201,8 +201,8 @@ def never_sent(section: DeviceSection) -> list[DeviceSection]:
     ("change", "why"),
     [
         (packed_rings, "does not offer all of the features"),
-        (further_on, "a ring goes on at"),
-        (never_sent, "cannot be those that were on their way"),
+        (further_on, "a ring continues at"),
+        (never_sent, "cannot be those that were in flight"),
     ],
 )
 @pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
@@ -252,7 +252,7 @@ async def test_a_state_that_comes_twice(
         await move(source, destination, postcopy=postcopy)
         await works(destination, frames=20, reads=50)
         check(destination.report())
-    assert sum("comes twice: the last one counts" in message for message in caplog.messages) == 4
+    assert sum("arrives twice: the last one counts" in message for message in caplog.messages) == 4
 
 
 async def test_a_uuid_that_is_not_compared(caplog: pytest.LogCaptureFixture) -> None:
@@ -268,7 +268,7 @@ async def test_a_run_state_that_it_cannot_have(tmp_path: Path, monkeypatch: pyte
     def debug(section: DeviceSection) -> list[DeviceSection]:
         return [globalstate(section.section_id, "debug")]
 
-    await check_not_taken("globalstate", debug, "comes 'debug'", tmp_path, monkeypatch, postcopy=False)
+    await check_not_taken("globalstate", debug, "arrives 'debug'", tmp_path, monkeypatch, postcopy=False)
 
 
 async def check_not_taken(
@@ -342,7 +342,11 @@ async def test_other_vcpu_areas_are_refused(tmp_path: Path) -> None:
             {"backends": ["/nowhere"]},
             "need 4 MiB of the first RAM block, 'a', which has 1",
         ),
-        ([Block("a", 1 << 40, 2 * MIB)], {}, "cannot be had: .*; set 524288 aside in .*2048kB/nr_hugepages"),
+        (
+            [Block("a", 1 << 40, 2 * MIB)],
+            {},
+            "cannot be created: .*; reserve 524288 in .*2048kB/nr_hugepages",
+        ),
     ],
 )
 async def test_memory_that_cannot_be_had(blocks: list[Block], more: dict[str, Any], why: str) -> None:

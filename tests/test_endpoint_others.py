@@ -66,7 +66,7 @@ async def test_inspect_reads_its_stream(tmp_path: Path) -> None:
     told = inspect(str(tmp_path / "stream"))
     assert (told.returncode, told.stderr) == (0, "")
     assert "machine vhostpc-1" in told.stdout
-    assert "about 4 device sections, all as long as it says" in told.stdout
+    assert "about 4 device sections, all with the lengths that it gives" in told.stdout
     assert told.stdout.endswith("\nNothing wrong.\n")
     elements = json.loads(inspect(str(tmp_path / "stream"), "--json").stdout)["elements"]
     names = [e["name"] for e in elements if e["kind"] == "device"]

@@ -1,6 +1,6 @@
 """A machine of our own moves while something is short: the shortage ends the migration, never the machine.
 
-Each thing that is had on the way is refused once, alone and with all that come after it. Whatever it was, the machine
+Each allocation is refused once, alone and with all that come after it. Whatever it was, the machine
 runs on at one end, works, and nothing is left behind at the other.
 """
 

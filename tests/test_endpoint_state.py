@@ -1,4 +1,4 @@
-"""The state of our own machine's parts, on its way: what is saved comes back, what is hostile is refused whole."""
+"""The state of our own machine's parts: the saved state is restored, what is hostile is refused whole."""
 
 from __future__ import annotations
 
@@ -82,24 +82,24 @@ def test_the_book_of_frames_goes_with_it() -> None:
 @pytest.mark.parametrize(
     ("state", "why"),
     [
-        (b"", "not such a state"),
-        (head()[:-1], "not such a state"),
-        (head() + b"\0", "not such a state"),
+        (b"", "state are malformed"),
+        (head()[:-1], "state are malformed"),
+        (head() + b"\0", "state are malformed"),
         (head(num=128), "another ring"),
         (head(slots=32), "another ring"),
-        (head(free=[0, 0]), "not such a state"),
-        (head(free=[64]), "not such a state"),
-        (head(free=[1 << 31]), "not such a state"),
-        (head(free=list(range(65))), "not such a state"),
-        (head(indices=(1, 1, 0)), "not such a state"),  # a chain available, and all slots free
-        (head(indices=(65, 0, 0), free=[]), "not such a state"),
-        (head(indices=(200, 200, 0), free=[]), "not such a state"),
-        (head(frames=1), "not such a state"),
-        (head(frames=9, next_=10, holes=[2, 3]), "not such a state"),
-        (head(frames=8, next_=10, holes=[3, 2]), "not such a state"),
-        (head(frames=8, next_=10, holes=[3, 3]), "not such a state"),
-        (head(frames=8, next_=10, holes=[3, 10]), "not such a state"),
-        (head(next_=1 << 40), "not such a state"),
+        (head(free=[0, 0]), "state are malformed"),
+        (head(free=[64]), "state are malformed"),
+        (head(free=[1 << 31]), "state are malformed"),
+        (head(free=list(range(65))), "state are malformed"),
+        (head(indices=(1, 1, 0)), "state are malformed"),  # a chain available, and all slots free
+        (head(indices=(65, 0, 0), free=[]), "state are malformed"),
+        (head(indices=(200, 200, 0), free=[]), "state are malformed"),
+        (head(frames=1), "state are malformed"),
+        (head(frames=9, next_=10, holes=[2, 3]), "state are malformed"),
+        (head(frames=8, next_=10, holes=[3, 2]), "state are malformed"),
+        (head(frames=8, next_=10, holes=[3, 3]), "state are malformed"),
+        (head(frames=8, next_=10, holes=[3, 10]), "state are malformed"),
+        (head(next_=1 << 40), "state are malformed"),
     ],
 )
 def test_a_state_that_cannot_be_changes_nothing(state: bytes, why: str) -> None:

@@ -77,7 +77,7 @@ async def test_killed_again_and_again(guest: Guest, tmp_path: Path) -> None:
 
 
 async def finish(front: FrontEnd, driver: Driver) -> None:
-    """What is on its way comes, and then nothing was lost, doubled or damaged."""
+    """Frames in flight arrive, and then nothing was lost, doubled or damaged."""
     with trio.fail_after(10):
         while driver.numbers().in_flight:
             await driver.reap()

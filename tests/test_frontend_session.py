@@ -270,8 +270,11 @@ def moved(region: MemoryRegion, **fields: int) -> MemoryRegion:
         (lambda sent, right: [moved(right[0], size=4096), *right[1:]], "in the order and size"),
         (lambda sent, right: [moved(right[0], user_addr=right[1].user_addr), *right[1:]], "overlap"),
         (lambda sent, right: [moved(right[0], user_addr=FakeBackend.base + 8), *right[1:]], "not aligned"),
-        (lambda sent, right: [moved(right[0], user_addr=0), *right[1:]], "cannot hold it"),
-        (lambda sent, right: [moved(right[0], user_addr=(1 << 64) - 4096), *right[1:]], "cannot hold it"),
+        (lambda sent, right: [moved(right[0], user_addr=0), *right[1:]], "leaves no room for it"),
+        (
+            lambda sent, right: [moved(right[0], user_addr=(1 << 64) - 4096), *right[1:]],
+            "leaves no room for it",
+        ),
     ],
 )
 async def test_addresses_that_cannot_be_right_refuse_postcopy(
@@ -310,7 +313,7 @@ async def test_advise_with_something_else() -> None:
 
     async with session(change) as (front, _), memory(front, Mode.TABLE) as (_, postcopy):
         before = len(os.listdir("/proc/self/fd"))
-        with pytest.raises(PostcopyRefused, match="no userfaultfd"):
+        with pytest.raises(PostcopyRefused, match="not a userfaultfd"):
             await postcopy.advise()
         assert len(os.listdir("/proc/self/fd")) == before
 
@@ -438,7 +441,7 @@ async def test_rings_are_stopped_with_one_wait_for_all() -> None:
 
 
 async def test_descriptors_of_answers_are_closed_when_a_later_one_fails() -> None:
-    """What came with the first answer is not left open when the second is wrong."""
+    """Descriptors of the first answer are not left open when the second is wrong."""
     ends: list[int] = []
 
     def change(frame: Frame) -> list[Answer] | None:

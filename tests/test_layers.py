@@ -48,7 +48,7 @@ FREE = {
     "transport": {"errors", "own_sockets", "wire"},
     "listener": {"errors", "logs"},
 }
-# Who may see the native module.
+# The packages that may see the native module.
 # (migration/ends.py and qmp/editing.py need a thread only.)
 NATIVE_USERS = (
     *("guest/vcpu.py", "memory/", "pages/", "ufd/", "virtio/", "_native/", "frontend/driver.py"),

@@ -15,7 +15,7 @@ import pytest
 from vhostpc.logs import BURST, INTERVAL, Ration
 
 ROOT = Path(__file__).resolve().parent.parent
-MORE = "there are more lines like the last one: they are counted"
+MORE = "more lines like the last one follow: they are only counted"
 
 
 class Clock:
@@ -50,7 +50,10 @@ def test_the_first_few_lines_then_a_count(
     caplog.clear()
     clock.now += INTERVAL
     log.info("another")
-    assert caplog.messages == [f"{1000 - BURST} lines were left out, the last one: declined: 999", "another"]
+    assert caplog.messages == [
+        f"{1000 - BURST} lines were suppressed, the last one: declined: 999",
+        "another",
+    ]
     assert caplog.records[0].levelno == logging.WARNING
     caplog.clear()
     log.warning("declined: %d", 1)
@@ -94,7 +97,7 @@ def test_the_count_is_told_at_the_end_of_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-2:] == [
         MORE,
-        f"{100 - BURST} lines were left out, the last one: no 99",
+        f"{100 - BURST} lines were suppressed, the last one: no 99",
     ]
 
 

@@ -74,7 +74,7 @@ def test_another_interpreter_is_taken(checkout: Path) -> None:
         assert "building" not in make(checkout, **environment)
         assert kept.exists()
     said = make(checkout, PYTHON=two)
-    assert f".venv is of another Python than {two}, which is 3.13.2: making it anew" in said
+    assert f".venv is of another Python than {two}, which is 3.13.2: recreating it" in said
     assert "building vhostpc in .venv" in said
     assert version(checkout) == "3.13.2"
     assert not kept.exists()
@@ -84,7 +84,7 @@ def test_another_interpreter_is_taken(checkout: Path) -> None:
     assert version(checkout) == "3.13.2"
     assert kept.exists()
     # On make's command line as well.
-    assert "making it anew" in make(checkout, f"PYTHON={one}")
+    assert "recreating it" in make(checkout, f"PYTHON={one}")
     assert version(checkout) == "3.12.1"
 
 

@@ -183,7 +183,7 @@ async def test_stopping_and_running_in_any_order() -> None:
         await cpu.stop()
         async with trio.open_nursery() as nursery:
             await nursery.start(cpu.run)
-            with pytest.raises(OSError, match="runs already"):
+            with pytest.raises(OSError, match="is running already"):
                 await cpu.run()
             for call in (cpu.save, lambda: cpu.restore(b""), cpu.close):
                 with pytest.raises(ValueError, match="stop it first"):
@@ -265,11 +265,11 @@ def at(offset: int, value: int, size: int) -> Callable[[bytes], bytes]:
     [
         (lambda s: s[:3], "ends after 3 bytes"),
         (lambda s: s[:30], "ends after 30 bytes"),
-        (lambda s: s[:-1], r"has \d+ bytes, with the areas of this machine \d+"),
-        (lambda s: s + b"x", r"has \d+ bytes, with the areas of this machine \d+"),
+        (lambda s: s[:-1], r"has \d+ bytes, but needs \d+ with the areas of this machine"),
+        (lambda s: s + b"x", r"has \d+ bytes, but needs \d+ with the areas of this machine"),
         (at(0, 2, 4), "has version 2, only 1 is known here"),
         (at(4, 1, 4), "the state of vCPU 0 is that of vCPU 1"),
-        (at(8, 3, 4), "the machine that comes has 3 vCPUs, this one has 2"),
+        (at(8, 3, 4), "the incoming machine has 3 vCPUs, this one has 2"),
         (at(20, 1 << 63, 8), "says step 9223372036854775808"),
         (at(36, 2, 2), "other areas than vCPU 0"),
         (lambda s: s.replace(b"low", b"row"), "other areas than vCPU 0"),

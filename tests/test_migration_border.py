@@ -428,14 +428,14 @@ async def test_the_destination_is_whole_whatever_fails_at_the_end(
             await until(lambda: source.status is Status.COMPLETED)
             await until(lambda: destination.status is Status.COMPLETED)
     assert world.running == {"destination"}
-    assert any("all pages are here, but" in r.message for r in caplog.records)
+    assert any("all pages have arrived, but" in r.message for r in caplog.records)
 
 
 @pytest.mark.parametrize("error", WRONG, ids=lambda e: type(e).__name__)
 async def test_the_destination_pauses_whatever_fails_behind_run(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It runs; who waits for a page goes on waiting, and nobody lets it run at the source."""
+    """It runs; threads that wait for a page go on waiting, and nobody lets it run at the source."""
     world = World()
     with Here(world) as here, There(world) as there:
         left = [error]

@@ -17,7 +17,7 @@ LIMIT = 60
 
 
 async def test_a_source_that_nobody_watches() -> None:
-    """Without options and a watcher the machine is stopped all the same, and what came of it is told by the call."""
+    """Without options and a watcher the machine is stopped all the same, and the call tells the outcome."""
     there, here = channels()
     with LivelyMachine(ram0=300) as machine, HeldMachine() as copy, trio.fail_after(LIMIT):
         await machine.write("ram0", 5, b"five")

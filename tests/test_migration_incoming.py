@@ -180,11 +180,11 @@ REFUSED: dict[str, tuple[bytes, str, list[Event]]] = {
     "a package without listen": (with_package(CLOCK, RUN), "RUN without POSTCOPY_LISTEN", BEFORE),
     "listen twice": (with_package(LISTEN, LISTEN, CLOCK, RUN), "POSTCOPY_LISTEN again", BEFORE),
     "a package without run": (with_package(LISTEN, CLOCK, PING3), "without POSTCOPY_RUN", BEFORE),
-    "advise in a package": (with_package(LISTEN, CLOCK, ADVISE, RUN), "not for a package", BEFORE),
+    "advise in a package": (with_package(LISTEN, CLOCK, ADVISE, RUN), "not allowed in a package", BEFORE),
     "a section without a footer": (with_package(LISTEN, CLOCK[:-5], RUN), "has no footer", BEFORE),
     "a package in a package": (
         with_package(LISTEN, package(LISTEN, RUN), RUN),
-        "a package where none may stand",
+        "a package where none is allowed",
         BEFORE,
     ),
     "colo": (HEAD + h("08 0008 0000"), "ENABLE_COLO command come in migration stream", BEFORE),
@@ -560,7 +560,7 @@ async def test_a_source_that_pings_and_does_not_read() -> None:
                         await theirs.send_all(pings)
 
             nursery.start_soon(flood)
-            with pytest.raises(StreamError, match="a PING, and the source does not read"):
+            with pytest.raises(StreamError, match="a PING, but the source does not read"):
                 await incoming.receive()
         incoming.close()
 
@@ -599,4 +599,4 @@ async def test_names_of_blocks_are_bytes(name: bytes) -> None:
 async def test_a_name_with_a_nul_is_refused() -> None:
     error = (await refused(PRECOPY.replace(h("04 726f6d30"), h("04 726f0030")))).error
     assert isinstance(error, StreamError)
-    assert "no NUL" in str(error)
+    assert "cannot contain NUL" in str(error)

@@ -180,7 +180,7 @@ async def test_two_back_ends_and_a_local_toucher(tmp_path: Path, guest: Guest) -
                 for backend in machine.backends.values():
                     assert backend.client is not None
                     numbers = backend.client.numbers()
-                    assert numbers.distinct >= 1  # the shared page; how many more depends on who comes first
+                    assert numbers.distinct >= 1  # the shared page; how many more depends on the order
                     assert numbers.found_nothing == numbers.error == 0
                     assert numbers.faults == numbers.wakes + numbers.repeated
                 requests = incoming.service.numbers().requests

@@ -51,7 +51,7 @@ async def touch_all(setup: Setup) -> None:
 
 
 async def test_a_back_end_that_fills_memory_pauses_the_migration() -> None:
-    """Behind RUN. Nothing is taken for a page that came; what had come before, and who waits, stays."""
+    """Behind RUN. Nothing is taken for a page that came; earlier pages and waiting threads stay."""
     received = Received()
 
     async def run(postcopy: bool) -> None:
@@ -71,7 +71,7 @@ async def test_a_back_end_that_fills_memory_pauses_the_migration() -> None:
         await until(lambda: received.events[-1:] == [Event.LOSE])
         assert isinstance(received.error, PageBorn)
         assert (received.error.block, received.error.page) == ("ram", 1)
-        for words in ("host page 1 of 'ram'", "in this process or by net0 or disk0", "cannot be had again"):
+        for words in ("host page 1 of 'ram'", "in this process or by net0 or disk0", "cannot be recovered"):
             assert words in str(received.error)
         assert setup.incoming.missing() == 7
         assert block.count_bits(Bits.RECEIVED) == 1
@@ -111,7 +111,7 @@ async def test_a_page_born_before_run_fails_the_migration() -> None:
         await setup.source.stream.aclose()
         await setup.ended.wait()
         assert isinstance(setup.raised, PageBorn)
-        assert "host page 2 of 'ram' has come" in str(setup.raised)
+        assert "host page 2 of 'ram' arrived" in str(setup.raised)
         assert setup.machine.read == []
     assert received.events == [Event.PACKAGE, Event.NEVER_RAN]
 
@@ -141,7 +141,7 @@ async def test_a_page_born_before_listen_fails_the_migration() -> None:
         await setup.source.stream.aclose()
         await setup.ended.wait()
         assert isinstance(setup.raised, PageBorn)
-        assert "host page 77 of 'ram' has not come, and a page is there" in str(setup.raised)
+        assert "host page 77 of 'ram' has not arrived, but a page is there" in str(setup.raised)
         assert "net0 or disk0" in str(setup.raised)
         assert "listen" not in setup.machine.told
     assert received.events == [Event.FAIL]
@@ -181,5 +181,5 @@ async def test_huge_page_that_was_born(blocks: dict[str, tuple[int, int]], huge_
         await setup.source.heard(Shut(1))
         await setup.source.stream.aclose()
         await setup.ended.wait()
-        assert "host page 2 of 'big' has not come" in str(setup.raised)
+        assert "host page 2 of 'big' has not arrived" in str(setup.raised)
     assert received.events == [Event.FAIL]

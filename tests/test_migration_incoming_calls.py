@@ -112,7 +112,7 @@ async def calls(pages: int, postcopy: bool) -> int:
 @pytest.mark.ufd
 @pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
 async def test_python_calls_do_not_grow_with_pages(postcopy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Looking on who waits costs calls by the second, not by the page.
+    # Checking the waiters costs calls by the second, not by the page.
     monkeypatch.setattr(long_waits, "FIRST", 3600.0)
     await calls(10 * PER_PART, postcopy)  # what is done once
     few, many = await calls(100_000, postcopy), await calls(400_000, postcopy)

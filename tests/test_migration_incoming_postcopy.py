@@ -170,10 +170,10 @@ async def test_each_phase_is_told_by_one_line(caplog: pytest.LogCaptureFixture) 
     assert [record.getMessage() for record in caplog.records] == [
         "migration: the source may switch to postcopy",
         "migration: 'toyvm': 32 KiB of RAM in 1 blocks",
-        "migration: postcopy: 8 host pages to come, 4 elements to load",
+        "migration: postcopy: 8 host pages missing, 4 elements to load",
         "migration: device state is loaded",
         "migration: the machine may run here, 8 host pages are missing",
-        "migration: all pages are here",
+        "migration: all pages have arrived",
     ]
 
 
@@ -330,7 +330,7 @@ async def test_all_is_said_to_be_sent_while_a_device_waits() -> None:
         await setup.source.pages("ram", (0, A), last=True)
         await setup.source.end()
         await setup.ended.wait()
-        assert str(setup.raised) == "the source says that all is sent, and 7 host pages never came"
+        assert str(setup.raised) == "the source says that everything is sent, but 7 host pages never came"
     assert received.events == [Event.PACKAGE, Event.NEVER_RAN]
 
 
@@ -356,7 +356,7 @@ class Toucher:
 
 @pytest.mark.parametrize("how", ["close", "cancel"])
 async def test_a_lost_link_is_a_pause(how: str) -> None:
-    """Who waits goes on waiting, as whoever comes later; pages that came stay. Only the end of it all gives them up."""
+    """Waiters go on waiting, also later ones; received pages stay. Only the end of it all gives them up."""
     received = Received()
     async with receiving(received) as setup:
         await setup.source.switch()

@@ -35,7 +35,7 @@ class OnDisk(Machine):
 async def test_a_shortage_is_waited_out(
     running: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The log says so; who waits for a page gets it when there is memory, and the migration completes."""
+    """The log says so; a thread that waits for a page gets it when there is memory, and the migration completes."""
     monkeypatch.setattr(long_waits, "FIRST", 0.02)
     received = Received()
     told: list[str] = []
@@ -64,7 +64,7 @@ async def test_a_shortage_is_waited_out(
             assert setup.raised is None
             assert setup.incoming.loads()[-1].shortages == 1
     assert received.events == [Event.PACKAGE, Event.FINISH]
-    assert "no memory for a page that has come" in told[0]
+    assert "no memory for a page that has arrived" in told[0]
 
 
 async def test_a_shortage_that_is_over_is_told(

@@ -164,7 +164,7 @@ async def test_more_memory_than_there_is(said: bool, monkeypatch: pytest.MonkeyP
     with HeldMachine(lengths=dict.fromkeys(names, GIB) if said else None) as machine:
         received = await feed(data, machine, postcopy=False)
     assert isinstance(received.error, StreamError)
-    refused = "RAM blocks of 4096 MiB, and this machine has 3072 MiB to give" in str(received.error)
+    refused = "RAM blocks of 4096 MiB, but this computer has only 3072 MiB left" in str(received.error)
     assert refused is not said
 
 

@@ -72,7 +72,7 @@ async def test_discarded_is_owed(how: str) -> None:
         await setup.source.pages("ram", *((page, B) for page in range(5)), last=True)
         await setup.source.end([] if how == "postcopy" else [CLOCK])
         await until(lambda: received.error)
-        assert str(received.error) == "the source says that all is sent, and 1 host pages never came"
+        assert str(received.error) == "the source says that everything is sent, but 1 host pages never came"
     assert received.events == ([Event.PACKAGE, Event.LOSE] if how == "postcopy" else [Event.FAIL])
 
 
@@ -99,7 +99,7 @@ async def test_who_waits_for_such_a_page_gets_it_when_all_has_come() -> None:
 
 
 async def test_a_device_that_waits_for_such_a_page_is_loaded() -> None:
-    """The end of the stream waits for the load, so the load must not wait for what comes no more."""
+    """The end of the stream waits for the load, so the load must not wait for pages that never come."""
     async with receiving() as setup:
         await setup.source.begin()
         await setup.source.discard("ram", 0, 5)
@@ -112,7 +112,7 @@ async def test_a_device_that_waits_for_such_a_page_is_loaded() -> None:
 
 
 async def test_who_touches_it_behind_the_end() -> None:
-    """All has come and the machine is still being started: whoever touches first makes it."""
+    """Everything has arrived and the machine is still being started: the first touch makes it."""
     go = trio.Event()
 
     async def run(postcopy: bool) -> None:
@@ -178,7 +178,7 @@ async def test_a_part_of_a_huge_page_is_owed_the_rest(huge_pages: None) -> None:
         await setup.source.pages("ram", *((page, B) for page in range(HUGE // PAGE + 1)), last=True)
         await setup.source.end()
         await until(lambda: received.error)
-        assert str(received.error) == "the source says that all is sent, and 1 host pages never came"
+        assert str(received.error) == "the source says that everything is sent, but 1 host pages never came"
         assert setup.incoming.course.may_run
 
 

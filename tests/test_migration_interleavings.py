@@ -296,7 +296,7 @@ async def play(
                 await trio.sleep(0.005)
                 assert not world.both
                 wire.break_it()
-            # To its end: all that is still on its way gets there, or the wire breaks.
+            # To its end: all data still in flight gets there, or the wire breaks.
             pumping = trio.CancelScope()
 
             async def pump() -> None:

@@ -74,7 +74,7 @@ def test_no_value_that_we_do_not_do_can_be_set(compat: Compat) -> None:
             assert options["max-bandwidth"] != 7
 
 
-# The statuses that QEMU shows on its way, as its events told them.
+# The statuses that QEMU goes through, as its events told them.
 PATHS: list[tuple[Side, Compat, str, str]] = [
     ("source", "10.0", "start connect stop sent finish", "setup active device completed"),
     ("source", "7.2", "start connect stop sent finish", "setup active completed"),

@@ -1,4 +1,4 @@
-"""Threads that are borrowed for a call or kept, and what happens where none can be had."""
+"""Threads that are borrowed for a call or kept, and what happens where none is available."""
 
 from __future__ import annotations
 

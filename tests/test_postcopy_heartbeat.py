@@ -124,7 +124,7 @@ async def queues(guest: Guest, *, indirect: int, count: int = 4) -> AsyncIterato
 
 
 async def start_all(m: Move, drivers: list[Driver]) -> None:
-    """Start the rings, receiving ones first: a bridge drops what came before its ring was started."""
+    """Start the rings, receiving ones first: a bridge drops frames from before its ring was started."""
     for index in (0, 2):
         before = m.service.numbers().requests
         await m.start(index, drivers[index])

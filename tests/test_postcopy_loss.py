@@ -1,7 +1,7 @@
 """Abnormal ends in the middle of faults: the guest may live on, so no page may be made that nobody sent.
 
 Whatever is lost (the page source, the front-end, only its socket), the file behind guest memory keeps exactly
-the holes it had, nothing that never came leaves the device, and whoever goes on with the memory finds all of
+the holes it had, nothing that never came leaves the device, and a process that goes on with the memory finds all of
 it as it was.
 """
 
@@ -77,7 +77,7 @@ async def place_the_rest(guest: Guest, ram: RamSet) -> None:
     """
     sent = [b.pages - sum(n for _, n in b.holes()) // b.page_size for b in ram.blocks]
     before = {b.name: b.holes() for b in ram.blocks}
-    for b in ram.blocks:  # a new set knows nothing of what has come
+    for b in ram.blocks:  # a new set knows nothing of received pages
         b.set_bits(Bits.RECEIVED)
         for offset, length in before[b.name]:
             b.set_bits(Bits.RECEIVED, offset // b.page_size, length // b.page_size, value=False)

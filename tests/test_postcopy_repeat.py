@@ -185,7 +185,7 @@ async def test_one_back_end_through_many_moves(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", list(Mode))
 async def test_huge_pages(tmp_path: Path, mode: Mode, huge_pages: int) -> None:
-    """Whole 2 MiB pages: each is asked for once, placed whole, and wakes whoever waits anywhere in it."""
+    """Whole 2 MiB pages: each is asked for once, placed whole, and wakes every thread that waits in it."""
     guest = Guest(page_size=HUGE, low=8, high=4)
     try:
         with trio.fail_after(90):

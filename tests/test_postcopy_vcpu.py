@@ -1,4 +1,4 @@
-"""vCPUs on memory whose pages have not come: each waits alone, what comes is checked, and who waited is told."""
+"""vCPUs on memory whose pages have not come: each waits alone, pages are checked, waits are reported."""
 
 from __future__ import annotations
 

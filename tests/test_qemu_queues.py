@@ -1,7 +1,7 @@
 """A Linux guest with several queue pairs is moved: by precopy with QEMU 10.0, by postcopy with 7.2.
 
 The guest sends by each of its processors in turn, so by each of its queues; a tap with several queues gives
-what comes back to the queue that last sent, so frames go by every queue, both ways.
+returning frames to the queue that last sent, so frames go by every queue, both ways.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ async def refused(source: Node, held: Node, *, leaves: bool = False) -> str:
     if leaves:
         await source.qmp.command("quit")
     assert await held.process.wait() == 1
-    (line,) = [line for line in held.process.err.lines if "the machine did not come" in line]
+    (line,) = [line for line in held.process.err.lines if "the machine did not arrive" in line]
     return line
 
 

@@ -30,7 +30,7 @@ def needs_root() -> None:
 
 def names_the_mend(text: str) -> None:
     assert "postcopy cannot be done here" in text
-    assert "to mend it, give this process read and write access to /dev/userfaultfd" in text
+    assert "to fix it, give this process read and write access to /dev/userfaultfd" in text
     assert "seccomp" in text
 
 
@@ -94,7 +94,7 @@ async def test_the_endpoint_is_denied(machine: tuple[str, ...], profile: str, st
             if not stays:
                 assert await destination.process.wait() == 1
                 (line,) = [
-                    line for line in destination.process.err.lines if "the machine did not come" in line
+                    line for line in destination.process.err.lines if "the machine did not arrive" in line
                 ]
                 names_the_mend(line)
                 return

@@ -1,4 +1,4 @@
-"""A stock QEMU sends its machine to our destination, and it goes wrong: it runs nowhere twice, what came stays."""
+"""A stock QEMU sends its machine to our destination, and it goes wrong: it runs nowhere twice, its pages stay."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def switching(source: vm.Vm, path: Path) -> None:
 
 @pytest.mark.parametrize("version", EACH)
 async def test_a_link_lost_in_postcopy(version: str, tmp_path: Path) -> None:
-    """Both sides pause. What came is kept; who waits goes on waiting, until it is all given up."""
+    """Both sides pause. Received pages are kept; waiting threads go on waiting, until it is all given up."""
     received = Received()
     spec = vm.Spec(peers.qemu(version))
     with trio.fail_after(120), HeldMachine() as machine:
@@ -114,7 +114,7 @@ async def test_a_device_that_cannot_be_loaded(version: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("version", EACH)
 async def test_a_discard_fails(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package is on its way, and nothing of it is taken: the source hears so, and its guest runs on."""
+    """The package is in flight, and nothing of it is taken: the source hears so, and its guest runs on."""
     received = Received()
 
     def fail(block: RamBlock, offset: int = 0, length: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Sockets at paths: who may be there already, what becomes of the file; which signals end a program in good order."""
+"""Sockets at paths: existing files there, what becomes of the file; which signals end a program in good order."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ async def test_who_listens_is_left_alone_and_not_connected_to(
         held_up = signal.signal(signal.SIGALRM, signal.default_int_handler)
         signal.alarm(20)
         try:
-            with pytest.raises(VhostpcError, match="another process listens there"), alone():
+            with pytest.raises(VhostpcError, match="another process is listening there"), alone():
                 async with served(path):
                     pass
         finally:
@@ -181,7 +181,7 @@ async def test_mode_under_any_umask(mask: int, mode: int, tmp_path: Path) -> Non
 async def test_what_is_put_in_its_place_keeps_its_mode_and_group(
     mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever may write to the folder replaces the socket by a link as soon as it is there."""
+    """A user who may write to the folder replaces the socket by a link as soon as it is there."""
     path, precious = tmp_path / "s", tmp_path / "precious"
     precious.write_text("")
     precious.chmod(0o640)
@@ -215,7 +215,7 @@ async def test_two_that_start_at_a_stale_file(tmp_path: Path, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "lstat", lstat_and_bind)
-        with pytest.raises(VhostpcError, match="another process listens there"):
+        with pytest.raises(VhostpcError, match="another process is listening there"):
             backend.bind(path)
     with quicker[0]:
         quicker[0].listen()
@@ -343,7 +343,7 @@ def living(group: int) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, None], ids=str)
 async def test_a_migration_that_is_broken_off_says_by_what(number: int | None, tmp_path: Path) -> None:
-    """And the command that took the stream ends, with what it has started; who listens to events is told."""
+    """And the command that took the stream ends, with what it has started; listeners to events are told."""
     path, taken = tmp_path / "s", tmp_path / "taken"
     argv = [sys.executable, "-m", "vhostpc", "endpoint", "--qmp", f"unix:{path}", "--ram", "a=64M"]
     async with open_child(argv, name="endpoint", cwd=ROOT) as child:
@@ -364,5 +364,5 @@ async def test_a_migration_that_is_broken_off_says_by_what(number: int | None, t
             assert client.events[-1][1]["data"] == {"guest": False, "reason": reason}
         await until(lambda: not living(group))
         name = "quit" if number is None else signal.Signals(number).name
-        assert f"migration: broken off by {name}, it was active" in child.said
+        assert f"migration: interrupted by {name}, it was active" in child.said
         assert not path.exists()

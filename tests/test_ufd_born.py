@@ -88,7 +88,7 @@ async def born_while_somebody_waits(page_size: int, data: bytes) -> None:
                         assert (channel.numbers().placed, channel.numbers().already) == (1, 0)
                     feeding.cancel_scope.cancel()
                 assert (caught.value.block, caught.value.page) == ("ram0", 2)
-                for word in ("host page 2 of 'ram0'", "net0", "this process", "cannot be had again"):
+                for word in ("host page 2 of 'ram0'", "net0", "this process", "cannot be recovered"):
                     assert word in str(caught.value)
                 assert not block.test_bit(Bits.RECEIVED, 2)
                 assert service.missing() == 3
@@ -109,7 +109,7 @@ async def test_a_huge_page_that_was_born(huge_pages: int, data: bytes) -> None:
 
 
 async def test_born_in_the_midst_of_a_run() -> None:
-    """Pages before it are placed, it is named, and what came before by this channel is skipped as ever."""
+    """Pages before it are placed, it is named, and earlier pages of this channel are skipped as usual."""
     with RamSet() as ram:
         block = ram.create("ram0", 64 * TARGET_PAGE)
         async with serving(ram) as (service, ours, source):
@@ -236,7 +236,7 @@ async def test_a_discard_that_leaves_a_page(advised: None) -> None:  # noqa: F81
 
 
 async def test_a_page_that_came_and_is_a_hole_is_zero() -> None:
-    """Somebody has punched it out since: whoever faults there gets zeros, and waits for nobody."""
+    """Somebody has punched it out since: a thread that faults there gets zeros, and waits for nobody."""
     await hole_that_came(TARGET_PAGE)
 
 

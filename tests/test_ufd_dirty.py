@@ -248,7 +248,7 @@ async def test_one_lost_bit_is_found(way: DirtyWay) -> None:
 
 
 async def costs(way: DirtyWay, page_size: int, length: int) -> None:
-    """No page is made by watching; the numbers are for whoever reads them."""
+    """No page is made by watching; the numbers can be read at any time."""
     with RamSet() as ram:
         block = ram.create("ram", length, page_size)
         begun = time.perf_counter()
@@ -321,7 +321,7 @@ async def test_after_the_end_nobody_waits_and_nothing_is_watched(way: DirtyWay) 
 
 @by_each_way
 async def test_a_nursery_that_ends_lets_all_writers_go(way: DirtyWay) -> None:
-    """Also when whoever tracks is cancelled, and does not come to stop it."""
+    """Also when the tracking task is cancelled, and does not reach its stop."""
     with RamSet() as ram:
         block = ram.create("ram", 64 * TARGET_PAGE)
         with VCpu(ram, [Area(block, 0, 64)], writes=UNLIMITED) as cpu, DirtyTracker(ram, way) as tracker:

@@ -312,7 +312,7 @@ async def test_broken_ranges(base: int, length: int, offset: int) -> None:
 
 
 async def test_the_source_is_lost() -> None:
-    """The loader says so; who waits goes on waiting, and another source can bring the rest."""
+    """The loader says so; waiting threads go on waiting, and another source can bring the rest."""
     with trio.fail_after(30):
         async with machine({"ram0": (32 * 4096, 4096)}) as m:
             m.source.hold("ram0", 5, 3)

@@ -1,4 +1,4 @@
-"""No memory for pages: what has come, or lies ready, is tried again until there is some; nothing is lost or spun on."""
+"""No memory for pages: received or ready pages are tried again until there is some; nothing is lost or spun on."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def short(pages: int, *, zeros: bool = False) -> AsyncIterator[Short]:
 
 @pytest.mark.parametrize(("fit", "zeros"), [(0, False), (4, False), (10, True)])
 async def test_pages_that_have_come_wait_for_memory(fit: int, zeros: bool) -> None:
-    """Placed as far as they go, then as memory appears; who waits for one is woken when it is there."""
+    """Placed as far as they go, then as memory appears; a thread that waits for one is woken when it is there."""
     async with short(fit or 1, zeros=zeros) as s:
         if not fit:
             os.pwrite(s.disk.fd, b"x", 0)  # not one more
@@ -211,7 +211,7 @@ async def ready(fit: int) -> AsyncIterator[tuple[SmallTmpfs, RamBlock, RamBlock,
 
 
 async def test_pages_that_lie_ready_wait_for_memory() -> None:
-    """Only who needs one waits: the loop answers others, and can be stopped."""
+    """Only threads that need one wait: the loop answers others, and can be stopped."""
     async with ready(4) as (disk, block, other, service), trio.open_nursery() as nursery:
         good: list[tuple[int, int | None]] = []
 

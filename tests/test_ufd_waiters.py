@@ -1,4 +1,4 @@
-"""Who waits in the fault service: one waiter a client, thread and page, whatever lets a thread go and come back."""
+"""Waiters in the fault service: one waiter a client, thread and page, whatever lets a thread go and come back."""
 
 from __future__ import annotations
 

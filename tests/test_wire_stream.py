@@ -211,11 +211,11 @@ WRONG = {
     "not a stream": (patch(P, 0, "52"), 0, "does not begin with QEVM"),
     "old version": (patch(P, 7, "02"), 4, "version 2, not 3"),
     "no configuration": (patch(P, 8, "02"), 8, "no configuration behind the header"),
-    "a machine type of 2.3": (patch(P, 8, "01"), 8, "a machine type of QEMU 2.3 or before, which is not taken"),
+    "a machine type of 2.3": (patch(P, 8, "01"), 8, "a machine type of QEMU 2.3 or before, which is not accepted"),
     "configuration twice": (patch(P, 18, streams.CONFIGURATION, 0), 18, "a second configuration"),
     "machine without a name": (patch(P, 9, "00000000"), 9, "a machine type of 0 bytes"),
     "machine of any length": (patch(P, 9, "ffffffff"), 9, "a machine type of 4294967295 bytes"),
-    "unknown configuration": (patch(P, 18, "05 01 78 00000001", 0), 18, "configuration 'x', which is none"),
+    "unknown configuration": (patch(P, 18, "05 01 78 00000001", 0), 18, "configuration 'x', which is unknown"),
     "too many capabilities": (
         patch(P, 18, b"\x05\x1aconfiguration/capabilities" + h("00000001 00010000"), 0), 18, "65536 capabilities",
     ),
@@ -257,16 +257,16 @@ WRONG = {
     "device's footer": (patch(P, 8379, "08"), 8375, "no footer behind the 4 bytes"),
     "a description that does not come": (patch(P, 8382, "7fffffff"), 8543, "ends inside the description"),
     "half of a description": (P[:8383], 8383, "ends inside the description"),
-    "RAM among the devices": (patch(P, 8380, "02 00000007", 0), 8354, "has no footer behind which"),
-    "command 0": (patch(Q, 20, "00"), 18, "command 0 is none we know"),
-    "command 12": (patch(Q, 20, "0c"), 18, "command 12 is none we know"),
+    "RAM among the devices": (patch(P, 8380, "02 00000007", 0), 8354, "has no footer that"),
+    "command 0": (patch(Q, 20, "00"), 18, "command 0 is unknown"),
+    "command 12": (patch(Q, 20, "0c"), 18, "command 12 is unknown"),
     "a longer command": (patch(Q, 22, "01 00", 1), 18, "OPEN_RETURN_PATH with 1 bytes"),
     "a short ping": (patch(Q, 27, "03", 2), 23, "PING with 3 bytes"),
     "ping before the return path": (patch(Q, 18, b"", 5), 18, "a PING before OPEN_RETURN_PATH"),
     "half an advice": (patch(Q, 36, "08", 9), 32, "POSTCOPY_ADVISE with 8 bytes"),
     "advised twice": (patch(Q, 53, Q[32:53], 0), 53, "POSTCOPY_ADVISE again"),
     "advised late": (patch(P, 82, Q[32:53], 0), 82, "POSTCOPY_ADVISE behind the start of RAM"),
-    "discard of version 1": (patch(Q, 4258, "01"), 4253, "in a version that we do not know"),
+    "discard of version 1": (patch(Q, 4258, "01"), 4253, "in an unknown version"),
     "discard without a block": (patch(Q, 4259, "00"), 4253, "without the name of a block"),
     "discard without a terminator": (patch(Q, 4264, "01"), 4253, "without the name of a block"),
     "discard of nothing": (patch(Q, 4257, "07", 24 - 16 + 16), 4253, "POSTCOPY_RAM_DISCARD"),
@@ -285,14 +285,14 @@ WRONG = {
     "delta in postcopy": (patch(Q, 4393, "40"), 4386, "flags 0x40 in postcopy"),
     "package without LISTEN": (packaged(streams.CLOCK + RUN), 4353, "POSTCOPY_RUN without POSTCOPY_LISTEN"),
     "LISTEN twice": (packaged(LISTEN + LISTEN + RUN), 4332, "POSTCOPY_LISTEN again"),
-    "advised in a package": (packaged(LISTEN + Q[32:53] + RUN), 4332, "PostcopyAdvise, which is not for a package"),
-    "discard in a package": (packaged(LISTEN + Q[4253:4281] + RUN), 4332, "RamDiscard, which is not for a package"),
-    "colo in a package": (packaged(LISTEN + h("08 0008 0000") + RUN), 4332, "EnableColo, which is not for a package"),
+    "advised in a package": (packaged(LISTEN + Q[32:53] + RUN), 4332, "PostcopyAdvise, which is not allowed"),
+    "discard in a package": (packaged(LISTEN + Q[4253:4281] + RUN), 4332, "RamDiscard, which is not allowed"),
+    "colo in a package": (packaged(LISTEN + h("08 0008 0000") + RUN), 4332, "EnableColo, which is not allowed"),
     "an end in a package": (packaged(LISTEN + streams.CLOCK + b"\0"), 4358, "the end of the stream inside a package"),
     "package without RUN": (packaged(LISTEN + streams.CLOCK), 4358, "ends without POSTCOPY_RUN"),
-    "package in a package": (packaged(LISTEN + h("08 0007 0004 00000000")), 4332, "where none may stand"),
+    "package in a package": (packaged(LISTEN + h("08 0007 0004 00000000")), 4332, "where none is allowed"),
     "no footer in a package": (packaged(LISTEN + streams.CLOCK[:-1] + b"\x08" + RUN), 4332, "has no footer"),
-    "unknown in a package": (packaged(LISTEN + h("08 000c 0000") + RUN), 4332, "command 12 is none"),
+    "unknown in a package": (packaged(LISTEN + h("08 000c 0000") + RUN), 4332, "command 12 is unknown"),
 }  # fmt: skip
 
 
@@ -390,11 +390,11 @@ DEEP = '{"name": "clk", "fields": [], "subsections": [' + '{"vmsd_name": "x", "s
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{]}", "the description is no JSON"),
-        ('{"devices": ' + "[" * 100_000 + "}", "the description is no JSON"),
-        ('{"devices": [' + "9" * 100_000 + "]}", "the description is no JSON"),
+        ("{]}", "the description is not JSON"),
+        ('{"devices": ' + "[" * 100_000 + "}", "the description is not JSON"),
+        ('{"devices": [' + "9" * 100_000 + "]}", "the description is not JSON"),
         ('{"page_size": 4096}', "lists no devices"),
-        ('{"devices": {}}', "'devices' is no list of objects"),
+        ('{"devices": {}}', "'devices' is not a list of objects"),
         ('{"devices": [{"name": 1}]}', "no 'name' where one belongs"),
         ('{"devices": [{"name": "clk", "fields": [{"size": -1}]}]}', "no sensible 'size'"),
         ('{"devices": [{"name": "clk", "fields": [{"size": true}]}]}', "no sensible 'size'"),
@@ -483,7 +483,7 @@ def test_a_run_ends_with_its_block() -> None:
     with pytest.raises(BadStream, match="at 0x3000 of block 'ram0', which has 0x3000 bytes") as wrong:
         read(data)
     assert wrong.value.offset == 87 + 14 + 2 * 9
-    # What came before the wrong byte is told.
+    # Elements before the wrong byte are reported.
     assert seen(data)[-1] == el.RamRun("ram0", 0, 3, RunKind.ZERO)
 
 

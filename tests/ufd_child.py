@@ -1,4 +1,4 @@
-"""``python -m tests.ufd_child``: open a userfaultfd, say on stdout what came of it. For ``tests.confine``."""
+"""``python -m tests.ufd_child``: open a userfaultfd, print the outcome on stdout. For ``tests.confine``."""
 
 from __future__ import annotations
 

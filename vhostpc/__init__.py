@@ -1,4 +1,4 @@
-"""vhostpc: vhost-user back-ends that live through postcopy migration, and the front-end that drives them.
+"""vhostpc: vhost-user back-ends that survive postcopy migration, and the front-end that drives them.
 
 The names of a device author are here: ``from vhostpc import Device, serve``. They are looked up when asked for, so
 that ``import vhostpc`` costs nothing. The other halves: ``vhostpc.frontend``, ``memory``, ``ufd``, ``wire``,

@@ -1,4 +1,4 @@
-"""How the versions of QEMU differ, as far as we keep their manners: one :class:`Dialect` for each.
+"""The differences between QEMU's versions, as far as we follow them: one :class:`Dialect` for each.
 
 Nothing else compares versions: who has to know asks for the field that says what differs. What follows the machine
 type, and not the program, is in :meth:`Dialect.of_machine`.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Compat = Literal["7.2", "10.0", "11.1"]
-"""The QEMU whose manners are kept where they differ."""
+"""The QEMU version whose behaviour is followed where versions differ."""
 DEFAULT: Compat = "10.0"
 
 _MACHINE_VERSION = re.compile(r"-(\d+)\.\d+$")
@@ -20,7 +20,7 @@ _MACHINE_VERSION = re.compile(r"-(\d+)\.\d+$")
 
 @dataclass(frozen=True)
 class Dialect:
-    """What one version of QEMU says, takes and does. Names are QEMU's, in its order."""
+    """The messages, arguments and behaviour of one version of QEMU. Names are QEMU's, in its order."""
 
     version: tuple[int, int, int]
 
@@ -29,39 +29,39 @@ class Dialect:
     deprecated_capabilities: tuple[str, ...]
     """As ``query-qmp-schema`` marks them."""
     conflicts: tuple[tuple[str, str, str], ...]
-    """(capability, another that does not go with it, the refusal), looked at in this order."""
+    """(capability, another that conflicts with it, the refusal), checked in this order."""
     needs: tuple[tuple[str, str, str], ...]
-    """(capability, another that it needs, the refusal), looked at before all."""
+    """(capability, another that it needs, the refusal), checked first."""
     parameters: tuple[str, ...]
     ignored_parameters: frozenset[str]
-    """Taken, and the old value is kept."""
+    """Accepted, but the old value is kept."""
     subjects: tuple[str, tuple[tuple[str, str], ...]]
-    """What a refused value's sentence begins with, ``{}`` being the parameter, and those of which it is another."""
+    """The beginning of the refusal of a value, with ``{}`` for the parameter, and the parameters with another one."""
     hyphens: bool
-    """In such sentences a parameter has its name; else with underscores."""
+    """In such sentences a parameter has its name; otherwise one with underscores."""
     modes: tuple[str, ...]
     """Values of the parameter ``mode``."""
     null_parameters: bool
-    """``query-migrate-parameters`` may have null for a text."""
+    """``query-migrate-parameters`` may have null for a string."""
 
     # Statuses.
     statuses: tuple[str, ...]
     device_status: bool
     """A source whose machine has stopped is ``device``."""
     postcopy_before_stop: bool
-    """A source is ``postcopy-active`` before its machine has stopped, else when the package has gone."""
+    """A source is ``postcopy-active`` before its machine has stopped; otherwise when the package has been sent."""
     setup_while_listening: bool
-    """A destination that listens is ``setup``; else it is ``none`` still, and only an event says so."""
+    """A listening destination is ``setup``; otherwise it is still ``none``, and only an event says ``setup``."""
     precopy_passes_only: bool
-    """MIGRATION_PASS is told for the passes of a precopy, neither for the look before them nor for the last one."""
+    """MIGRATION_PASS is sent for the passes of a precopy, neither for the scan before them nor for the last one."""
 
     # query-migrate.
     error_before_failed: bool
-    """A source tells ``error-desc`` in every status, not only when it has failed."""
+    """A source reports ``error-desc`` in every status, not only when it has failed."""
     downtime_in_postcopy: bool
-    """A source tells ``downtime`` as soon as the machine runs elsewhere, in place of ``expected-downtime``."""
+    """A source reports ``downtime`` as soon as the machine runs elsewhere, in place of ``expected-downtime``."""
     address_after_listening: bool
-    """A destination tells ``socket-address`` also when its migration has ended."""
+    """A destination reports ``socket-address`` also when its migration has ended."""
     skipped_pages: bool
     """``ram`` has ``skipped``, always 0."""
     remaining: bool
@@ -70,19 +70,19 @@ class Dialect:
     # Commands.
     migrate_flags: tuple[str, ...]
     channels: bool
-    """``migrate`` and ``migrate-incoming`` take ``channels`` in place of ``uri``."""
+    """``migrate`` and ``migrate-incoming`` accept ``channels`` in place of ``uri``."""
     exit_on_error: bool
-    """``migrate-incoming`` takes ``exit-on-error``; a destination that has failed can listen again."""
+    """``migrate-incoming`` accepts ``exit-on-error``; a destination that has failed can listen again."""
     singlestep: bool
     """``query-status`` has ``singlestep``."""
     globals: tuple[str, ...]
-    """Lines of the text monitor's ``info migrate``: settings of a machine type, which say how its streams look."""
+    """Lines of the text monitor's ``info migrate``: settings of a machine type that determine its stream format."""
     grouped_info: bool
     """``info migrate`` has several numbers on a line, and the lines above only with ``-a``."""
     parameter_is_rest: bool
-    """``migrate_set_parameter`` of the text monitor takes all that is left of the line, with its quotes."""
+    """``migrate_set_parameter`` of the text monitor takes the rest of the line, with its quotes."""
     parameters_in_text: tuple[str, ...]
-    """Those of ``info migrate_parameters``, in its order."""
+    """The parameters of ``info migrate_parameters``, in its order."""
     postcopy_bandwidth_unit: str
     """Of ``max-postcopy-bandwidth`` there."""
 
@@ -92,9 +92,9 @@ class Dialect:
     empty_fd_name: bool
     """``fd:`` without a name is an address (of nothing)."""
     fd_of_file: bool
-    """``fd:`` may be a plain file."""
+    """``fd:`` may be a regular file."""
     inet_options: tuple[str, ...]
-    """What may stand behind ``tcp:HOST:PORT``, where anything else is refused; none: anything may."""
+    """Options allowed behind ``tcp:HOST:PORT``, if others are refused; none: anything is allowed."""
     keep_alive: tuple[str, ...]
     """Numbers of a TCP connection that is kept alive, in an address."""
     unknown_address: str
@@ -111,12 +111,12 @@ class Dialect:
         return parameter if self.hyphens else parameter.replace("-", "_")
 
     def subject(self, parameter: str) -> str:
-        """What the refusal of a value begins with."""
+        """The beginning of the refusal of a value."""
         form, others = self.subjects
         return dict(others).get(parameter) or form.format(self.spelt(parameter))
 
     def of_machine(self, machine: str) -> Dialect:
-        """The same with a machine type, which keeps what QEMU did when the type was made.
+        """The same with a machine type, which keeps QEMU's behaviour of its time.
 
         For a type without a version nothing is sent that an older QEMU does not know: it may go to one.
         """

@@ -1,4 +1,4 @@
-"""Numbers with names: what is printed of one is its name, in a text as in the log; what is sent is its number.
+"""Numbers with names: their name is printed, in messages and in the log; their number is sent.
 
 ``str`` of a plain ``IntEnum`` or ``IntFlag`` is its number.
 """
@@ -16,7 +16,7 @@ class WordEnum(IntEnum):
 
 
 class SpecEnum(IntEnum):
-    """A number of a specification; its text is the name that it has there: ``SET_MEM_TABLE``."""
+    """A number from a specification; its text is its name there: ``SET_MEM_TABLE``."""
 
     def __str__(self) -> str:
         return self.name

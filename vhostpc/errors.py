@@ -1,6 +1,6 @@
 """The exceptions of vhostpc, one tree.
 
-Codecs raise :class:`LocalProtocolError`; whoever fed them bytes from a peer turns that into
+Codecs raise :class:`LocalProtocolError`; a caller that fed them bytes from a peer turns that into
 :class:`RemoteProtocolError`, because only there it is known who was wrong.
 """
 
@@ -12,7 +12,7 @@ from traceback import clear_frames
 
 
 def first_of(error: BaseException) -> BaseException:
-    """The first error in a group that is no cancellation: what the others follow from. Any other error is itself."""
+    """The first error in a group that is not a cancellation, as the cause of the others. Any other error is itself."""
     while isinstance(error, BaseExceptionGroup):
         errors = error.split(Exception)[0] or error
         error = errors.exceptions[0]
@@ -36,7 +36,7 @@ def let_go(error: BaseException) -> None:
 
 
 def sentence(error: BaseException) -> str:
-    """What went wrong, for people: the sentence of the error or of the system, else its name, which a log explains."""
+    """The error, for people: its own or the system's sentence, otherwise its name, which a log explains."""
     error = first_of(error)
     if isinstance(error, VhostpcError):
         return str(error)
@@ -49,13 +49,13 @@ def sentence(error: BaseException) -> str:
 
 
 def is_foreseen(error: BaseException) -> bool:
-    """Whether a peer, a machine or the system can do this; anything else wants a traceback in the log."""
+    """Whether a peer, a machine or the system can cause this; any other error gets a traceback in the log."""
     return isinstance(first_of(error), VhostpcError | OSError | MemoryError)
 
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """An OSError of a call that says only what is short says for what, too."""
+    """Add the purpose to an OSError whose call reports only a shortage."""
     try:
         yield
     except OSError as error:
@@ -67,7 +67,7 @@ class VhostpcError(Exception):
 
 
 class ProtocolError(VhostpcError):
-    """Somebody broke the vhost-user protocol or the migration stream."""
+    """One side broke the vhost-user protocol or the migration stream."""
 
 
 class LocalProtocolError(ProtocolError):
@@ -99,15 +99,15 @@ class BadAddress(GuestMemoryError):
 
 
 class MemoryLost(GuestMemoryError):
-    """Whoever brings the missing pages is gone, or has taken pages away: nothing may be read from or written to it."""
+    """The peer that delivers missing pages is gone, or has taken pages away: the memory must not be read or written."""
 
 
 class LeftAsleep(MemoryLost):
-    """The same, and a thread that waits for one of its pages could not be let go: what it uses has to stay."""
+    """The same, and a thread that waits for one of its pages could not be released: all that it uses has to stay."""
 
 
 class PageBorn(GuestMemoryError):
-    """A page that nobody sent is where one is to come, or was to be gone: it would be taken for that one.
+    """A page that nobody sent is where another is expected, or was discarded: it would be mistaken for that one.
 
     ``block``: name; ``page``: number of the host page in it. The text names who could have made it.
     """
@@ -126,14 +126,14 @@ class BrokenQueue(VhostpcError):
 
 
 class QueueEnded(VhostpcError):
-    """A queue's session, or a chain's run of its ring, has ended: nothing can be done with it any more.
+    """A queue's session, or a chain's run of its ring, has ended: it can no longer be used.
 
     A chain that was not completed was given back to the driver.
     """
 
 
 class LinkLost(VhostpcError):
-    """What a device joins its guest to is gone for good, such as a tap device that was deleted."""
+    """The link that a device connects its guest to is gone for good, such as a tap device that was deleted."""
 
 
 class UfdError(VhostpcError):
@@ -148,7 +148,7 @@ class UfdError(VhostpcError):
 
 
 class Shortage(VhostpcError):
-    """This process, or the machine, can have no more threads. (Where descriptors or memory are short it is OSError.)"""
+    """This process, or the computer, cannot start more threads. (For descriptors and memory it is OSError.)"""
 
 
 class StreamError(ProtocolError):
@@ -160,4 +160,4 @@ class ChannelLost(VhostpcError):
 
 
 class MigrationRefused(VhostpcError):
-    """A migration, or an option of it, is refused before anything happened; the text is QEMU's."""
+    """A migration, or an option of it, is refused before anything has happened; the text is QEMU's."""

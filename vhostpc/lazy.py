@@ -1,4 +1,4 @@
-"""Names of a package that are looked up when they are asked for: importing it costs what is used of it."""
+"""Names of a package that are imported on first use: importing the package costs only the parts that are used."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Unix sockets by their paths: to listen on, made narrow and in the place of one that nobody has any more; who connects
-to them; and to connect to."""
+"""Unix sockets by their paths: created with narrow permissions in place of stale ones, accepting connections,
+and connecting."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ACCEPT_INTERVAL = 0.1
 FULL = 0.02
 """Seconds between two attempts at a socket whose queue is full."""
 MOST_BYTES = 108
-"""Of a socket's path (unix(7), ``sun_path``)."""
+"""Longest path of a socket (unix(7), ``sun_path``)."""
 ROOM = 64
 """Bytes that a socket's name in a folder of :func:`socket_folder` may have."""
 FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
@@ -40,7 +40,7 @@ def must_fit(path: str | bytes | os.PathLike[str]) -> None:
     if (count := len(os.fsencode(path))) > MOST_BYTES:
         raise OSError(
             errno.ENAMETOOLONG,
-            f"a unix socket's path has {MOST_BYTES} bytes at most, and this one has {count}",
+            f"a unix socket's path can have at most {MOST_BYTES} bytes, and this one has {count}",
         )
 
 
@@ -60,7 +60,7 @@ def socket_folder(prefix: str) -> Iterator[Path]:
             f" {', '.join(FOLDERS)} can be written to: set TMPDIR to another folder"
         )
     if place != wanted:
-        log.warning("TMPDIR is too long for unix sockets: they are made under %s", place)
+        log.warning("TMPDIR is too long for unix sockets: they are created under %s", place)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=place) as folder:
         yield Path(folder)
 
@@ -113,7 +113,7 @@ def _bind(path: str | os.PathLike[str], mode: int, group: int | None) -> tuple[s
 
 
 def _give(file: int, group: int, path: Path) -> None:
-    """Make ``group`` the group of a socket file. Raises VhostpcError that says why it cannot be."""
+    """Make ``group`` the group of a socket file. Raises VhostpcError with the reason if it cannot be."""
     try:
         os.chown(_through(file), -1, group)
     except OSError as e:
@@ -140,7 +140,7 @@ def bound_file(path: str | bytes | os.PathLike[str]) -> int:
     found = os.fstat(fd)
     if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
         os.close(fd)
-        raise FileExistsError(errno.EEXIST, "somebody has put something else there")
+        raise FileExistsError(errno.EEXIST, "somebody has replaced it")
     return fd
 
 
@@ -156,19 +156,19 @@ def remove(path: str | bytes | os.PathLike[str], file: int) -> None:
 
 
 def _through(fd: int) -> str:
-    """A name that leads to the file of a descriptor, whatever is at its path by now."""
+    """A name that leads to the file of a descriptor, whatever is at its path now."""
     return f"/proc/self/fd/{fd}"
 
 
 def _clear(path: Path) -> None:
-    """Take a socket file that nobody has bound any more out of the way. Raises VhostpcError, OSError."""
+    """Remove a stale socket file that no process has bound. Raises VhostpcError, OSError."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode):
         raise VhostpcError(f"{path} exists and is not a socket; it was left alone")
-    taken = VhostpcError(f"{path}: another process listens there")
+    taken = VhostpcError(f"{path}: another process is listening there")
     if is_bound(path):
         raise taken
     # Another process may be at the same: what was looked at is what is removed.
@@ -208,7 +208,7 @@ async def connect(path: str | bytes | os.PathLike[str]) -> trio.socket.SocketTyp
 
 
 async def connect_to(sock: socket.socket, path: str | bytes | os.PathLike[str]) -> None:
-    """As :func:`connect`, by a socket that is the caller's to close."""
+    """As :func:`connect`, with a socket that the caller closes."""
     must_fit(path)
     sock.setblocking(False)
     await trio.lowlevel.checkpoint()
@@ -221,7 +221,7 @@ async def connect_to(sock: socket.socket, path: str | bytes | os.PathLike[str]) 
 
 
 async def accept(listener: trio.socket.SocketType) -> trio.socket.SocketType:
-    """The next one who connects. Waits while this process or the machine can have no more descriptors or memory."""
+    """The next connection. Waits while this process or the computer is out of descriptors or memory."""
     told = False
     while True:
         try:
@@ -230,7 +230,7 @@ async def accept(listener: trio.socket.SocketType) -> trio.socket.SocketType:
             if e.errno not in ACCEPT_LATER:
                 raise
             if not told:
-                log.error("who connects has to wait: %s", e.strerror)
+                log.error("new connections have to wait: %s", e.strerror)
             told = True
             await trio.sleep(ACCEPT_INTERVAL)
         else:

@@ -1,4 +1,4 @@
-"""Loggers whose lines have a limit of rate: what a peer makes us say must not fill a disk or hold up the loop."""
+"""Loggers with a limited rate of lines: lines that a peer causes must not fill a disk or block the loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OURS = "of_the_ration"
 
 @dataclass(slots=True)
 class _Kind:
-    """The lines of one template since ``began``. ``last`` is the newest that was left out."""
+    """The lines of one template since ``began``. ``last`` is the newest suppressed one."""
 
     name: str
     began: float
@@ -28,7 +28,7 @@ class _Kind:
 
 
 class Ration(logging.Filter):
-    """Lets the first :data:`BURST` lines of a template pass in each :data:`INTERVAL`, and counts those behind them.
+    """Passes the first :data:`BURST` lines of a template in each :data:`INTERVAL`, and counts the rest.
 
     The count is told with the first line of any kind behind the interval, and by :meth:`settle`. Lines for
     debugging always pass: they were asked for.
@@ -60,25 +60,25 @@ class Ration(logging.Filter):
                 kind.level, kind.last = record.levelno, record.getMessage()
             first = kind.left_out == 1
         for kind in counts:
-            _say(kind, f"{kind.left_out} lines were left out, the last one: {kind.last}")
+            _say(kind, f"{kind.left_out} lines were suppressed, the last one: {kind.last}")
         if first and not passes:
-            _say(kind, "there are more lines like the last one: they are counted")
+            _say(kind, "more lines like the last one follow: they are only counted")
         return passes
 
     def settle(self) -> None:
-        """Tell now what was left out."""
+        """Report suppressed lines now."""
         with self._lock:
             counts = self._counts(None)
         for kind in counts:
-            _say(kind, f"{kind.left_out} lines were left out, the last one: {kind.last}")
+            _say(kind, f"{kind.left_out} lines were suppressed, the last one: {kind.last}")
 
     def forget(self) -> None:
-        """Begin anew, with nothing told."""
+        """Start over, without a report."""
         with self._lock:
             self._kinds.clear()
 
     def _counts(self, now: float | None) -> list[_Kind]:
-        """Kinds whose count is to be told, which begin anew."""
+        """Kinds whose count is to be reported, and which start over."""
         over = {key: kind for key, kind in self._kinds.items() if now is None or now - kind.began >= INTERVAL}
         for key in over:
             del self._kinds[key]
@@ -95,7 +95,7 @@ atexit.register(ration.settle)
 
 
 def rationed_logger(name: str) -> logging.Logger:
-    """The logger of that name, whose lines have a limit of rate from now on."""
+    """The logger of that name, whose rate of lines is limited from now on."""
     log = logging.getLogger(name)
     log.addFilter(ration)
     return log

@@ -1,4 +1,4 @@
-"""Telling a socket that is the other end of one of our own connections.
+"""Detecting a socket that is the other end of one of our own connections.
 
 Who is passed such a socket must not keep it: the connection would never be seen to end.
 """
@@ -45,7 +45,7 @@ def known(connection: _HasDescriptor) -> Iterator[None]:
 
 
 def leads_to_us(fd: int) -> bool:
-    """Is this descriptor a socket that is connected to one of ours?"""
+    """Whether this descriptor is a socket that is connected to one of ours."""
     if not _names or not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return False
     try:

@@ -60,7 +60,7 @@ class MessageSocket:
                 raise RemoteProtocolError(str(e)) from None
             if flags & socket.MSG_CTRUNC:
                 raise RemoteProtocolError(
-                    f"descriptors of a message did not fit: more than {MAX_FDS}, or this process has no more room"
+                    f"descriptors of a message did not fit: more than {MAX_FDS}, or more than this process may open"
                 )
             if frame is not None:
                 return frame
@@ -77,7 +77,7 @@ class MessageSocket:
             await trio.lowlevel.wait_readable(end.fileno())
 
     async def hand_on(self, frame: Frame, to: trio.MemorySendChannel[Frame]) -> bool:
-        """Put a frame that was received into a channel. False: there was no room, and the peer has hung up meanwhile.
+        """Put a received frame into a channel. False: there was no room, and the peer has hung up meanwhile.
 
         Nobody may be left to make room. A frame that was not handed on is closed.
         """
@@ -104,7 +104,7 @@ class MessageSocket:
         return handed_on
 
     async def send(self, data: bytes, fds: Iterable[int] = ()) -> None:
-        """Send one message; its descriptors ride on its first byte and stay the caller's.
+        """Send one message; its descriptors go with its first byte and stay the caller's.
 
         Raises OSError when the peer is gone.
         """

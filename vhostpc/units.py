@@ -9,7 +9,7 @@ _UNITS = (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10))
 
 
 def in_units(count: int) -> str:
-    """Bytes, without loss: in the largest unit of which they are a whole number."""
+    """Bytes, exactly: in the largest unit that divides them."""
     for unit, shift in _UNITS:
         if count >> shift and not count & ((1 << shift) - 1):
             return f"{count >> shift} {unit}"
@@ -17,12 +17,12 @@ def in_units(count: int) -> str:
 
 
 def page_sizes(mask: int | None) -> str:
-    """Page sizes that a migration stream puts into one word, each as its bit: ``4 KiB and 2 MiB``. None: none."""
+    """Page sizes that a migration stream encodes as bits of one word: ``4 KiB and 2 MiB``. None: none."""
     mask = mask or 0
     found = [in_units(1 << bit) for bit in range(mask.bit_length()) if mask >> bit & 1]
     return " and ".join(found) or "no size"
 
 
 def sizes_differ(block: str, theirs: int, ours: int) -> str:
-    """What QEMU says where a RAM block has another length at the source, and the same for people."""
+    """QEMU's message for a RAM block whose length differs at the source, with the sizes in units."""
     return f"Size mismatch: {block}: {theirs:#x} != {ours:#x} ({in_units(theirs)} at the source, {in_units(ours)} here)"

@@ -1,7 +1,7 @@
 /*
  * stamps.so, for LD_PRELOAD: notes when the system calls of a process's threads begin and end.
  *
- * Only those that a page passes on its way, and not those of the first thread. Each process writes into a file of its
+ * Only those that a page passes, and not those of the first thread. Each process writes into a file of its
  * own, $STAMPS/PID, as an array of struct stamp behind the number of them; what is there stays if the process is
  * killed. The toucher's touch itself is no system call: it lies between its lseek and its nanosleep.
  */

@@ -3,8 +3,8 @@
  *
  * Counts datagrams where they arrive. Prints "ready"; then, for each line on stdin, "show" prints the
  * counts as JSON and "zero" sets them to zero and prints "ok"; "blast TO:PORT SIZE SECONDS RATE JOINED" sends
- * from the same socket (vhost-user-bridge answers whoever sent last) and prints what it sent. Ends at end of file.
- * One thread drains the socket by recvmmsg; "dropped" is what the kernel dropped for want of space. Datagrams that
+ * from the same socket (vhost-user-bridge answers the last sender) and prints what it sent. Ends at end of file.
+ * One thread drains the socket by recvmmsg; "dropped" is what the kernel dropped for lack of space. Datagrams that
  * were sent joined (UDP_SEGMENT) are taken joined (UDP_GRO) and counted one by one: else the receiver, on the same
  * core as the sender, would be what is measured.
  */

@@ -4,9 +4,9 @@
  *
  * Each round a block of 512 pages is absent. Six threads touch its pages through two mappings with a
  * userfaultfd each; the fault loop reads their faults and asks for pages over a socket; the source answers with RAM
- * records; the loader places them and wakes who waits. Meanwhile another thread reads the numbers and the waiters,
+ * records; the loader places them and wakes the waiters. Meanwhile another thread reads the numbers and the waiters,
  * sets the ranges again, and adds and removes a third client. Every touch must find the page's own bytes, and each
- * page must have been asked for at most once. Behind them lie pages that the source never sends: whoever touches one is
+ * page must have been asked for at most once. Behind them lie pages that the source never sends: a thread that touches one is
  * let go, by zeros, when all that was to come has come. The first growths of any list find no memory, as in a shortage: no
  * fault may be lost by that. Built with the thread sanitizer, it ends at the first data race.
  */

@@ -2,7 +2,7 @@
  *
  *   maps
  *
- * A page of its own in the midst of a mapping makes three of it, which cannot be had. Replacing all of the mapping
+ * A page of its own in the middle of a mapping makes three of it, which is impossible here. Replacing all of the mapping
  * makes no more than there are. Built without the sanitizers that have an allocator: theirs needs mappings, too.
  */
 #define _GNU_SOURCE

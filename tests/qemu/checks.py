@@ -15,7 +15,7 @@ class Window:
 
     Between the two, what the far end sends may be lost: the guest is stopped, and the Linux bridge sends
     its frames to the old port until it hears the guest from the new one.  What the guest had not
-    acknowledged when it stopped may still have been on its way to it.  A loss that began in the window ends
+    acknowledged when it stopped may not have reached it yet.  A loss that began in the window ends
     with the first frame that the guest receives afterwards: its two queues do not start in one instant, and
     the one that receives leaves out what had waited in the tap before it started.
     """

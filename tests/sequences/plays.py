@@ -313,7 +313,7 @@ async def again_after_failure(stage: Stage) -> None:
 
 
 async def again_after_cancel(stage: Stage) -> None:
-    """It was cancelled while it was sent to one who reads nothing."""
+    """It was cancelled while it was sent to a peer that reads nothing."""
     await stage.prepare("postcopy-ram")
     with listening(stage.folder / "mute") as (uri, _):
         await stage.take("migrate", uri=uri)

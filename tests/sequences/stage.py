@@ -121,7 +121,7 @@ class Stage:
 
 @contextlib.contextmanager
 def listening(path: Path) -> Iterator[tuple[str, socket.socket]]:
-    """An address at which who connects finds a listener, which does nothing by itself."""
+    """An address with a listener that does nothing by itself."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(1)

@@ -33,7 +33,7 @@ for _name in dir(lib):
 
 
 def check(rc: int, what: str) -> int:
-    """Return ``rc`` if it is not negative, else raise the :class:`OSError` that ``-rc`` names."""
+    """Return ``rc`` if it is not negative, otherwise raise the :class:`OSError` of ``-rc``."""
     if rc < 0:
         raise OSError(-rc, f"{what}: {os.strerror(-rc)}")
     return rc

@@ -15,7 +15,7 @@ int vpc_vq_set_call(struct vpc_vq *vq, int fd)
         if (fd < 0)
             return -errno;
     }
-    /* One number for life: another thread may be about to signal it. */
+    /* The same number for its lifetime: another thread may be about to signal it. */
     rc = dup3(fd, vq->call_fd, O_CLOEXEC) < 0 ? -errno : 0;
     if (nowhere >= 0)
         close(nowhere);

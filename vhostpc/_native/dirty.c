@@ -5,7 +5,7 @@
  * that neither takes back one of the other's. DIRTY is set behind the protection: a write before it is what
  * DIRTY is for, one behind it comes as a fault.
  *
- * The lock is held over an ioctl, never over a touch: whoever waits for a page waits for the loop alone. */
+ * The lock is held over an ioctl, never over a touch: a thread that waits for a page waits for the loop alone. */
 #define _GNU_SOURCE
 #include "vpc_dirty.h"
 #include "event_internal.h"
@@ -135,7 +135,7 @@ static int protect_block(struct vpc_dirty *d, int i)
     return rc;
 }
 
-/* Caller holds the lock. The kernel takes the protection away and wakes who waits. */
+/* Caller holds the lock. The kernel takes the protection away and wakes the waiters. */
 static void end(struct vpc_dirty *d)
 {
     for (int i = 0; i < d->registered; i++) {

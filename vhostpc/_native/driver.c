@@ -356,7 +356,7 @@ int vpc_driver_run(struct vpc_driver *d, uint64_t count, uint32_t frame_len, uin
         int wait = -1;
         if (interval_ns && d->free_count && (!count || posted < count))
             wait = until_ms(begun + posted * interval_ns);
-        /* What came while we posted shows in the used index, and used_event asked for a call. */
+        /* Chains used while we posted show in the used index, and used_event asked for a call. */
         struct pollfd fds[2] = {{.fd = d->c.call_fd, .events = POLLIN}, {.fd = d->control, .events = POLLIN}};
         if (poll(fds, 2, wait) > 0 && fds[0].revents & POLLIN)
             d->stats.calls += (uint64_t)vpc_event_clear(d->c.call_fd);

@@ -1,5 +1,5 @@
 /*
- * A driver's state on its way to another process: numbers, free slots, and the book of frames that came.
+ * A driver's state for another process: numbers, free slots, and the book of frames that came.
  *
  * Big-endian, all of it in the caller's private buffer. What is loaded was made elsewhere and may be hostile: it is
  * checked whole before anything of the driver changes, and no number in it becomes an index unchecked.

@@ -1,4 +1,4 @@
-"""The one table of C entry points and of threads: what touches guest memory, what may wait, and where it may run.
+"""The one table of C entry points and of threads: which touch guest memory, which may wait, and where they may run.
 
 It names the entries that touch or wait; all others may be called anywhere. ``docs/threads.md`` is this table as a page.
 ``tests/test_docs_threads.py`` holds it against the C sources, by their call graph, so that none is left out, and

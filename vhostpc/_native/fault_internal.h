@@ -1,7 +1,7 @@
 #ifndef FAULT_INTERNAL_H
 #define FAULT_INTERNAL_H
 /*
- * The fault service inside: outbox.c asks for pages, waiters.c knows who waits where, fault.c is the loop.
+ * The fault service inside: outbox.c asks for pages, waiters.c knows which threads wait where, fault.c is the loop.
  *
  * No lost wake. The loop: remember the waiter, then test "received". The loader: mark "received", then look for
  * waiters (both in sequentially consistent order, the waiters under the lock). Whichever comes second sees the
@@ -21,7 +21,7 @@
 #define EVENTS_A_READ 64
 #define MAX_THREADS 256 /* of a client; borrowed threads come and go, so the table has an end */
 
-/* In place of a VPC_WAY_*: it could not be answered yet, for want of memory or because its client's memory is being
+/* In place of a VPC_WAY_*: it could not be answered yet, for lack of memory or because its client's memory is being
  * changed. The loop tries again. */
 #define WAY_AGAIN UINT32_MAX
 

@@ -19,7 +19,7 @@ struct vpc_supply {
     atomic_int refs;
     atomic_int lost;
     atomic_int armed;
-    atomic_int struck; /* 0: no; 1: whoever was first writes strike; 2: it is whole */
+    atomic_int struck; /* 0: no; 1: the first thread writes strike; 2: it is whole */
     struct vpc_strike strike;
     int strike_fd; /* eventfd, readable from then on */
     int ufd; /* our copy, kept until disarm: failing needs it to wake */

@@ -1,9 +1,9 @@
 /* SIGBUS in memory that a front-end gave us ends its session, not the process.
  *
- * A mapped page of a file can go away: whoever has the file shrinks it, the pool of huge pages or the file system is
+ * A mapped page of a file can go away: a holder of the file shrinks it, the pool of huge pages or the file system is
  * empty, the disk fails, the page is poisoned. The touch then raises SIGBUS, in whichever thread made it. The handler
  * looks up whose mapping it was, marks that supply lost, maps zeros over the page, and returns: the touch goes on,
- * reads or writes what is nobody's, and whoever made it finds lost set before a byte of it is used.
+ * reads or writes what is nobody's, and the thread finds lost set before a byte of it is used.
  *
  * The handler may interrupt anything, so it takes no lock and allocates nothing: a list whose entries are written
  * under a counter (odd: valid) and never freed, only used again. The entry that a fault of ours needs cannot change
@@ -33,7 +33,7 @@ struct vpc_guarded {
 };
 
 static _Atomic(struct vpc_guarded *) registry;
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of whoever changes it; the handler takes none */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* for changes; the handler takes no lock */
 static struct vpc_guarded *unused;
 
 /* What was to be done about SIGBUS before us: two of them, so that the handler never sees one half written. */
@@ -143,7 +143,7 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
     errno = error;
 }
 
-/* Looked at with each mapping: whoever was there before us and goes takes us with him. */
+/* Looked at with each mapping: an older handler that goes takes ours with it. */
 static void install(void)
 {
     struct sigaction ours = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER};

@@ -1,4 +1,4 @@
-"""Objects of C in the hands of Python: freed once, and never while a call works on them."""
+"""C objects held by Python: freed once, and never while a call works on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Self
 from vhostpc._native import check, ffi
 
 _needed: Counter[int] = Counter()
-"""How many objects use another one, by its address."""
+"""The number of users of an object, by its address."""
 
 
 def _address(raw: Any) -> int:
@@ -28,11 +28,11 @@ def made(kind: str, what: str, make: Callable[..., int], *args: Any) -> Any:
 
 
 class Handle:
-    """Owns ``raw``, a pointer to an object of C, until :meth:`close`; then using it raises.
+    """Owns ``raw``, a pointer to a C object, until :meth:`close`; after that using it raises.
 
     The object itself is freed, by ``free``, when nobody refers to it any more: a call that is under way does, so it
     keeps what it works on. ``needs``: pointers of other handles that the object uses; those objects live as long as
-    it does, whoever closes theirs.
+    it does, even if others close theirs.
 
     ``ended``: what ``error`` says.
     """
@@ -55,7 +55,7 @@ class Handle:
 
     @property
     def raw(self) -> Any:
-        """The pointer, to be handed to C. Raises ValueError, or the error that was chosen, after :meth:`close`."""
+        """The pointer, to be passed to C. Raises ValueError, or the chosen error, after :meth:`close`."""
         if self._raw is None:
             raise self._error(self._ended)
         return self._raw
@@ -71,7 +71,7 @@ class Handle:
         self._needs[:] = needs
 
     def close(self, *, idle: bool = False) -> None:
-        """Let go of it, and of what it needs: a call that is under way still holds both. Harmless again.
+        """Release it, and the objects that it needs: a call in progress still holds both. May be repeated.
 
         ``idle``: no call is under way, so it is freed at once, unless another object needs it, and not when the last
         traceback that has it in a frame is collected.

@@ -2,7 +2,7 @@
  * Specification: vhost-user, "Inflight I/O tracking".
  *
  * A process may die between any two stores, so their order is the subject here. What the region says is believed only
- * as far as it can be checked: the front-end and whoever served it before us may have written anything there.
+ * as far as it can be checked: the front-end and our predecessor may have written anything there.
  */
 #define _GNU_SOURCE
 #include <stdlib.h>
@@ -33,7 +33,7 @@ struct taken {
     uint16_t head;
 };
 
-/* Stores stay in the order they are written in: whoever reads them after our death reads a moment of it. */
+/* Stores stay in the order they are written in: a reader after our death sees one moment. */
 
 static uint16_t load16(const uint8_t *p)
 {
@@ -240,7 +240,7 @@ static int resume(struct vpc_vq *vq, uint8_t *marks, struct taken *found, int fl
             again[i] = found[i].head;
     }
     /* Nothing was changed before here. The last batch first: as long as used_idx is the old one, its marks tell nothing.
-     * Then what the avail ring gives again, the youngest first: whoever comes after our death at any of these stores
+     * Then what the avail ring gives again, the youngest first: a successor after our death at any of these stores
      * finds the same chains, in the same order. */
     if (batch) {
         for (uint32_t i = 0; i < part->size; i++)

@@ -1,6 +1,6 @@
 #ifndef LOAD_INTERNAL_H
 #define LOAD_INTERNAL_H
-/* RAM records in, inside: ramload.c reads and parses, ramplace.c puts what has come where it belongs. */
+/* RAM records in, inside: ramload.c reads and parses, ramplace.c puts received pages where they belong. */
 #include "ram_internal.h"
 
 #define RUN_PAGES 64u
@@ -38,7 +38,7 @@ static inline void tally(uint64_t *what, uint64_t n)
     __atomic_store_n(what, *what + n, __ATOMIC_RELAXED);
 }
 
-/* ramplace.c. Place the run, mark its pages and wake who waits for them: 0 or -errno. A huge page that is not whole
+/* ramplace.c. Place the run, mark its pages and wake their waiters: 0 or -errno. A huge page that is not whole
  * stays in hand, and what is left after -ECANCELED (stopped while there was no memory). */
 int vpc_load_flush(struct vpc_load *l);
 

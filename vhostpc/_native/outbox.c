@@ -44,7 +44,7 @@ static int out_append(struct vpc_fault *s, const void *data, size_t length)
     return 0;
 }
 
-/* Never waits, whoever made the descriptor blocking. */
+/* Never waits, even if a peer made the descriptor blocking. */
 static ssize_t out_write(int fd, const void *data, size_t length)
 {
     ssize_t n = send(fd, data, length, MSG_DONTWAIT | MSG_NOSIGNAL);

@@ -1,4 +1,4 @@
-/* Pages that are there, whoever made them: asked of a block's file, without a touch. */
+/* Pages that are there, no matter how they were made: read from a block's file, without a touch. */
 #define _GNU_SOURCE
 #include "ram_internal.h"
 #include "vpc_uffd.h"

@@ -306,7 +306,7 @@ int vpc_pump_in(struct vpc_pump *p, const struct vpc_pump_config *config)
         return -EINVAL;
     p->gro = c.kind == VPC_FAR_SOCKET && joins_datagrams(c.fd);
     if (c.discard) {
-        /* What came while the guest was not running belongs to nobody: it may have been delivered elsewhere. */
+        /* Frames from while the guest was not running belong to nobody: they may have been delivered elsewhere. */
         uint64_t gone = frames_left(p);
         while (gone < DRAIN_LIMIT && !vpc_pump_stopped(p) && receive(p, &c, VPC_BATCH) > 0)
             gone += frames_left(p);

@@ -50,7 +50,7 @@ struct vpc_ram {
     struct vpc_block *blocks[MAX_BLOCKS];
 };
 
-/* The pages were made: mark, then wake who waits for them. */
+/* The pages were made: mark, then wake their waiters. */
 void vpc_fault_placed(struct vpc_fault *service, int block, uint64_t first, uint64_t count);
 /* For a block that the loop places pages of, too: keep it from looking between the placing of a page and its mark. */
 void vpc_fault_hold(struct vpc_fault *service);
@@ -67,7 +67,7 @@ void vpc_local_free(struct vpc_block *block);
  * or -errno (-EOPNOTSUPP: hugetlbfs of a kernel before 5.13, which does not tell). Touches nothing. */
 int vpc_block_born(struct vpc_block *block, uint64_t first, uint64_t count, uint64_t *born);
 int vpc_is_hugetlb(int fd);
-/* Whether placing this page failed with rc for want of memory. hugetlbfs says -EEXIST of that, too. */
+/* Whether placing this page failed with rc for lack of memory. hugetlbfs says -EEXIST of that, too. */
 int vpc_no_memory(struct vpc_block *block, uint64_t page, int rc);
 /* Number of the block with this name, or -1. */
 int vpc_ram_find(const struct vpc_ram *ram, const unsigned char *name, unsigned length);

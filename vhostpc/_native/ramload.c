@@ -196,7 +196,7 @@ static int take_page(struct vpc_load *l, int block, uint64_t page, const unsigne
     return l->place >= 0 && bit_test(b, VPC_BITS_REQUESTED, page >> (b->shift - TARGET_SHIFT));
 }
 
-/* A page as its difference to what has come of it, which only precopy has: nothing is missing there. The file is asked,
+/* A page as its difference to the received one, which only precopy has: nothing is missing there. The file is asked,
  * not our mapping: what nobody wrote is zero, and stays a hole. As take_page. */
 static int take_delta(struct vpc_load *l, int block, uint64_t page, const unsigned char *delta, size_t length)
 {

@@ -95,7 +95,7 @@ static int place_calm(struct vpc_load *l, struct vpc_block *b)
         rc = write_file(b, l->run_zero ? l->zeros : l->run, length, at);
     if (rc < 0)
         return rc;
-    /* Into our page table at once, many for one call: who sends it on, or runs on it, would pay a fault for each few. It
+    /* Into our page table at once, many for one call: the next reader would pay a fault for each few. It
      * is no more than that: a kernel before 5.14 refuses. */
     if (b->page_size == TARGET_PAGE && !l->run_zero)
         (void)madvise(to, length, MADV_POPULATE_READ);
@@ -126,7 +126,7 @@ static int wait_for_memory(struct vpc_load *l, uint64_t page, int *pause)
     return atomic_load(&l->stop) ? -ECANCELED : 0;
 }
 
-/* One call for the pages from first on; what it made is marked and who waits for it is woken. */
+/* One call for the pages from first on; what it made is marked and its waiters are woken. */
 static int place_some(struct vpc_load *l, struct vpc_block *b, uint64_t first, uint64_t count, uint64_t from,
                       uint64_t *made)
 {
@@ -186,7 +186,7 @@ static int place_pages(struct vpc_load *l, struct vpc_block *b, uint64_t first, 
             l->run_done++;
             pause = rc = 0;
         } else if (rc == -EEXIST) {
-            /* Somebody made it. Not marked, and who waits for it is not woken: it is not the page that came. */
+            /* Somebody made it. Not marked, and its waiters are not woken: it is not the page that came. */
             name_page(l, first);
         }
     }

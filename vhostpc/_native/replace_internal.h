@@ -1,15 +1,15 @@
 #ifndef REPLACE_INTERNAL_H
 #define REPLACE_INTERNAL_H
-/* What whoever gives guest memory up puts in its place; not part of the interface to Python. */
+/* The memory that is put in the place of guest memory that is given up; not part of the interface to Python. */
 #include <stddef.h>
 
-/* Keep room for a replacement that must not fail for want of mappings. Called wherever memory is made that may have to be
- * replaced; harmless again and again, and where it cannot be had. */
+/* Keep room for a replacement that must not fail for lack of mappings. Called wherever memory is made that may have to be
+ * replaced; harmless when repeated, and where it is not available. */
 void vpc_replace_reserve(void);
 
 /* Put empty memory in the place of a mapping (whole pages of it), so that no touch of it reaches what was mapped: 0 or
- * -errno. Private memory, or, where that cannot be had, shared memory of nobody else's. After an error
- * wake nobody who waits there: the old mapping may stand, and a retry would make the missing page for everybody. */
+ * -errno. Private memory, or, where that is not available, shared memory of nobody else's. After an error
+ * wake no waiter there: the old mapping may stand, and a retry would make the missing page for everybody. */
 int vpc_replace_private(void *at, size_t length);
 
 #endif

@@ -63,7 +63,7 @@ struct requests {
     uint64_t ask_page, ask_count;
     struct host_page queue[QUEUE];
     unsigned head, tail; /* free-running */
-    int notify;          /* the eventfd of whoever wants to know what is withheld; not ours */
+    int notify;          /* an eventfd to signal withheld pages on; not ours */
     uint64_t count, useless, held, held_ever;
     uint32_t pongs, shut;
     int why, heard;
@@ -128,7 +128,7 @@ static inline int writer_pending(const struct writer *w)
 /* saverequests.c */
 int vpc_requests_init(struct requests *r, struct vpc_ram *ram, int fd, int notify);
 void vpc_requests_destroy(struct requests *r);
-/* Read what has come: 0, VPC_SAVE_PEER_CLOSED or -errno. */
+/* Read the incoming messages: 0, VPC_SAVE_PEER_CLOSED or -errno. */
 int vpc_requests_pull(struct requests *r);
 /* Take the messages that are whole, as long as the queue has room: 0, VPC_SAVE_SHUT or -EBADMSG. */
 int vpc_requests_parse(struct requests *r, struct vpc_scan *scan);

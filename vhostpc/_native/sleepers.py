@@ -1,4 +1,4 @@
-"""Borrowed threads that may be asleep in guest memory, and how a session does without them."""
+"""Borrowed threads that may be asleep in guest memory, and how a session goes on without them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vhostpc.errors import LeftAsleep
 class Sleepers:
     """One session's calls that may wait for a page: each returns with the page, or when its memory is given up.
 
-    Where memory cannot be given up, because there is nothing to put in its place, they would hold up whoever waits
+    Where memory cannot be given up, because there is nothing to put in its place, they would hold up a task that waits
     for them, for ever: then :meth:`leave` lets go of the threads instead.
     """
 

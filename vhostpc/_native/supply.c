@@ -146,7 +146,7 @@ int vpc_supply_fail(struct vpc_supply *s)
             continue;
         /* Neither unregister nor close: a waiter let go that way reads zeros and so creates the page in the
          * shared file, for the guest too. Over private memory it reads zeros that are nobody's. So where none is
-         * to be had, whoever waits sleeps on. */
+         * available, the waiters sleep on. */
         int error = vpc_replace_private(m->base, m->len);
         if (error < 0) {
             rc = error;

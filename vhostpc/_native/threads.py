@@ -1,6 +1,6 @@
-"""Threads: borrowed for one call, or kept. Where none can be started is said here, as :class:`Shortage`, once for all.
+"""Threads: borrowed for one call, or kept. The one place that raises :class:`Shortage` where none can be started.
 
-A thread that has done its work waits a while for more, and that is no promise to anybody. What may not fail for want of
+A thread that has done its work waits a while for more, and that is no promise to anybody. What may not fail for lack of
 a thread, because it comes behind a point of no return, has a :class:`KeptThread` from before that point.
 
 They are not trio's: ``threading.Thread.start`` waits for ever, and the trio loop with it, for a thread that comes up
@@ -61,7 +61,7 @@ def _start(life: Callable[[], None], what: str) -> None:
 
 
 class _Call(Generic[T]):
-    """A call that another thread makes, and what came of it. To be made on the trio thread."""
+    """A call that another thread makes, and its outcome. To be created on the trio thread."""
 
     def __init__(self, call: Callable[[], T], name: Thread) -> None:
         self.name = name
@@ -89,7 +89,7 @@ class _Call(Generic[T]):
                 return
 
     async def result(self, abandon: bool) -> T:
-        """Wait for it, whatever is cancelled meanwhile, unless it is one to ``abandon``."""
+        """Wait for it, shielded from cancellation unless it is one to ``abandon``."""
         with trio.CancelScope(shield=not abandon):
             await self._done.wait()
         if self._error is not None:
@@ -116,7 +116,7 @@ def _be_borrowed(calls: Calls) -> None:
         lib.vpc_thread_name(call.name.encode())
         call.make()
         lib.vpc_thread_name(Thread.IDLE.encode())
-        # First this, so that whoever is told and wants a thread can have this one.
+        # First this, so that a task that is told and wants a thread can have this one.
         try:
             _idle[calls] = None
         finally:  # without memory for that it ends here
@@ -136,7 +136,7 @@ async def borrow(
     *,
     abandon: bool = False,
 ) -> T:
-    """Run one call on a borrowed thread and return what it does; it cannot be cancelled once it runs, unless it is
+    """Run one call on a borrowed thread and return its result; it cannot be cancelled once it runs, unless it is
     one to ``abandon``: then the thread goes on alone.
 
     ``limiter`` must be the caller's own, so that calls which wait stall no unrelated one. ``name``: the thread's,
@@ -165,7 +165,7 @@ def _be_kept(calls: Calls, name: Thread) -> None:
 
 
 class KeptThread:
-    """A thread that was had once and is kept until :meth:`close`: a call on it cannot fail for want of one.
+    """A thread that is kept until :meth:`close`, so that a call on it cannot fail for lack of a thread.
 
     It has ``name`` all the time, also while it sleeps. ``what``: whose it is, for people. Raises Shortage.
     """
@@ -180,7 +180,7 @@ class KeptThread:
         self._end.atexit = False
 
     async def call(self, call: Callable[[], T], *, abandon: bool = False) -> T:
-        """Run one call after those before it and return what it does; it cannot be cancelled once it runs, unless it
+        """Run one call after those before it and return its result; it cannot be cancelled once it runs, unless it
         is one to ``abandon``: then the thread goes on alone.
 
         Raises ValueError after :meth:`close`.
@@ -198,7 +198,7 @@ class KeptThread:
         return not self._turn.locked()
 
     def close(self) -> None:
-        """Let it end, when the call that it makes has ended. Harmless again."""
+        """Let it end, when its current call has ended. May be repeated."""
         self._end()
 
 

@@ -14,7 +14,7 @@
 #define WORDS (TARGET_PAGE / 8)
 #define MAX_AREAS 256
 #define MOST_STEPS ((uint64_t)1 << 62)
-/* Whoever was held up longer than this goes on at its rate and makes up for no more. */
+/* A vCPU that was held up longer than this goes on at its rate and makes up for no more. */
 #define MOST_BEHIND_NS 10000000u
 
 /* From parked to parked: vpc_vcpu_go, the thread begins, vpc_vcpu_stop, the thread has ended its page. A run that is

@@ -1,6 +1,6 @@
 /* The guest's side: a virtio driver on split rings in our own mapping, and the far side of its frames.
  *
- * Frames name themselves: stream, number, length and a CRC-32 over all of it, so that whoever receives one
+ * Frames name themselves: stream, number, length and a CRC-32 over all of it, so that a receiver of one
  * knows whether it is whole, and which it is. Guest addresses are integers; buffers are never handed out. */
 #ifndef VPC_DRIVER_H
 #define VPC_DRIVER_H

@@ -1,7 +1,7 @@
 /* eventfds whose other holder is not trusted, and pipes and sockets in their place: neither call waits, whatever its
  * flags and its counter are.
  *
- * Who holds the same open file may clear O_NONBLOCK, fill the counter or empty it at any moment, also between a look
+ * A holder of the same open file may clear O_NONBLOCK, fill the counter or empty it at any moment, also between a look
  * and a call. So each call here says itself that it does not wait.
  */
 #ifndef VPC_EVENT_H

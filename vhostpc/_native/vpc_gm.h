@@ -40,8 +40,8 @@ void vpc_supply_unref(struct vpc_supply *s);
 int vpc_supply_arm(struct vpc_supply *s, int ufd);
 /* Unregister all armed maps and close our copies of the ufd: every page has arrived. */
 int vpc_supply_disarm(struct vpc_supply *s);
-/* The pages that miss will never come: see architecture, "failing". -errno: not all maps could be replaced, and who
- * waits in the others sleeps on; it may be tried again. */
+/* The pages that miss will never come: see architecture, "failing". -errno: not all maps could be replaced, and
+ * waiters in the others sleep on; it may be tried again. */
 int vpc_supply_fail(struct vpc_supply *s);
 /* Threads that wait for a page of this supply. After vpc_supply_fail the number only falls. */
 int vpc_supply_asleep(struct vpc_supply *s);

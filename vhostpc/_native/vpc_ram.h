@@ -55,9 +55,9 @@ int64_t vpc_ram_merge_log(struct vpc_ram *ram, int block, int fd, uint64_t size,
  * as reading it): the fault loop places them through place_ufd (of our own mapping; we keep a copy) without
  * asking anybody. Before the loop runs. -ERANGE: the file is shorter than the block. */
 int vpc_ram_set_local(struct vpc_ram *ram, int block, int fd, uint64_t fd_offset, int place_ufd);
-/* The pages that miss will never come: put private memory in the place of all mappings, then wake who waits in
+/* The pages that miss will never come: put private memory in the place of all mappings, then wake the waiters in
  * them by our own ufd. No page is made in the files. The touching calls give -EOWNERDEAD from now on. -errno: nothing
- * could be put in some mapping's place, and who waits there goes on waiting; a later call tries again. The ufd must
+ * could be put in some mapping's place, and its waiters go on waiting; a later call tries again. The ufd must
  * then stay open: its end would let them go, and they would make the pages. */
 int vpc_ram_give_up(struct vpc_ram *ram, int ufd);
 int vpc_ram_is_lost(struct vpc_ram *ram);
@@ -106,7 +106,7 @@ struct vpc_fault_stats {
     uint64_t wakes;
     uint64_t outbox_bytes;  /* not yet sent */
     uint64_t waiting_now;
-    uint64_t shortages;     /* waiters that could not be answered at once, for want of memory */
+    uint64_t shortages;     /* waiters that could not be answered at once, for lack of memory */
     uint64_t short_now;     /* those that are being tried again */
     uint64_t born_page;     /* after vpc_fault_run gave -EEXIST */
     int32_t born_block;
@@ -165,17 +165,17 @@ int vpc_fault_remove_client(struct vpc_fault *service, int client);
 int vpc_fault_set_return_path(struct vpc_fault *service, int fd);
 /* Append one whole return-path message. */
 int vpc_fault_send(struct vpc_fault *service, const void *message, uint32_t length);
-/* All that the source had to send has come, so what is absent is zero: it counts as received, who waits for such a page
- * is woken, and who comes back, or touches one from now on, gets a page of zeros. */
+/* All that the source had to send has come, so what is absent is zero: it counts as received, a thread that waits for such a page
+ * is woken, and one that returns, or touches one from now on, gets a page of zeros. */
 int vpc_fault_settle(struct vpc_fault *service);
 /* The loop; returns 0 after vpc_fault_stop, when what had faulted until then was answered. spin_ns: keep polling so long
  * after an event, 0 sleeps at once. -EEXIST: a page that lies ready here was made by somebody else (born_block and
- * born_page of the numbers); who waits for it goes on waiting. */
+ * born_page of the numbers); its waiters go on waiting. */
 int vpc_fault_run(struct vpc_fault *service, uint64_t spin_ns);
 void vpc_fault_stop(struct vpc_fault *service);
 int vpc_fault_client_stats(struct vpc_fault *service, int client, struct vpc_client_stats *out);
 int vpc_fault_stats(struct vpc_fault *service, struct vpc_fault_stats *out);
-/* Who waits now, oldest first as read; returns how many were written. */
+/* The waiters, oldest first as read; returns how many were written. */
 int vpc_fault_waiting(struct vpc_fault *service, struct vpc_waiter *out, uint32_t max);
 /* Who of a client's threads has waited; returns how many rows were written. */
 int vpc_fault_threads(struct vpc_fault *service, int client, struct vpc_thread_waits *out, uint32_t max);

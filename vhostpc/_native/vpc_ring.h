@@ -39,7 +39,7 @@ int vpc_vq_set_inflight(struct vpc_vq *vq, struct vpc_inflight *region, uint64_t
 /* Chains taken before us that have to be done again and were not popped yet; pop takes them first. */
 uint32_t vpc_vq_again(const struct vpc_vq *vq);
 
-/* Where the driver is called: duplicated onto one number for life; -1: nowhere. */
+/* Where the driver is called: duplicated onto the same number for its lifetime; -1: nowhere. */
 int vpc_vq_set_call(struct vpc_vq *vq, int fd);
 /* Call the driver, whatever it asked for. */
 void vpc_vq_signal(struct vpc_vq *vq);

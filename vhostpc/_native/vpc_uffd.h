@@ -43,7 +43,7 @@ int vpc_uffd_register(int fd, uint64_t start, uint64_t len, uint64_t mode, uint6
 /* UFFDIO_UNREGISTER. Waiters return and find zeros, which their touch puts into a shared file. */
 int vpc_uffd_unregister(int fd, uint64_t start, uint64_t len);
 
-/* UFFDIO_WAKE: whoever waits in the range looks again. */
+/* UFFDIO_WAKE: threads that wait in the range retry. */
 int vpc_uffd_wake(int fd, uint64_t start, uint64_t len);
 
 /* UFFDIO_COPY / UFFDIO_ZEROPAGE over a run of whole pages. `done` gets the bytes placed from the start,

@@ -186,7 +186,7 @@ int vpc_vq_head(struct vpc_vq *vq, uint16_t ahead, uint16_t *head, int flags)
     const struct vpc_inflight_part *part = &vq->inflight;
     uint32_t left = vpc_vq_left(vq);
 
-    if (ahead < left) { /* taken by whoever served this ring before: first, and not in the avail ring */
+    if (ahead < left) { /* taken by our predecessor on this ring: first, and not in the avail ring */
         *head = part->again[part->again_at + ahead];
         return 0;
     }

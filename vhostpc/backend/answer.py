@@ -1,4 +1,4 @@
-"""What a request's handler gives back, and which handler a request has."""
+"""The result of a request's handler, and the table of handlers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests from the back-end to the front-end, on the socket that SET_BACKEND_REQ_FD brought."""
+"""Requests from the back-end to the front-end, on the socket from SET_BACKEND_REQ_FD."""
 
 from __future__ import annotations
 
@@ -35,14 +35,12 @@ class BackendChannel:
         self._end: str | None = None
 
     async def run(self) -> None:
-        """Read to the channel's end. Its end, or what is no frame, ends the channel only."""
+        """Read to the channel's end. Its end, or a broken frame, ends only the channel."""
         try:
             while (frame := await self._socket.receive()) is not None:
                 frame.close_fds()
                 if self._asked is None or self._answer is not None:
-                    log.warning(
-                        "%s: back-end channel: message %d, which nobody asked for", self._name, frame.request
-                    )
+                    log.warning("%s: back-end channel: unexpected message %d", self._name, frame.request)
                 else:
                     self._answer = frame
                     self._news.set()
@@ -100,5 +98,5 @@ class BackendChannel:
         await self.request(BackendRequest.VRING_ERR, VringState(index, 0).pack())
 
     def close(self) -> None:
-        """Close the socket; who waits is told."""
+        """Close the socket; waiting requests fail."""
         self._socket.close()

@@ -1,4 +1,4 @@
-"""What descriptors of a ring's events may be, and what becomes of a socket that is only written."""
+"""The kinds of descriptors allowed for a ring's events, and the handling of a socket that is only written."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _EMPTY = 4096
 
 
 def event_descriptor(fd: int, name: str) -> EventKind:
-    """Raises RemoteProtocolError, with the request's ``name``, for what can carry no event."""
+    """Raises RemoteProtocolError, with the request's ``name``, for a descriptor that cannot carry events."""
     kind = event_kind(fd)
     if kind is EventKind.NONE:
-        raise RemoteProtocolError(f"{name}: the descriptor is no eventfd, pipe or unix socket")
+        raise RemoteProtocolError(f"{name}: the descriptor is not an eventfd, pipe or unix socket")
     return kind
 
 
 def only_written(fd: int, kind: EventKind) -> None:
-    """Throw away what waits in a socket that nobody here reads, and let nothing more come.
+    """Discard the data in a socket that nobody here reads, and stop further data.
 
     A descriptor in there would stay open as long as the socket: the front-end's own end of its connection, say.
     """

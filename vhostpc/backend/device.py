@@ -1,4 +1,4 @@
-"""The class a device author writes."""
+"""The base class of devices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vhostpc.virtio.queue import Queue
 
 
 class FrontEnd(Protocol):
-    """What a device may know of the session it serves."""
+    """A device's view of the session that it serves."""
 
     name: str
     #: Feature bits that the driver accepted (0 before SET_FEATURES).
@@ -19,7 +19,7 @@ class FrontEnd(Protocol):
 
     @property
     def smallest_ring(self) -> int:
-        """Entries of the smallest ring that it has told the size of; 0 before the first."""
+        """Entries of the smallest ring whose size it has sent; 0 before the first."""
 
     async def config_changed(self) -> None:
         """Tell the driver that config space changed; nothing happens if the front-end has no channel for it."""
@@ -32,7 +32,7 @@ class Device:
     are the framework's business. An exception ends the session it happened in, and no other.
 
     Locks: never hold one of your own across an ``await`` on a queue. That await may wait for a guest page,
-    and whoever waits for your lock would wait for it too.
+    and a task that waits for your lock would wait for it too.
 
     One instance may serve several sessions, one after the other or at a time. Then keep what belongs to one session
     in local variables of :meth:`handle_queue` and :meth:`handle_session`; or give :func:`~vhostpc.backend.serve` the
@@ -86,7 +86,7 @@ class Device:
         """The device was reset (RESET_DEVICE); all rings have been stopped."""
 
     def set_status(self, status: int) -> None:
-        """The driver's status byte (virtio 1.2, 2.1), where the front-end tells it."""
+        """The driver's status byte (virtio 1.2, 2.1), if the front-end sends it."""
 
     def send_rarp(self, mac: bytes) -> None:
         """Announce the guest's address (6 bytes) to the network after a migration. Offered if overridden."""
@@ -98,10 +98,10 @@ class Device:
 
 
 def check_device(device: object) -> None:
-    """Raises VhostpcError, with the class's name, for what cannot serve a queue."""
+    """Raises VhostpcError, with the class's name, for an object that cannot serve a queue."""
     name = type(device).__name__
     if not isinstance(device, Device):
-        raise VhostpcError(f"{name} is no vhostpc.backend.Device")
+        raise VhostpcError(f"{name} is not a vhostpc.backend.Device")
     if getattr(device.handle_queue, "__func__", None) is Device.handle_queue:
         raise VhostpcError(f"{name} has no handle_queue")
     for handler in (device.handle_queue, device.handle_disabled_queue, device.handle_session):

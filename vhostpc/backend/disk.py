@@ -73,7 +73,7 @@ class Request(NamedTuple):
 
 
 class Disk(Device):
-    """``blk_file``: a file or block device; or ``memory``: the size of a disk that is gone with the process.
+    """``blk_file``: a file or block device; or ``memory``: the size of a disk that vanishes with the process.
 
     ``read_only``: the guest cannot write. ``queues``: how many. ``ring_size``: entries of the smallest ring without
     indirect descriptors, for front-ends that ask for the configuration before they tell. Texts, as options give them,
@@ -117,13 +117,13 @@ class Disk(Device):
         return bytes(config[offset : offset + size])
 
     async def handle_session(self, front_end: FrontEnd) -> None:
-        """Tell the driver of a disk that was made larger or smaller."""
+        """Tell the driver of a disk that has grown or shrunk."""
         known = self.medium.size
         while True:
             await trio.sleep(LOOK_INTERVAL)
             if self.medium.look() != known:
                 known = self.medium.size
-                log.info("%s: the disk has %d bytes now", front_end.name, known)
+                log.info("%s: the disk now has %d bytes", front_end.name, known)
                 await front_end.config_changed()
 
     async def handle_queue(self, queue: Queue) -> None:
@@ -143,7 +143,7 @@ class Disk(Device):
                     nursery.start_soon(self.do, chain, request, slots, pieces, flushes)
 
     def parse(self, chain: Chain) -> Request | Status:
-        """What is asked for; or what is wrong with it."""
+        """The parsed request, or the error in it."""
         if not chain.writable:
             raise BrokenQueue("a request has no room for its status")
         if chain.readable < HEADER.size:
@@ -159,7 +159,7 @@ class Disk(Device):
         return Request(kind, sector * SECTOR, size)
 
     def do_now(self, chain: Chain, request: Request) -> bool:
-        """Answer what needs not wait for a medium."""
+        """Answer a request that need not wait for the medium."""
         if request.kind == Type.GET_ID:
             room = chain.writable - 1
             answer(chain, Status.IOERR if room > SHORT else Status.OK, b"vhostpc".ljust(20, b"\0")[:room])
@@ -184,7 +184,7 @@ class Disk(Device):
         pieces: trio.CapacityLimiter,
         flushes: bool,
     ) -> None:
-        """Do what waits for the medium, and answer."""
+        """Do the part that waits for the medium, and answer."""
         try:
             if request.size <= SHORT:
                 with trio.CancelScope(shield=True):

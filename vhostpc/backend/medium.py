@@ -1,4 +1,4 @@
-"""Where a disk's bytes are: a file, a block device, or memory. Nothing here waits on the trio thread."""
+"""The storage of a disk: a file, a block device, or memory. Nothing here waits on the trio thread."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ class Medium:
 
     @classmethod
     def from_memory(cls, size: int, *, read_only: bool) -> Medium:
-        """An empty disk that is gone with the process."""
+        """An empty disk that vanishes with the process."""
         fd = os.memfd_create("disk", os.MFD_CLOEXEC)
         os.ftruncate(fd, size // SECTOR * SECTOR)
         return cls(fd, read_only=read_only, in_memory=True)
 
     def look(self) -> int:
-        """Take over the size that the medium has now, in bytes, and return it."""
+        """Adopt the medium's current size, in bytes, and return it."""
         # Also right for a block device, of which fstat says no size.
         self.size = os.lseek(self.fd, 0, os.SEEK_END) // SECTOR * SECTOR
         return self.size
 
     def read_now(self, offset: int, length: int) -> bytes | None:
-        """The bytes if they are at hand, else None."""
+        """The bytes if they are available at once, otherwise None."""
         data = bytearray(length)
         try:
             if os.preadv(self.fd, [data], offset, 0 if self.in_memory else os.RWF_NOWAIT) == length:
@@ -70,7 +70,7 @@ class Medium:
         return found.ljust(length, b"\0")  # the file became shorter: its end reads as zeros
 
     def write_now(self, offset: int, data: memoryview) -> bool:
-        """Write to memory; False for what may wait."""
+        """Write to memory; False if the write may wait."""
         return self.in_memory and os.pwrite(self.fd, data, offset) == len(data)
 
     async def write(self, offset: int, data: memoryview, *, through: bool) -> None:

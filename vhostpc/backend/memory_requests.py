@@ -63,7 +63,9 @@ async def use_memory(session: SessionState, memory: GuestMemory) -> None:
             while old.users:
                 await trio.sleep(0.005)
         if old.users:
-            log.warning("%s: %d chains in hand still use memory that was taken away", session.name, old.users)
+            log.warning(
+                "%s: %d chains still in use refer to memory that was removed", session.name, old.users
+            )
     old.close()
     for mapping in gone:
         mapping.close()
@@ -109,7 +111,7 @@ def await_exchange(session: SessionState, memory: GuestMemory) -> None:
 
 
 def drop_pending(session: SessionState, keep: frozenset[Mapping] = frozenset()) -> None:
-    """Forget the table of an exchange under way, and unmap what only it has."""
+    """Forget the table of an unfinished exchange, and unmap the regions that only it has."""
     old, session.pending_memory = session.pending_memory, None
     if old is None:
         return
@@ -122,7 +124,7 @@ def drop_pending(session: SessionState, keep: frozenset[Mapping] = frozenset()) 
 
 
 async def use_pending_memory(session: SessionState) -> None:
-    """The front-end has stored our addresses: the table of the last exchange comes into force."""
+    """The front-end has stored our addresses: the table of the last exchange takes effect."""
     memory, session.pending_memory = session.pending_memory, None
     if memory is not None:
         await use_memory(session, memory)
@@ -135,7 +137,7 @@ async def get_max_mem_slots(session: SessionState, frame: Frame) -> Answer:
 
 
 def current_regions(session: SessionState) -> tuple[Region, ...]:
-    """The regions that the next change is made to: those of an exchange under way, else those in force."""
+    """The regions that the next change is made to: those of an unfinished exchange, otherwise those in effect."""
     memory = session.pending_memory or session.memory
     return memory.regions if memory else ()
 
@@ -187,7 +189,7 @@ async def rem_mem_reg(session: SessionState, frame: Frame) -> Answer | None:
     regions = current_regions(session)
     gone = [r for r in regions if same(r, wanted)]
     if not gone:
-        log.error("%s: REM_MEM_REG of a region that is not there", session.name)
+        log.error("%s: REM_MEM_REG of a region that does not exist", session.name)
         return None if armed else FAILED
     memory = GuestMemory(session.supply, [r for r in regions if r not in gone])
     if armed:
@@ -211,4 +213,4 @@ async def set_log_base(session: SessionState, frame: Frame) -> Answer:
 
 @handles(Request.SET_LOG_FD)
 async def set_log_fd(session: SessionState, frame: Frame) -> None:
-    """An eventfd to signal on log writes; no front-end sends it, and nobody need be told."""
+    """An eventfd to signal on log writes; no front-end sends it, and no signal is needed."""

@@ -1,4 +1,4 @@
-"""A virtio-net device joined to datagrams: the heart of ``vhostpc bridge``.
+"""A virtio-net device connected to datagrams: the core of ``vhostpc bridge``.
 
 One frame of the guest is one datagram (or one frame of a tap) and the other way round. The frames never pass
 through Python: each queue is a pump.
@@ -25,7 +25,7 @@ log = rationed_logger(__name__)
 
 
 class Bridge(Device):
-    """Joins virtio-net queue pairs to file descriptors.
+    """Connects virtio-net queue pairs to file descriptors.
 
     ``links``: one datagram socket or tap queue per pair, or a single one that all pairs share; they stay the
     caller's. ``to``: where datagrams go, for a socket that is not connected. ``attach``: for the links of
@@ -46,7 +46,7 @@ class Bridge(Device):
         attach: Callable[[int, bool], None] | None = None,
     ) -> None:
         if len(links) not in (1, pairs):
-            raise ValueError(f"{len(links)} links for {pairs} queue pairs: one each, or one for all")
+            raise ValueError(f"{len(links)} links for {pairs} queue pairs: give one each, or one for all")
         self._links = [links[i % len(links)] for i in range(pairs)]
         self._to = to
         self._pairs = pairs

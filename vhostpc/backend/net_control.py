@@ -1,4 +1,4 @@
-"""A network device's control queue (virtio 1.2, 5.1.6.5), for front-ends that hand the driver's on.
+"""A network device's control queue (virtio 1.2, 5.1.6.5), for front-ends that pass it on.
 
 QEMU and Cloud Hypervisor answer it themselves and never set up its ring.
 """

@@ -1,4 +1,4 @@
-"""What a user may choose about a back-end, besides its device."""
+"""The options of a back-end, besides its device."""
 
 from __future__ import annotations
 

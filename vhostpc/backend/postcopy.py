@@ -39,7 +39,7 @@ def refusal() -> str | None:
 
 
 def open_ufd() -> Userfaultfd:
-    """A userfaultfd that can be told of missing pages of shared memory. Raises UfdError."""
+    """A userfaultfd that can report missing pages of shared memory. Raises UfdError."""
     return Userfaultfd.open(features=Features.MISSING_SHMEM, optional=Features.MISSING_HUGETLBFS)
 
 
@@ -83,14 +83,14 @@ class Postcopy:
         else:
             log.warning(
                 "%s: postcopy advised again, as QEMU does for each queue pair: QEMU 10.0 may now wait for ever"
-                " for an answer that it did not ask for; give guests that move by postcopy one queue pair"
-                " (queues=1), or move them by precopy",
+                " for an answer that it did not request; give guests that migrate by postcopy one queue pair"
+                " (queues=1), or migrate them by precopy",
                 self._name,
             )
         return ufd.fileno()
 
     def listen(self, has_memory: bool) -> bool:
-        """POSTCOPY_LISTEN: memory that is sent from now on may miss pages. False: refused."""
+        """POSTCOPY_LISTEN: memory that is shared from now on may miss pages. False: refused."""
         if self.phase is Phase.LISTENING:
             return True
         if self.phase is not Phase.ADVISED:
@@ -104,7 +104,7 @@ class Postcopy:
         return True
 
     def await_ack(self, mappings: list[Mapping]) -> None:
-        """The addresses of these were sent; the front-end's word for them is still to come."""
+        """Their addresses were sent; the front-end's acknowledgement is still expected."""
         self._awaiting.extend(mappings)
 
     def acknowledged(self) -> int:
@@ -130,7 +130,7 @@ class Postcopy:
         self._awaiting = [m for m in self._awaiting if id(m) not in mappings]
 
     def end(self) -> None:
-        """POSTCOPY_END: every page is here. Again is fine."""
+        """POSTCOPY_END: every page is here. May be repeated."""
         if self.phase is Phase.ENDED:
             return
         was_listening = self.listening
@@ -141,7 +141,7 @@ class Postcopy:
             log.info("%s: postcopy ended: %s", self._name, self._waits())
 
     def without_listen(self) -> None:
-        """The machine starts although LISTEN never came: the migration ended in precopy."""
+        """The machine starts without LISTEN: the migration ended in precopy."""
         if self.phase is Phase.ADVISED:
             self._supply.disarm()
             self._close_ufds()

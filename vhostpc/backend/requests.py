@@ -91,7 +91,7 @@ async def set_owner(session: SessionState, frame: Frame) -> None:
 
 @handles(Request.RESET_OWNER)
 async def reset_owner(session: SessionState, frame: Frame) -> None:
-    """Deprecated: rings are stopped and disabled, the connection and what else was said stay."""
+    """Deprecated: rings are stopped and disabled, the connection and other settings stay."""
     for vring in session.vrings:
         vring.enabled = False
         await vring.set_up_anew()
@@ -112,7 +112,7 @@ async def reset_device(session: SessionState, frame: Frame) -> None:
 
 @handles(Request.GET_QUEUE_NUM)
 async def get_queue_num(session: SessionState, frame: Frame) -> Answer:
-    """How many queues. Front-ends that take it for pairs of them compare it with as many pairs as they want at most."""
+    """The number of queues. Front-ends that read it as pairs compare it with the most pairs that they want."""
     return Answer(pack_u64(len(session.vrings)))
 
 
@@ -133,8 +133,8 @@ async def get_status(session: SessionState, frame: Frame) -> Answer:
 def ring(session: SessionState, index: int, request: int) -> Vring:
     if index >= len(session.vrings):
         raise RemoteProtocolError(
-            f"{request_name(request)}: ring {index}, there are {len(session.vrings)}: the front-end is set up for more"
-            " queues than this device has"
+            f"{request_name(request)}: ring {index}, but there are {len(session.vrings)}: the front-end is configured"
+            " for more queues than this device has"
         )
     return session.vrings[index]
 
@@ -171,7 +171,7 @@ async def set_vring_base(session: SessionState, frame: Frame) -> None:
     state = VringState.unpack(frame.payload)
     vring = ring(session, state.index, frame.request)
     if state.num > 0xFFFF:
-        raise RemoteProtocolError(f"SET_VRING_BASE: {state.num:#x} is no index of a split ring")
+        raise RemoteProtocolError(f"SET_VRING_BASE: {state.num:#x} is not an index of a split ring")
     if vring.running:
         await vring.set_up_anew()
     vring.queue.set_base(state.num)
@@ -191,7 +191,7 @@ def ring_and_fd(session: SessionState, frame: Frame) -> tuple[Vring, int, EventK
     vring = ring(session, value & VRING_INDEX_MASK, frame.request)
     without = bool(value & VRING_NOFD)
     if without != (not frame.fds):
-        raise RemoteProtocolError(f"{name}: the no-descriptor bit and {len(frame.fds)} descriptors")
+        raise RemoteProtocolError(f"{name}: the no-descriptor bit, but {len(frame.fds)} descriptors")
     if without:
         return vring, -1, EventKind.NONE
     kind = event_descriptor(frame.fds[0], name)
@@ -199,7 +199,7 @@ def ring_and_fd(session: SessionState, frame: Frame) -> tuple[Vring, int, EventK
 
 
 def is_of_no_ring(session: SessionState, request: int, index: int) -> bool:
-    """Whether a descriptor, or the word that it is disabled, is for a ring that there is not: that does no harm yet.
+    """Whether a descriptor, or a disable request, is for a ring that does not exist: that does no harm yet.
 
     QEMU says so much of all queues of its command line, also of queues that it will not use with what is offered.
     """

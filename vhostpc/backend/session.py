@@ -103,7 +103,7 @@ class Session:
         raise GuestMemoryError(strike.sentence(self.state.regions))
 
     async def _let_waiters_go(self, why: str | None) -> None:
-        """There was nothing to put in the place of memory that is given up: try again, then leave who sleeps."""
+        """Nothing could be mapped in place of memory that is given up: try again, then leave the sleeping threads."""
         state = self.state
         for _ in range(GIVE_UP_TRIES):
             if why is None or not state.supply.asleep:
@@ -111,8 +111,8 @@ class Session:
             await trio.sleep(GIVE_UP_AGAIN)
             why = state.supply.fail()
         log.error(
-            "%s: memory cannot be given up (%s): %d of its threads still wait for pages, and stay with all that they"
-            " use until this process ends",
+            "%s: memory cannot be given up (%s): %d of its threads still wait for pages, and stay, with everything"
+            " that they use, until this process ends",
             self.name,
             why,
             state.gate.sleepers.leave(),
@@ -146,7 +146,7 @@ class Session:
     async def _handle(self, frame: Frame) -> None:
         name = request_name(frame.request)
         if frame.is_reply:
-            raise RemoteProtocolError(f"{name}: a reply, where a request was expected")
+            raise RemoteProtocolError(f"{name}: a reply, but a request was expected")
         log.debug("%s: %s, %d bytes, %d fds", self.name, name, len(frame.payload), len(frame.fds))
         state = self.state
         if self._is_postcopy_ack(frame):
@@ -173,7 +173,7 @@ class Session:
             await self._reply(frame.request, answer or Answer(pack_u64(0)))
         elif answer is not None and answer.failed and not self._wants_ack(frame):
             # Without an ack a failure can only be told by hanging up.
-            raise RemoteProtocolError(f"{name} failed, and the front-end wants no ack for it")
+            raise RemoteProtocolError(f"{name} failed, and the front-end did not request an ack")
         else:
             await self._acknowledge(frame, 1 if answer is not None and answer.failed else 0)
 
@@ -210,7 +210,7 @@ class Session:
 
 
 def one_sentence(error: BaseException) -> str | None:
-    """What to log for an error that is the peer's or the machine's doing; None for a bug."""
+    """The log text for an error that the peer or the computer caused; None for a bug."""
     if isinstance(error, BaseExceptionGroup):
         told = [one_sentence(e) for e in error.exceptions]
         known = [t for t in told if t is not None]
@@ -223,11 +223,11 @@ def one_sentence(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ECONNRESET):
         return "the front-end is gone"
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-        return f"this process can have no more: {error.strerror}"
+        return f"this process is out of resources: {error.strerror}"
     if isinstance(error, MemoryError):
-        return "this process can have no more memory"
+        return "this process is out of memory"
     if isinstance(error, RuntimeError) and "can't start new thread" in str(
         error
     ):  # one that the device borrowed
-        return "this process can have no more threads"
+        return "this process cannot start more threads"
     return None

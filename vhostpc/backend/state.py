@@ -1,4 +1,4 @@
-"""What a front-end has told us so far, and what we offer it. No loop: see ``session``."""
+"""The state that a front-end has set so far, and the features that we offer it. No loop: see ``session``."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class SessionState:
 
     @property
     def regions(self) -> list[Region]:
-        """All that are known, in force or not."""
+        """All known regions, in effect or not."""
         return [r for memory in (self.memory, self.pending_memory) if memory for r in memory.regions]
 
     # --- what rings ask ---
@@ -142,11 +142,11 @@ class SessionState:
         return not waits_for_log
 
     def ring_starts(self) -> None:
-        """Say once what a restart of this process would mean to its front-end."""
+        """Log once what a restart of this process would mean to its front-end."""
         if self.inflight is None and not self._told_restart:
             self._told_restart = True
             log.info(
-                "%s: no inflight region: should this process be started again, requests go on at the used index",
+                "%s: no inflight region: if this process is restarted, requests continue at the used index",
                 self.name,
             )
 
@@ -203,7 +203,7 @@ class SessionState:
                 signal_event(fd)
 
     def kick_from(self, fd: int, index: int) -> tuple[int, trio.CancelScope]:
-        """A kick eventfd of our own, written for all that comes from a pipe or socket, which is ours from now on.
+        """A kick eventfd of our own, written for each input from a pipe or socket, which is ours from now on.
 
         The scope is round the task that writes it, as above.
         """
@@ -222,7 +222,7 @@ class SessionState:
                     if not clear_event(fd):
                         # Else it would be readable for ever.
                         log.warning(
-                            "%s: ring %d: nobody kicks it any more: its descriptor has ended",
+                            "%s: ring %d: it gets no more kicks: its descriptor has ended",
                             self.name,
                             index,
                         )
@@ -255,7 +255,7 @@ class SessionState:
     async def _tell_inband(
         self, index: int, request: Callable[[BackendChannel, int], Awaitable[None]]
     ) -> None:
-        """What is to be told of a ring before there is a channel is told when it comes: it may follow the set-up."""
+        """Messages about a ring before the channel exists are sent when it comes: it may follow the set-up."""
         while self.channel is None:
             await self.channel_came.wait()
         await self._tell(partial(request, self.channel, index))
@@ -267,7 +267,7 @@ class SessionState:
             log.warning("%s: back-end channel: %s", self.name, e)
 
     def ring_failed(self, index: int) -> None:
-        """Tell the front-end that a ring is broken, in the way that was agreed."""
+        """Report a broken ring to the front-end, in the negotiated way."""
         vring = self.vrings[index]
         if vring.err >= 0:
             signal_event(vring.err)
@@ -289,7 +289,7 @@ class SessionState:
             await self._tell(self.channel.config_changed)
 
     def close(self) -> None:
-        """Close descriptors and let go of memory; no handler runs any more. What fails keeps nothing else open."""
+        """Close descriptors and release memory; no handler runs any more. One failure does not keep the rest open."""
         with ExitStack() as last_first:
             last_first.callback(self.supply.close)
             # Not left to the garbage collector: the front-end may want its memory back.

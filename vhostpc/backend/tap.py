@@ -24,7 +24,7 @@ def open_tap(name: str, *, multi_queue: bool = False, make: bool = False) -> int
     goes with its last descriptor. Raises VhostpcError that says what to do.
     """
     if not 0 < len(name.encode()) < 16:
-        raise VhostpcError(f"tap {name!r}: a name has 1 to 15 bytes")
+        raise VhostpcError(f"tap {name!r}: a name must have 1 to 15 bytes")
     if not make:
         # TUNSETIFF would make one of a name that was only mistyped.
         try:
@@ -32,7 +32,7 @@ def open_tap(name: str, *, multi_queue: bool = False, make: bool = False) -> int
         except OSError:
             queues = " multi_queue" if multi_queue else ""
             raise VhostpcError(
-                f"tap {name}: there is no such network device; to make it: ip tuntap add {name} mode tap{queues}"
+                f"tap {name}: there is no such network device; to create it: ip tuntap add {name} mode tap{queues}"
             ) from None
     fd = _open_tun()
     flags = _IFF_TAP | _IFF_NO_PI | (_IFF_MULTI_QUEUE if multi_queue else 0)
@@ -43,7 +43,7 @@ def open_tap(name: str, *, multi_queue: bool = False, make: bool = False) -> int
         hint = {
             1: "it needs CAP_NET_ADMIN, or a tap device that belongs to this user",
             16: "another program has it open",
-            22: "it exists with other flags: is it a tap device, with as many queues as asked for?",
+            22: "it exists with other flags: is it a tap device with the requested number of queues?",
         }.get(e.errno or 0, e.strerror)
         raise VhostpcError(f"tap {name}: {hint}") from None
     return fd
@@ -75,7 +75,7 @@ def _open_tun() -> int:
 
 
 def attach_queue(fd: int, attached: bool) -> None:
-    """Let one queue of several have frames of the network, or give them all to the others (TUNSETQUEUE).
+    """Give one queue of several frames of the network, or give them all to the others (TUNSETQUEUE).
 
     What waits in a queue that is let go is dropped. Raises OSError, EINVAL if the queue is so already.
     """
@@ -89,7 +89,7 @@ LOOK_INTERVAL = 1.0
 
 
 async def until_deleted(fd: int, name: str) -> None:
-    """Raise LinkLost when the tap device of ``fd``, one of its attached queues, is gone; else go on for ever."""
+    """Raise LinkLost when the tap device of ``fd``, one of its attached queues, is gone; otherwise wait for ever."""
     while True:
         try:
             fcntl.ioctl(fd, _TUNGETIFF, bytes(40))

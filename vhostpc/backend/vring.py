@@ -25,14 +25,14 @@ log = rationed_logger(__name__)
 #: Seconds that a handler which waits for the outside world gets to end by itself when its ring stops.
 GRACE = 0.2
 #: Seconds for which a ring that is started and not enabled is left alone. Front-ends enable a moment after they
-#: start; a device that drops what comes to a disabled queue would drop what the guest sends in between.
+#: start; a device that drops the input of a disabled queue would drop data that the guest sends in between.
 ENABLE_SOON = 0.1
 #: Seconds after which a stop that waits for the device is told in the log.
 GAP_WARNING = 5.0
 
 
 class RingHost(Protocol):
-    """What a ring asks of its session."""
+    """The interface of a session that a ring uses."""
 
     device: Device
     name: str
@@ -108,7 +108,7 @@ class Vring:
             )
         if rc < 0:
             raise RemoteProtocolError(
-                f"ring {self.index}: misaligned addresses, or a size that is no power of two"
+                f"ring {self.index}: misaligned addresses, or a size that is not a power of two"
             )
         self.set_log()
 
@@ -146,7 +146,7 @@ class Vring:
             os.close(old)
 
     def set_call(self, fd: int) -> None:
-        """Call the driver through this descriptor, ours from now on; -1: in-band if agreed, else not at all."""
+        """Call the driver through this descriptor, ours from now on; -1: in-band if negotiated, or not at all."""
         if fd < 0:
             fd = self._session.own_call(self.index)
         self._call_known = True
@@ -243,7 +243,7 @@ class Vring:
                 waited = 0.0
 
     async def set_up_anew(self) -> None:
-        """What the front-end says is no change of a running ring: it begins again, and the next KICK starts the ring.
+        """The front-end sets the ring up again instead of changing it while it runs: the next KICK starts it.
 
         Some front-ends do so after a reset, without GET_VRING_BASE. Waits for a page only if a touch in hand does.
         """
@@ -261,7 +261,7 @@ class Vring:
         return base
 
     def close(self) -> None:
-        """Let go of memory, close descriptors. The handler has ended; what else works the queue has to end now."""
+        """Release memory, close descriptors. The handler has ended; other users of the queue have to end now."""
         try:
             self.queue.close()
         finally:

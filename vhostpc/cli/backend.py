@@ -1,4 +1,4 @@
-"""``vhostpc backend``: a device of yours as a back-end program that keeps the conventions."""
+"""``vhostpc backend``: a user's device as a back-end program that follows the conventions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pairs(_: click.Context, __: click.Parameter, given: Sequence[str]) -> dict[s
     multiple=True,
     metavar="KEY=VALUE",
     callback=pairs,
-    help="Keyword argument (a text) for CLASS.",
+    help="Keyword argument (a string) for CLASS.",
 )
 @program_options()
 def backend(target: str, arguments: dict[str, str], program: Program) -> int:

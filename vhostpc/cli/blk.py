@@ -10,17 +10,17 @@ from vhostpc.cli.program import Program, capabilities, program_options
 
 @click.command()
 @click.option(
-    "--blk-file", type=click.Path(), metavar="FILE", help="The disk: a file or block device that exists."
+    "--blk-file", type=click.Path(), metavar="FILE", help="The disk: an existing file or block device."
 )
 @click.option("--memory", metavar="SIZE", help="An empty disk in memory instead, such as 64M.")
 @click.option("--read-only", is_flag=True, help="The guest cannot write.")
-@click.option("--queues", type=click.IntRange(1, 64), default=2, show_default=True, help="Queues.")
+@click.option("--queues", type=click.IntRange(1, 64), default=2, show_default=True, help="Number of queues.")
 @click.option(
     "--ring-size",
     type=click.IntRange(4, 32768),
     default=64,
     show_default=True,
-    help="Entries of the smallest ring that is used without indirect descriptors.",
+    help="Entries in the smallest ring that a guest uses without indirect descriptors.",
 )
 @program_options()
 def blk(

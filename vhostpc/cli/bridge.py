@@ -1,6 +1,6 @@
 """``vhostpc bridge``: a virtio network card whose frames are UDP datagrams, or those of a tap device.
 
-It takes the letters of QEMU's vhost-user-bridge. The device is ``vhostpc.backend.net.Bridge``.
+It accepts the same single-letter options as QEMU's vhost-user-bridge. The device is ``vhostpc.backend.net.Bridge``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Address = tuple[str, int]
 
 
 def address(_: click.Context, __: click.Parameter, text: str) -> Address:
-    """HOST:PORT as UDP has it; an IPv6 address may stand in brackets."""
+    """HOST:PORT of a UDP address; an IPv6 address may stand in brackets."""
     host, _colon, port = text.rpartition(":")
     try:
         number = int(port)
@@ -103,18 +103,20 @@ def on_tap(name: str, pairs: int, make: bool) -> Iterator[tuple[Bridge, int]]:
     callback=address,
     help="UDP address to send to.",
 )
-@click.option("--tap", metavar="NAME", help="Join the guest to this tap device instead of UDP.")
+@click.option("--tap", metavar="NAME", help="Connect the guest to this tap device instead of UDP.")
 @click.option(
-    "--make-tap", is_flag=True, help="Make the tap device if there is none; it goes with the bridge."
+    "--make-tap", is_flag=True, help="Create the tap device if there is none; it is removed with the bridge."
 )
 @click.option(
     "--pairs",
     type=click.IntRange(1, 8),
     default=1,
     show_default=True,
-    help="Queue pairs; a tap device of several needs multi_queue.",
+    help="Queue pairs; with several, a tap device needs multi_queue.",
 )
-@click.option("-H", "host_notifier", is_flag=True, help="Host notifiers: refused, kicks come by eventfd.")
+@click.option(
+    "-H", "host_notifier", is_flag=True, help="Host notifiers: refused, because kicks use an eventfd."
+)
 @program_options(path="vubr.sock")
 def bridge(
     local: Address,
@@ -125,21 +127,21 @@ def bridge(
     host_notifier: bool,
     program: Program,
 ) -> int:
-    """Join a virtio network card to UDP, or to a tap device.
+    """Connect a virtio network card to UDP, or to a tap device.
 
-    Every frame of the guest goes to the remote address as one datagram; every datagram that comes to the local
+    Every frame of the guest goes to the remote address as one datagram; every datagram that arrives at the local
     address becomes one frame for the guest.
 
-    SIGTERM, SIGINT and SIGHUP end the program with code 0 and remove its socket; it prints its counters then, and
-    at SIGUSR1.
+    SIGTERM, SIGINT and SIGHUP end the program with code 0 and remove its socket. It prints its counters at the end,
+    and on SIGUSR1.
     """
     if program.print_capabilities:
         click.echo(capabilities(Bridge))
         return 0
     if host_notifier:
-        raise click.UsageError("-H (host notifiers) is not supported: kicks come by eventfd")
+        raise click.UsageError("-H (host notifiers) is not supported: kicks use an eventfd")
     if make_tap and tap is None:
-        raise click.UsageError("--make-tap goes with --tap")
+        raise click.UsageError("--make-tap needs --tap")
     if tap is None and (":" in local[0]) != (":" in remote[0]):
         raise click.UsageError("one of --local and --remote is an IPv6 address, the other one is not")
     program.begin()

@@ -1,4 +1,4 @@
-"""The single looks that ``vhostpc doctor`` takes at this machine. None of them changes anything."""
+"""The single checks of ``vhostpc doctor``. None of them changes anything."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ QEMU_WAIT_SECONDS = 20
 
 
 class Level(Enum):
-    """How much a finding matters."""
+    """The severity of a finding."""
 
     OK = "ok"
     NOTE = "note"
     """Something to know; nothing is broken."""
     WARN = "warn"
-    """Part of what we do, or a peer, will not work."""
+    """Some of our functions, or a peer, will not work."""
     FAIL = "fail"
     """Postcopy cannot work."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: what was looked at, how bad it is, in words, what to do, and the facts for machines."""
+    """One finding: its subject, its severity, its text, the remedy, and the facts for programs."""
 
     name: str
     level: Level
@@ -66,11 +66,11 @@ def check_userfaultfd(found: Probe) -> Check:
         "ioctls": names(found.ioctls),
     }
     if found.problem:
-        reason, _, mend = found.problem.partition("; to mend it, ")
+        reason, _, mend = found.problem.partition("; to fix it, ")
         return Check("userfaultfd", Level.FAIL, reason, mend, facts)
     words = {
-        Way.DEVICE: "opens by /dev/userfaultfd",
-        Way.SYSCALL: "opens by the system call",
+        Way.DEVICE: "opens through /dev/userfaultfd",
+        Way.SYSCALL: "opens through the system call",
         Way.USER_MODE_ONLY: "opens in user-mode-only form, which is enough for vhostpc",
     }
     assert found.best is not None
@@ -78,7 +78,7 @@ def check_userfaultfd(found: Probe) -> Check:
     # What else could be needed: QEMU and other back-ends want the full form.
     if found.best is Way.USER_MODE_ONLY:
         refused = {w.way: w.errno for w in found.ways if not w.works}
-        mend = explain(refused).rpartition("to mend it, ")[2]
+        mend = explain(refused).rpartition("to fix it, ")[2]
         return Check("userfaultfd", Level.NOTE, text, f"QEMU itself needs the full form: {mend}", facts)
     return Check("userfaultfd", Level.OK, text, facts=facts)
 
@@ -95,7 +95,7 @@ def check_features(found: Probe) -> Check | None:
 
 
 def check_dirty_tracking(found: Probe) -> Check | None:
-    """Whether memory that our own machines write can migrate."""
+    """Whether the memory that our own machines write can migrate."""
     if found.best is None:
         return None
     problems = probe_dirty()
@@ -103,11 +103,13 @@ def check_dirty_tracking(found: Probe) -> Check | None:
     works = [way for way, problem in problems.items() if not problem]
     if not works:
         reason = problems[DirtyWay.WP_SYNC]
-        mend = "only for endpoints with machines of our own: use Linux 5.19 or later"
+        mend = "only for endpoints with machines of their own: use Linux 5.19 or later"
         return Check("dirty tracking", Level.WARN, reason, mend, facts)
     if works[0] is DirtyWay.WP_ASYNC:
         return Check("dirty tracking", Level.OK, "by wp-async: no writer waits", facts=facts)
-    text = f"by wp-sync: each first write to a page waits to be noted ({problems[DirtyWay.WP_ASYNC]})"
+    text = (
+        f"by wp-sync: each first write to a page waits until it is recorded ({problems[DirtyWay.WP_ASYNC]})"
+    )
     return Check("dirty tracking", Level.NOTE, text, "use Linux 6.7 or later for wp-async", facts)
 
 
@@ -115,13 +117,13 @@ def check_memfd() -> Check:
     try:
         fd = os.memfd_create("vhostpc-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as e:
-        mend = "allow memfd_create in the seccomp profile, or give guests memory by files on /dev/shm"
+        mend = "allow memfd_create in the seccomp profile, or use files on /dev/shm for guest memory"
         return Check("memfd", Level.WARN, f"memfd_create: {e.strerror}", mend)
     try:
         os.ftruncate(fd, TARGET_PAGE)
     finally:
         os.close(fd)
-    return Check("memfd", Level.OK, "shared memory can be made and sealed")
+    return Check("memfd", Level.OK, "shared memory can be created and sealed")
 
 
 def check_shm() -> Check:
@@ -141,10 +143,10 @@ def check_huge_pages() -> Check:
         size = folder.name.removeprefix("hugepages-")
         pools[size] = {n: int((folder / f"{n}_hugepages").read_text()) for n in ("nr", "free")}
     if not pools:
-        return Check("huge pages", Level.NOTE, "this kernel has none (hugetlbfs)")
+        return Check("huge pages", Level.NOTE, "this kernel does not support them (hugetlbfs)")
     text = ", ".join(f"{size}: {p['free']} of {p['nr']} free" for size, p in pools.items())
     used = any(p["nr"] for p in pools.values())
-    mend = "" if used else "only for guests on huge pages: write a number to /proc/sys/vm/nr_hugepages"
+    mend = "" if used else "only for guests on huge pages: write their number to /proc/sys/vm/nr_hugepages"
     return Check("huge pages", Level.OK if used else Level.NOTE, text, mend, {"pools": pools})
 
 
@@ -166,12 +168,12 @@ def check_shmem_thp() -> Check:
 def check_locked_memory() -> Check:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft >> 10} KiB"
-    text = f"limit of locked memory: {limit}; mlockall(MCL_FUTURE) in a device's process rules out postcopy"
+    text = f"limit on locked memory: {limit}; mlockall(MCL_FUTURE) in a device's process rules out postcopy"
     return Check("mlockall", Level.OK, text, facts={"rlimit_memlock": soft})
 
 
 def check_descriptors() -> Check:
-    """Whether a program of ours starts."""
+    """Whether our programs can start."""
     if problem := few_descriptors():
         return Check("open files", Level.FAIL, f"no program will start: {problem}", MORE_DESCRIPTORS)
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -180,7 +182,7 @@ def check_descriptors() -> Check:
 
 
 def check_tap() -> Check:
-    """What ``vhostpc bridge --tap`` may do; nothing else needs it."""
+    """The privilege that ``vhostpc bridge --tap`` needs; nothing else needs it."""
     try:
         any_tap = may_open_any_tap()
     except VhostpcError as e:
@@ -226,10 +228,10 @@ def check_qemu(program: Path) -> Check:
             [program, "--version"], capture_output=True, text=True, timeout=QEMU_WAIT_SECONDS, check=False
         ).stdout
     except (OSError, subprocess.TimeoutExpired) as e:
-        return Check("QEMU", Level.NOTE, f"{program} does not say its version: {e}")
+        return Check("QEMU", Level.NOTE, f"{program} does not report its version: {e}")
     match = re.search(r"version (\d+)\.(\d+)(?:\.(\d+))?", out)
     if not match:
-        return Check("QEMU", Level.NOTE, f"{program} does not say its version")
+        return Check("QEMU", Level.NOTE, f"{program} does not report its version")
     version = (int(match[1]), int(match[2]))
     bugs = [(what, mend) for concerns, what, mend in QEMU_BUGS if concerns(version)]
     facts = {
@@ -245,7 +247,7 @@ def check_qemu(program: Path) -> Check:
 
 
 def run_checks() -> list[Check]:
-    """All looks, most important first."""
+    """All checks, most important first."""
     found = probe()
     checks: list[Check | None] = [
         check_kernel(found),

@@ -1,4 +1,4 @@
-"""What the subcommands share: options, exit codes, one-sentence errors."""
+"""Parts common to the subcommands: options, exit codes, one-sentence errors."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass
 class Settings:
-    """What the options that every command takes said."""
+    """The values of the options common to all commands."""
 
     debug: bool = False
     log_level: str = "info"
 
 
 class Failure(click.ClickException):
-    """The work failed; the text names what and why. Exit code 1."""
+    """The work failed; the message says what failed and why. Exit code 1."""
 
     exit_code = FAILED
 
@@ -43,13 +43,13 @@ class Failure(click.ClickException):
 
 
 class CannotHere(Failure):
-    """This machine, or this process's rights, do not allow it. Exit code 3."""
+    """This computer, or this process's privileges, do not allow it. Exit code 3."""
 
     exit_code = CANNOT
 
 
 def ending_signals() -> list[signal.Signals]:
-    """The signals that end a program in good order, as they end QEMU. One that ``nohup`` has us ignore is none."""
+    """The signals that end a program in good order, as they end QEMU, except one that ``nohup`` makes us ignore."""
     ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGINT, *([] if ignores_hangup else [signal.SIGHUP])]
 
@@ -77,7 +77,7 @@ def settings() -> Settings:
 
 
 def complete_file(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
-    """For what is, or begins with, the name of a file: a shell completes it as such."""
+    """For a value that is, or begins with, a file name: a shell completes it as one."""
     return [CompletionItem(begun, type="file")]
 
 
@@ -111,7 +111,7 @@ def common_options(command: F) -> F:
 
 
 class Log(Protocol):
-    """What a log is written to."""
+    """A destination for log lines."""
 
     def write(self, text: str) -> object: ...
 
@@ -119,7 +119,7 @@ class Log(Protocol):
 
 
 def start_logging(to: Log | None = None) -> None:
-    """Log to stderr, or to what stands for it, at the level asked for."""
+    """Log to stderr, or to its substitute, at the chosen level."""
     handler: logging.StreamHandler[Any] = logging.StreamHandler(to or sys.stderr)
     logging.basicConfig(
         handlers=[handler],
@@ -132,7 +132,7 @@ MORE_DESCRIPTORS = "raise the limit (ulimit -n, LimitNOFILE= in a unit)"
 
 
 def few_descriptors() -> str:
-    """What is wrong where a first session would meet the limit of open files (RLIMIT_NOFILE, getrlimit(2)), or ""."""
+    """An error message if a first session would hit the limit of open files (RLIMIT_NOFILE, getrlimit(2)), or ""."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         used = len(os.listdir("/proc/self/fd"))
@@ -146,6 +146,6 @@ def few_descriptors() -> str:
 
 
 def need_descriptors() -> None:
-    """Raises CannotHere where a first session would meet the limit of open files."""
+    """Raises CannotHere if a first session would hit the limit of open files."""
     if problem := few_descriptors():
         raise CannotHere(f"{problem}: {MORE_DESCRIPTORS}")

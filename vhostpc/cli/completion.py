@@ -1,4 +1,4 @@
-"""``vhostpc completion``: the script by which a shell asks this program how a word may go on."""
+"""``vhostpc completion``: the script with which a shell asks this program for completions."""
 
 from __future__ import annotations
 

@@ -34,11 +34,11 @@ SMALLEST = 32 * MIB
 BESIDES = 400 * MIB
 """Memory of the five processes themselves, at most."""
 HARM = "VHOSTPC_DEMO_CORRUPT"
-"""An environment variable for tests: one byte of one page is damaged on its way, which must be found."""
+"""An environment variable for tests: one byte of one page is damaged in transit, which must be detected."""
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """The numbers as one object; a unit stands in the name, bytes and seconds in none."""
+    """The numbers as one object; names include the unit, except for bytes and seconds."""
     return asdict(result) | {"ok": not result.problems}
 
 
@@ -50,7 +50,7 @@ def print_tables(result: Result) -> None:
     for title, heads, rows in tables(result):
         print_table(console, title, heads, rows)
     if result.problems:
-        console.print("The books do not balance:", style="bold red")
+        console.print("The numbers do not agree:", style="bold red")
         for problem in result.problems:
             console.print(f"- {problem}", style="red", markup=False)
     else:
@@ -71,7 +71,7 @@ async def with_progress(demo: Demo) -> Result:
 
 
 async def _end(signals: AsyncIterator[int]) -> None:
-    """All processes and files go, then the program, as one that the signal has ended."""
+    """Remove all processes and files, then end the program as the signal would have."""
     async for number in signals:
         raise SystemExit(128 + number)
 
@@ -87,7 +87,7 @@ def must_fit(size: int) -> None:
 
 
 def page_path(_: click.Context, __: click.Parameter, page: Path | None) -> Path | None:
-    """Where the report can be written, before anything is done for it."""
+    """Check that the report can be written, before the run."""
     if page is not None and not (page.parent.is_dir() and os.access(page.parent, os.W_OK | os.X_OK)):
         raise click.BadParameter(f"the folder {str(page.parent)!r} is not there, or cannot be written to")
     return page
@@ -116,7 +116,7 @@ def memory(_: click.Context, __: click.Parameter, text: str) -> int:
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     callback=page_path,
     metavar="FILE",
-    help="Write the run in pictures: an HTML page that needs nothing else.",
+    help="Draw the run as a self-contained HTML page.",
 )
 @common_options
 def demo(as_text: bool, size: int, page: Path | None) -> int:
@@ -124,7 +124,7 @@ def demo(as_text: bool, size: int, page: Path | None) -> int:
 
     Five processes: two endpoints, a bridge at each, and this one, which drives their monitors and sends back each
     network frame that comes out of a bridge. The machine's two vCPUs rewrite and check its memory all the time. Ends
-    with 1 if the numbers do not agree, with 3 if this machine cannot do it (vhostpc doctor says why).
+    with 1 if the numbers do not agree, with 3 if this computer cannot do it (vhostpc doctor says why).
     """
     start_logging()
     need_descriptors()

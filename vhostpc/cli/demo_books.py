@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 AT_SWITCH = 192
-"""Frames of a device that a switch can cost at most: those on their way, and those before the new place answered."""
+"""Most frames that a device can lose at a switch: those in flight, and those sent before the destination answered."""
 
 
 @dataclass
@@ -21,27 +21,27 @@ class Phase:
 
 @dataclass
 class Pages:
-    """Host pages, by the way that they came."""
+    """Host pages, by the path on which they arrived."""
 
     total: int = 0
     precopy: int = 0
-    """Came while the machine still ran at its source, and were not sent again."""
+    """Arrived while the machine still ran at its source, and were not sent again."""
     resent: int = 0
     """Arrivals in precopy that a later one, or postcopy, replaced."""
     background: int = 0
     requested: int = 0
-    """Sent because somebody waited for them."""
+    """Sent because a thread waited for them."""
     placed: int = 0
-    """Made at the destination in postcopy."""
+    """Placed at the destination in postcopy."""
     twice: int = 0
-    """Came in postcopy although they were there."""
+    """Arrived in postcopy although they were present."""
     checked: int = 0
     bad: int = 0
 
 
 @dataclass
 class Waits:
-    """What one client waited for pages, in nanoseconds."""
+    """How long one client waited for pages, in nanoseconds."""
 
     name: str
     faults: int
@@ -114,7 +114,7 @@ class Result:
 
 
 def percentile(sorted_values: Sequence[int], share: float) -> int:
-    """0 of none."""
+    """0 for an empty sequence."""
     if not sorted_values:
         return 0
     return sorted_values[min(len(sorted_values) - 1, int(share * len(sorted_values)))]
@@ -132,7 +132,7 @@ def frames_of(device: dict[str, Any]) -> Frames:
 
 
 def judge(result: Result, machines: Sequence[dict[str, Any]]) -> list[str]:
-    """What does not agree, one sentence each. ``machines``: the last reports of source and destination."""
+    """The disagreements, one sentence each. ``machines``: the last reports of source and destination."""
     found = []
 
     def must(good: bool, sentence: str) -> None:
@@ -148,41 +148,42 @@ def judge(result: Result, machines: Sequence[dict[str, Any]]) -> list[str]:
         for device in machine["devices"]:
             faults = device["faults"]
             must(
-                not faults["found-nothing"], f"{device['name']}: {faults['found-nothing']} faults of no page"
+                not faults["found-nothing"],
+                f"{device['name']}: {faults['found-nothing']} faults belong to no page",
             )
             must(not faults["waiting-now"], f"{device['name']}: {faults['waiting-now']} faults still wait")
     _judge_pages(result, must)
     for f in result.frames:
         must(
             f.sent == f.received + f.lost_at_switch + f.lost + f.flying,
-            f"{f.name}: {f.sent} frames were sent, and {f.received} came back, {f.lost_at_switch + f.lost} were "
-            f"lost, {f.flying} are on their way",
+            f"{f.name}: {f.sent} frames were sent, but {f.received} returned, {f.lost_at_switch + f.lost} were "
+            f"lost, {f.flying} are in flight",
         )
         must(f.lost == 0, f"{f.name}: {f.lost} frames were lost while the machine ran")
         must(f.lost_at_switch <= AT_SWITCH, f"{f.name}: {f.lost_at_switch} frames were lost at the switch")
-        must(f.received > 0, f"{f.name}: no frame came back")
-        must(f.damaged == 0, f"{f.name}: {f.damaged} frames came back damaged")
-        must(f.doubled == 0, f"{f.name}: {f.doubled} frames came back twice")
+        must(f.received > 0, f"{f.name}: no frame returned")
+        must(f.damaged == 0, f"{f.name}: {f.damaged} frames returned damaged")
+        must(f.doubled == 0, f"{f.name}: {f.doubled} frames returned twice")
     _judge_far(result, must)
     return found
 
 
 def _judge_pages(result: Result, must: Any) -> None:
     p, r = result.pages, result.requests
-    must(p.bad == 0, f"{p.bad} of {p.checked} pages are not what they should be")
+    must(p.bad == 0, f"{p.bad} of {p.checked} pages have the wrong content")
     must(
         p.precopy + p.placed == p.total,
-        f"{p.precopy} pages came by precopy and {p.placed} by postcopy, of {p.total}",
+        f"{p.precopy} pages arrived by precopy and {p.placed} by postcopy, of {p.total}",
     )
-    must(p.twice == 0, f"{p.twice} pages came twice in postcopy")
+    must(p.twice == 0, f"{p.twice} pages arrived twice in postcopy")
     must(
         p.background + p.requested == p.placed,
-        f"in postcopy {p.background} pages were sent in the background and {p.requested} on request, and {p.placed} "
+        f"in postcopy {p.background} pages were sent in the background and {p.requested} on request, but {p.placed} "
         "were placed",
     )
-    must(r.made == r.read, f"{r.made} pages were asked for, and {r.read} requests came to the source")
-    must(r.faults == r.wakes, f"{r.faults} faults were read and {r.wakes} answered")
-    must(r.made > 0, "nobody had to wait for a page: this was no postcopy")
+    must(r.made == r.read, f"{r.made} pages were requested, but {r.read} requests reached the source")
+    must(r.faults == r.wakes, f"{r.faults} faults were read, but {r.wakes} answered")
+    must(r.made > 0, "no thread had to wait for a page: this was not a postcopy migration")
 
 
 def _judge_far(result: Result, must: Any) -> None:
@@ -190,12 +191,10 @@ def _judge_far(result: Result, must: Any) -> None:
     sent = sum(f.sent for f in result.frames)
     received = sum(f.received for f in result.frames)
     away = sum(f.flying + f.lost_at_switch for f in result.frames)
-    must(far.damaged == 0, f"{far.damaged} frames came damaged out of the bridges")
-    must(far.doubled == 0, f"{far.doubled} frames came twice out of the bridges")
-    must(
-        far.came == far.echoed, f"{far.came} frames came out of the bridges, and {far.echoed} were sent back"
-    )
+    must(far.damaged == 0, f"{far.damaged} frames left the bridges damaged")
+    must(far.doubled == 0, f"{far.doubled} frames left the bridges twice")
+    must(far.came == far.echoed, f"{far.came} frames left the bridges, but {far.echoed} were sent back")
     must(
         received <= far.came <= sent and sent - far.came <= away,
-        f"{sent} frames were sent, {far.came} came out of the bridges, {received} came back",
+        f"{sent} frames were sent, {far.came} left the bridges, {received} returned",
     )

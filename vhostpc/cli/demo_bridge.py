@@ -25,7 +25,7 @@ from vhostpc.errors import is_foreseen, sentence
 
 RECEIVE_BUFFER = 4 << 20
 LEAVING = 10.0
-"""Seconds that the others may take to end when the parent is gone."""
+"""Seconds that the other processes may take to end when the parent has gone."""
 
 
 async def run(path: str, far: tuple[str, int]) -> None:

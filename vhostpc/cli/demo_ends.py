@@ -38,7 +38,7 @@ def _end_with(parent: int) -> None:
 
 @asynccontextmanager
 async def child(name: str, module: str, *arguments: str, log: Path) -> AsyncIterator[trio.Process]:
-    """``python -m module``; what it says on stderr goes to ``log``. Told to end when left, killed if it does not."""
+    """``python -m module``; its stderr goes to ``log``. On exit it is told to end, and killed if it does not."""
     argv = [sys.executable, "-m", module, *arguments]
     with log.open("wb") as errors:
         process = await trio.lowlevel.open_process(
@@ -53,7 +53,7 @@ async def child(name: str, module: str, *arguments: str, log: Path) -> AsyncIter
         yield process
     except Exception as error:
         if process.poll() is not None:
-            raise VhostpcError(f"the {name} ended by itself: {last_words(log)}") from error
+            raise VhostpcError(f"the {name} ended unexpectedly: {last_words(log)}") from error
         raise
     finally:
         with trio.CancelScope(shield=True):
@@ -71,9 +71,9 @@ async def child(name: str, module: str, *arguments: str, log: Path) -> AsyncIter
 
 
 def last_words(log: Path) -> str:
-    """The last line that a process said, without the program's name."""
+    """The last line that a process printed, without the program's name."""
     lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("vhostpc: ") if lines else "it said nothing"
+    return lines[-1].removeprefix("vhostpc: ") if lines else "it printed nothing"
 
 
 @asynccontextmanager
@@ -93,7 +93,7 @@ async def bridge(name: str, folder: Path, far: tuple[str, int]) -> AsyncIterator
 
 
 class End:
-    """An endpoint: its monitor, and what may be asked of it."""
+    """An endpoint: its monitor, and the requests to it."""
 
     def __init__(self, name: str, monitor: QmpClient) -> None:
         self.name = name
@@ -141,7 +141,7 @@ async def endpoint(name: str, folder: Path, *arguments: str) -> AsyncIterator[En
 
 @asynccontextmanager
 async def far_side() -> AsyncIterator[tuple[FarSide, tuple[str, int]]]:
-    """What stands behind the bridges: a UDP socket that checks each frame and sends it back; and its address."""
+    """The network behind the bridges: a UDP socket that checks each frame and sends it back; and its address."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
         sock.bind(("127.0.0.1", 0))

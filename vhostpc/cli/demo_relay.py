@@ -20,7 +20,7 @@ _RECORD = re.compile(
 
 
 def find_page(data: bytes, first: int) -> int | None:
-    """Where in ``data`` the content of a page at offset ``first`` of its block or behind it begins."""
+    """The index in ``data`` where the content of a page at or behind offset ``first`` of its block begins."""
     for match in _RECORD.finditer(data):
         begin = match.start() + 8
         end = begin + TARGET_PAGE
@@ -33,7 +33,7 @@ def find_page(data: bytes, first: int) -> int | None:
 
 
 class Relay:
-    """``harm``: damage the next page that comes by, of offset ``first`` or behind it."""
+    """``harm``: damage the next page at or behind offset ``first``."""
 
     def __init__(self, first: int) -> None:
         self.first = first
@@ -49,7 +49,7 @@ class Relay:
         return bytes(changed)
 
     async def serve(self, listener: trio.SocketListener, target: Path) -> None:
-        """Join one connection to ``target``, until both sides have ended."""
+        """Connect one connection to ``target``, until both sides have ended."""
         async with await listener.accept() as near, await trio.open_unix_socket(str(target)) as far:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._pump, near, far, True)
@@ -61,7 +61,7 @@ class Relay:
                 await to.send_all(self.pass_on(bytes(data)) if pages else data)
             await to.send_eof()
         except trio.BrokenResourceError:
-            pass  # whoever is left notices
+            pass  # the remaining side notices
 
 
 @asynccontextmanager
@@ -76,4 +76,4 @@ async def open_relay(path: Path, target: Path, first: int) -> AsyncIterator[Rela
         yield relay
         nursery.cancel_scope.cancel()
     if not relay.harmed:
-        raise VhostpcError("a byte was to be damaged on the way, and no page came by")
+        raise VhostpcError("a byte was to be damaged in transit, but no page passed")

@@ -1,4 +1,4 @@
-"""What ``vhostpc demo`` does: a machine of our own moves between two endpoints, by precopy and then by postcopy.
+"""The run of ``vhostpc demo``: a machine of our own moves between two endpoints, by precopy and then by postcopy.
 
 Four other processes: a source and a destination endpoint, driven by their monitors as a user would drive them, and a
 bridge at each end. The far side of the bridges is here: a UDP socket that sends each frame back.
@@ -32,13 +32,13 @@ VCPUS = 2
 BEFORE, PRECOPY, AFTER = 1.0, 2.5, 1.0
 """Seconds."""
 PRECOPY_RATE, POSTCOPY_RATE = 0.24, 0.15
-"""Shares of memory a second: precopy is left far from its end, and the background of postcopy takes a while."""
+"""Shares of memory per second: precopy stops far from its end, and the background of postcopy takes a while."""
 ONLY_REQUESTS = 1
-"""Bytes a second of background: none to speak of."""
+"""Bytes per second in the background: next to nothing."""
 BRIDGE_WAITS = 10.0
-"""Seconds for a bridge at the destination to need a page."""
+"""Seconds in which a bridge at the destination needs a page."""
 CHECKS = 3000
-"""Pages that a vCPU reads in a second: not so many that it fetches all by itself."""
+"""Pages that a vCPU reads per second: not so many that it fetches all on its own."""
 SAMPLE = 0.05
 CELLS = 640
 """Parts of memory whose pages are counted in each sample."""
@@ -49,11 +49,11 @@ STARTING, RUNNING, COPYING, FOLLOWING, THERE = (
     "before: the machine runs at its source",
     "precopy: pages are sent while it runs",
     "postcopy: it runs at the destination",
-    "after: all of its memory is there",
+    "after: all of its memory has arrived",
 )
 
 Show = Callable[[str, float], None]
-"""Told which phase it is, and how much of it is done (0 to 1)."""
+"""Receives the phase, and how much of it is done (0 to 1)."""
 
 
 def _silent(what: str, share: float) -> None:
@@ -72,8 +72,8 @@ class Sample(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """An answered fault: who waited for which host page, from when to when (seconds); whether it was asked for
-    because of it."""
+    """An answered fault: the client, the host page, the time from and to (seconds), and whether the page was
+    requested because of it."""
 
     who: str
     page: int
@@ -84,7 +84,7 @@ class Fault(NamedTuple):
 
 @dataclass
 class Story:
-    """What a report needs besides the numbers. Times in seconds since the traffic began."""
+    """The data of a report besides the numbers. Times in seconds since the traffic began."""
 
     size: int = SIZE
     cells: list[int] = field(default_factory=list)
@@ -96,7 +96,7 @@ class Story:
 
 
 class Demo:
-    """One run. ``size``: bytes of memory. ``harm``: damage one byte of a page on its way."""
+    """One run. ``size``: bytes of memory. ``harm``: damage one byte of a page in transit."""
 
     def __init__(self, show: Show = _silent, *, size: int = SIZE, harm: bool = False) -> None:
         self.show = show
@@ -109,14 +109,14 @@ class Demo:
         self._relay: Relay | None = None
 
     async def run(self) -> Result:
-        """Raises UfdError where the machine cannot do postcopy, VhostpcError when the work failed."""
-        Userfaultfd.open().close()  # whoever may not is told so before anything begins
+        """Raises UfdError where this computer cannot do postcopy, VhostpcError when the work failed."""
+        Userfaultfd.open().close()  # a user without the privilege is told before the run
         started = time.monotonic()
         with trio.move_on_after(LIMIT) as scope, socket_folder("vhostpc-demo-") as folder:
             async with AsyncExitStack() as stack:
                 await self._story(folder, stack)
         if scope.cancelled_caught:
-            raise VhostpcError(f"the demonstration was not over after {LIMIT:g} s")
+            raise VhostpcError(f"the demonstration did not end within {LIMIT:g} s")
         self.result.seconds = time.monotonic() - started
         return self.result
 
@@ -165,7 +165,7 @@ class Demo:
         self.show(what, 1)
 
     async def _wire(self, folder: Path, stack: AsyncExitStack, destination: End) -> str:
-        """The address of the destination; between it and the source there may be somebody who damages a byte."""
+        """The address of the destination, or of the relay before it that damages a byte."""
         path = folder / "migration.sock"
         await destination.set("postcopy-ram", "events")
         await destination.command("migrate-incoming", uri=f"unix:{path}")
@@ -207,7 +207,7 @@ class Demo:
         self.show(FOLLOWING, 1)
 
     async def _until_a_bridge_waits(self, source: End, destination: End) -> None:
-        """What this is about: before the background can bring all that a bridge needs, on a busy machine."""
+        """Wait for the bridge's faults, before the background can deliver all its pages on a busy computer."""
         with trio.move_on_after(BRIDGE_WAITS):
             while not any(device["faults"]["count"] for device in (await destination.report())["devices"]):
                 self._must_go_on(await source.migration(), source, "active", "device", "postcopy-active")
@@ -222,7 +222,7 @@ class Demo:
             )
 
     async def _sample(self, destination: End) -> None:
-        """How memory fills, until cancelled."""
+        """Sample how memory fills, until cancelled."""
         with self._sampling:
             while True:
                 found = await destination.command("x-vhostpc-map", cells=CELLS)
@@ -275,7 +275,7 @@ class Demo:
         r.problems = judge(r, (there, here))
 
     async def _faults(self, destination: End, here: dict[str, Any]) -> None:
-        """Every answered fault, with the name of whoever waited."""
+        """Every answered fault, with the name of the client that waited."""
         vcpus = {vcpu["thread"]: vcpu["name"] for vcpu in here["vcpus"]}
         backends = {device["name"] for device in here["devices"]}
         following = 0

@@ -1,6 +1,6 @@
-"""What ``vhostpc demo`` shows on a screen of any width, or where there is none: its phases, and the numbers.
+"""The output of ``vhostpc demo`` on a screen of any width, or without one: its phases, and the numbers.
 
-No number is cut: where a table does not fit, its rows are told one below the other.
+No number is cut: where a table does not fit, its rows are printed as lists.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from rich.text import Text
 from vhostpc.qmp.screen import is_dumb
 
 WIDE, MIDDLING, NARROW = 72, 44, 24
-"""Columns from which on a phase is told in a sentence, has a bar, has its time."""
+"""Columns from which a phase is described in a sentence, has a bar, has its time."""
 Show = Callable[[str, float], None]
 
 
 def screen(*, stderr: bool = False) -> Console:
-    """A terminal as wide as it is, whatever it can do."""
+    """A console of the terminal's width, for any terminal."""
     width, height = shutil.get_terminal_size()
     stream = sys.stderr if stderr else sys.stdout
     fixed = stream.isatty() and is_dumb()  # else found out by itself, and again when it changes
@@ -64,7 +64,7 @@ def fitting(
 
 
 def print_rows(console: Console, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """``head: value``, a line each; where that is too long, the value, which is never broken, on the next."""
+    """``head: value``, one per line; if that is too long, the value, which is never wrapped, on the next."""
     console.print(Text(title, "bold"))
     for first, *values in rows:
         told = [(head, value) for head, value in zip(heads[1:], values, strict=True) if value]
@@ -89,7 +89,7 @@ def print_table(console: Console, title: str, heads: Sequence[str], rows: Sequen
 
 
 def columns(width: int) -> list[ProgressColumn]:
-    """Those for which there is room."""
+    """The columns that fit."""
     name = "{task.description:40}" if width >= WIDE else "{task.fields[short]:9}"
     found: list[ProgressColumn] = [TextColumn(name)]
     if width >= MIDDLING:
@@ -107,7 +107,7 @@ def short(phase: str) -> str:
 
 @contextmanager
 def phases() -> Iterator[Show]:
-    """Shows on stderr how far each phase is: as a bar that grows, or else a line when it is over."""
+    """Shows the progress of each phase on stderr: as a growing bar, or as a line when it is over."""
     console = screen(stderr=True)
     if not console.is_terminal:
         over: set[str] = set()

@@ -15,14 +15,14 @@ def volume(count: int) -> str:
 
 
 def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
-    """What is told of a run: titles, heads and rows, numbers as text. For the terminal and the report."""
+    """The tables of a run: titles, heads and rows, numbers as text. For the terminal and the report."""
     p, b = result.pages, result.bytes
     share = 100 / max(p.total, 1)
     came = [
         ["precopy", f"{p.precopy}", f"{p.precopy * share:.1f} %"],
         ["postcopy, in the background", f"{p.background}", f"{p.background * share:.1f} %"],
-        ["postcopy, because somebody waited", f"{p.requested}", f"{p.requested * share:.1f} %"],
-        ["all", f"{p.total}", ""],
+        ["postcopy, on request", f"{p.requested}", f"{p.requested * share:.1f} %"],
+        ["total", f"{p.total}", ""],
         ["bad", f"{p.bad}", ""],
     ]
     waits = [
@@ -41,23 +41,23 @@ def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
         ["downtime, as QEMU counts it", f"{result.downtime_ms} ms"],
         ["whole migration", f"{result.total_ms} ms"],
         ["bytes by precopy", volume(b.precopy)],
-        ["bytes while the machine stood", volume(b.downtime)],
+        ["bytes while the machine was stopped", volume(b.downtime)],
         ["bytes by postcopy", volume(b.postcopy)],
     ]
     return [
-        ("how the pages came", ["way", "pages", "share"], came),
+        ("how the pages arrived", ["path", "pages", "share"], came),
         (
-            "who waited for pages",
-            ["who", "faults", "p50", "p99", "longest", "stood at the switch"],
+            "waits for missing pages",
+            ["who", "faults", "p50", "p99", "longest", "stopped at the switch"],
             waits,
         ),
         (
             "network frames",
-            ["device", "sent", "came back", "lost at the switch", "lost else", "on their way"],
+            ["device", "sent", "returned", "lost at the switch", "lost otherwise", "in flight"],
             frames,
         ),
-        ("times and bytes", ["what", "how much"], times),
+        ("times and bytes", ["figure", "value"], times),
     ]
 
 
-GOOD = "Every frame and every page is accounted for, each page came once and is what it should be."
+GOOD = "Every frame and every page is accounted for; each page arrived once, with the right content."

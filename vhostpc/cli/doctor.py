@@ -1,4 +1,4 @@
-"""``vhostpc doctor``: can this machine do it, and what to change if not."""
+"""``vhostpc doctor``: whether postcopy can work on this computer, and what to change if not."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ MARKS = {
 
 
 LEAST_TEXT = 40
-"""Columns of text that are worth standing beside a name."""
+"""The narrowest text, in columns, that is put beside a name."""
 
 
 def text_report(checks: list[Check], columns: int | None = None) -> str:
-    """One line a check; what to do about it on the next. ``columns``: of a screen, on which lines are broken."""
+    """One line per check, and its remedy on the next. ``columns``: the width at which lines are wrapped."""
     width = max(len(c.name) for c in checks)
     beside = columns is None or columns - width - 8 >= LEAST_TEXT
     lines = []
@@ -46,14 +46,14 @@ def text_report(checks: list[Check], columns: int | None = None) -> str:
 
 
 def broken(text: str, columns: int | None) -> list[str]:
-    """Between words only: what is longer, such as a path, can still be copied."""
+    """Wrap between words only, so that a long word, such as a path, can still be copied."""
     if columns is None:
         return [text]
     return textwrap.wrap(text, max(columns, 1), break_long_words=False, break_on_hyphens=False)
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for programs.")
 @common_options
 def doctor(as_json: bool) -> int:
     """Say whether postcopy migration of vhost-user devices can work here, and what to change if not.

@@ -45,7 +45,7 @@ MOST_A_SECOND = 1_000_000_000
 
 
 def size(text: str) -> int:
-    """Bytes from what QEMU takes for a size: 256M, 1.5G, 268435456, 0x10000000; and 256MB."""
+    """Bytes from a size in QEMU's notation: 256M, 1.5G, 268435456, 0x10000000; and 256MB."""
     try:
         found = sizes.size(re.sub(r"(?i)(?<=[0-9.][kmgtpe])b$", "", text.strip()))
     except sizes.TooLarge:
@@ -57,12 +57,12 @@ def size(text: str) -> int:
         why = " (a hexadecimal number is whole bytes, without a unit)" if hexadecimal else ""
         raise click.BadParameter(f"{text!r} is not a size such as 256M or 1.5G{why}")
     if found >> 63:
-        raise click.BadParameter(f"{text!r} is more than a file can have, 2^63 - 1 bytes")
+        raise click.BadParameter(f"{text!r} is more than the largest file size, 2^63 - 1 bytes")
     return found
 
 
 class Seconds(click.FloatRange):
-    """A number that is one: no NaN, which is in every range."""
+    """A number, but not NaN, which passes every range check."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         found = super().convert(value, param, ctx)
@@ -88,11 +88,11 @@ def blocks(_: click.Context, __: click.Parameter, given: Sequence[str]) -> list[
         ram = Block(name, size(length), page)
         if page < TARGET_PAGE or page & (page - 1):
             raise click.BadParameter(
-                f"page={value}: the size of a host page is a power of two from 4 KiB on, not {in_units(page)}"
+                f"page={value}: the size of a host page must be a power of two, at least 4 KiB, not {in_units(page)}"
             )
         if ram.length == 0 or ram.length % page:
             raise click.BadParameter(
-                f"{text!r}: {in_units(ram.length)} are not whole pages of {in_units(page)}"
+                f"{text!r}: {in_units(ram.length)} is not a whole number of pages of {in_units(page)}"
             )
         if name in found:
             raise click.BadParameter(f"there are two blocks {name!r}")
@@ -111,7 +111,7 @@ def unix_path(_: click.Context, __: click.Parameter, text: str | None) -> str | 
 
 
 def monitor_place(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
-    """``stdio`` or ``unix:PATH``; a path in any form of its own."""
+    """``stdio`` or ``unix:PATH``, with a path of any form."""
     return text if text in (None, STDIO) else f"unix:{unix_path(context, parameter, text)}"
 
 
@@ -156,7 +156,7 @@ async def serve(
 
 @contextlib.asynccontextmanager
 async def held(ram: Sequence[Block]) -> AsyncIterator[Machine]:
-    """The machine to come, whose named blocks must be as said."""
+    """The expected machine, whose named blocks must have the given sizes."""
     with HeldMachine(
         page_sizes={block.name: block.page_size for block in ram},
         lengths={block.name: block.length for block in ram},
@@ -176,7 +176,7 @@ async def run(
     incoming: str | None,
     screen: Screen | None = None,
 ) -> BaseException | None:
-    """Make the machine and serve it; why a machine that was waited for did not come, None if all is well."""
+    """Create the machine and serve it; returns why an expected machine did not arrive, None if all is well."""
     events = Events(options)
     async with open_it as machine:
         if incoming is None and not stopped:
@@ -201,7 +201,7 @@ async def run(
     "--monitor",
     callback=monitor_place,
     metavar="stdio|unix:PATH",
-    help="Serve the text monitor here, or on a unix socket.",
+    help="Serve the text monitor on the terminal, or on a unix socket.",
 )
 @click.option(
     "--ram",
@@ -226,7 +226,7 @@ async def run(
     default=10,
     show_default=True,
     metavar="SECONDS",
-    help="How long a back-end's answer may take.",
+    help="Longest time for a back-end's answer.",
 )
 @click.option(
     "--vcpu-writes",
@@ -234,7 +234,7 @@ async def run(
     default=1000,
     show_default=True,
     metavar="N",
-    help="Pages that each vCPU rewrites in a second.",
+    help="Pages that each vCPU rewrites per second.",
 )
 @click.option(
     "--vcpu-checks",
@@ -242,17 +242,17 @@ async def run(
     default=20000,
     show_default=True,
     metavar="N",
-    help="Pages that each vCPU reads and checks in a second.",
+    help="Pages that each vCPU reads and checks per second.",
 )
 @click.option(
     "--dirty-tracking",
     type=click.Choice(["wp-async", "wp-sync"]),
-    help="How writes are found while it leaves.  [default: the best that the kernel has]",
+    help="How writes are detected while it migrates away.  [default: the best that the kernel has]",
 )
 @click.option(
     "--trace-faults",
     is_flag=True,
-    help="Remember the last 65536 answered page faults one by one (x-vhostpc-trace).",
+    help="Record the last 65536 answered page faults individually (x-vhostpc-trace).",
 )
 @click.option(
     "--spin-us",
@@ -260,31 +260,31 @@ async def run(
     default=0,
     show_default=True,
     metavar="N",
-    help="Look on for N microseconds after each fault and each page of a postcopy before sleeping: keeps up to two "
-    "cores busy, and only helps where these are free.",
+    help="Keep polling for N microseconds after each fault and each page of a postcopy before sleeping: occupies "
+    "up to two cores, and only helps where these are idle.",
 )
 @click.option(
-    "--incoming", metavar="URI|defer", help="Wait for a machine to come from there, or for migrate-incoming."
+    "--incoming", metavar="URI|defer", help="Wait for a machine from there, or for migrate-incoming."
 )
 @click.option(
     "--compat",
     type=click.Choice(list(DIALECTS)),
     default=DEFAULT,
     show_default=True,
-    help="The QEMU whose manners are kept.",
+    help="The QEMU version whose behaviour is followed.",
 )
-@click.option("-S", "--stopped", is_flag=True, help="Do not start the machine: cont does.")
+@click.option("-S", "--stopped", is_flag=True, help="Start with the machine stopped; cont starts it.")
 @click.option(
     "--postcopy-after-seconds",
     type=Seconds(min=0),
     metavar="N",
-    help="Switch a precopy to postcopy by itself after N seconds.",
+    help="Switch a precopy to postcopy automatically after N seconds.",
 )
 @click.option(
     "--postcopy-after-passes",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Switch a precopy to postcopy by itself after N passes.",
+    help="Switch a precopy to postcopy automatically after N passes.",
 )
 @common_options
 def endpoint(
@@ -305,19 +305,19 @@ def endpoint(
     postcopy_after_seconds: float | None,
     postcopy_after_passes: int | None,
 ) -> int:
-    """One end of migrations: a machine of its own that runs, or one that comes, is held, and is sent on.
+    """Play one end of a migration: run a machine of its own, or receive one, hold it, and send it on.
 
-    With --incoming and neither --vcpus nor --backend it holds what comes from QEMU as it came; --ram then says only
-    how large its blocks are. Else it has a machine of its own, which needs --ram; with --incoming that is empty until
-    one comes. The monitor's commands are QEMU's. SIGTERM, SIGINT, SIGHUP and the monitor's quit end it with code 0;
-    a machine that fails to come ends it with 1.
+    With --incoming and neither --vcpus nor --backend it holds a machine from QEMU unchanged; --ram then only sets the
+    sizes of its blocks. Otherwise it has a machine of its own, which needs --ram; with --incoming that is empty until
+    one arrives. The monitor's commands are QEMU's. SIGTERM, SIGINT, SIGHUP and the monitor's quit end it with code 0;
+    a machine that fails to arrive ends it with 1.
     """
     if qmp is None and monitor is None:
-        raise click.UsageError("give --qmp or --monitor, or nobody can drive it")
+        raise click.UsageError("give --qmp or --monitor: without one, nobody can control it")
     own = incoming is None or vcpus is not None or bool(backend)
     if own and not ram:
         raise click.UsageError(
-            "give --ram for a machine of its own, or --incoming alone to hold one that comes"
+            "give --ram for a machine of its own, or --incoming alone to hold one that arrives"
         )
     spec = Spec(
         ram,
@@ -340,5 +340,5 @@ def endpoint(
     )
     if error is not None:
         what = sentence(error) if is_foreseen(error) else "failed"
-        raise Failure(f"the machine did not come: {what}")
+        raise Failure(f"the machine did not arrive: {what}")
     return 0

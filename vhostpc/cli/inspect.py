@@ -1,4 +1,4 @@
-"""``vhostpc inspect``: tells a migration stream in words, and names the first byte of it that is wrong."""
+"""``vhostpc inspect``: describes a migration stream, and names its first wrong byte."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def opened(source: str) -> Iterator[Callable[[int], bytes]]:
     elif kind == "tcp" and rest:
         host, _, port = rest.rpartition(":")
         if not port.isdigit() or int(port) > 65535:
-            raise click.BadParameter(f"{source}: tcp:HOST:PORT wants a port from 0 to 65535")
+            raise click.BadParameter(f"{source}: tcp:HOST:PORT needs a port from 0 to 65535")
         host = host.removeprefix("[").removesuffix("]")
         with _first(_tcp((host, int(port)))) as read:
             yield read
@@ -68,7 +68,7 @@ def opened(source: str) -> Iterator[Callable[[int], bytes]]:
 
 
 def inspect_stream(read: Callable[[int], bytes], tell: Tell, limit: int = MAX_DEVICES) -> Report:
-    """Read to the end of the stream, of the bytes, or to the first byte that is wrong; tell each element."""
+    """Read to the end of the stream, of the bytes, or to the first wrong byte; report each element."""
     report = Report(tell)
     reader = StreamReader(limit=limit)
     try:
@@ -89,10 +89,10 @@ def inspect_stream(read: Callable[[int], bytes], tell: Tell, limit: int = MAX_DE
 
 @click.command()
 @click.argument("source", metavar="FILE|-|unix:PATH|tcp:HOST:PORT", shell_complete=complete_file)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for programs.")
 @common_options
 def inspect(source: str, as_json: bool) -> int:
-    """Tell a migration stream of QEMU in words: machine, sections, RAM pages, commands, package, description.
+    """Describe a migration stream of QEMU: machine, sections, RAM pages, commands, package, description.
 
     With unix: and tcp: it listens for one source, as a destination would, and never answers. Exit code 1 if
     a byte of the stream is wrong; the first one is named.
@@ -105,5 +105,5 @@ def inspect(source: str, as_json: bool) -> int:
     if report.wrong is None:
         return DONE
     if isinstance(told, Words) and sys.stdout.isatty():
-        return FAILED  # whoever reads it has just been told
+        return FAILED  # the reader has just been told
     raise Failure(str(report.wrong))

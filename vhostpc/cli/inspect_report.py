@@ -1,4 +1,4 @@
-"""What ``vhostpc inspect`` gathers from a stream's events, and how it tells it."""
+"""The contents of a stream as ``vhostpc inspect`` collects and prints them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vhostpc.wire.split import split_package
 
 @dataclass
 class RamSections:
-    """RAM sections that follow one another without anything between: told in one line."""
+    """Consecutive RAM sections, which are reported in one line."""
 
     offset: int
     sections: int = 0
@@ -49,7 +49,7 @@ def command_words(event: object) -> str:
         case el.Ping(value=value):
             return f"PING {value}"
         case el.PostcopyAdvise(page_sizes=None):
-            return "POSTCOPY_ADVISE, not of RAM"
+            return "POSTCOPY_ADVISE, not for RAM"
         case el.PostcopyAdvise(page_sizes=sizes, target_page=target):
             return f"POSTCOPY_ADVISE: host pages of {page_sizes(sizes)}, target pages of {page_sizes(target)}"
         case el.RamDiscard(block=block, ranges=ranges):
@@ -69,11 +69,11 @@ def command_words(event: object) -> str:
 
 
 Tell = Callable[[int, str, str, dict[str, Any]], None]
-"""Takes what is said about an element: its offset, its kind, words for people, names and values for machines."""
+"""Receives an element: its offset, its kind, words for people, names and values for programs."""
 
 
 class Report:
-    """Feed it events: each element is told at once. Then ``lines`` or ``as_json`` have what there is to say of all.
+    """Feed it events: each element is reported at once. Then ``lines`` or ``as_json`` summarize the stream.
 
     Nothing is kept for each element: a stream may have any number of them.
     """
@@ -84,9 +84,9 @@ class Report:
         self.pages: dict[str, Counter[str]] = {}
         self.wrong: el.BadStream | None = None
         self.refused: dict[str, int] = {}
-        """What a destination of ours does not take, with the byte where it stands first."""
+        """Elements that our destination refuses, with the first byte of each."""
         self.doubts: list[int] = []
-        """Bytes before which device sections can be read in another way, too."""
+        """Bytes before which device sections have a second reading."""
         self.trailing = 0
         self._return_path = False
         self._ram: RamSections | None = None
@@ -160,7 +160,7 @@ class Report:
             case el.Package():
                 self._row(event.offset, "package", f"{len(event.blob)} bytes:", size=len(event.blob))
                 if not self._return_path:
-                    self._refuse(event, "a package, and no return path to ask for pages on was opened")
+                    self._refuse(event, "a package, but no return path for page requests was opened")
                 found = split_package(event)
                 for inner in found.elements:
                     self._element(inner, "  ")
@@ -200,12 +200,12 @@ class Report:
         except StreamError:
             count = 0
         words = f"{len(event.text)} bytes of JSON about {counted(count, 'device section')}"
-        words += ", which do not fit" if event.disagrees else ", all as long as it says"
+        words += ", which do not match" if event.disagrees else ", all with the lengths that it gives"
         self._row(event.offset, "description", words, size=len(event.text), devices=count)
         self.wrong = event.disagrees
 
     def lines(self) -> Iterator[str]:
-        """What follows the elements, in words."""
+        """The lines after the elements."""
         if self.blocks:
             width = max(len(block.name) for block in self.blocks)
             yield ""
@@ -219,13 +219,13 @@ class Report:
                 )
         if self.trailing:
             yield ""
-            yield f"{self.trailing} bytes follow the end; they are not part of the stream."
+            yield f"{self.trailing} bytes follow the end. They are not part of the stream."
         for doubt in self.doubts:
             yield ""
-            yield f"The device sections before byte {doubt} can be read in more than one way."
+            yield f"The device sections before byte {doubt} have more than one reading."
         if self.refused:
             yield ""
-            yield "A destination of ours refuses this stream:"
+            yield "Our destination refuses this stream:"
             for why, offset in self.refused.items():
                 yield f"{offset:>12}  {why}"
         yield ""
@@ -253,7 +253,7 @@ class Report:
 
 
 class Words:
-    """Tells in words, a line for each element."""
+    """Prints words, one line per element."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -266,7 +266,7 @@ class Words:
 
 
 class Json:
-    """Tells one JSON object, element by element."""
+    """Prints one JSON object, element by element."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out

@@ -1,6 +1,6 @@
-"""The command ``vhostpc``: finds the subcommand, and turns what went wrong into one sentence and a code.
+"""The command ``vhostpc``: finds the subcommand, and turns an error into one sentence and an exit code.
 
-Exit codes: 0 done, 1 the work failed, 2 wrong usage, 3 this machine cannot do it (``vhostpc doctor`` says
+Exit codes: 0 done, 1 the work failed, 2 wrong usage, 3 this computer cannot do it (``vhostpc doctor`` says
 why), 130 interrupted from the keyboard.
 """
 
@@ -22,25 +22,28 @@ INTERRUPTED = 130
 
 # Name: (where it lives, what --help says). A subcommand is imported when it is called.
 COMMANDS = {
-    "backend": ("vhostpc.cli.backend:backend", "Serve a device of yours to a vhost-user front-end."),
-    "bridge": ("vhostpc.cli.bridge:bridge", "Join a guest's network card to UDP or to a tap device."),
+    "backend": ("vhostpc.cli.backend:backend", "Serve your own device to a vhost-user front-end."),
+    "bridge": ("vhostpc.cli.bridge:bridge", "Connect a guest's network card to UDP or to a tap device."),
     "blk": ("vhostpc.cli.blk:blk", "Serve a file, or memory, to a guest as a disk."),
     "demo": (
         "vhostpc.cli.demo:demo",
-        "Show a postcopy migration with traffic on this machine, without QEMU.",
+        "Show a postcopy migration with traffic on this computer, without QEMU.",
     ),
     "endpoint": (
         "vhostpc.cli.endpoint:endpoint",
-        "Receive, hold and send machines as QEMU does, driven by its monitor commands.",
+        "Receive, hold and send machines as QEMU does, driven by QEMU's monitor commands.",
     ),
     "inspect": (
         "vhostpc.cli.inspect:inspect",
-        "Tell a migration stream of QEMU in words; name its first wrong byte.",
+        "Describe a migration stream of QEMU; name its first wrong byte.",
     ),
-    "doctor": ("vhostpc.cli.doctor:doctor", "Say whether this machine can do it, and what to change if not."),
+    "doctor": (
+        "vhostpc.cli.doctor:doctor",
+        "Say whether postcopy can work on this computer, and what to change if not.",
+    ),
     "completion": (
         "vhostpc.cli.completion:completion",
-        "Print a script by which a shell completes commands, options and file names.",
+        "Print a script with which a shell completes commands, options and file names.",
     ),
 }
 
@@ -63,7 +66,7 @@ class LazyGroup(click.Group):
         return load(cmd_name) if cmd_name in COMMANDS else None
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """The names, without loading what they stand for: a person waits at each press of the key."""
+        """The names, without loading the subcommands: a person waits at each key press."""
         found = [
             CompletionItem(name, help=text)
             for name, (_, text) in COMMANDS.items()
@@ -90,7 +93,7 @@ def _version(context: click.Context, _: click.Parameter, value: bool) -> None:
 )
 @common_options
 def cli() -> None:
-    """vhost-user back-ends that live through postcopy migration."""
+    """vhost-user back-ends that survive postcopy migration."""
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:
@@ -111,7 +114,7 @@ def told(error: BaseException) -> tuple[str, int]:
 
 
 def report(error: BaseException, debug: bool) -> int:
-    """Tell the user about the first error that counts; returns the exit code."""
+    """Report the most important error to the user; returns the exit code."""
     found = list(leaves(error))
     # A wrong option and an interrupt come first, then what we raise on purpose, then the rest.
     for kind in (click.ClickException, KeyboardInterrupt, click.Abort, VhostpcError, OSError, BaseException):

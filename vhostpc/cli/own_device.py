@@ -1,4 +1,4 @@
-"""A user's device class: found by name, and made. What is wrong in the user's code is told by its file and line."""
+"""A user's device class: found by name, and created. Errors in the user's code are reported with file and line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGE = str(Path(__file__).resolve().parent.parent)
 
 
 def find(target: str) -> Callable[..., Any]:
-    """What ``MODULE:NAME`` or ``FILE.py:NAME`` means; the current folder is searched first."""
+    """The object that ``MODULE:NAME`` or ``FILE.py:NAME`` names; the current folder is searched first."""
     module_name, colon, name = target.rpartition(":")
     if not colon or not module_name or not name:
         raise click.BadParameter(f"{target!r} is not MODULE:CLASS or FILE.py:CLASS", param_hint=HINT)
@@ -55,7 +55,7 @@ def load_module(name: str) -> Any:
 
 
 def load_file(path: Path) -> Any:
-    """Import a source file by its path; it may import what lies beside it, as a program may."""
+    """Import a source file by its path; it may import modules beside it, as a program may."""
     try:
         with path.open("rb"):
             pass
@@ -79,12 +79,13 @@ def make(factory: Callable[..., Any], arguments: dict[str, str]) -> Device:
         inspect.signature(factory).bind(**arguments)
     except TypeError as e:
         given = ", ".join(arguments) or "none"
-        raise click.UsageError(f"{name}: {e} (options given by -o: {given})") from None
+        raise click.UsageError(f"{name}: {e} (options given with -o: {given})") from None
     with telling(name):
         device = factory(**arguments)
     if not isinstance(device, Device):
         raise click.BadParameter(
-            f"{name} makes a {type(device).__name__}, which is no vhostpc.backend.Device", param_hint=HINT
+            f"{name} returns a {type(device).__name__}, which is not a vhostpc.backend.Device",
+            param_hint=HINT,
         )
     try:
         check_device(device)
@@ -95,7 +96,7 @@ def make(factory: Callable[..., Any], arguments: dict[str, str]) -> Device:
 
 @contextmanager
 def telling(what: str) -> Iterator[None]:
-    """What the user's code raises in this block becomes one sentence: file, line and error.
+    """Turn an exception of the user's code in this block into one sentence: file, line and error.
 
     ``what``: named where no line is known. A VhostpcError is a sentence already.
     """
@@ -108,7 +109,7 @@ def telling(what: str) -> Iterator[None]:
 
 
 def in_words(error: BaseException) -> str:
-    """The error without its place."""
+    """The error without its location."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg}"
     if isinstance(error, OSError | MemoryError):
@@ -117,7 +118,7 @@ def in_words(error: BaseException) -> str:
 
 
 def place(error: BaseException) -> str | None:
-    """File and line of the user's code that an error came from; None where none of it was at work."""
+    """File and line of the user's code that an error came from; None if it was not involved."""
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():
         return f"{error.filename}, line {error.lineno}" if error.lineno else error.filename
     # The innermost line that is neither Python's nor ours; one of an installed module only where there is no other.
@@ -131,6 +132,6 @@ def place(error: BaseException) -> str | None:
 
 
 def is_pythons(filename: str) -> bool:
-    """Whether a file is of the standard library."""
+    """Whether a file belongs to the standard library."""
     library = sysconfig.get_path("stdlib")
     return filename.startswith(library + os.sep) and "site-packages" not in filename

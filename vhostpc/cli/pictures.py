@@ -59,7 +59,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def svg(width: float, height: float, parts: Iterable[str], title: str) -> str:
-    """One picture. ``title`` is read out where nobody sees."""
+    """One picture. ``title`` is read out to people who cannot see it."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="pic" viewBox="0 0 {number(width)} {number(height)}" '
         f'width="{number(width)}" height="{number(height)}" role="img"><title>{escape(title)}</title>'
@@ -69,7 +69,7 @@ def svg(width: float, height: float, parts: Iterable[str], title: str) -> str:
 
 @dataclass
 class Band:
-    """A phase: its name, and from when to when; ``gap``: the machine stood."""
+    """A phase: its name, and from when to when; ``gap``: the machine was stopped."""
 
     name: str
     begin: float
@@ -141,7 +141,7 @@ class Frame:
         self.parts.append(f'<path class="{kind}" d="M{path}Z"/>')
 
     def dots(self, points: Iterable[tuple[float, float]], kind: str) -> None:
-        """Those that would lie on one another are drawn once."""
+        """Dots that would overlap are drawn once."""
         path, at = "", (0, 0)
         for x, y in sorted({(round(x), round(y)) for x, y in points}):
             path += f"m{x - at[0]} {y - at[1]}h0"
@@ -150,7 +150,7 @@ class Frame:
             self.parts.append(f'<path class="{kind} dots" d="{path.replace("m", "M", 1)}"/>')
 
     def intervals(self, found: Sequence[tuple[float, float]], y: float, height: float, kind: str) -> None:
-        """How much of each moment is in one of these spans of time, none of which meets another: as columns."""
+        """The share of each moment that lies in these disjoint spans of time, as columns."""
         step = 1.5
         count = math.ceil((self.right - self.left) / step)
         second = (self.right - self.left) / (self.end - self.begin)

@@ -1,4 +1,4 @@
-"""What all back-end programs have in common: their socket, the signals that end them, the line that says "ready".
+"""The parts common to all back-end programs: their socket, the signals that end them, the line that says "ready".
 
 "Backend program conventions" of the vhost-user specification: ``--socket-path``, ``--fd``,
 ``--print-capabilities``, no daemon, SIGTERM ends it with 0, early failure with a message on stderr.
@@ -42,7 +42,7 @@ NO_GROUP = 0xFFFFFFFF
 
 
 class Work(Protocol):
-    """Something to run for as long as the program lives; says when it is ready."""
+    """A task that runs as long as the program; it reports when it is ready."""
 
     async def __call__(self, *, task_status: trio.TaskStatus[None]) -> None: ...
 
@@ -68,7 +68,7 @@ TYPES = {
 
 
 def capabilities(kind: Device | type[Device]) -> str:
-    """What ``--print-capabilities`` prints: the type, and features that a manager may ask for."""
+    """The output of ``--print-capabilities``: the type, and features that a manager may ask for."""
     number = getattr(kind, "device_id", 0)
     if number not in TYPES:
         raise Failure(
@@ -79,7 +79,7 @@ def capabilities(kind: Device | type[Device]) -> str:
 
 @dataclass(frozen=True)
 class Program:
-    """What the options that every back-end program takes said. ``mode`` and ``group`` are None if nothing did."""
+    """The values of the options common to all back-end programs. ``mode`` and ``group`` are None if not given."""
 
     path: str | None
     fd: int | None
@@ -91,13 +91,13 @@ class Program:
     options: Options
 
     def begin(self) -> None:
-        """Before there is a device: what was asked for makes sense, and this process has what it takes."""
+        """Check, before the device exists, that the options are consistent and that this process can serve."""
         if (self.path is None) == (self.fd is None):
             raise click.UsageError("give one of --socket-path and --fd")
         if self.connect and self.fd is not None:
-            raise click.UsageError("--connect goes with --socket-path")
+            raise click.UsageError("--connect needs --socket-path")
         if (self.connect or self.fd is not None) and (self.mode is not None or self.group is not None):
-            raise click.UsageError("--socket-mode and --socket-group are for a socket that is made here")
+            raise click.UsageError("--socket-mode and --socket-group need a socket that is created here")
         start_logging()
         need_descriptors()
         if self.require_postcopy and not (found := probe()).ok:
@@ -110,7 +110,7 @@ class Program:
         heard: Mapping[signal.Signals, Callable[[], None]] | None = None,
         beside: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """Serve ``device`` until a signal ends the program, or the last front-end has gone.
+        """Serve ``device`` until a signal ends the program, or the last front-end has disconnected.
 
         ``heard``: signals that do not end it, and what they call. ``beside``: runs for as long as it serves.
         """
@@ -135,20 +135,20 @@ class Program:
 
 
 def program_options(*, path: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The options of a :class:`Program`, which the command gets as ``program``. ``path``: where none is given."""
+    """The options of a :class:`Program`, which the command receives as ``program``. ``path``: the default."""
     parts = [
         click.option(
             "-u",
             "--socket-path",
             type=click.Path(),
             metavar="PATH",
-            help="Unix socket to make and listen on." + (f"  [default: {path}]" if path else ""),
+            help="Unix socket to create and listen on." + (f"  [default: {path}]" if path else ""),
         ),
         click.option(
             "--fd",
             type=click.IntRange(min=3),
             metavar="N",
-            help="An open unix socket instead, listening or connected.",
+            help="Open unix socket to use instead, listening or connected.",
         ),
         click.option(
             "-c", "--connect", is_flag=True, help="Connect to the socket instead of listening on it."
@@ -167,7 +167,7 @@ def program_options(*, path: str | None = None) -> Callable[[Callable[..., Any]]
             callback=group_id,
             help="Group of the socket file, by name or number.  [default: this process's]",
         ),
-        click.option("--once", is_flag=True, help="End with the first front-end's session."),
+        click.option("--once", is_flag=True, help="Exit after the first front-end's session."),
         click.option(
             "--hide-feature",
             multiple=True,
@@ -185,10 +185,10 @@ def program_options(*, path: str | None = None) -> Callable[[Callable[..., Any]]
         click.option(
             "--require-postcopy",
             is_flag=True,
-            help="End with 3 at once if postcopy cannot be offered here.",
+            help="Exit with 3 at once if postcopy cannot be offered here.",
         ),
         click.option(
-            "--print-capabilities", is_flag=True, help="Print what the program can do as JSON, and end."
+            "--print-capabilities", is_flag=True, help="Print the program's capabilities as JSON, and exit."
         ),
         common_options,
     ]
@@ -293,7 +293,7 @@ async def serve_fd(
 async def listen_to(
     signals: AsyncIterator[int], scope: trio.CancelScope, heard: Mapping[signal.Signals, Callable[[], None]]
 ) -> None:
-    """Cancel ``scope`` at the first signal that ends programs; a second one of the kind ends the process as usual."""
+    """Cancel ``scope`` at the first signal that ends programs; a second one of that kind ends the process as usual."""
     async for number in signals:
         if number in heard:
             heard[signal.Signals(number)]()

@@ -1,4 +1,4 @@
-"""The report of ``vhostpc demo``: a run in pictures, as one HTML page that needs nothing else."""
+"""The report of ``vhostpc demo``: a run in pictures, as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from vhostpc.units import TARGET_PAGE
 
 COLUMNS = 40
 MOST_DOTS = 2500
-"""Of each client, so that the page stays small; the slowest are kept."""
+"""Most faults of each client, so that the page stays small; the slowest are kept."""
 LEAST_WIDTH = 820
 """Pixels of a picture in a window: where it has fewer, it scrolls. Its letters would be too small to read."""
 KEY = (
-    ("gap", "pink: the switch. The machine stands: it has left its source and does not run here yet"),
-    ("alarm", "red: a vCPU that stands at the switch, from its last beat at the source to its first here"),
+    ("gap", "pink: the switch. The machine is stopped: it has left its source and does not run here yet"),
+    (
+        "alarm",
+        "red: a vCPU that is stopped at the switch, from its last beat at the source to its first here",
+    ),
 )
-"""What has one meaning in all pictures."""
+"""The colours that mean the same in all pictures."""
 PAGE_STYLE = """
 :root{color-scheme:light dark;--ink:#23272e;--soft:#5d6570;--line:#d9dde3;--back:#fff;--good:#1f7a55;--bad:#b3261e;
 --alarm:#c23b3b}
@@ -73,20 +76,20 @@ class Pictures:
             "arrivals": (
                 "How memory arrives",
                 "The height is the memory that the destination holds. In precopy it grows while the machine still "
-                "runs at its source; at the switch the pages that were rewritten meanwhile are thrown away, and all "
-                "that is missing follows: in the background, or at once where somebody waits for it.",
+                "runs at its source; at the switch the pages that were rewritten meanwhile are discarded, and all "
+                "missing pages follow: in the background, or at once where a thread waits for one.",
                 self.arrivals(),
             ),
             "faults": (
                 "How long a missing page takes",
-                "Each dot is one page fault: when somebody touched a page that was missing, and how long they waited "
-                "until it had come from the source (the scale is logarithmic; a tenfold wait is a line higher).",
+                "Each dot is one page fault: when a thread touched a missing page, and how long it waited until the "
+                "page arrived from the source (the scale is logarithmic; a tenfold wait is a line higher).",
                 self.faults(),
             ),
             "lanes": (
-                "Who stood still, and when",
-                "One lane for each vCPU and everybody else who touches memory: the higher a column, the more of that "
-                "moment was spent waiting for pages; a full one stood still. "
+                "Who waited, and when",
+                "One lane for each vCPU and each other client that touches memory: the higher a column, the more of "
+                "that moment was spent waiting for pages; at a full one it did nothing else. "
                 "At the right: the part of the postcopy phase spent waiting.",
                 self.lanes(),
             ),
@@ -94,7 +97,7 @@ class Pictures:
                 "RAM filling up",
                 f"All of memory at six moments, row by row from address 0; one square is "
                 f"{self.story.size // max(len(self.samples[-1].cells), 1) >> 10} KiB, the stronger its "
-                "colour the more of it has come.",
+                "colour, the more of it has arrived.",
                 self.memory(),
             ),
         }
@@ -123,7 +126,7 @@ class Pictures:
             frame.area(lines[i], lines[i + 1], kind)
         frame.value_axis(marks, y)
         frame.time_axis()
-        frame.legend([("c0", "precopy"), ("c1", "asked for by a fault"), ("c2", "background of postcopy")])
+        frame.legend([("c0", "precopy"), ("c1", "requested by a fault"), ("c2", "background of postcopy")])
         return frame.draw("Memory present at the destination over time", BOTTOM + 6)
 
     def faults(self) -> str:
@@ -174,7 +177,7 @@ class Pictures:
             share = union(found) / max(post.end - post.begin, 1e-9)
             frame.parts.append(text(frame.right - 4, top + height / 2 + 4, f"{100 * share:.1f} %", "e ink"))
         frame.time_axis()
-        frame.legend([("alarm", "stood at the switch")])
+        frame.legend([("alarm", "stopped at the switch")])
         return frame.draw("When each vCPU and each client waited", BOTTOM + 6)
 
     def moments(self) -> list[tuple[str, float]]:
@@ -188,7 +191,7 @@ class Pictures:
             ("it runs here", post.begin + 0.02),
             ("a third of postcopy", post.begin + follow / 3),
             ("two thirds", post.begin + follow * 2 / 3),
-            ("all is here", post.begin + follow + 0.05),
+            ("all has arrived", post.begin + follow + 0.05),
         ]
 
     def at(self, when: float) -> Sample:
@@ -227,7 +230,7 @@ def facts(result: Result) -> list[tuple[str, str]]:
     longest = max((w.longest_ns for w in result.waits), default=0)
     return [
         (f"{p.total * TARGET_PAGE / MIB:.0f} MiB", "of memory moved"),
-        (f"{stood / 1e6:.1f} ms", "the vCPUs stood at the switch"),
+        (f"{stood / 1e6:.1f} ms", "the vCPUs were stopped at the switch"),
         (f"{faults}", "page faults answered"),
         (f"{longest / 1e6:.1f} ms", "the longest of them"),
         (f"{p.bad}", "bad pages"),
@@ -249,7 +252,7 @@ def scrolling(what: str, name: str) -> str:
 def html(result: Result, story: Story) -> str:
     """The whole page."""
     verdict = (
-        '<p class="bad"><b>The books do not balance.</b></p><ul class="bad">'
+        '<p class="bad"><b>The numbers do not agree.</b></p><ul class="bad">'
         + "".join(f"<li>{escape(p)}</li>" for p in result.problems)
         + "</ul>"
         if result.problems

@@ -1,4 +1,4 @@
-"""The standard streams of a program that anybody may start: some closed, some that nobody reads any more.
+"""The standard streams of a program: some may be closed, and some may have lost their reader.
 
 The exit code tells of the work. A line for people on stderr that reaches nobody is no failure of it.
 """
@@ -47,7 +47,7 @@ def hold_streams() -> None:
 
 
 def let_stdout_go() -> None:
-    """Whoever read our output has enough: the rest of it is for nobody, and Python must not complain at exit."""
+    """Discard the rest of our output, whose reader has gone, so that Python does not complain at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)

@@ -44,7 +44,7 @@ log = rationed_logger(__name__)
 
 
 class Listener(Protocol):
-    """Whoever is told of events: ``vhostpc.qmp.Events``. On the trio thread; nothing here waits or raises."""
+    """The receiver of events: ``vhostpc.qmp.Events``. On the trio thread; nothing here waits or raises."""
 
     def emit(self, name: str, data: dict[str, Any] | None = None) -> None: ...
     def migration(self, status: Status) -> None: ...
@@ -100,7 +100,7 @@ class Endpoint:
         self.machine = machine
         self.options = options
         self.error: BaseException | None = None
-        """Why the program ends, where a machine that was waited for did not come."""
+        """Why the program ends, where an expected machine did not arrive."""
         self._events = events
         self._after = after
         self._trace = trace
@@ -142,7 +142,7 @@ class Endpoint:
         if not self._quit.is_set():
             listens = self._course.side == "destination" and self.status is Status.SETUP
             if self.status in BUSY and not listens:
-                log.error("migration: broken off by %s, it was %s", why, self.status)
+                log.error("migration: interrupted by %s, it was %s", why, self.status)
             else:
                 log.info("ended by %s", why)
         self._quit.set()
@@ -185,7 +185,7 @@ class Endpoint:
         )
 
     def report(self) -> dict[str, Any]:
-        """How the machine is, and what came of the pages in the last migration from and to here."""
+        """The state of the machine, and the counts of pages in the last migration from and to here."""
         return {
             **self.machine.report(),
             "status": str(self.status),
@@ -258,7 +258,9 @@ class Endpoint:
         if self.machine.running and self.run_state is RunState.RUNNING:
             return
         if self.status is Status.COMPLETED and self._course.side == "source" and self.machine.runnable:
-            log.warning("the machine runs here again, although it was sent: see that it runs nowhere else")
+            log.warning(
+                "the machine runs here again, although it was sent: make sure that it runs nowhere else"
+            )
         await self._go()
 
     async def _put_back(self) -> bool:
@@ -335,7 +337,7 @@ class Endpoint:
                 raise
             channel: Channel | None = None
             if isinstance(address, Exec | Fd | File):
-                try:  # whether that can be had is known at once
+                try:  # a failure is known at once
                     channel = await connect(address)
                 except ChannelLost as error:
                     raise MigrationRefused(str(error)) from None
@@ -409,13 +411,13 @@ class Endpoint:
     async def _after_sending(self) -> None:
         if self.status is Status.COMPLETED:
             if not self.machine.runnable:
-                log.info("the machine is still held here: stop takes it back, and it can be sent once more")
+                log.info("the machine is still held here: stop takes it back, and it can be sent again")
             return
         if self._taken is not None and self._course.phase is Phase.UNKNOWN:
             # All was sent and the destination did not say what became of it: only a person can find out.
             self.run_state = RunState.PAUSED
             log.error(
-                "migration: the guest may be running at the destination: it is not started here by itself (cont)"
+                "migration: the guest may be running at the destination: it is not started here automatically (cont)"
             )
             return
         if self._taken is None or not self._course.may_run:
@@ -509,7 +511,7 @@ class Endpoint:
             _free_now()
             if exit_on_error:
                 self.error = error
-                self.quit("a machine that did not come")
+                self.quit("a machine that did not arrive")
         else:
             _free_now()
         finally:

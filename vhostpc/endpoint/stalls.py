@@ -1,4 +1,4 @@
-"""A migration that waits says for whom."""
+"""A waiting migration logs what it waits for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FIRST, LONGEST = 1.0, 60.0
 
 
 async def tell_waits(progress: Callable[[], tuple[object, str]]) -> None:
-    """Log a line when nothing has gone on for a while, and again ever more seldom; until cancelled.
+    """Log a line when there is no progress for a while, and again at growing intervals, until cancelled.
 
     ``progress``: something that changes while it goes on, and what to say when it does not.
     """
@@ -29,5 +29,5 @@ async def tell_waits(progress: Callable[[], tuple[object, str]]) -> None:
         if now != seen:
             seen, since, told_at = now, trio.current_time(), FIRST
         elif waited >= told_at:
-            log.warning("migration: %s, for %.0f s now", why, waited)
+            log.warning("migration: %s, for %.0f s", why, waited)
             told_at = waited + min(LONGEST, told_at)

@@ -61,7 +61,7 @@ OnBackendRequest = Callable[[Frame], int]
 
 
 LAST_REQUESTS = 256
-"""Requests of a back-end that are remembered."""
+"""Most requests of a back-end that are kept."""
 MOST_INDEX = 0xFFFF
 """The highest index of a split ring."""
 
@@ -74,7 +74,7 @@ class FrontEnd:
         """Seconds that a reply may take."""
         self.offered_features = 0
         self.features = 0
-        """What was acknowledged with SET_FEATURES."""
+        """The bits acknowledged with SET_FEATURES."""
         self.protocol_features = ProtocolFeature(0)
         self.queues = 1
         """GET_QUEUE_NUM: queues, or, with some back-ends, pairs of them."""
@@ -83,7 +83,7 @@ class FrontEnd:
         """The back-end closed the connection, or broke the protocol: ``error`` says why."""
         self.error: Exception | None = None
         self.backend_requests: deque[tuple[int, bytes]] = deque(maxlen=LAST_REQUESTS)
-        """What came on the back-end's channel: (BackendRequest, payload)."""
+        """The requests on the back-end's channel: (BackendRequest, payload)."""
         self.on_backend_request: OnBackendRequest = lambda frame: 0
         self._stream = MessageSocket(sock)
         self._frames_in, self._frames = trio.open_memory_channel[Frame](16)
@@ -94,7 +94,7 @@ class FrontEnd:
     # --- the connection ---
 
     async def read(self) -> None:
-        """Read replies until the connection ends: run by whoever made the session. Raises nothing."""
+        """Read replies until the connection ends: run by the creator of the session. Raises nothing."""
         try:
             with self._frames_in:
                 while (frame := await self._stream.receive()) is not None:
@@ -105,7 +105,7 @@ class FrontEnd:
             pass
         except RemoteProtocolError as e:
             self.error = e
-        except Exception as e:  # whoever made the session has others
+        except Exception as e:  # the creator of the session has others
             log.exception("reading a back-end's messages")
             self.error = RequestFailed(f"its messages could not be read: {e!r}")
         finally:
@@ -120,7 +120,7 @@ class FrontEnd:
             log.exception("a back-end's connection has ended")
 
     def on_closed(self, call: Callable[[], None]) -> None:
-        """Call when the connection ends, at once if it has ended. An exception of it goes to the log."""
+        """Register a callback for the connection's end, called at once if it has ended. Its exceptions are logged."""
         if self.closed.is_set():
             self._tell(call)
         else:
@@ -141,21 +141,21 @@ class FrontEnd:
     # --- messages, raw ---
 
     async def send(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = 0) -> None:
-        """Send one message and wait for nothing. ``flags`` besides the version. Nothing is checked.
+        """Send one message without waiting. ``flags``: in addition to the version. Nothing is checked.
 
         Raises PeerClosed when the back-end is gone, RequestFailed when it takes no more for ``timeout``.
         """
         await self.send_bytes(encode(request, payload, flags=flags), fds, request_name(request))
 
     async def send_bytes(self, data: bytes, fds: Sequence[int] = (), what: str = "bytes") -> None:
-        """Send bytes that need not be a message. Behind a RequestFailed half of them may have gone."""
+        """Send bytes that need not be a message. After a RequestFailed half of them may have been sent."""
         with trio.move_on_after(self.timeout):
             try:
                 await self._stream.send(data, fds)
             except (OSError, trio.ClosedResourceError):
                 raise PeerClosed(f"{what}: the back-end is gone") from None
             return
-        raise RequestFailed(f"{what}: the back-end reads nothing for {self.timeout:g} s")
+        raise RequestFailed(f"{what}: the back-end has read nothing for {self.timeout:g} s")
 
     async def receive(self, timeout: float | None = None) -> Frame:
         """The next message of the back-end, whatever it is. Raises PeerClosed, RequestFailed (too late)."""
@@ -269,7 +269,7 @@ class FrontEnd:
         protocol: ProtocolFeature | None = None,
         hide_protocol: ProtocolFeature = ProtocolFeature(0),  # noqa: B008  a constant
     ) -> None:
-        """From GET_FEATURES to SET_FEATURES. Accepts what is offered and known, without what is hidden.
+        """From GET_FEATURES to SET_FEATURES. Accepts bits that are offered and known, except hidden ones.
 
         ``features`` and ``protocol`` ask for just these bits (of those that are offered).
         """
@@ -293,7 +293,7 @@ class FrontEnd:
         await self.set_features(wanted)
 
     async def set_features(self, features: int) -> None:
-        """SET_FEATURES; an ack is asked for with LOG_ALL, as QEMU does."""
+        """SET_FEATURES; an ack is requested with LOG_ALL, as QEMU does."""
         await self.tell(
             Request.SET_FEATURES, pack_u64(features), ack=None if features & Feature.LOG_ALL else False
         )
@@ -361,7 +361,7 @@ class FrontEnd:
         return (await self.get_vring_bases([index], timeout=timeout))[0]
 
     async def get_vring_bases(self, rings: Sequence[int], *, timeout: float | None = None) -> list[int]:
-        """Stop these rings, asked for all at once; the next available index of each. ``timeout``: for each answer.
+        """Stop these rings with all requests at once; the next available index of each. ``timeout``: for each answer.
 
         Raises RemoteProtocolError also for an index that a split ring cannot have.
         """
@@ -378,7 +378,7 @@ class FrontEnd:
                 )
             if state.num > MOST_INDEX:
                 raise RemoteProtocolError(
-                    f"GET_VRING_BASE of ring {index} was answered with {state.num:#x}, no index of a split ring"
+                    f"GET_VRING_BASE of ring {index} was answered with {state.num:#x}, not an index of a split ring"
                 )
             bases.append(state.num)
         return bases
@@ -386,7 +386,7 @@ class FrontEnd:
     # --- the inflight region ---
 
     async def get_inflight_fd(self, queues: int, queue_size: int) -> tuple[Inflight, int] | None:
-        """Have the back-end make an inflight region; its descriptor is the caller's. None: it makes none.
+        """Have the back-end create an inflight region; its descriptor is the caller's. None: it creates none.
 
         Who acknowledges INFLIGHT_SHMFD (``negotiate`` does where it is asked to) also sends :meth:`set_inflight_fd`
         before a ring starts: libvhost-user ends without it.
@@ -405,7 +405,7 @@ class FrontEnd:
         return None
 
     async def set_inflight_fd(self, region: Inflight, fd: int) -> None:
-        """Hand over the region: a fresh one, or that of a back-end which is gone. No ring may be started."""
+        """Pass the region: a new one, or that of a back-end that is gone. No ring may be started."""
         await self.tell(Request.SET_INFLIGHT_FD, region.pack(), [fd])
 
     async def _vring_fd(self, request: Request, index: int, fd: int | None) -> None:

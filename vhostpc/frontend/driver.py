@@ -1,4 +1,4 @@
-"""The guest's side of virtqueues: a driver per queue in C, and the far side that its frames go to.
+"""The guest's side of virtqueues: a driver per queue in C, and the far side that receives its frames.
 
 A driver touches guest memory like a guest's processor: each call here is one C call on a thread of its own and
 may wait for a page. Frames carry a stream, a number and a CRC-32, so that a lost, doubled or damaged one is
@@ -36,7 +36,7 @@ def _pages(length: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RingLayout:
-    """Where a queue lives, in guest addresses.
+    """The place of a queue, in guest addresses.
 
     ``buffers`` + i * ``buffer_stride`` is slot i's buffer, and the same with ``tables`` its indirect
     descriptor table (0: descriptors in the ring). ``slots`` chains of ``parts`` descriptors are in flight at
@@ -85,7 +85,7 @@ class FrameNumbers:
     """Frames received and checked."""
 
     frames: int
-    """Whole ones, each counted once."""
+    """Complete ones, each counted once."""
     bytes: int
     bad: int
     """Not ours, cut short or with a wrong CRC."""
@@ -97,7 +97,7 @@ class FrameNumbers:
 
 @dataclass(frozen=True, slots=True)
 class DriverNumbers:
-    """What a queue did."""
+    """Counts of a queue."""
 
     posted: int
     completed: int
@@ -145,7 +145,7 @@ class Driver(Owner):
         for name in RingLayout.__dataclass_fields__:
             setattr(raw, name, getattr(layout, name))
         raw.header, raw.receive, raw.event_idx, raw.stream = header, receive, event_idx, stream
-        # All that its calls and its loop need is had here: they cannot fail for want of a thread.
+        # All that its calls and its loop need is allocated here: they cannot fail for lack of a thread.
         with ExitStack() as stack:
             self._thread = KeptThread(Thread.DRIVER, "the driver of a ring")
             stack.callback(self._thread.close)
@@ -155,7 +155,7 @@ class Driver(Owner):
                 new = made("driver", "driver of a ring", lib.vpc_driver_new, ram.handle, raw)
             except OSError as e:
                 if e.errno == errno.EINVAL:
-                    raise ValueError(f"a ring cannot be laid out like this: {layout}") from None
+                    raise ValueError(f"not a possible layout of a ring: {layout}") from None
                 raise
             self._native = Handle(new, lib.vpc_driver_free, "this driver is closed", needs=[ram.handle])
             stack.callback(self._native.close)
@@ -176,7 +176,7 @@ class Driver(Owner):
         return await self._hop(lambda: lib.vpc_driver_post(self.handle, count, frame_len))
 
     async def reap(self) -> int:
-        """Take what the device has used; returns how many chains. May wait for a page."""
+        """Take back the chains that the device has used; returns their number. May wait for a page."""
         return await self._hop(lambda: lib.vpc_driver_reap(self.handle))
 
     async def run(self, count: int = 0, frame_len: int = 64, *, per_second: float = 0) -> None:
@@ -195,18 +195,18 @@ class Driver(Owner):
         touched(rc, "driver")
 
     async def look(self) -> int:
-        """How many entries the device has used and nobody reaped. May wait for a page.
+        """The number of entries that the device has used and nobody reaped. May wait for a page.
 
         Raises OSError (EBADMSG) when they are more than the chains in flight.
         """
         return await self._hop(lambda: lib.vpc_driver_look(self.handle))
 
     def unseen(self, first: int, end: int) -> int:
-        """How many of these frame numbers no frame received so far had. Touches nothing."""
+        """The number of these frame numbers that have not been received. Touches nothing."""
         return lib.vpc_driver_unseen(self.handle, first, end)
 
     def save(self) -> bytes:
-        """What a driver of the same layout needs to go on elsewhere. Touches nothing; no call may run."""
+        """The state with which a driver of the same layout goes on elsewhere. Touches nothing; no call may run."""
         room = check(lib.vpc_driver_save(self.handle, ffi.NULL, 0), "state of a driver")
         buffer = ffi.new("unsigned char[]", room)
         check(lib.vpc_driver_save(self.handle, buffer, room), "state of a driver")
@@ -220,11 +220,11 @@ class Driver(Owner):
                 f"the state of a queue is that of another ring than ours of {self.layout.num} entries"
             )
         if rc == -errno.EBADMSG:
-            raise StreamError(f"the {len(state)} bytes of a queue's state are not such a state")
+            raise StreamError(f"the {len(state)} bytes of a queue's state are malformed")
         check(rc, "state of a driver")
 
     def move(self, ram: RamSet) -> None:
-        """The guest moved: the same addresses in another RAM set, and new eventfds. Touches nothing."""
+        """The guest has moved: the same addresses in another RAM set, and new eventfds. Touches nothing."""
         with ExitStack() as stack:
             kick, call = _eventfd(stack), _eventfd(stack)
             check(lib.vpc_driver_move(self.handle, ram.handle, kick, call), "moving a driver")
@@ -253,7 +253,7 @@ class Driver(Owner):
 
 
 class FarSide(Owner):
-    """What stands behind a bridge: a datagram socket that checks frames, and may echo them."""
+    """The network behind a bridge: a datagram socket that checks frames, and may echo them."""
 
     def __init__(self, sock: socket.socket | trio.socket.SocketType, *, echo: bool = False) -> None:
         with keeping(Thread.FAR, "the far side") as self._thread:

@@ -56,7 +56,7 @@ class BackendPostcopy:
                 )
             fd = frame.fds[0]
             if not is_userfaultfd(fd):
-                raise PostcopyRefused(f"postcopy refused: {self.name}'s descriptor is no userfaultfd")
+                raise PostcopyRefused(f"postcopy refused: {self.name}'s descriptor is not a userfaultfd")
             set_nonblocking(fd)
             try:
                 ufd = Userfaultfd.from_fd(fd)
@@ -77,21 +77,21 @@ class BackendPostcopy:
         return client
 
     async def listen(self) -> None:
-        """POSTCOPY_LISTEN: memory is missing pages from now on. An answer is always asked for."""
+        """POSTCOPY_LISTEN: memory is missing pages from now on. An answer is always requested."""
         await self._status(Request.POSTCOPY_LISTEN)
         self.phase = Phase.LISTENING
 
     async def share(self, memory: MemoryShare, *, ack: Request | None = None) -> list[BackendRegion]:
         """Exchange addresses; see :meth:`MemoryShare.share_postcopy`. May be repeated."""
         if self.phase is not Phase.LISTENING:
-            raise LocalProtocolError("addresses are exchanged after LISTEN")
+            raise LocalProtocolError("addresses can be exchanged only after LISTEN")
         check_mode(memory)
         return await memory.share_postcopy(self.store, ack=ack)
 
     def store(self, bases: Sequence[BackendRegion]) -> None:
         """Let the fault service translate the back-end's addresses."""
         if self.client is None:
-            raise LocalProtocolError("addresses are stored after ADVISE")
+            raise LocalProtocolError("addresses can be stored only after ADVISE")
         # Whole host pages: a region that begins inside one is mapped from that page's start.
         ranges = []
         for b in bases:
@@ -102,7 +102,7 @@ class BackendPostcopy:
         self.client.set_ranges(ranges)
 
     async def end(self) -> None:
-        """POSTCOPY_END: every page has come. The back-end unregisters; then we close our copy of its ufd."""
+        """POSTCOPY_END: every page has arrived. The back-end unregisters; then we close our copy of its ufd."""
         try:
             await self._status(Request.POSTCOPY_END)
         finally:
@@ -110,7 +110,7 @@ class BackendPostcopy:
         self.phase = Phase.ENDED
 
     def forget(self) -> None:
-        """Serve this back-end's faults no more: it ended postcopy, or it is gone."""
+        """Stop serving this back-end's faults: it ended postcopy, or it is gone."""
         for client in (*self._older, self.client):
             if client is not None:
                 client.remove()

@@ -30,11 +30,11 @@ from vhostpc.wire.vhost_user import (
     unpack_table,
 )
 
-"""A bit of the dirty log stands for so many bytes of guest memory."""
+"""Bytes of guest memory per bit of the dirty log."""
 
 
 class Mode(enum.Enum):
-    """How memory is sent."""
+    """The ways of sending memory."""
 
     TABLE = "table"
     SLOTS = "slots"
@@ -61,7 +61,7 @@ class GuestRegion:
 
 @dataclass(frozen=True, slots=True)
 class BackendRegion:
-    """A region and where the back-end mapped its first byte."""
+    """A region and the address at which the back-end mapped its first byte."""
 
     region: GuestRegion
     base: int
@@ -83,12 +83,12 @@ class MemoryShare:
         if self.mode is Mode.SLOTS and not slots:
             raise LocalProtocolError("memory slots were not negotiated")
         self.sent: list[GuestRegion] = []
-        """What the back-end has now."""
+        """The regions that the back-end has now."""
         self.bases: list[BackendRegion] = []
         self.log: DirtyLog | None = None
 
     def user_addr(self, guest_addr: int, size: int = 1) -> int:
-        """Our address of guest memory. Raises LocalProtocolError for what is in no region."""
+        """Our address of guest memory. Raises LocalProtocolError for memory in no region."""
         for r in self.regions:
             if guest_addr - r.guest_addr >= 0 and guest_addr + size <= r.guest_addr + r.size:
                 return r.user_addr + guest_addr - r.guest_addr
@@ -97,7 +97,7 @@ class MemoryShare:
     # --- outside postcopy ---
 
     async def share(self) -> None:
-        """Send what the back-end does not have yet, and take away what is no longer there.
+        """Send the regions that the back-end does not have yet, and remove those that no longer exist.
 
         Raises RequestFailed, RemoteProtocolError (too few memory slots) and PeerClosed.
         """
@@ -208,10 +208,10 @@ def verified(bases: list[BackendRegion], answers: Sequence[MemoryRegion]) -> lis
         if b.base == r.user_addr:
             raise PostcopyRefused(
                 f"{where} repeats our own address {b.base:#x}: this back-end (as QEMU's libvhost-user does in "
-                f"table mode) does not tell where it mapped the memory, so its faults could not be served"
+                f"table mode) does not report where it mapped the memory, so its faults could not be served"
             )
         if b.base == 0 or b.base + r.size > 1 << 64:
-            raise PostcopyRefused(f"{where} is the address {b.base:#x}, which cannot hold it")
+            raise PostcopyRefused(f"{where} is the address {b.base:#x}, which leaves no room for it")
         # Addresses are congruent with offsets, so that pages of the one are pages of the other.
         if (b.base - (r.block.fd_offset + r.offset)) % r.block.page_size:
             raise PostcopyRefused(f"{where}, {b.base:#x}, is not aligned to its pages")
@@ -261,12 +261,12 @@ class DirtyLog:
 
 
 def set_nonblocking(fd: int) -> None:
-    """What QEMU does with a back-end's ufd: reading it must never wait."""
+    """Set a back-end's ufd up as QEMU does: reading it must never wait."""
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_NONBLOCK)
 
 
 def check_mode(share: MemoryShare) -> None:
-    """Raises RemoteProtocolError when the back-end takes fewer slots than we have regions."""
+    """Raises RemoteProtocolError when the back-end accepts fewer slots than we have regions."""
     if share.mode is Mode.SLOTS and len(share.regions) > share.front.memory_slots:
         raise RemoteProtocolError(
             f"{len(share.regions)} regions, but the back-end has {share.front.memory_slots} memory slots"

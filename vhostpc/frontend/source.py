@@ -1,6 +1,6 @@
 """A page source in a process of its own: ``python -m vhostpc.frontend.source FD``.
 
-FD is a unix socket for control, inherited from whoever started it; when it closes, the process ends. Its first
+FD is a unix socket for control, inherited from the parent process; when it closes, the process ends. Its first
 message is one JSON line (``{"rate": bytes a second, "blocks": [{"name", "length", "page_size"}, ...]}``) that
 carries the socket for pages and then one memfd for each block; a block with a ``"seed"`` has no memfd and is
 made and filled here. Every page is dirty: it is sent once. After that come commands, a JSON line each with an
@@ -92,7 +92,7 @@ class SourceProcess:
         await self._ask("release", block=block, first=first, count=count)
 
     async def hold_all(self, on: bool = True) -> None:
-        """Withhold everything that is asked for from now on, and the background."""
+        """Withhold every page requested from now on, and the background."""
         await self._ask("hold_all", on=on)
 
     async def set_rate(self, background_rate: int) -> None:
@@ -102,16 +102,16 @@ class SourceProcess:
         return SourceNumbers(**await self._ask("numbers"))
 
     async def wait_held(self, count: int = 1) -> SourceNumbers:
-        """Wait until at least ``count`` host pages are asked for and withheld."""
+        """Wait until at least ``count`` host pages are requested and withheld."""
         return SourceNumbers(**await self._ask("wait_held", count=count))
 
     def kill(self) -> None:
-        """SIGKILL: what a crash of the source's machine looks like."""
+        """SIGKILL: simulates a crash of the source's machine."""
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
 
     def end(self) -> None:
-        """Close everything; the process ends by itself."""
+        """Close everything; the process then ends."""
         self.sock.close()
         if self._process.poll() is None:
             self._process.kill()
@@ -207,7 +207,7 @@ class _Server:
         self._changed = trio.Event()
 
     async def watch(self) -> None:
-        """Wake whoever waits for withheld requests."""
+        """Wake the tasks that wait for withheld requests."""
         while True:
             await self._source.changed()
             self._changed.set()

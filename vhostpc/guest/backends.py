@@ -2,7 +2,7 @@
 
 A back-end that is killed, breaks the protocol, lies or answers too late is left: it is named in the log and among the
 machine's problems, its userfaultfd is no longer read, and the machine goes on without it. So it does where we fail with
-it in a way that nobody thought of; then the log has the traceback.
+it in an unexpected way; then the log has the traceback.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ log = rationed_logger(__name__)
 TIMEOUT = 10.0
 """Seconds that an answer may take, unless the back-end waits for a page meanwhile."""
 SILENCE = 0.5
-"""Seconds that one is waited for without a word."""
+"""Seconds to wait for one before a line is logged."""
 NO_LOG = "Migration disabled: vhost lacks VHOST_F_LOG_ALL feature."
 NO_LOG_FD = "Migration disabled: vhost-user backend lacks VHOST_USER_PROTOCOL_F_LOG_SHMFD feature."
 MRG_RXBUF = 1 << 15
 WANTED = int(Feature.VERSION_1 | Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES) | MRG_RXBUF
-"""Features that our driver has a use for."""
+"""Features that our driver uses."""
 # The device status (virtio 1.2, 2.1): ACKNOWLEDGE, DRIVER and FEATURES_OK; the same and DRIVER_OK.
 _FEATURES_OK, _DRIVER_OK = 0xB, 0xF
 
@@ -75,7 +75,7 @@ async def open_backend(
 async def _tell_wait(wait: trio.CancelScope, what: str, timeout: float) -> None:
     with wait:
         await trio.sleep(SILENCE)
-        log.warning("%s, for %g s at most", what, timeout)
+        log.warning("%s, for at most %g s", what, timeout)
 
 
 class BackEnd:
@@ -88,9 +88,9 @@ class BackEnd:
         self.name = name
         self.path = path
         self.features = front.features
-        """What the driver has acknowledged."""
+        """The features that the driver has acknowledged."""
         self.problem: str | None = None
-        """Why it was left; None while it works."""
+        """Why it was abandoned; None while it works."""
         self.postcopy: BackendPostcopy | None = None
         self._timeout = timeout
         self._ending = False
@@ -127,7 +127,7 @@ class BackEnd:
         return self.problem is None
 
     def leave(self, why: str) -> None:
-        """It is of no more use: close the connection, read its faults no more. Raises nothing."""
+        """Abandon it: close the connection, stop reading its faults. Raises nothing."""
         if self.problem is not None:
             return
         self.problem = f"back-end {self.name} ({self.path}): {why}"
@@ -136,10 +136,10 @@ class BackEnd:
         try:
             self._forget()
         except Exception:
-            log.exception("%s: leaving it", self.name)
+            log.exception("%s: abandoning it", self.name)
 
     def end_of_life(self) -> None:
-        """From here on a connection that ends is no trouble."""
+        """From here on the end of its connection is no error."""
         self._ending = True
 
     def _closed(self) -> None:
@@ -160,10 +160,10 @@ class BackEnd:
             self.leave(f"{what}: {self._why(error)}")
 
     def _why(self, error: Exception) -> str:
-        """One sentence; what is nobody's word for a back-end's doing goes to the log as well."""
+        """One sentence; unexpected errors go to the log as well."""
         if isinstance(error, VhostpcError | OSError):
             return str(error)
-        log.error("%s: an error that nobody thought of", self.name, exc_info=error)
+        log.error("%s: unexpected error", self.name, exc_info=error)
         return f"{type(error).__name__}: {error}"
 
     # --- rings
@@ -176,7 +176,7 @@ class BackEnd:
         return True
 
     async def start(self, rings: Sequence[Driver], bases: Sequence[int]) -> None:
-        """Give it the memory and start its rings, each going on at its base."""
+        """Share the memory with it and start its rings, each at its base."""
         self._rings = list(rings)
         await self._try("starting", lambda: self._start(bases))
 
@@ -206,7 +206,7 @@ class BackEnd:
         await self.front.set_features(self.features | (int(Feature.LOG_ALL) if self._log else 0))
 
     async def stop(self) -> list[int] | None:
-        """Stop its rings; where each goes on, None if it cannot say. May wait for a page that the back-end needs.
+        """Stop its rings; the next index of each, None if it reports none. May wait for a page that the back-end needs.
 
         It writes no guest memory when this returns, unless it was left.
         """

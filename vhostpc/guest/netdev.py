@@ -1,8 +1,8 @@
-"""A virtio-net device of our own machine: its driver, a back-end, and traffic whose books must balance.
+"""A virtio-net device of our own machine: its driver, a back-end, and traffic whose counts must agree.
 
-The driver sends frames that name themselves; the far side of the back-end sends each of them back. A frame is on its
-way, or back, or lost. When the machine moves, frames that come back while nobody has a ring are dropped by the
-network: of those that were on their way just then, or were sent before the first one came back to the new place, the
+The driver sends frames that name themselves; the far side of the back-end sends each of them back. A frame is in
+flight, or back, or lost. When the machine moves, frames that come back while nobody has a ring are dropped by the
+network: of those that were in flight just then, or were sent before the first one came back to the new place, the
 ones that never come count as lost at the switch. One of any other time is a failure.
 
 Frames keep their order, so a frame that came says of all before it whether they still will.
@@ -35,11 +35,11 @@ AREA = 4 << 20
 """Bytes of guest memory for a device's rings and buffers: whole huge pages."""
 FRAME = 1400
 WINDOW = 64
-"""Frames on their way at most, so that no socket's buffer can overflow."""
+"""Most frames in flight, so that no socket's buffer can overflow."""
 BATCH = 32
 TICK = 0.01  # seconds between two batches
 PROBE, MOST = 4, 1.0
-"""Frames at a time until one has come back to a new place; seconds between two such times, at most."""
+"""Frames per burst until one has returned to the destination; seconds between two bursts, at most."""
 _SLOTS = 256
 
 
@@ -81,7 +81,7 @@ class NetDevice:
         self._scope: trio.CancelScope | None = None
         self._idle = trio.Event()
         self._idle.set()
-        # Numbers of the frames that were on their way at the last switch, and the losses of those before.
+        # Numbers of the frames that were in flight at the last switch, and the losses of those before.
         self._flying = (0, 0)
         self._settled = False  # a frame that was sent at this place has come back to it
         self._lost_before = 0
@@ -95,7 +95,7 @@ class NetDevice:
     def make_drivers(self) -> list[Driver]:
         """For the features that the back-end's driver has acknowledged. Those before are freed.
 
-        All that they need until :meth:`close` is had here. Raises Shortage, OSError.
+        All that they need until :meth:`close` is allocated here. Raises Shortage, OSError.
         """
         self.close()
         event_idx = bool(self.backend.features & Feature.EVENT_IDX)
@@ -143,21 +143,21 @@ class NetDevice:
         ]
 
     async def _base(self, index: int, driver: Driver, said: int | None) -> int:
-        """Where a ring goes on. What its back-end says is taken if it can be. May wait for a page."""
+        """The next index of a ring: its back-end's answer, if that is possible. May wait for a page."""
         numbers = driver.numbers()
         try:
             waiting = await driver.look()
         except MemoryLost as error:
-            self._problem(f"{self.name}: what its back-end used last is not known: {error}")
+            self._problem(f"{self.name}: the last entries that its back-end used are unknown: {error}")
             waiting = 0
         except OSError:
-            self._lies(f"it has used more of ring {index} than there was")
+            self._lies(f"it has used more of ring {index} than was available")
             waiting = 0
         if said is not None:
             behind = (said - numbers.used_index) & 0xFFFF
             if waiting <= behind <= (numbers.avail_index - numbers.used_index) & 0xFFFF:
                 return said
-            self._lies(f"it says that ring {index} goes on at {said}, where it cannot have come to")
+            self._lies(f"it says that ring {index} continues at {said}, which it cannot have reached")
         # As QEMU does where the back-end is gone: go on behind what it has used.
         return (numbers.used_index + waiting) & 0xFFFF
 
@@ -165,7 +165,7 @@ class NetDevice:
         if self.backend.works:
             self.backend.leave(what)
         else:  # what it left behind
-            self._problem(f"{self.name}: of its back-end: {what}")
+            self._problem(f"{self.name}: its back-end: {what}")
 
     def close(self) -> None:
         for driver in self._drivers:
@@ -187,9 +187,9 @@ class NetDevice:
 
     def _stopped(self, error: Exception) -> None:
         if isinstance(error, OSError) and error.errno == errno.EBADMSG:
-            self._lies("it has used more of a ring than there was")
+            self._lies("it has used more of a ring than was available")
         elif not isinstance(error, MemoryLost | OSError):
-            log.error("%s: an error that nobody thought of", self.name, exc_info=error)
+            log.error("%s: unexpected error", self.name, exc_info=error)
         self._problem(f"{self.name}: its driver stopped: {error}")
 
     async def _send(self) -> None:
@@ -219,7 +219,7 @@ class NetDevice:
         log.error("%s", text)
 
     def _in_flight(self) -> int:
-        """Frames that are on their way; those of the last switch are the network's business."""
+        """Frames in flight, except those of the last switch."""
         rx, tx = self._drivers
         return tx.numbers().posted - max(rx.numbers().received.next, self._flying[1])
 
@@ -282,7 +282,7 @@ class NetDevice:
         rx, tx = drivers
         first, end = values["flying_first"], values["flying_end"]
         if first > rx.numbers().received.next or first > end or end != tx.numbers().posted:
-            raise StreamError(f"{what}: frames {first} to {end} cannot be those that were on their way")
+            raise StreamError(f"{what}: frames {first} to {end} cannot be those that were in flight")
         self._flying, self._settled = (first, end), False
         self._lost_before = values["lost_at_switch"]
         self._bases = [values["rx_base"], values["tx_base"]]
@@ -302,7 +302,7 @@ class NetDevice:
     def _check_base(what: str, reaped: int, base: int, waiting: int) -> None:
         if (base - reaped) & 0xFFFF > _SLOTS or (base - reaped) & 0xFFFF < waiting:
             raise StreamError(
-                f"{what}: a ring goes on at {base}, and {waiting} entries behind {reaped} are used in memory"
+                f"{what}: a ring continues at {base}, but {waiting} entries behind {reaped} are used in memory"
             )
 
     def report(self) -> dict[str, Any]:

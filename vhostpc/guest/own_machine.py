@@ -1,4 +1,4 @@
-"""Our own machine: RAM, vCPUs that check it, network devices with vhost-user back-ends; it runs, and it moves.
+"""Our own machine: RAM, vCPUs that check it, network devices with vhost-user back-ends; it runs and migrates.
 
 Guest addresses: the RAM blocks one after the other, each from a multiple of 1 GiB. The devices' rings and buffers
 lie at the beginning of the first block; the vCPUs work on all the rest, and look at the devices' pages now and then,
@@ -38,7 +38,7 @@ log = rationed_logger(__name__)
 NAME = "vhostpc-1"
 RAM_SECTION = 1
 RUN_STATES = (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH)
-"""How it leaves, in QEMU's words: prelaunch is before it first ran."""
+"""The run states in which it may be sent: prelaunch is before it first ran."""
 MOST_STATE = 64 << 10
 """Bytes of a section of this machine in the stream, at most."""
 GIB = 1 << 30
@@ -46,7 +46,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A RAM block to be made: bytes, and bytes of a host page."""
+    """A RAM block to be created: bytes, and bytes of a host page."""
 
     name: str
     length: int
@@ -55,7 +55,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What a machine is made of. ``backends``: sockets, one network device each.
+    """The parts of a machine. ``backends``: sockets, one network device each.
 
     ``writes`` and ``checks``: pages that each vCPU rewrites and reads in a second. ``tracking``: None for the best
     that the kernel has. ``timeout``: seconds that a back-end's answer may take.
@@ -73,9 +73,9 @@ class Spec:
 
 @asynccontextmanager
 async def open_machine(spec: Spec, *, empty: bool = False) -> AsyncIterator[OwnMachine]:
-    """Make the machine, stopped. ``empty``: its memory and its devices' state come from elsewhere.
+    """Create the machine, stopped. ``empty``: its memory and its devices' state come from elsewhere.
 
-    Raises GuestMemoryError for memory that cannot be had, PeerClosed and others for back-ends.
+    Raises GuestMemoryError for memory that cannot be allocated, PeerClosed and others for back-ends.
     """
     async with AsyncExitStack() as stack:
         ram = stack.enter_context(RamSet())
@@ -119,7 +119,7 @@ def make_blocks(ram: RamSet, blocks: Sequence[Block], devices: int, vcpus: int) 
         except OSError as e:
             raise GuestMemoryError(
                 f"RAM block {block.name!r}, {in_units(block.length)} in pages of {in_units(block.page_size)}, "
-                f"cannot be had: {refusal(e, block.length, block.page_size)}"
+                f"cannot be created: {refusal(e, block.length, block.page_size)}"
             ) from None
         unit = max(GIB, block.page_size)
         at = (at + unit - 1) // unit * unit
@@ -129,7 +129,7 @@ def make_blocks(ram: RamSet, blocks: Sequence[Block], devices: int, vcpus: int) 
     total = sum(block.length for block in blocks if block.page_size == TARGET_PAGE)
     if total > (free := available_memory()):
         raise GuestMemoryError(
-            f"a machine of {in_units(total)} does not fit: this computer has {free >> 20} MiB to give"
+            f"a machine of {in_units(total)} does not fit: this computer has only {free >> 20} MiB left"
         )
     return regions
 
@@ -176,7 +176,7 @@ class OwnMachine:
         self._log = dirty_log
         self._nursery = nursery
         self._whole = False
-        """There is something to run: it was filled, or it has come."""
+        """Whether there is a machine to run: it was filled, or it has arrived."""
         self._leaves_as = RunState.PRELAUNCH
         """Its run state before the last stop."""
         self._changing: trio.Event | None = None
@@ -198,7 +198,7 @@ class OwnMachine:
 
     @property
     def problems(self) -> list[str]:
-        """What went wrong and did not stop the machine, one sentence each."""
+        """Errors that did not stop the machine, one sentence each."""
         found = list(self._problems)
         for device in self.devices:
             found += device.problems
@@ -251,14 +251,14 @@ class OwnMachine:
                 async with trio.open_nursery() as nursery:
                     for device in self.devices:
                         nursery.start_soon(device.start, self._nursery)
-            except BaseException:  # it does not run half: whoever asked may let it run elsewhere
+            except BaseException:  # it does not run half: the caller may let it run elsewhere
                 with trio.CancelScope(shield=True):
                     await self._stand()
                 raise
 
     @asynccontextmanager
     async def _change(self) -> AsyncIterator[None]:
-        """Starting and stopping come one after the other."""
+        """Start and stop are serialized."""
         while self._changing is not None:
             await self._changing.wait()
         self._changing = trio.Event()
@@ -298,7 +298,7 @@ class OwnMachine:
         return list(dict.fromkeys(reason for reason in reasons if reason is not None))
 
     def postcopy_refusal(self) -> str | None:
-        """Why this machine cannot come by postcopy, one sentence."""
+        """Why this machine cannot arrive by postcopy, one sentence."""
         reasons = [backend.postcopy_refusal() for backend in self.backends if backend.works]
         return next((reason for reason in reasons if reason is not None), None)
 
@@ -334,7 +334,7 @@ class OwnMachine:
             raise
 
     async def _host_tracking(self, *, task_status: trio.TaskStatus[trio.Nursery]) -> None:
-        """A nursery for the tracker's loop: what ends it is the next sync's to tell, and ends nothing else."""
+        """A nursery for the tracker's loop: the next sync reports an error of the loop, which ends nothing else."""
         self._tracked = trio.Event()
         try:
             async with trio.open_nursery() as nursery:
@@ -375,11 +375,11 @@ class OwnMachine:
 
     def accept_blocks(self, listed: RamBlocks, *, postcopy: bool) -> None:
         if self.running or self.ram.lost:
-            raise StreamError("this machine runs, or its memory is lost: nothing can come here")
+            raise StreamError("this machine runs, or its memory is lost: it cannot receive another")
         came = {block.name: block for block in listed.blocks}
         for name in came:
             if all(block.name != name for block in self.ram.blocks):
-                raise StreamError(f"RAM block {name!r} comes, and there is none of that name here")
+                raise StreamError(f"RAM block {name!r} arrives, but there is none of that name here")
         for block in self.ram.blocks:
             if block.name not in came:
                 raise StreamError(f"RAM block {block.name!r} of this machine does not come")
@@ -404,9 +404,9 @@ class OwnMachine:
     async def load(self, section: DeviceSection) -> None:
         key = (section.idstr, section.instance)
         if key not in self._expected():
-            raise StreamError(f"{name_of(section)} comes, and this machine has no such device")
+            raise StreamError(f"{name_of(section)} arrives, but this machine has no such device")
         if key in self._came:
-            log.warning("%s comes twice: the last one counts", name_of(section))
+            log.warning("%s arrives twice: the last one counts", name_of(section))
         if section.idstr == "vhost-user-net":
             await self.devices[section.instance].load(section)
         elif section.idstr == "vcpu":
@@ -414,7 +414,7 @@ class OwnMachine:
         elif section.idstr == "globalstate":
             came_as = run_state_of(section)
             if came_as not in RUN_STATES:
-                raise StreamError(f"the machine comes {came_as!r}: it can be {', '.join(RUN_STATES)}")
+                raise StreamError(f"the machine arrives {came_as!r}: allowed are {', '.join(RUN_STATES)}")
             self.came_as = self._leaves_as = RunState(came_as)
         else:
             values = MACHINE.unpack(section)
@@ -423,9 +423,7 @@ class OwnMachine:
                 ("network devices", "net_devices", len(self.devices)),
             ):
                 if values[name] != here:
-                    raise StreamError(
-                        f"the machine that comes has {values[name]} {what}, this one has {here}"
-                    )
+                    raise StreamError(f"the incoming machine has {values[name]} {what}, this one has {here}")
             self._left_ns = values["stopped_ns"]
         self._came.add(key)
 
@@ -458,7 +456,7 @@ class OwnMachine:
     # --- how it is
 
     def report(self) -> dict[str, Any]:
-        """Numbers for whoever tests it: JSON's types only. Times in nanoseconds."""
+        """Numbers for tests: JSON's types only. Times in nanoseconds."""
         live = self._service is not None and not self._service.closed
         threads = self._service.threads() if live and self._service is not None else self._threads
         return {

@@ -1,4 +1,4 @@
-"""Device sections of our own machine, in QEMU's form: fields of fixed sizes one behind the other, and JSON about them.
+"""Device sections of our own machine, in QEMU's form: consecutive fields of fixed sizes, and JSON about them.
 
 A section's body has no length of its own, so each field says where it ends: an integer by its size, bytes by the
 integer before them. The JSON has for each field its name, its type in QEMU's words and its bytes.
@@ -30,7 +30,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a section of this name holds. Made by this program in ``version``; older ones are not known."""
+    """The fields of a section of this name. Written by this program in ``version``; older ones are unknown."""
 
     idstr: str
     version: int
@@ -98,7 +98,7 @@ NET = Layout(
         Field("rx_base", "uint16"),
         Field("tx_base", "uint16"),
         Field("lost_at_switch", "uint64"),
-        # Numbers of the frames that were on their way when the machine stood.
+        # Numbers of the frames that were in flight when the machine stood.
         Field("flying_first", "uint64"),
         Field("flying_end", "uint64"),
         Field("rx_size", "uint32"),

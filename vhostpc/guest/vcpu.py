@@ -1,4 +1,4 @@
-"""vCPUs: threads that read, check and rewrite RAM as a guest's processors do, and find whatever is wrong with it.
+"""vCPUs: threads that read, check and rewrite RAM as a guest's processors do, and detect wrong pages.
 
 Each target page of the areas says its number, its owner, its generation and the seed, and every word of it follows
 from these. Which generation each page must have follows from one number, the step, which moves with the machine's
@@ -42,7 +42,7 @@ class Area:
 
 @dataclass(frozen=True, slots=True)
 class BadPage:
-    """A page that was not as expected: where, and what it says of itself."""
+    """A page with unexpected content: its location, and its own claim."""
 
     block: str
     page: int
@@ -67,10 +67,10 @@ class BadPage:
 
 @dataclass(frozen=True, slots=True)
 class VCpuNumbers:
-    """What a vCPU did until now, in all its runs."""
+    """Counts of a vCPU, over all its runs."""
 
     beats: int
-    """Things done, all kinds together."""
+    """Operations of all kinds together."""
     reads: int
     """Pages read, all kinds together."""
     writes: int
@@ -105,7 +105,7 @@ class VCpu(Owner):
 
         await vcpu.fill()                   # all of them, before any runs
         await nursery.start(vcpu.hold)      # its thread is there, and parked
-        vcpu.go()                           # this cannot fail for want of anything
+        vcpu.go()                           # this cannot fail for lack of anything
         ...
         await vcpu.stop()                   # parked again: it touches no memory any more
         state = vcpu.save()                 # ... at the destination: restore(state), hold, go
@@ -131,7 +131,7 @@ class VCpu(Owner):
         self._limiter = trio.CapacityLimiter(1)
         self._look = trio.Lock()
         self.held = False
-        """Its thread is there."""
+        """Whether it has a thread."""
         self._run: trio.Event | None = None  # the end of a run that has a thread for itself
         if not 0 <= index < count:
             raise ValueError(f"there is no vCPU {index} of {count}")
@@ -181,7 +181,7 @@ class VCpu(Owner):
 
     async def _live(self, once: bool, task_status: trio.TaskStatus[None]) -> None:
         handle = self.handle
-        check(-errno.EBUSY if self.held else lib.vpc_vcpu_arm(handle), f"{self.name} runs already")
+        check(-errno.EBUSY if self.held else lib.vpc_vcpu_arm(handle), f"{self.name} is running already")
         thread = KeptThread(Thread.VCPU, self.name)
         self.held = True
         self._run = trio.Event() if once else None
@@ -202,11 +202,11 @@ class VCpu(Owner):
     def go(self) -> None:
         """Let its thread run. Raises ValueError when it has none, OSError (EBUSY) when it runs."""
         if not self.held:
-            raise ValueError(f"{self.name} has no thread: hold it first")
+            raise ValueError(f"{self.name} has no thread: call hold first")
         check(lib.vpc_vcpu_go(self.handle), self.name)
 
     async def stop(self) -> None:
-        """No thread of it touches memory any more when this returns. Nothing happens if it does not run."""
+        """When this returns, its thread no longer touches memory. Does nothing if it does not run."""
         if not self.running:
             return
         run, event = self._run, lib.vpc_vcpu_parked_fd(self.handle)
@@ -239,7 +239,7 @@ class VCpu(Owner):
     # --- state
 
     def save(self) -> bytes:
-        """What the destination needs to go on: version, place, seed, step, draws and areas, big-endian.
+        """The state that the destination needs to go on: version, place, seed, step, draws and areas, big-endian.
 
         Raises ValueError while it runs.
         """
@@ -260,20 +260,19 @@ class VCpu(Owner):
             raise StreamError(f"the state of {self.name} ends after {len(data)} bytes")
         _, index, count, seed, step, draws, _, _ = _HEAD.unpack_from(data)
         if count != self.count:
-            raise StreamError(f"the machine that comes has {count} vCPUs, this one has {self.count}")
+            raise StreamError(f"the incoming machine has {count} vCPUs, this one has {self.count}")
         if index != self.index:
             raise StreamError(f"the state of {self.name} is that of vCPU {index}")
         expected = self._head(seed, step, draws) + self._layout()
         if len(data) != len(expected):
             raise StreamError(
-                f"the state of {self.name} has {len(data)} bytes, with the areas of this machine {len(expected)}"
+                f"the state of {self.name} has {len(data)} bytes, "
+                f"but needs {len(expected)} with the areas of this machine"
             )
         if data != expected:
-            raise StreamError(
-                f"the vCPUs of the machine that comes work on other areas than {self.name} here"
-            )
+            raise StreamError(f"the vCPUs of the incoming machine work on other areas than {self.name} here")
         if self._set_state(seed, step, draws) < 0:
-            raise StreamError(f"the state of {self.name} says step {step}, which nobody can have reached")
+            raise StreamError(f"the state of {self.name} says step {step}, which cannot have been reached")
 
     def _head(self, seed: int, step: int, draws: int) -> bytes:
         sizes = len(self.areas), len(self.touch)
@@ -294,7 +293,7 @@ class VCpu(Owner):
 
     def _must_stand(self) -> None:
         if self.running:
-            raise ValueError(f"{self.name} runs: stop it first")
+            raise ValueError(f"{self.name} is running: stop it first")
 
     def _bad_page(self, raw: Any) -> BadPage | None:
         if raw.block < 0:
@@ -310,7 +309,7 @@ class VCpu(Owner):
         return touched(await borrow(call, self._limiter, Thread.VCPU, self.name), self.name)
 
     def close(self) -> None:
-        """Free it. It may not be running, nor have a thread."""
+        """Free it. It must not be running, nor have a thread."""
         if not self.closed:
             self._must_stand()
             if self.held:

@@ -1,4 +1,4 @@
-"""How much memory this machine can still give."""
+"""How much memory this computer has left."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def available_memory() -> int:
-    """Bytes that can be had without pushing anything out but into swap: MemAvailable and SwapFree (proc_meminfo(5))."""
+    """Bytes that are available, with swap: MemAvailable and SwapFree (proc_meminfo(5))."""
     found = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
     return sum(int(found[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree") if name in found)

@@ -1,4 +1,4 @@
-"""The door: the only way from a task to a C call that touches guest memory for it.
+"""The gate: the only way for a task to call C code that touches guest memory.
 
 Pumps do not come this way: they live on a thread of their own (see ``virtio.queue``).
 """
@@ -29,7 +29,7 @@ class Gate:
     armed  postcopy                          inline with VPC_TRY, which gives up before it touches an
                                              absent page; then the same call on a borrowed thread
     slow   a backing that may read a disk    always on a borrowed thread
-    lost   pages are gone, or whoever        MemoryLost
+    lost   pages are gone, or the peer that  MemoryLost
            brings them
     =====  ================================  ==========================================================
 
@@ -77,5 +77,5 @@ class Gate:
     def checked(rc: int) -> int:
         """``rc``, or MemoryLost for -EOWNERDEAD."""
         if rc == -errno.EOWNERDEAD:
-            raise MemoryLost("the front-end is gone and will bring no more pages, or has taken pages away")
+            raise MemoryLost("the front-end is gone and will send no more pages, or has taken pages away")
         return rc

@@ -21,7 +21,7 @@ ALIGNMENT = 64
 
 
 def part_size(queue_size: int) -> int:
-    """Bytes of a queue's part, without what aligns the next one."""
+    """Bytes of a queue's part, without the padding that aligns the next one."""
     return 16 + 16 * queue_size
 
 
@@ -31,7 +31,7 @@ def stride_of(queue_size: int) -> int:
 
 
 def new_inflight_file(queues: int, queue_size: int) -> int:
-    """A memfd for so many queues, all zeros, whose size nobody can change; the caller owns it. Raises OSError."""
+    """A memfd for that many queues, all zeros, whose size nobody can change; the caller owns it. Raises OSError."""
     fd = os.memfd_create("inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, queues * stride_of(queue_size))

@@ -22,7 +22,7 @@ class DirtyLog(Owner):
         try:
             raw = made("log", "dirty log", lib.vpc_log_new, supply.handle, fd, offset, size)
         except OSError as e:
-            outside = f"dirty log: {in_units(size)} at {offset:#x} do not lie in a file of that size"
+            outside = f"dirty log: {in_units(size)} at {offset:#x} are not within the file"
             raise GuestMemoryError(
                 outside if e.errno in (errno.EFBIG, errno.EINVAL) else e.strerror
             ) from None
@@ -30,5 +30,5 @@ class DirtyLog(Owner):
         self.size = size
 
     def covers(self, guest_end: int) -> bool:
-        """Has every page below guest address ``guest_end`` a bit?"""
+        """Whether every page below guest address ``guest_end`` has a bit."""
         return self.size * 8 * TARGET_PAGE >= guest_end

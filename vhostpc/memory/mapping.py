@@ -1,4 +1,4 @@
-"""One mapping of one descriptor, and what stands behind a session's mappings: the supply of pages."""
+"""One mapping of one descriptor, and the provider behind a session's mappings: the supply of pages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vhostpc.units import in_units
 
 
 class Backing(WordEnum):
-    """What kind of file system a mapping comes from. Postcopy works on the first two."""
+    """The kind of file system of a mapping. Postcopy works on the first two."""
 
     TMPFS = 1
     HUGETLB = 2
@@ -33,7 +33,7 @@ class WaitStats:
 
 
 class Supply(Owner):
-    """Who brings a session's missing pages: a userfaultfd lent to the front-end, or nobody (all are here).
+    """The provider of a session's missing pages: a userfaultfd lent to the front-end, or none (all pages are here).
 
     Armed memory is memory that may miss pages, from POSTCOPY_LISTEN to POSTCOPY_END.
     """
@@ -51,11 +51,11 @@ class Supply(Owner):
         check(lib.vpc_supply_disarm(self.handle), "UFFDIO_UNREGISTER")
 
     def fail(self) -> str | None:
-        """No page will come any more: release every waiter, so that nothing is read, sent or created.
+        """No more pages will come: release every waiter, so that nothing is read, sent or created.
 
         Each armed mapping is replaced by private memory and its waiters are woken; they see
         :class:`MemoryLost`. The shared file stays as it was, also for a guest that lives on. Returns None, or why
-        there is no memory to replace all of them with: who waits in the others sleeps on (:attr:`asleep`). It may
+        there is no memory to replace all of them with: waiters in the others sleep on (:attr:`asleep`). It may
         be tried again.
         """
         rc = lib.vpc_supply_fail(self.handle)
@@ -63,7 +63,7 @@ class Supply(Owner):
 
     @property
     def asleep(self) -> int:
-        """Threads that wait for a page; after :meth:`fail` only those that it could not let go."""
+        """Threads that wait for a page; after :meth:`fail` only those that it could not release."""
         return lib.vpc_supply_asleep(self.handle)
 
     @property
@@ -109,7 +109,7 @@ class Mapping(Owner):
 
     @property
     def address(self) -> OwnAddr:
-        """Where the region's first byte is in our process: for the front-end, which translates faults."""
+        """The address of the region's first byte in our process: for the front-end, which translates faults."""
         return OwnAddr(lib.vpc_map_address(self.handle))
 
     @property

@@ -1,4 +1,4 @@
-"""A page of a front-end's file that went away under our mapping, as the SIGBUS of a touch told."""
+"""A page of a front-end's file that vanished under our mapping, as the SIGBUS of a touch showed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vhostpc.memory.table import Region
 
 
 class Use(WordEnum):
-    """What a front-end's file is mapped for (``VPC_USE_*``)."""
+    """The use of a mapped file of a front-end (``VPC_USE_*``)."""
 
     MEMORY = 0
     DIRTY_LOG = 1
@@ -38,7 +38,7 @@ class Strike:
     poisoned: bool
 
     def sentence(self, regions: Iterable[Region]) -> str:
-        """What to tell, in one sentence; ``regions``: all that the session knows."""
+        """The message, in one sentence; ``regions``: all that the session knows."""
         what = self.use.name.lower().replace("_", " ")
         whose = f"the front-end's {what}"
         where = f"offset {self.offset:#x} of its file"
@@ -55,7 +55,9 @@ class Strike:
             Backing.HUGETLB: "no huge page is free",
             Backing.OTHER: "its disk fails",
         }[self.backing]
-        return f"a page of {whose} cannot be had ({where}): {also}, its file was shrunk, or it was poisoned"
+        return (
+            f"a page of {whose} is not available ({where}): {also}, its file was shrunk, or it was poisoned"
+        )
 
 
 async def struck(supply: Supply) -> Strike:

@@ -59,7 +59,7 @@ class GuestMemory(Owner):
 
     @property
     def users(self) -> int:
-        """Rings and chains that still look things up here."""
+        """Rings and chains that still use this table."""
         return lib.vpc_gm_users(self.handle)
 
     @property
@@ -69,5 +69,5 @@ class GuestMemory(Owner):
 
     @property
     def slow(self) -> bool:
-        """Some backing may read a disk at any touch."""
+        """Whether a touch may have to read a disk."""
         return any(r.mapping.backing is Backing.OTHER for r in self.regions)

@@ -68,7 +68,7 @@ class Channel:
             raise ChannelLost("The channel was shut down")
 
     def shut_down(self) -> None:
-        """Break both directions. Never waits; whoever waits in a method here gets ChannelLost.
+        """Break both directions. Never waits; a task that waits in a method here gets ChannelLost.
 
         A C loop that polls a descriptor is woken if it is a socket's, or a command's: that is killed with its process
         group, so its ends of the pipes close (unless something that it started has left the group). At a pipe that
@@ -79,7 +79,7 @@ class Channel:
         self._ends.shut_down()
 
     def keep_unsent_small(self) -> None:
-        """From now on little may lie in the kernel that is not on its way: what is urgent must not wait behind it."""
+        """From now on little may lie in the kernel unsent: urgent data must not wait behind it."""
         self._ends.keep_unsent_small()
 
     async def aclose(self) -> None:

@@ -63,7 +63,7 @@ class SocketEnds:
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self.in_fd = self.out_fd = stream.socket.fileno()
-        # trio keeps little unsent data in the kernel; whoever fills the socket from C wants all its room.
+        # trio keeps little unsent data in the kernel; the C loop that fills the socket needs all its room.
         with suppress(OSError):
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)
 
@@ -83,7 +83,7 @@ class SocketEnds:
         with suppress(OSError):
             if self._stream.socket.family == socket.AF_UNIX:
                 self._stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNSENT)
-            else:  # what is on its way is no queue
+            else:  # data in flight is not a queue
                 self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
 
     def shut_down(self) -> None:

@@ -1,4 +1,4 @@
-"""A machine that came from elsewhere and does not run here: kept as it came, to be looked at and sent on."""
+"""A machine that came from elsewhere and does not run here: kept unchanged, to be inspected and sent on."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class HeldMachine:
         came = {block.name: block.length for block in listed.blocks}
         for name, length in self.lengths.items():
             if name not in came:
-                raise StreamError(f"RAM block {name!r} was to come, and the source has none of that name")
+                raise StreamError(f"RAM block {name!r} was expected, but the source has none of that name")
             if came[name] != length:
                 raise StreamError(sizes_differ(name, came[name], length))
         self._must_fit(listed, postcopy)
@@ -131,8 +131,8 @@ class HeldMachine:
                 self.ram.create(block.name, block.length, size)
             except OSError as e:
                 raise StreamError(
-                    f"RAM block {block.name!r}, {in_units(block.length)} in pages of {in_units(size)}, cannot be had: "
-                    f"{refusal(e, block.length, size)}"
+                    f"RAM block {block.name!r}, {in_units(block.length)} in pages of {in_units(size)}, cannot be "
+                    f"created: {refusal(e, block.length, size)}"
                 ) from None
 
     def _must_fit(self, listed: RamBlocks, postcopy: bool) -> None:
@@ -146,8 +146,8 @@ class HeldMachine:
         total = sum(block.length for block in small if block.name not in self.lengths)
         if total > (free := available_memory()):
             raise StreamError(
-                f"RAM blocks of {total >> 20} MiB, and this machine has {free >> 20} MiB to give: blocks that are"
-                " hardly used can be held where --ram NAME=SIZE says that they come"
+                f"RAM blocks of {total >> 20} MiB, but this computer has only {free >> 20} MiB left: blocks that are"
+                " hardly used can be held if --ram NAME=SIZE announces them"
             )
 
     def _page_size(self, block: BlockInfo, postcopy: bool) -> int:

@@ -2,7 +2,7 @@
 
 Python reads what stands between RAM sections; the sections themselves are read in C, on a thread that never
 needs the GIL (:mod:`vhostpc.pages.ramchannel`). In postcopy three things go on at once, and none waits for another:
-the page thread places what comes, the fault loop asks for what somebody waits for, and a task of its own loads
+the page thread places arriving pages, the fault loop requests missing pages, and a task of its own loads
 the package, which may wait for a page like anybody else.
 """
 
@@ -139,7 +139,7 @@ class Incoming:
         return self.service.missing()
 
     def loads(self) -> list[LoadNumbers]:
-        """What came, one look at each channel that brought pages: that of precopy, then that of postcopy."""
+        """The received pages, one count for each channel that brought pages: that of precopy, then that of postcopy."""
         return [*self._loads, *([] if self._pages is None else [self._pages.numbers()])]
 
     def asked(self) -> ServiceNumbers:
@@ -164,7 +164,7 @@ class Incoming:
         Raises StreamError (what is wrong, at which byte), ChannelLost, PostcopyRefused, OSError, and whatever else
         goes wrong in this process: the machine has not run here; the source was told so, where it can be. From RUN on
         it raises for nothing: it pauses. All pages, clients and waiters stay, and so does this call, until it is
-        cancelled or :meth:`close` is called. Then, and whenever it is cancelled with pages missing, who waits for a
+        cancelled or :meth:`close` is called. Then, and whenever it is cancelled with pages missing, a waiter for a
         page gets MemoryLost.
         """
         self._receiving = True
@@ -233,7 +233,7 @@ class Incoming:
 
     async def _read_on(self) -> None:
         """Our word that it never ran lets the source go on. But it sends its package or pages now, and what is sent to
-        a channel that broke may come to its notice before our word does. So what comes is thrown away, until it hangs
+        a channel that broke may come to its notice before our word does. So its data is thrown away, until it hangs
         up."""
         with suppress(*TROUBLE):
             while True:
@@ -281,12 +281,12 @@ class Incoming:
             elif isinstance(event, RamBlocks):
                 self._accept_blocks(event)
             elif isinstance(event, RamDiscard):
-                self.course.move(Event.SWITCH)  # the package is on its way
+                self.course.move(Event.SWITCH)  # the package is in flight
                 await self._discard(event)
             elif isinstance(event, Package):
                 if not self._return_path:
                     raise BadStream(
-                        event.offset, "a package, and no return path to ask for pages on was opened"
+                        event.offset, "a package, but no return path for page requests was opened"
                     )
                 # The whole of it has come before anything of it is done: from LISTEN on the channel is for pages.
                 return await self._elements(event)
@@ -295,7 +295,7 @@ class Incoming:
             elif isinstance(event, VmDescription):
                 self._description = event.text
                 if event.disagrees is not None:
-                    log.warning("migration: the description is not that of the sections: %s", event.disagrees)
+                    log.warning("migration: the description does not match the sections: %s", event.disagrees)
             else:
                 self._other(event)
         return None
@@ -308,7 +308,7 @@ class Incoming:
             log.warning("migration: the stream ends without the last section of RAM")
         self._tell_rest(self._reader.unread, self._reader.doubt)
         await self.machine.loaded(self._description)
-        log.info("migration: all is here, by precopy")
+        log.info("migration: everything has arrived, by precopy")
         self._settle()
         await self._stop_faults()
         if self._advised is not None:
@@ -325,7 +325,7 @@ class Incoming:
         self._pages.block = block
         await self.machine.listen()
         log.info(
-            "migration: postcopy: %d host pages to come, %d elements to load", self.missing(), len(package)
+            "migration: postcopy: %d host pages missing, %d elements to load", self.missing(), len(package)
         )
         self.course.move(Event.PACKAGE)
 
@@ -358,7 +358,7 @@ class Incoming:
             self._loaded.set()
         except Exception as error:
             if self.machine.ram.lost:
-                await trio.sleep_forever()  # given up by whoever ends all this, and says why
+                await trio.sleep_forever()  # given up by the task that ends the migration, and says why
             self._error = self._error or error
             raise
 
@@ -379,19 +379,21 @@ class Incoming:
                 self.service.give_up()  # a load may wait for one
                 raise
             await self._pause(error)
-        log.info("migration: all pages are here")
+        log.info("migration: all pages have arrived")
 
     def _settle(self) -> None:
         """The source says that all is sent. It leaves out what its guest called free, and what of a virtio-mem is not
         plugged: such a page is zero. One that it discarded here it has to send."""
         if owed := self.service.owed():
-            raise StreamError(f"the source says that all is sent, and {owed} host pages never came")
+            raise StreamError(f"the source says that everything is sent, but {owed} host pages never came")
         if zero := self.service.settle():
             log.warning("migration: %d host pages were not sent: they are zero", zero)
 
     async def _pause(self, error: BaseException) -> None:
         """The link is lost, the machine runs or is about to: keep all that there is, until this is cancelled."""
-        log.warning("migration: %d host pages are missing; who waits for one goes on waiting", self.missing())
+        log.warning(
+            "migration: %d host pages are missing; threads that wait for one go on waiting", self.missing()
+        )
         self.channel.shut_down()
         self.service.set_return_path(None)  # requests wait in the outbox
         self._close_pages()  # and with it a host page of which a part has come
@@ -403,19 +405,21 @@ class Incoming:
         try:
             await tell_waits(self.service, self.loads, self.channel.shut_down)
         except Exception as error:
-            log.error("migration: who waits is told no more: %s", sentence(error), exc_info=error)
+            log.error(
+                "migration: waiting threads are no longer reported: %s", sentence(error), exc_info=error
+            )
 
     async def _end_postcopy(self) -> None:
         """Every page is here, in QEMU's order: whatever goes wrong now, the machine is whole and the source is told."""
         try:
             await self.machine.end()
         except Exception as error:
-            log.error("migration: all pages are here, but: %s", sentence(error), exc_info=error)
-        await self._stop_faults()  # behind END: a fault that was on its way until then is still answered
+            log.error("migration: all pages have arrived, but: %s", sentence(error), exc_info=error)
+        await self._stop_faults()  # behind END: a fault that was in flight until then is still answered
         try:
             self.service.disarm()
         except Exception as error:
-            log.error("migration: all pages are here, but: %s", sentence(error), exc_info=error)
+            log.error("migration: all pages have arrived, but: %s", sentence(error), exc_info=error)
         self._tell_rest(self._reader.unread, None)
         await self._shut()
 
@@ -498,14 +502,14 @@ class Incoming:
         if unread:
             log.warning("migration: the source sent %d bytes behind the end", unread)
         if doubt is not None:
-            log.warning("migration: the sections before byte %d can be read in more than one way", doubt)
+            log.warning("migration: the sections before byte %d have more than one reading", doubt)
 
     def _open_return_path(self, event: OpenReturnPath, nursery: trio.Nursery) -> None:
         if self._return_path:
             self._other(event)
             return
         if not self.channel.two_way:
-            raise BadStream(event.offset, "OPEN_RETURN_PATH on a channel that goes one way only")
+            raise BadStream(event.offset, "OPEN_RETURN_PATH on a one-way channel")
         self.service.set_return_path(self.channel.out_fd)
         self._return_path = True
         self._faults_ended = trio.Event()
@@ -529,7 +533,7 @@ class Incoming:
 
     def _pong(self, event: Ping) -> None:
         if self.service.numbers().outbox_bytes > MAX_ANSWERS:
-            raise BadStream(event.offset, "a PING, and the source does not read the answers to those before")
+            raise BadStream(event.offset, "a PING, but the source does not read the answers to earlier ones")
         self._send(Pong(event.value).encode())
 
     def _pong_in_package(self, event: Ping) -> None:
@@ -559,14 +563,14 @@ class Incoming:
                     await trio.lowlevel.wait_writable(self.channel.out_fd)
                     self._send(b"")
         except trio.TooSlowError:
-            log.warning("migration: the source takes nothing more on the return path")
+            log.warning("migration: the source no longer reads the return path")
         except ChannelLost as error:
-            log.warning("migration: the source does not know that all is here: %s", error)
+            log.warning("migration: the source does not know that everything has arrived: %s", error)
 
     async def _advise(self, event: PostcopyAdvise) -> None:
         check_advise(event, postcopy=self.postcopy, two_way=self.channel.two_way)
         if event.page_sizes is None:
-            log.info("migration: POSTCOPY_ADVISE for dirty bitmaps, of which there are none here")
+            log.info("migration: POSTCOPY_ADVISE for dirty bitmaps, but there are none here")
             return
         self._advised = event
         await self.machine.advise(self.service)

@@ -1,4 +1,4 @@
-"""What a destination tells its log while pages come: who waits long for one, and that there is no memory for them."""
+"""A destination's log lines while pages arrive: long waits for one, and lack of memory for them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Shortage:
         if short and self._since is None:
             self._since = time.monotonic()
             log.warning(
-                "migration: no memory for a page that has come (a full tmpfs, no huge page, a limit): "
-                "it is tried again until there is some"
+                "migration: no memory for a page that has arrived (a full tmpfs, no huge page, a limit): "
+                "retrying until there is some"
             )
         elif not short and self._since is not None:
             log.warning(
@@ -40,7 +40,7 @@ class Shortage:
 async def tell_waits(
     service: FaultService, loads: Callable[[], list[LoadNumbers]], lost: Callable[[], None]
 ) -> None:
-    """Look on until cancelled: who waits for long, and whether there is memory for what comes.
+    """Watch until cancelled: long waits, and whether there is memory for arriving pages.
 
     ``loads``: the numbers of the channels, the last one's last. ``lost`` is called when requests can no longer be sent:
     nobody else would notice.

@@ -20,7 +20,7 @@ class Machine(Protocol):
     Arriving, the destination calls ``accept``; in a stream that may switch to postcopy ``advise``;
     ``accept_blocks``; then pages come. By precopy: ``load`` for each section, ``loaded``. By postcopy: ``listen``,
     then, while pages come, ``load`` for each section and ``loaded``; behind the last page ``end``. Whether it is
-    to run is decided by whoever called :meth:`Incoming.receive`; they call ``cont``.
+    to run is decided by the caller of :meth:`Incoming.receive`, who calls ``cont``.
     """
 
     @property
@@ -48,7 +48,7 @@ class Machine(Protocol):
         ...
 
     def report(self) -> dict[str, Any]:
-        """How it is, for whoever tests it: numbers and names, of JSON's types only. Never waits."""
+        """Its state, for tests: numbers and names, of JSON's types only. Never waits."""
         ...
 
     async def verify(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Machine(Protocol):
     async def cont(self) -> None:
         """Run. Raises MigrationRefused if it cannot run here (it is held).
 
-        It asks for nothing that may be short, threads or descriptors or maps: all that running needs was had before
+        It asks for nothing that may be short, threads or descriptors or maps: all it needs was allocated before
         the machine ran for the first time, or by :meth:`loaded`, and is kept over a :meth:`stop`.
         """
         ...
@@ -94,7 +94,7 @@ class Machine(Protocol):
 
     async def start_tracking(self) -> None:
         """From now on each write to its memory is found by ``sync_dirty``. If it raises, it has undone itself, and
-        what ``sync_dirty`` and ``stop_tracking`` need is had here."""
+        what ``sync_dirty`` and ``stop_tracking`` need is allocated here."""
         ...
 
     async def sync_dirty(self) -> int:
@@ -114,7 +114,7 @@ class Machine(Protocol):
         ...
 
     async def advise(self, service: FaultService) -> None:
-        """POSTCOPY_ADVISE: get the userfaultfd of each back-end, and what else postcopy needs that is had by now.
+        """POSTCOPY_ADVISE: get the userfaultfd of each back-end, and allocate what else postcopy needs.
 
         Raises PostcopyRefused naming the back-end, Shortage.
         """
@@ -123,7 +123,7 @@ class Machine(Protocol):
     def accept_blocks(self, listed: RamBlocks, *, postcopy: bool) -> None:
         """Make or check the blocks; from here on they are in ``ram``. ``postcopy``: sizes of pages were said.
 
-        Raises StreamError, one sentence, for blocks that do not match or cannot be had.
+        Raises StreamError, one sentence, for blocks that do not match or cannot be created.
         """
         ...
 
@@ -137,8 +137,8 @@ class Machine(Protocol):
         ...
 
     async def loaded(self, description: bytes) -> None:
-        """All sections have come, and all is had that running needs. Raises StreamError if a section is missing, or
-        something cannot be had: the machine has not run here.
+        """All sections have come, and all it needs is allocated. Raises StreamError if a section is missing, or
+        something is not available: the machine has not run here.
 
         ``description``: the JSON about the sections, b"" in postcopy.
         """

@@ -54,7 +54,7 @@ from vhostpc.wire.ramrec import RamFlag
 log = rationed_logger(__name__)
 
 LAST_WORD = 10.0
-"""Seconds in which a destination's word is waited for once a write to it has failed behind the border."""
+"""Seconds to wait for a destination's report once a write to it has failed behind the border."""
 _END_OF_PAGES = int(RamFlag.EOS).to_bytes(8, "big")
 CANCELLED = "the migration was cancelled"
 
@@ -191,7 +191,7 @@ class Outgoing:
     async def send(self) -> None:
         """Send all and, where there is a return path, wait for the destination's word that it has it.
 
-        What comes of it moves the phase: FINISH; FAIL before the border; behind it NEVER_RAN where the destination said
+        The outcome moves the phase: FINISH; FAIL before the border; behind it NEVER_RAN where the destination said
         that it could not run it, else LOSE. The same error is raised: ChannelLost, StreamError, OSError, and whatever
         else goes wrong in this process. A cancelled task is a lost link.
         """
@@ -200,8 +200,8 @@ class Outgoing:
             await self._send()
         except BaseException as caught:
             error = caught
-            self.channel.shut_down()  # the destination is told, whoever else still holds the descriptor
-        # First things are put back, then it is told: whoever hears of it may begin another one.
+            self.channel.shut_down()  # the destination is told, even if others still hold the descriptor
+        # First things are put back, then it is told: a listener may begin another one.
         with trio.CancelScope(shield=True):
             try:
                 await self.machine.stop_tracking()
@@ -234,7 +234,7 @@ class Outgoing:
         log.info("migration: %r, %d MiB of RAM", machine.configuration.machine, total >> 20)
         if not self._postcopy and self.after != After():
             log.warning(
-                "migration: it cannot switch to postcopy by itself: the capability postcopy-ram is off"
+                "migration: it cannot switch to postcopy automatically: the capability postcopy-ram is off"
             )
         if await self._precopy():
             await self._switch()
@@ -318,7 +318,7 @@ class Outgoing:
         if isinstance(more, Ended):
             raise self._failed(more)
         if more:
-            raise StreamError("pages that are withheld cannot be left out of the last pass")
+            raise StreamError("withheld pages cannot be left out of the last pass")
         devices, description = await self.machine.save()
         await self._say(b"".join(section.encode() for section in devices))
         self._check_cancelled()
@@ -365,7 +365,7 @@ class Outgoing:
         if not self._remaining:
             await self._last()
             return
-        log.info("migration: postcopy, %d MiB to come", self._remaining >> 20)
+        log.info("migration: postcopy, %d MiB left to send", self._remaining >> 20)
         for block in machine.ram.blocks:
             for commands in block.discards():
                 await self._say(commands)
@@ -414,7 +414,9 @@ class Outgoing:
             raise ChannelLost(CANCELLED)
         self._said += len(package)
         if too_late:
-            log.warning("migration: the cancel came too late: the package had gone, it goes on as postcopy")
+            log.warning(
+                "migration: the cancel came too late: the package had been sent, it goes on as postcopy"
+            )
 
     async def _say_behind(self, data: bytes) -> None:
         """As :meth:`_say`, behind the border: a link that broke may have brought the destination's word before."""
@@ -438,13 +440,13 @@ class Outgoing:
     def _failed(self, ended: Ended) -> Exception:
         numbers = self.source.numbers()
         if ended is Ended.STOPPED:
-            waits = ", and the destination had not said its last word: the guest may be running there"
+            waits = ", before the destination's final report: the guest may be running there"
             return ChannelLost(CANCELLED + (waits if self.course.phase in ALL_SENT else ""))
         if ended is Ended.SHUT and numbers.shut and not numbers.pongs >> LOADED & 1:
             return NeverRan("the destination says that it failed, and did not run the machine")
         left = total_pages(self.machine.ram.blocks, Bits.DIRTY)
         if ended is Ended.SHUT and not numbers.shut:
-            return StreamError(f"the destination says that it is done, and {left} host pages were not sent")
+            return StreamError(f"the destination says that it is done, but {left} host pages were not sent")
         if ended is Ended.SHUT:
             return ChannelLost("the destination says that it failed after it had run the machine")
         return ChannelLost(f"the destination closed the connection; {left} host pages were not sent")
@@ -457,8 +459,8 @@ class Outgoing:
         """Something that changes as long as it goes on, and whom it waits for when it does not."""
         numbers = self.numbers()
         left = total_pages(self.machine.ram.blocks, Bits.DIRTY)
-        what = f"{left} host pages are left" if left else "all is sent, its last word is missing"
-        return (self._said, numbers.bytes, numbers.requests), f"the destination is waited for: {what}"
+        what = f"{left} host pages are left" if left else "everything is sent, its final report is missing"
+        return (self._said, numbers.bytes, numbers.requests), f"waiting for the destination: {what}"
 
     def _head(self) -> bytes:
         blocks = self.machine.ram.blocks

@@ -21,11 +21,11 @@ def check_advise(event: PostcopyAdvise, *, postcopy: bool, two_way: bool) -> Non
     if event.page_sizes is None:
         why = "RAM postcopy is enabled but have 0 byte advise"
     elif not postcopy:
-        why = "the source may switch to postcopy, and postcopy-ram is not enabled here"
+        why = "the source may switch to postcopy, but postcopy-ram is not enabled here"
     elif event.target_page != TARGET_PAGE:
         why = f"the source has target pages of {event.target_page} bytes, not {TARGET_PAGE}"
     elif not two_way:
-        why = "the source may switch to postcopy, and the channel goes one way only"
+        why = "the source may switch to postcopy, but the channel is one-way"
     elif mlock_future_in_force():
         why = (
             "postcopy cannot be done here: mlockall(MCL_FUTURE) is in force in this process, "

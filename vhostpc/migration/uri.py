@@ -45,7 +45,7 @@ class Unix:
 class Fd:
     """A descriptor that a monitor was given (its name), or that this process was started with (its number).
 
-    ``fd`` is set by the monitor; whoever gets the address owns it.
+    ``fd`` is set by the monitor; the receiver of the address owns it.
     """
 
     name: str

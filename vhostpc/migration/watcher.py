@@ -1,4 +1,4 @@
-"""Whoever moves a machine, as the two ends of a migration see them."""
+"""What the two ends of a migration ask of their caller."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vhostpc.migration.machine import Machine
 
 
 class Watcher(Protocol):
-    """What happens to the machine is done by whoever started the migration. On the trio thread."""
+    """The caller that started the migration stops and starts the machine. On the trio thread."""
 
     def passed(self, number: int) -> None:
         """The source has read the dirty log for the ``number``-th time. Must not raise."""

@@ -1,4 +1,4 @@
-"""Dirty tracking: which host pages were written through a RAM set's own mapping. Nobody is stopped for it.
+"""Dirty tracking: which host pages were written through a RAM set's own mapping, without stopping the writers.
 
 Writes of other processes (back-ends) are not seen; those say themselves what they write, in the dirty log.
 """
@@ -32,12 +32,12 @@ from vhostpc.ufd.uffd import Userfaultfd
 
 
 class DirtyWay(enum.Enum):
-    """How writes are found, best first."""
+    """The ways to detect writes, best first."""
 
     WP_ASYNC = "wp-async"
-    """The kernel notes them and a scan collects (Linux 6.7); a writer never waits."""
+    """The kernel records them and a scan collects them (Linux 6.7); a writer never waits."""
     WP_SYNC = "wp-sync"
-    """The first write to each page between two syncs waits for a thread of ours that notes it (Linux 5.19)."""
+    """The first write to each page between two syncs waits for one of our threads, which records it (Linux 5.19)."""
 
 
 _FEATURES = {
@@ -49,13 +49,13 @@ _NEEDS = {DirtyWay.WP_ASYNC: "Linux 6.7", DirtyWay.WP_SYNC: "Linux 5.19"}
 
 @dataclass(frozen=True, slots=True)
 class DirtyNumbers:
-    """What tracking found and cost."""
+    """The results and costs of tracking."""
 
     syncs: int
     found: int
     """Host pages that syncs found written, all together."""
     faults: int
-    """WP_SYNC: writes that waited to be noted."""
+    """WP_SYNC: writes that waited until they were recorded."""
     calls: int
     """System calls that syncs made: scans, or protecting a run of pages."""
     sync_ns: int
@@ -75,7 +75,7 @@ class DirtyTracker(Owner):
     It is started once. ``way``: one of DirtyWay, None for the best that the kernel has. Absent pages are not made
     by it. Blocks that are added later are not tracked; no page may be discarded meanwhile; and the memory may not be
     armed for postcopy, which is another userfaultfd. Raises UfdError, saying what the kernel lacks or what is short;
-    OSError and Shortage for what is short. What it needs until its end is had here.
+    OSError and Shortage for what is short. What it needs until its end is allocated here.
     """
 
     def __init__(self, ram: RamSet, way: DirtyWay | None = None) -> None:
@@ -93,7 +93,7 @@ class DirtyTracker(Owner):
         self._started = False
 
     async def start(self, nursery: trio.Nursery) -> None:
-        """Protect all blocks; writes from here on are found.
+        """Protect all blocks; writes from here on are detected.
 
         The thread of WP_SYNC runs in ``nursery``; when that ends, tracking ends, and nobody waits for it. Raises
         UfdError.
@@ -113,7 +113,7 @@ class DirtyTracker(Owner):
             raise
 
     async def sync(self) -> int:
-        """Set Bits.DIRTY of what was written since the last call, protect it again; how many bits were not set before.
+        """Set Bits.DIRTY of pages written since the last call, protect them again; returns how many bits were new.
 
         No write is lost: whatever is written later than its page was looked at is found by the next call. Raises
         UfdError when tracking has not begun or has ended.
@@ -124,7 +124,7 @@ class DirtyTracker(Owner):
         return rc
 
     async def stop(self) -> None:
-        """Protect nothing any more. What was written since the last :meth:`sync` is not known. Harmless again."""
+        """Protect nothing any more. Writes since the last :meth:`sync` are unknown. May be repeated."""
         if self.closed:
             return
         if self._loop_ended is not None:
@@ -156,7 +156,7 @@ class DirtyTracker(Owner):
             raise _failure(-rc)
 
     async def _hop(self, call: Any) -> int:
-        """On a thread, since it takes as long as there is memory; it waits for nothing."""
+        """On a thread, since its time grows with the size of memory; it waits for nothing."""
         handle = self.handle
         with self._loops.running(lambda: None):
             return await self._thread.call(lambda: int(call(handle)))
@@ -183,7 +183,7 @@ def probe_dirty() -> dict[DirtyWay, str]:
 
 
 def _try(way: DirtyWay) -> None:
-    """Start and sync, on memory that nobody writes: does the kernel do it? Raises UfdError, OSError."""
+    """Start and sync, on memory that nobody writes, to test the kernel. Raises UfdError, OSError."""
     with RamSet() as ram:
         ram.create("probe", mmap.PAGESIZE)
         native = _made(ram, way)
@@ -197,7 +197,7 @@ def _try(way: DirtyWay) -> None:
 
 
 def _best() -> DirtyWay:
-    """What the kernel has, not what is left of it: a shortage is raised, and no reason for a lesser way."""
+    """Test what the kernel supports: a shortage is raised, and is no reason for a lesser way."""
     last: UfdError | None = None
     for way in DirtyWay:
         try:
@@ -256,7 +256,7 @@ def _open(way: DirtyWay) -> Userfaultfd:
 
 @contextmanager
 def _pagemap(way: DirtyWay) -> Iterator[int]:
-    """/proc/self/pagemap for the way that needs it, else -1."""
+    """/proc/self/pagemap for the way that needs it, otherwise -1."""
     if way is not DirtyWay.WP_ASYNC:
         yield -1
         return

@@ -1,4 +1,4 @@
-"""A client of the fault service: somebody's ufd, and where its addresses lie in our RAM blocks."""
+"""A client of the fault service: a process's ufd, and the place of its addresses in our RAM blocks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ClientRange:
 
 @dataclass(frozen=True, slots=True)
 class ClientNumbers:
-    """What a client did until now."""
+    """Counts of a client so far."""
 
     faults: int
     """Fault events read."""
@@ -39,16 +39,16 @@ class ClientNumbers:
     found_nothing: int
     """Faults at addresses of no range: the thread there stays blocked until ranges are set."""
     received_already: int
-    """Woken at once: the page had come in the meantime."""
+    """Woken at once: the page had arrived in the meantime."""
     requested_already: int
-    """Faults on pages that somebody had asked for before."""
+    """Faults on pages that were already requested."""
     repeated: int
-    """Faults of a thread that waited for that page already, and came back to it after a signal: they are no waits of
-    their own. A ufd without THREAD_ID tells no thread from another: there it is also that of another thread."""
+    """Faults of a thread that waited for that page already, and returned to it after a signal: they do not count as
+    waits. A ufd without THREAD_ID tells no thread from another: there it is also that of another thread."""
     other_events: int
     waiting_now: int
     waiting_for_page: int
-    """Of those, the ones at addresses of a range: their pages will come. Of no other can it be said."""
+    """Of those, the ones at addresses of a range: only their pages are sure to come."""
     last_unknown: int
     """Address of the last fault that found nothing, 0 if there was none."""
     error: int
@@ -77,7 +77,7 @@ class Client:
         self.removed = False
 
     def set_ranges(self, ranges: Iterable[ClientRange]) -> None:
-        """Say where the client's addresses lie, replacing what was said before.
+        """Set where the client's addresses lie, replacing earlier ranges.
 
         Faults that found nothing until now are looked at again. Raises OSError EINVAL for ranges that
         overlap, are no whole host pages or leave their block.
@@ -91,7 +91,7 @@ class Client:
         check(rc, f"ranges of {self.name}")
 
     def remove(self) -> None:
-        """Read it no more and close our copy of its ufd. Its numbers stay readable.
+        """Stop reading it and close our copy of its ufd. Its numbers stay readable.
 
         Harmless after the service was closed, which does the same.
         """
@@ -105,7 +105,7 @@ class Client:
         return numbers_of(ClientNumbers, raw, waits=waits_of(raw.histogram, raw.longest_ns))
 
     def threads(self) -> dict[int, Waits]:
-        """What each of its threads has waited, by kernel thread id; a ufd without THREAD_ID tells of none.
+        """The waits of each of its threads, by kernel thread id; none for a ufd without THREAD_ID.
 
         Under 0 stand the threads that came when the table was full (256 rows).
         """

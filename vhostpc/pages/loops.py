@@ -1,4 +1,4 @@
-"""Long C loops that work on one handle: its end is theirs."""
+"""Long C loops that work on one handle, and end with it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Loops:
 
     @property
     def idle(self) -> bool:
-        """None runs."""
+        """Whether none runs."""
         return not self._stops
 
     def close(self) -> None:
-        """Stop what runs."""
+        """Stop running loops."""
         for stop in list(self._stops):
             stop()

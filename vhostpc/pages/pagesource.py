@@ -26,7 +26,7 @@ from vhostpc.pages.ramblock import Bits, RamSet
 from vhostpc.wire.ramrec import REASONS, BadRecord
 
 UNLIMITED = lib.VPC_RATE_UNLIMITED
-"""Background rate: as fast as the socket takes it."""
+"""Background rate: as fast as the socket accepts data."""
 
 
 class Ended(WordEnum):
@@ -39,7 +39,7 @@ class Ended(WordEnum):
 
 @dataclass(frozen=True, slots=True)
 class SourceNumbers:
-    """What a source sent until now. Host pages unless said otherwise."""
+    """Counts of a source so far. Host pages unless said otherwise."""
 
     bytes: int
     data_pages: int
@@ -51,22 +51,22 @@ class SourceNumbers:
     requested_pages: int
     background_pages: int
     useless: int
-    """Asked for, but sent before."""
+    """Requested, but sent before."""
     held: int
-    """Asked for and withheld now."""
+    """Requested and currently withheld."""
     held_ever: int
     dirty_left: int
     eos_sent: bool
     pongs: int
-    """A bit for each PONG value below 32 that came."""
+    """A bit for each PONG value below 32 that arrived."""
     shut: int
-    """The value of the destination's SHUT; 0, success, also before one came."""
+    """The value of the destination's SHUT; 0, success, also before it arrives."""
     heard: bool
-    """The PONG of MUST_HEAR came."""
+    """Whether the PONG of MUST_HEAR arrived."""
 
 
 class PageScan(Owner):
-    """Which page of ``ram`` is sent next: as long as a migration lives, over all its connections.
+    """The order in which pages of ``ram`` are sent, for the life of a migration, over all its connections.
 
     The DIRTY bits of its blocks say what is to be sent. ``background_rate`` is in bytes a second besides what is
     asked for; 0 sends only what is asked for.
@@ -83,7 +83,7 @@ class PageScan(Owner):
 
 
 class PageSource(Owner):
-    """Serves all blocks of ``ram`` on ``sock``: give it a RamSet whose DIRTY bits say what is to be sent.
+    """Serves all blocks of ``ram`` on ``sock``: give it a RamSet whose DIRTY bits mark the pages to send.
 
     ``background_rate`` is in bytes a second besides what is asked for; 0 sends only what is asked for. A
     small send buffer keeps requested pages from waiting behind others.
@@ -103,7 +103,7 @@ class PageSource(Owner):
     ) -> None:
         """``return_path``: the descriptor to read requests from, -1 for none; None: ``sock`` itself.
 
-        Raises Shortage, OSError: all that sending needs is had here.
+        Raises Shortage, OSError: all that sending needs is allocated here.
         """
         fd = sock if isinstance(sock, int) else sock.socket.fileno()
         self.ram = ram
@@ -138,7 +138,7 @@ class PageSource(Owner):
                 heard()
 
     async def wait(self) -> Ended:
-        """Read what the peer says until it closes or says that it is done. Raises as :meth:`serve`."""
+        """Read the peer's messages until it closes or says that it is done. Raises as :meth:`serve`."""
         handle = self.handle
         rc = await run_loop(
             lambda: lib.vpc_save_wait(handle), lambda: lib.vpc_save_stop(handle), self._thread
@@ -169,7 +169,7 @@ class PageSource(Owner):
         lib.vpc_scan_keep_zeros(self._scan.handle, on)
 
     def stop(self) -> None:
-        """End what runs, or the next call, where it stands: it returns STOPPED."""
+        """End the running call, or the next one: it returns STOPPED."""
         lib.vpc_save_stop(self.handle)
 
     def _ended(self, rc: int) -> Ended:
@@ -179,25 +179,25 @@ class PageSource(Owner):
         return Ended(check(rc, "page source"))
 
     def set_tail(self, data: bytes) -> None:
-        """What follows the end of the records: sent when the last page has gone. Before :meth:`serve`."""
+        """Set the data that follow the records: sent after the last page. Call before :meth:`serve`."""
         check(lib.vpc_save_set_tail(self.handle, data, len(data)), "page source")
 
     def set_rate(self, background_rate: int) -> None:
-        """Bytes a second for what nobody asked for; 0 stops it, UNLIMITED does not limit it."""
+        """Set the background rate in bytes per second; 0 stops it, UNLIMITED does not limit it."""
         lib.vpc_scan_set_rate(self._scan.handle, background_rate)
         lib.vpc_save_kick(self.handle)
 
     def hold(self, block: str, first: int = 0, count: int | None = None) -> None:
-        """Withhold host pages until :meth:`release`, also when they are asked for."""
+        """Withhold host pages until :meth:`release`, even when they are requested."""
         self.ram[block].set_bits(Bits.HELD, first, count)
 
     def release(self, block: str, first: int = 0, count: int | None = None) -> None:
-        """Send them again; what was asked for in the meantime goes at once."""
+        """Send them again; pages requested in the meantime go at once."""
         self.ram[block].set_bits(Bits.HELD, first, count, value=False)
         lib.vpc_save_kick(self.handle)
 
     def hold_all(self, on: bool = True) -> None:
-        """Withhold everything that is asked for from now on, and the background; False releases it."""
+        """Withhold every page requested from now on, and the background; False releases them."""
         lib.vpc_scan_hold_all(self._scan.handle, on)
         lib.vpc_save_kick(self.handle)
 
@@ -227,7 +227,7 @@ class PageSource(Owner):
         return raw
 
     def close(self) -> None:
-        """Close our copy of the socket; what still runs is ended."""
+        """Close our copy of the socket; running calls are ended."""
         if not self.closed:
             self.stop()
             self._native.close(idle=self._thread.idle)

@@ -38,14 +38,14 @@ class Bits(WordEnum):
     HELD = 3
     ASKED = 4
     DISCARDED = 5
-    """The stream's RAM_DISCARD took it, or a part of it has come: its source will send it."""
+    """The stream's RAM_DISCARD cleared it, or a part of it has arrived: its source will send it."""
 
 
 def make_memfd(name: str, length: int, page_size: int = TARGET_PAGE) -> int:
     """A new memfd of ``length`` bytes; ``page_size`` above 4096 takes huge pages of that size.
 
-    Its length is sealed: back-ends have the descriptor, and one that shrank the file would end whoever touches what is
-    gone (SIGBUS). Raises OSError (ENOMEM when mapped later, if there are not enough huge pages).
+    Its length is sealed: back-ends have the descriptor, and one that shrank the file would end a process that touches
+    the missing part (SIGBUS). Raises OSError (ENOMEM when mapped later, if there are not enough huge pages).
     """
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     if page_size > mmap.PAGESIZE:
@@ -65,7 +65,7 @@ def make_memfd(name: str, length: int, page_size: int = TARGET_PAGE) -> int:
 
 
 def shared_copy(fd: int) -> int:
-    """A descriptor of the same file to be given away: an open file of its own.
+    """A descriptor of the same file for a peer: an open file of its own.
 
     So whatever flags a peer sets on it (O_APPEND makes each write go to the file's end) are not ours. Where the file
     cannot be opened again, a copy of ``fd``. Raises OSError without descriptors.
@@ -78,18 +78,18 @@ def shared_copy(fd: int) -> int:
 
 
 def refusal(error: OSError, length: int, page_size: int) -> str:
-    """Why such a block cannot be had; for want of huge pages also what to write where."""
+    """Why such a block cannot be created; if huge pages are short, also the remedy."""
     why = (error.strerror or str(error)).rpartition(": ")[2]
     if error.errno != errno.ENOMEM or page_size <= mmap.PAGESIZE:
         return why
     pool = f"/sys/kernel/mm/hugepages/hugepages-{page_size >> 10}kB/nr_hugepages"
-    return f"{why}; set {length // page_size} aside in {pool}"
+    return f"{why}; reserve {length // page_size} in {pool}"
 
 
 def touched(rc: int, what: str) -> int:
-    """Result of a call that touches a RAM set. Raises MemoryLost when the set was given up, OSError else."""
+    """Result of a call that touches a RAM set. Raises MemoryLost when the set was given up, otherwise OSError."""
     if rc == -errno.EOWNERDEAD:
-        raise MemoryLost(f"{what}: the source of its pages is gone and will bring no more")
+        raise MemoryLost(f"{what}: the source of its pages is gone and will send no more")
     return check(rc, what)
 
 
@@ -136,7 +136,7 @@ class RamBlock:
         return check(lib.vpc_ram_count_owed(self._ram.handle, self.index), "RAM bits")
 
     def count_cells(self, which: Bits, cells: int) -> list[int]:
-        """The same in each of ``cells`` equal parts, the block's pages at most: part i begins at i * pages // cells."""
+        """The same in each of ``cells`` equal parts, at most the block's pages: part i begins at i * pages // cells."""
         out = ffi.new("uint32_t[]", max(cells, 1))
         check(lib.vpc_ram_count_cells(self._ram.handle, self.index, which, out, cells), "RAM bits")
         return list(out[0:cells])
@@ -153,7 +153,7 @@ class RamBlock:
         if rc == -errno.EEXIST:
             raise PageBorn(
                 f"host page {left[0]} of {self.name!r} is still there after its discard: it belongs to a huge "
-                "page that somebody holds (I/O that is under way), or whoever maps it has touched it again",
+                "page that is still held (by I/O in flight), or a process that maps it has touched it again",
                 self.name,
                 left[0],
             )
@@ -190,7 +190,7 @@ class RamBlock:
         return check(rc, f"dirty log of {self.name}")
 
     def holes(self) -> list[tuple[int, int]]:
-        """(offset, length) of what the file does not hold: pages that nobody made. Touches nothing."""
+        """(offset, length) of the file's holes: pages that nobody created. Touches nothing."""
         found = []
         at, end = self.fd_offset, self.fd_offset + self.length
         while at < end:
@@ -216,12 +216,12 @@ class RamBlock:
         await self._hop(lib.vpc_ram_write, offset, ffi.from_buffer(data), len(data))
 
     async def fill(self, seed: int, first: int = 0, count: int | None = None) -> None:
-        """Write target pages that name themselves (a function of block, page and ``seed``)."""
+        """Write target pages that identify themselves (a function of block, page and ``seed``)."""
         count = self.length // TARGET_PAGE - first if count is None else count
         await self._hop(lib.vpc_ram_fill, first, count, seed)
 
     async def verify(self, seed: int, first: int = 0, count: int | None = None) -> tuple[int, int | None]:
-        """(number of target pages that are not what :meth:`fill` wrote, the first of them or None)."""
+        """(number of target pages that differ from those of :meth:`fill`, the first of them or None)."""
         count = self.length // TARGET_PAGE - first if count is None else count
         where = ffi.new("uint64_t *")
         bad = await self._hop(lib.vpc_ram_verify, first, count, seed, where)
@@ -246,7 +246,7 @@ class RamSet(Owner):
 
     @property
     def lost(self) -> bool:
-        """Given up: touching raises MemoryLost from now on."""
+        """Whether it was given up: touching raises MemoryLost from then on."""
         return bool(lib.vpc_ram_is_lost(self.handle))
 
     def __getitem__(self, name: str) -> RamBlock:
@@ -268,12 +268,12 @@ class RamSet(Owner):
     ) -> RamBlock:
         """A block on ``length`` bytes of ``fd`` from ``fd_offset``; we keep a copy of ``fd``, and one for peers.
 
-        Whoever else can shrink that file can end this process by it: :func:`make_memfd` makes one that nobody can.
+        A process that can shrink that file can end this one by it: :func:`make_memfd` makes one that nobody can.
         Raises OSError: EINVAL (not whole pages), ERANGE (longer than the file), EEXIST (name taken).
         """
         raw = name.encode("utf-8", "surrogateescape")
         if b"\0" in raw:
-            raise OSError(errno.EINVAL, "a block's name has no NUL in it")
+            raise OSError(errno.EINVAL, "a block's name cannot contain NUL")
         with naming(f"RAM block {name}"):
             own = shared_copy(fd)
         try:

@@ -1,4 +1,4 @@
-"""RAM records in: from a socket into RAM blocks, in C."""
+"""Incoming RAM records: from a socket into RAM blocks, in C."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INPUT_ROOM = 256 << 10
 
 @dataclass(frozen=True, slots=True)
 class LoadNumbers:
-    """What came in over one channel. Pages are target pages (4096 bytes) unless said otherwise."""
+    """Counts of one channel. Pages are target pages (4096 bytes) unless said otherwise."""
 
     bytes: int
     data_pages: int
@@ -33,7 +33,7 @@ class LoadNumbers:
     placed: int
     """Host pages that this channel created."""
     already: int
-    """Host pages that had come before: skipped, never overwritten."""
+    """Host pages that had arrived before: skipped, never overwritten."""
     runs: int
     """Placing calls."""
     reads: int
@@ -48,7 +48,7 @@ class LoadNumbers:
 
 
 class Service(Protocol):
-    """What a channel needs of the fault service that it belongs to."""
+    """The interface of the fault service that a channel uses."""
 
     ram: RamSet
     loops: Loops
@@ -63,12 +63,12 @@ class Service(Protocol):
 
 
 class RamChannel(Owner):
-    """One socket that brings RAM records. Not armed: plain writes, the last copy of a page wins."""
+    """One socket that delivers RAM records. Not armed: plain writes, the last copy of a page wins."""
 
     def __init__(self, service: Service, sock: trio.SocketStream | int, *, holes: bool = False) -> None:
         """``holes``: no page will be missing later (no postcopy), so a zero page may stay a hole of the file.
 
-        Raises Shortage, OSError: all that loading needs is had here.
+        Raises Shortage, OSError: all that loading needs is allocated here.
         """
         fd = sock if isinstance(sock, int) else sock.socket.fileno()
         self._service = service
@@ -81,11 +81,11 @@ class RamChannel(Owner):
         self._loops = Loops()
 
     def feed(self, data: bytes) -> None:
-        """Bytes of the stream that were read already, before a :meth:`load`. Raises OSError, ENOSPC: over 256 KiB."""
+        """Pass bytes that were already read, before a :meth:`load`. Raises OSError, ENOSPC: over 256 KiB."""
         check(lib.vpc_load_feed(self.handle, data, len(data)), "RAM channel")
 
     def take(self) -> bytes:
-        """After a :meth:`load`: what it read too far."""
+        """After a :meth:`load`: the bytes that it read too far."""
         room = ffi.new("unsigned char[]", INPUT_ROOM)
         return bytes(ffi.buffer(room, lib.vpc_load_take(self.handle, room, INPUT_ROOM)))
 
@@ -137,11 +137,11 @@ class RamChannel(Owner):
             raise self._service.born(
                 raw.bad_block,
                 raw.bad_page,
-                "has come, and a page that nobody sent is there",
-                "; what came is not placed, and no source sends a page twice: it cannot be had again",
+                "arrived, but a page that nobody sent is there",
+                "; the page that arrived is not placed, and cannot be recovered, because no source sends a page twice",
             )
         if self._service.ram.lost:
-            raise MemoryLost("the memory was given up while its pages were still coming")
+            raise MemoryLost("the memory was given up while its pages were still arriving")
         check(rc, "placing pages")
         raise ChannelLost("loading was stopped")
 

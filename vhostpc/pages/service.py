@@ -33,12 +33,12 @@ log = rationed_logger(__name__)
 
 OWN = "own mapping"
 _KEPT: list[Userfaultfd] = []
-"""Of memory that could not be replaced: their end would let go who waits there."""
+"""Userfaultfds of memory that could not be replaced: closing them would release its waiters."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceNumbers:
-    """What the fault loop did until now, all clients together."""
+    """Counts of the fault loop so far, all clients together."""
 
     events: int
     requests: int
@@ -50,16 +50,16 @@ class ServiceNumbers:
     outbox_bytes: int
     waiting_now: int
     shortages: int
-    """Faults that could not be answered here at once, for want of memory."""
+    """Faults that could not be answered here at once, for lack of memory."""
     short_now: int
-    """Those that are being tried again."""
+    """Faults that are being tried again."""
     send_errno: int
     """errno of the broken return path, 0 while it works."""
 
 
 @dataclass(frozen=True, slots=True)
 class Waiter:
-    """Somebody waits now: ``block`` is None for an address of no range; ``since_ns`` is CLOCK_MONOTONIC."""
+    """A waiting thread: ``block`` is None for an address of no range; ``since_ns`` is CLOCK_MONOTONIC."""
 
     client: int
     thread: int
@@ -122,7 +122,7 @@ class FaultService(Owner):
         """Register all RAM blocks: from now on our own touches of missing pages are faults like any other.
 
         Opens our own ufd, through which pages are placed. Raises UfdError where that is not possible, and PageBorn
-        where a page is there that was not received: what is to come could not be placed, or would never be missed.
+        where a page is there that was not received: the expected page could not be placed, or would never be missed.
         """
         ufd = Userfaultfd.open(optional=Features.THREAD_ID)
         own: Client | None = None
@@ -131,7 +131,7 @@ class FaultService(Owner):
                 ufd.register(block.base, block.length)
             for block in self.ram.blocks:
                 if (page := block.born()) is not None:
-                    raise self.born(block.index, page, "has not come, and a page is there")
+                    raise self.born(block.index, page, "has not arrived, but a page is there")
             own = self.add_client(ufd, OWN)
             own.set_ranges(ClientRange(b.base, b.length, b, 0) for b in self.ram.blocks)
         except BaseException:
@@ -142,7 +142,7 @@ class FaultService(Owner):
         self._ufd, self._own = ufd, own
 
     def supply(self, block: RamBlock, fd: int, offset: int = 0) -> None:
-        """Answer the block's faults from ``fd`` (its bytes from ``offset``), asking nobody.
+        """Answer the block's faults from ``fd`` (its bytes from ``offset``), without requests.
 
         After :meth:`arm` and before :meth:`run`. The file is read in now, which may take as long as reading
         it does; from then on it may not change. Raises OSError: ERANGE when it is shorter than the block.
@@ -151,7 +151,7 @@ class FaultService(Owner):
         check(rc, f"pages of {block.name}")
 
     def disarm(self) -> None:
-        """Every page has come: unregister. If some have not, our mapping is given up instead."""
+        """Every page has arrived: unregister. If some have not, our mapping is given up instead."""
         self.give_up()
         if self._ufd is None:
             return
@@ -162,9 +162,9 @@ class FaultService(Owner):
         self._close_ufd()
 
     def born(self, block: int, page: int, what: str, then: str = "") -> PageBorn:
-        """The error for a page that nobody sent (numbers of block and host page): who could have made it."""
+        """The error for a page that nobody sent (numbers of block and host page), with its possible makers."""
         name = self.ram.blocks[block].name
-        who = "it was made in this process"
+        who = "it was created in this process"
         if others := self.others():
             who += f" or by {others}, which touched or locked (mlockall) memory before its userfaultfd was registered"
         return PageBorn(f"host page {page} of {name!r} {what}: {who}{then}", name, page)
@@ -185,11 +185,11 @@ class FaultService(Owner):
         return self._names[client]
 
     def others(self) -> str:
-        """The names of all clients that there were, but our own mapping: ``a or b``, or nothing."""
+        """The names of all clients so far except our own mapping: ``a or b``, or nothing."""
         return " or ".join(dict.fromkeys(name for name in self._names.values() if name != OWN))
 
     def set_return_path(self, sock: trio.SocketStream | int | None) -> None:
-        """Where page requests go; None: they wait until there is somewhere.
+        """Set where page requests go; None: they wait until there is a return path.
 
         Set again it is another source: what was asked for and has not come is asked for again.
         """
@@ -197,7 +197,7 @@ class FaultService(Owner):
         check(lib.vpc_fault_set_return_path(self.handle, fd), "return path")
 
     def send(self, message: bytes) -> None:
-        """Put one whole return-path message behind the requests. Never waits."""
+        """Append one whole return-path message to the requests. Never waits."""
         check(lib.vpc_fault_send(self.handle, message, len(message)), "return path")
 
     async def run(self) -> None:
@@ -220,22 +220,22 @@ class FaultService(Owner):
         finally:  # whatever ended it
             self.give_up()
         if rc == -errno.EEXIST:
-            raise self.born(raw.born_block, raw.born_page, "lies ready here, and a page is there already")
+            raise self.born(raw.born_block, raw.born_page, "lies ready here, but a page is there already")
         check(rc, "fault loop")
 
     def give_up(self) -> None:
-        """The pages that miss will never come. Nothing happens if none is missing, or before :meth:`arm`.
+        """Missing pages will never come. Does nothing if none is missing, or before :meth:`arm`.
 
         Every touch of our own mapping that waits returns and raises MemoryLost, as do all later ones. No page
-        is made in the files: what is missing there stays missing, for whoever goes on with them. Where no other memory
-        can be put in the mapping's place, who waits goes on waiting, which the log says; called again it tries again.
+        is made in the files: what is missing there stays missing, for later users of them. Where no other memory
+        can be put in the mapping's place, waiters go on waiting, which the log says; called again it tries again.
         """
         if self._ufd is None or not (self._stays or (not self.ram.lost and self.missing())):
             return
         rc = lib.vpc_ram_give_up(self.ram.handle, self._ufd.fileno())
         if rc < 0 and not self._stays:
             log.error(
-                "memory that is given up cannot be replaced (%s): who waits for a page of it waits on",
+                "memory that is given up cannot be replaced (%s): threads that wait for a page of it wait on",
                 os.strerror(-rc),
             )
         self._stays = rc < 0
@@ -249,7 +249,7 @@ class FaultService(Owner):
         self._ufd = None
 
     def open_channel(self, sock: trio.SocketStream | int, *, holes: bool = False) -> RamChannel:
-        """A channel that brings RAM records; it keeps what it read too far from one section to the next."""
+        """A channel that delivers RAM records; it keeps bytes read too far from one section to the next."""
         return RamChannel(self, sock, holes=holes)
 
     async def load(self, sock: trio.SocketStream | int) -> LoadNumbers:
@@ -263,7 +263,7 @@ class FaultService(Owner):
         return numbers_of(ServiceNumbers, raw)
 
     def waiting(self, most: int = 256) -> list[Waiter]:
-        """Who waits now, longest first: for diagnostics."""
+        """The waiting threads, longest first: for diagnostics."""
         raw = ffi.new("struct vpc_waiter[]", most)
         count = lib.vpc_fault_waiting(self.handle, raw, most)
         return [
@@ -272,14 +272,14 @@ class FaultService(Owner):
         ]
 
     def traced(self, start: int = 0, most: int = 4096) -> tuple[int, list[Traced]]:
-        """Answered faults from number ``start`` on that are still remembered, and the number of the next one.
+        """Answered faults from number ``start`` on that are still recorded, and the number of the next one.
 
         Also after :meth:`close`. Nothing where nothing is traced.
         """
         return (start, []) if self._trace is None else self._trace.read(start, most)
 
     def threads(self) -> dict[int, Waits]:
-        """What each thread of this process has waited for pages of our own mapping, by kernel thread id."""
+        """The waits of each thread of this process for pages of our own mapping, by kernel thread id."""
         return {} if self._own is None else self._own.threads()
 
     def missing(self) -> int:
@@ -287,11 +287,11 @@ class FaultService(Owner):
         return sum(block.pages - block.count_bits(Bits.RECEIVED) for block in self.ram.blocks)
 
     def owed(self) -> int:
-        """Host pages of those that the source has to send: they were discarded for it, or came in part."""
+        """Missing host pages that the source has to send: they were discarded for it, or arrived in part."""
         return sum(block.count_owed() for block in self.ram.blocks)
 
     def settle(self) -> int:
-        """The source has sent all: pages that miss still are zero, and count as received. How many there were.
+        """The source has sent everything: pages still missing are zero, and count as received. Returns their number.
 
         They stay holes of the files. Who touches one before :meth:`disarm`, or waits for it already, gets a page of
         zeros. Raises OSError.

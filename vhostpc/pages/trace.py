@@ -1,4 +1,4 @@
-"""A trace of the fault service: each answered fault by itself, the last ones only."""
+"""A trace of the fault service: the last answered faults, one by one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from vhostpc.enums import WordEnum
 
 
 class Way(WordEnum):
-    """How a fault was answered."""
+    """The ways in which a fault was answered."""
 
     ASKED = 0
-    """Its page was asked for because of it."""
+    """Its page was requested because of it."""
     JOINED = 1
-    """Somebody had asked for its page before."""
+    """Its page had been requested before."""
     THERE = 2
-    """Its page had come meanwhile."""
+    """Its page had arrived meanwhile."""
     LOCAL = 3
     """From a file of our own."""
 
@@ -37,12 +37,12 @@ class Traced(NamedTuple):
     woken_ns: int
 
     def row(self) -> list[int | str]:
-        """Its cells in this order, for JSON; ``way`` as a word."""
+        """Its fields in this order, for JSON; ``way`` as a word."""
         return [self.client, self.thread, self.block, self.page, str(self.way), self.read_ns, self.woken_ns]
 
 
 class Trace:
-    """Of the fault service with C handle ``handle``; ``entries`` are remembered. None of its methods waits."""
+    """A trace of the fault service with C handle ``handle``, of ``entries`` faults. None of its methods waits."""
 
     def __init__(self, handle: Any, entries: int) -> None:
         check(lib.vpc_fault_trace(handle, entries), "trace of faults")
@@ -68,7 +68,7 @@ class Trace:
         ]
 
     def keep(self) -> None:
-        """The service is about to go: what there is can still be read."""
+        """The service is about to close: recorded entries can still be read."""
         if self._handle is not None:
             kept = self.read(0, self._entries)
             self._handle = None

@@ -1,4 +1,4 @@
-"""How long somebody waited: percentiles of the histograms that C keeps."""
+"""Waiting times: percentiles of the histograms that C keeps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vhostpc._native import lib
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """How often, and how long: nanoseconds, known to 25 %. Whose, and from when to when, says the owner."""
+    """The number and length of waits: nanoseconds, accurate to 25 %. The owner knows whose they are, and when."""
 
     count: int
     p50_ns: int

@@ -1,4 +1,4 @@
-"""A client of a QMP monitor on a unix socket: commands of several tasks, events with the time at which they came."""
+"""A client of a QMP monitor on a unix socket: commands of several tasks, events with their arrival times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands of QMP: one row each, and what it does. The checks that QEMU makes before a migration are here."""
+"""The commands of QMP: one row each, and its function. QEMU's checks before a migration are here too."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vhostpc.wire.qmp import NOT_FOUND, QmpError
 log = rationed_logger(__name__)
 
 MOST_CELLS = 1 << 16
-"""Of a map of memory: the reply is one line."""
+"""Most cells of a map of memory, since the reply is one line."""
 
 
 @dataclass
@@ -116,7 +116,7 @@ async def _capabilities(session: Session, arguments: dict[str, Any]) -> Any:
 
 
 def version(dialect: Dialect) -> dict[str, Any]:
-    """What ``query-version`` and the greeting say: the QEMU whose manners are kept, and who keeps them."""
+    """The answer of ``query-version`` and the greeting: the QEMU version that is followed, and this program's."""
     major, minor, micro = dialect.version
     return {"qemu": {"micro": micro, "minor": minor, "major": major}, "package": "vhostpc"}
 

@@ -30,12 +30,12 @@ from vhostpc._native.threads import KeptThread
 from vhostpc.qmp.screen import Screen
 
 Complete = Callable[[str], Iterable[str]]
-"""What the last word of a line may become."""
+"""The completions of the last word of a line."""
 
 ENDING = 1.0
-"""Seconds that the thread has to give the terminal back; one that is stopped takes no more."""
+"""Seconds in which the thread must release the terminal; a stopped terminal accepts no output."""
 UNSHOWN = 1000
-"""Lines of the log that may wait for a terminal that is stopped; older ones are left out."""
+"""Most log lines that wait for a stopped terminal; older ones are dropped."""
 
 
 class _Completer(Completer):
@@ -118,7 +118,7 @@ class Editor:
             self._loop.call_soon_threadsafe(self._show)
 
     async def aclose(self) -> None:
-        """Give the terminal back."""
+        """Release the terminal."""
         if self._screen is not None:
             self._screen.above = None
         with trio.CancelScope(shield=True):
@@ -168,7 +168,7 @@ class Editor:
 
     def _lines(self) -> str:
         left_out, self._left_out = self._left_out, 0
-        lines = [f"({left_out} lines are left out here)\n"] if left_out else []
+        lines = [f"({left_out} lines were dropped here)\n"] if left_out else []
         while self._unshown:
             lines.append(self._unshown.popleft())
         return "".join(lines)

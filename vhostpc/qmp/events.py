@@ -1,4 +1,4 @@
-"""Events: told to every monitor that has agreed on capabilities."""
+"""Events: sent to every monitor that has negotiated capabilities."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Listener = Callable[[dict[str, Any]], None]
 
 
 class Events:
-    """Where the endpoint emits and the monitors listen. On the trio thread only; emitting never waits."""
+    """The place where the endpoint emits and the monitors listen. On the trio thread only; emitting never waits."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -35,7 +35,7 @@ class Events:
             listener(message)
 
     def migration(self, status: Status) -> None:
-        """The status is this now. MIGRATION, if the capability ``events`` is on. (7.2 tells of an incoming
+        """Set the status. MIGRATION, if the capability ``events`` is on. (7.2 tells of an incoming
         ``setup`` in any case: there the endpoint calls ``emit`` itself.)"""
         self._moved.set()
         self._moved = trio.Event()
@@ -43,7 +43,7 @@ class Events:
             self.emit("MIGRATION", {"status": str(status)})
 
     async def moved(self) -> None:
-        """Wait for the next change of the migration's status, also where no event tells it."""
+        """Wait for the next change of the migration's status, even if no event reports it."""
         await self._moved.wait()
 
     def migration_pass(self, number: int) -> None:

@@ -1,4 +1,4 @@
-"""The text monitor: a line in, text out, as QEMU words it. Every command stands on one of QMP's.
+"""The text monitor: a line in, text out, in QEMU's words. Every command is built on one of QMP's.
 
 Source: QEMU's manual (monitor); texts as recorded from 7.2, 10.0 and 11.1.
 """
@@ -332,7 +332,7 @@ _ROWS = (
 
 
 async def run(session: Session, line: str) -> str:
-    """Run a line; what it prints, with lines that end as a terminal wants them."""
+    """Run a line; its output, with line ends for a terminal."""
     return (await _run(session, line)).replace("\n", "\r\n")
 
 
@@ -360,7 +360,7 @@ _SCHEMES = ("exec:", "fd:", "file:", "tcp:", "unix:")
 
 
 def complete(options: Options, before: str) -> list[str]:
-    """What the last word of a line that begins with ``before`` may become."""
+    """The completions of the last word of a line that begins with ``before``."""
     *words, word = before.lstrip().split(" ")
     words = [one for one in words if one]
     return [one for one in _candidates(options, words) if one.startswith(word)]

@@ -1,4 +1,4 @@
-"""A line of the text monitor, taken apart as QEMU takes it apart: names, options, strings with their escapes.
+"""A line of the text monitor, parsed as QEMU parses it: names, options, strings with their escapes.
 
 A command says what arguments it has by their types, in order: ``-d`` is an option of that letter, ``s`` a string, ``b``
 the words on or off, ``S`` all that is left, ``S?`` also if there is nothing.
@@ -14,7 +14,7 @@ _ESCAPES = {"n": "\n", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
 
 
 class BadLine(Exception):
-    """Arguments that are not the command's; the text says why."""
+    """Arguments that do not belong to the command; the text says why."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Line:
         return self.text[begin : self.at]
 
     def string(self) -> str | None:
-        """A word, or what stands in quotes. None if there is none, it does not end, or an escape is wrong."""
+        """A word, or a quoted string. None if there is none, it does not end, or an escape is wrong."""
         self._skip()
         if self._next() != '"':
             return self._word() or None
@@ -85,7 +85,7 @@ class Line:
         return self.text[begin : self.at]
 
     def strings(self) -> list[str] | None:
-        """All that is left; None where one is wrong."""
+        """The rest; None where a word is wrong."""
         found = []
         while self.rest:
             one = self.string()
@@ -95,7 +95,7 @@ class Line:
         return found
 
     def arguments(self, command: str, types: Sequence[str]) -> Arguments:
-        """All that is left, as the arguments of ``command``. Raises BadLine."""
+        """The rest, as the arguments of ``command``. Raises BadLine."""
         found = Arguments()
         for at, kind in enumerate(types):
             self._skip()

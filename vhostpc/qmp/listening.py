@@ -1,4 +1,4 @@
-"""A unix socket with any number of clients, up to a bound: what the monitors are served on."""
+"""A unix socket for the monitors, with any number of clients up to a limit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SocketServer(ABC):
     @contextlib.asynccontextmanager
     async def listening(self, path: str | os.PathLike[str]) -> AsyncIterator[None]:
         """Serve at a unix socket's path for the length of a block. The socket exists when it begins and is
-        removed when it ends. Raises VhostpcError if the path cannot be had."""
+        removed when it ends. Raises VhostpcError if the path is not available."""
         with listening(path) as sock, trio.socket.from_stdlib_socket(sock) as listener:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._accept, listener, nursery)
@@ -41,7 +41,7 @@ class SocketServer(ABC):
         while True:
             client = await accept(listener)
             if self.clients >= CLIENTS:
-                log.warning("monitor: more than %d clients, one is turned away", CLIENTS)
+                log.warning("monitor: more than %d clients, one is rejected", CLIENTS)
                 client.close()
             else:
                 nursery.start_soon(self.serve, client)

@@ -1,4 +1,4 @@
-"""What the monitor drives: the one thing that stands between it and a migration."""
+"""The interface that the monitor drives: all that it knows of a migration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Endpoint(Protocol):
 
     A method that refuses raises :class:`~vhostpc.errors.MigrationRefused` with QEMU's sentence and has changed
     nothing; any other ``VhostpcError`` becomes a GenericError with its text. Methods return as soon as what
-    was asked for has begun; what comes of it is told by events and by ``info``. ``stop`` and
+    was asked for has begun; the outcome is reported by events and by ``info``. ``stop`` and
     ``verify`` wait for pages that the machine's threads or back-ends wait for, as QEMU's stop does; the others do
     not.
     """
@@ -34,7 +34,7 @@ class Endpoint(Protocol):
     def info(self) -> MigrationInfo: ...
 
     def report(self) -> dict[str, Any]:
-        """How the machine is: ``x-vhostpc-report``. JSON's types only."""
+        """The machine's report: ``x-vhostpc-report``. JSON's types only."""
         ...
 
     def trace(self, start: int) -> dict[str, Any]:
@@ -42,15 +42,15 @@ class Endpoint(Protocol):
         ...
 
     def map(self, cells: int) -> dict[str, Any]:
-        """``x-vhostpc-map``: host pages that have come, in each of ``cells`` parts of each RAM block."""
+        """``x-vhostpc-map``: host pages that have arrived, in each of ``cells`` parts of each RAM block."""
         ...
 
     async def verify(self) -> dict[str, Any]:
-        """``x-vhostpc-verify``: check every page of a machine that stands still and is all here."""
+        """``x-vhostpc-verify``: check every page of a stopped machine that has arrived completely."""
         ...
 
     def postcopy_refusal(self) -> str | None:
-        """Why a machine cannot come here by postcopy, one sentence; None: it can."""
+        """Why a machine cannot arrive by postcopy, one sentence; None: it can."""
         ...
 
     async def stop(self) -> None:
@@ -76,7 +76,7 @@ class Endpoint(Protocol):
     async def start_postcopy(self) -> None: ...
 
     def parameters_changed(self) -> None:
-        """``options`` has new parameters: what is under way takes its new limits."""
+        """``options`` has new parameters: a running migration takes its new limits."""
         ...
 
     def quit(self, why: str = "quit") -> None:

@@ -1,4 +1,4 @@
-"""Types of commands' arguments and results: checked as QEMU checks, told as ``query-qmp-schema`` tells.
+"""Types of commands' arguments and results: checked as QEMU does, described as in ``query-qmp-schema``.
 
 Source: QEMU, docs/devel/qapi-code-gen (introspection); sentences as recorded from 7.2 and 10.0.
 """
@@ -90,7 +90,7 @@ class Array:
 
 @dataclass(frozen=True)
 class StrOrNull:
-    """A text, or null for none."""
+    """A string, or null for none."""
 
     def check(self, value: Any, path: str) -> str:
         if value is None:

@@ -33,7 +33,7 @@ class Screen:
             self._stream.write(text)
 
     def write_now(self, text: str) -> None:
-        """Where nothing else stands in the last line; who draws it calls this."""
+        """Called by the editor that draws the last line, when nothing else is in it."""
         self._stream.write(text)
         self._stream.flush()
 
@@ -53,5 +53,5 @@ def shared(log: TextIO, out_fd: int = 1) -> Screen | None:
 
 
 def is_dumb() -> bool:
-    """Whether the terminal says of itself that it knows no control sequences, or says nothing."""
+    """Whether the terminal declares that it knows no control sequences, or declares nothing."""
     return os.environ.get("TERM", "") in ("", "dumb", "unknown")

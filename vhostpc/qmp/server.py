@@ -26,7 +26,7 @@ from vhostpc.wire import qmp
 
 QUEUED = 8
 QUEUED_BYTES = 64 << 10
-"""Of JSON, that may wait when one more command is added."""
+"""Most bytes of JSON that may wait when one more command is added."""
 _FDS = 16  # descriptors that one message may bring; QEMU's bound
 
 log = rationed_logger(__name__)
@@ -81,7 +81,7 @@ class _Client:
 
     def _event(self, message: dict[str, Any]) -> None:
         if self._session.negotiated and not self._unsent.event(message):
-            log.warning("monitor: a client does not read, with %d events unsent: cut off", EVENTS)
+            log.warning("monitor: a client does not read, with %d events unsent: disconnected", EVENTS)
             self._scope.cancel()
 
     async def _read(self) -> None:

@@ -6,7 +6,7 @@ import re
 
 MOST = (1 << 64) - 1
 MOST_DIGITS = 400
-"""Of a number that is looked at at all."""
+"""Most characters of a number that are examined."""
 
 _SUFFIX = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 _SIZE = re.compile(

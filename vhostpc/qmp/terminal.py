@@ -44,7 +44,8 @@ _CONTROL = bytes(set(range(32)) - set(b"\t\r\n")) + b"\x7f"
 
 
 class Lines:
-    """Bytes to lines, which end with ``\\n``, ``\\r`` or both. Control characters are left out."""
+    """Bytes to lines, which end with ``\
+``, ``\\r`` or both. Control characters are dropped."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
@@ -75,7 +76,7 @@ class Lines:
 
 
 def _bytes(text: str) -> bytes:
-    """What was no UTF-8 goes out as it came."""
+    """Write bytes that were not UTF-8 as they came."""
     try:
         return text.encode(errors="surrogateescape")
     except UnicodeEncodeError:
@@ -83,7 +84,7 @@ def _bytes(text: str) -> bytes:
 
 
 class _Wire(Protocol):
-    """Where lines come from and texts go to. ``newline``: what ends a line there."""
+    """A source of lines and a sink for texts. ``newline``: the line end there."""
 
     newline: str
 
@@ -92,7 +93,7 @@ class _Wire(Protocol):
         ...
 
     async def send(self, data: bytes) -> None:
-        """Raises OSError when nobody is there any more."""
+        """Raises OSError when the peer has gone."""
         ...
 
     async def ask(self) -> None:
@@ -151,7 +152,7 @@ class TextMonitor(SocketServer):
             stdio.close()
 
     def _editor(self, in_fd: int, out_fd: int, screen: Screen | None) -> Editor | None:
-        """A person's terminal with all that the library for it can do; None where there is no library, or no person."""
+        """A person's terminal with editing by prompt_toolkit; None without the library, or without a person."""
         standard = in_fd == 0 and out_fd == 1 and sys.stdin is sys.__stdin__ and sys.stdout is sys.__stdout__
         if not standard or not (os.isatty(0) and os.isatty(1)) or is_dumb():
             return None
@@ -162,7 +163,7 @@ class TextMonitor(SocketServer):
         try:
             return Editor(PROMPT, lambda before: human.complete(self.endpoint.options, before), screen)
         except Exception as exc:
-            log.warning("monitor: lines cannot be edited here: %s", sentence(exc))
+            log.warning("monitor: line editing is unavailable: %s", sentence(exc))
             return None
 
     async def _run(self, wire: _Wire) -> bool:

@@ -121,7 +121,7 @@ def parameter(row: Parameter) -> Type:
 
 
 def parameter_set(dialect: Dialect, *, result: bool = False) -> Struct:
-    """All parameters, each optional; in a result, texts are never null, whatever the type says."""
+    """All parameters, each optional; in a result, strings are never null, despite the type."""
     never_null = result and not dialect.null_parameters
     return Struct(
         tuple(
@@ -154,7 +154,7 @@ VERSION = Struct(
 
 
 def info(dialect: Dialect) -> Struct:
-    """``query-migrate``: the fields that are told here."""
+    """``query-migrate``: the fields that are returned here."""
     numbers = (
         "transferred remaining total duplicate skipped normal normal-bytes dirty-pages-rate mbps "
         "dirty-sync-count postcopy-requests page-size multifd-bytes pages-per-second precopy-bytes "

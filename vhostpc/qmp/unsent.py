@@ -1,4 +1,4 @@
-"""What is on its way to one client of the monitor, bounded in bytes."""
+"""The unsent output to one client of the monitor, bounded in bytes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vhostpc.wire import qmp
 ROOM = 64 << 10
 """Bytes that may be unsent when one more reply is added. So one that is longer waits alone."""
 EVENTS = 1024
-"""Events that may be unsent. They are short, and nobody can be made to wait with them."""
+"""Most unsent events. They are short, and cannot be made to wait."""
 
 
 class Unsent:
-    """Messages in their order, as the bytes they go out as. Only one task drains it."""
+    """Messages in order, encoded as bytes. Only one task drains it."""
 
     def __init__(self) -> None:
         self._lines: deque[tuple[bytes, bool]] = deque()
@@ -40,7 +40,7 @@ class Unsent:
         return True
 
     def close(self) -> None:
-        """No more come; what is unsent still goes out."""
+        """No more messages follow; unsent ones still go out."""
         self._closed = True
         self._wake()
 

@@ -1,4 +1,4 @@
-"""userfaultfd for Python: open it, place pages, wake waiters, read events, know what the machine allows.
+"""userfaultfd for Python: open it, place pages, wake waiters, read events, find out what the system allows.
 
 Usable alone. Nothing in this package touches the memory that it serves.
 """

@@ -1,4 +1,4 @@
-"""What a ufd reports, as values."""
+"""The events of a ufd, as values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PageFault:
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """The process forked; ``fd`` is a new ufd for the child's memory, owned by whoever got this event."""
+    """The process forked; ``fd`` is a new ufd for the child's memory, owned by the receiver of this event."""
 
     fd: int
 

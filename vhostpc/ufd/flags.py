@@ -1,4 +1,4 @@
-"""Names of the bits that userfaultfd speaks in. Bits that a newer kernel adds are kept as they are.
+"""Names of userfaultfd's bits. Bits that a newer kernel adds are kept unchanged.
 
 Sources: ioctl_userfaultfd(2), ``include/uapi/linux/userfaultfd.h``.
 """
@@ -66,7 +66,7 @@ class FaultFlags(NamedFlag, boundary=KEEP):
 
 
 class Way(WordEnum):
-    """The ways to open a ufd, in the order in which they are worth trying (values of ``vpc_uffd.h``)."""
+    """The ways to open a ufd, in the order in which they are tried (values of ``vpc_uffd.h``)."""
 
     DEVICE = 0
     """``/dev/userfaultfd``: Linux 6.1; needs read and write access to the node, nothing else."""

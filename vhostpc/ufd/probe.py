@@ -1,4 +1,4 @@
-"""What this machine and this process may do with userfaultfd, and what to change when it is not enough."""
+"""The uses of userfaultfd that this system allows this process, and the remedy if they are not enough."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MINIMUM_KERNEL = (5, 11)
 """Linux 5.11 brought UFFD_USER_MODE_ONLY, so that no privilege is needed."""
 
 POSTCOPY_FEATURES = Features.MISSING_SHMEM | Features.MISSING_HUGETLBFS
-"""What postcopy of a virtual machine's shared memory needs (Linux 4.11)."""
+"""The features that postcopy of a virtual machine's shared memory needs (Linux 4.11)."""
 
 
 SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
-"""What says nothing about the kernel or our rights: this process, or the machine, has no more just now."""
+"""Errors that say nothing about the kernel or our privileges: a temporary shortage."""
 
 
 def kernel_version(release: str | None = None) -> tuple[int, int]:
@@ -46,7 +46,7 @@ def explain_way(way: Way, err: int) -> str:
     absent = "the system call does not exist (kernel without CONFIG_USERFAULTFD, or a seccomp filter)"
     if way is Way.DEVICE:
         reasons = {
-            errno.ENOENT: "/dev/userfaultfd does not exist (Linux 6.1 has it; containers must be given it)",
+            errno.ENOENT: "/dev/userfaultfd does not exist (Linux 6.1 has it; it must be passed into containers)",
             errno.EACCES: "/dev/userfaultfd may not be opened by this user",
             errno.EPERM: "/dev/userfaultfd is denied (device cgroup or security module)",
         }
@@ -82,14 +82,14 @@ def explain(failures: Mapping[Way, int]) -> str:
         mend.append("set sysctl vm.unprivileged_userfaultfd=1")
         mend.append("grant CAP_SYS_PTRACE")
     if unprivileged is None and Way.USER_MODE_ONLY not in failures:
-        mend.append("let user-mode-only be tried, which needs no privilege")
+        mend.append("allow the user-mode-only way, which needs no privilege")
     text = f"userfaultfd cannot be opened: {why}"
-    return f"{text}; to mend it, {' or '.join(mend)}" if mend else text
+    return f"{text}; to fix it, {' or '.join(mend)}" if mend else text
 
 
 @dataclass(frozen=True, slots=True)
 class WayResult:
-    """What one way of opening gave: ``errno`` 0 when it works, else the number and ``reason``."""
+    """The result of one way of opening: ``errno`` 0 when it works, else the number and ``reason``."""
 
     way: Way
     errno: int
@@ -102,7 +102,7 @@ class WayResult:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What :func:`probe` found."""
+    """The result of :func:`probe`."""
 
     kernel: str
     kernel_ok: bool
@@ -111,11 +111,11 @@ class Probe:
     """Every feature the kernel knows; empty when no way works."""
     ioctls: Ioctls
     problem: str
-    """Empty when postcopy of shared memory can work, else one sentence: why not and what to change."""
+    """Empty when postcopy of shared memory can work, otherwise one sentence: why not and what to change."""
 
     @property
     def best(self) -> Way | None:
-        """The way that :meth:`vhostpc.ufd.Userfaultfd.open` takes, None when none works."""
+        """The way that :meth:`vhostpc.ufd.Userfaultfd.open` uses, None when none works."""
         return next((w.way for w in self.ways if w.works), None)
 
     @property

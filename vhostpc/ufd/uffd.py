@@ -1,4 +1,4 @@
-"""One userfaultfd: open, register ranges, place pages, wake who waits, read events.
+"""One userfaultfd: open, register ranges, place pages, wake waiters, read events.
 
 Sources: userfaultfd(2), ioctl_userfaultfd(2). Nothing here touches guest memory, so nothing here waits
 for a page. Addresses are plain integers of the process that created the ufd.
@@ -30,8 +30,8 @@ MAX_EVENTS = 64
 _REASONS = {
     ("register", errno.EBUSY): "another userfaultfd watches part of the range",
     ("register", errno.EINVAL): "the range must be mapped, in whole pages, of memory that the mode supports",
-    ("register", errno.EPERM): "the mapping is of a file that may not be written",
-    ("copy", errno.EEXIST): "a page is there already; it was left as it is",
+    ("register", errno.EPERM): "the mapping is of a file without write permission",
+    ("copy", errno.EEXIST): "a page is there already; it was left unchanged",
     ("copy", errno.ENOENT): "the range is not registered with this userfaultfd, or no longer mapped",
     ("copy", errno.ESRCH): "the process that opened this userfaultfd is gone",
     ("copy", errno.EAGAIN): "the memory layout is changing: read the events, then try again",
@@ -39,7 +39,7 @@ _REASONS = {
     ("copy", errno.ENOSPC): "no page is left in the file system",
     ("zeropage", errno.EINVAL): "address and length must be whole pages, and hugetlbfs has no zero page",
     ("wake", errno.EINVAL): "address and length must be whole pages",
-    ("events", errno.EINVAL): "the handshake was not made",
+    ("events", errno.EINVAL): "the handshake was not completed",
 }
 
 
@@ -77,12 +77,12 @@ class Userfaultfd:
     ) -> None:
         self._fd = fd
         self.features = features
-        """Features that were granted: asked for, and in force."""
+        """Features that are enabled."""
         self.offered = offered
         """Every feature the kernel knows. Those that only announce an ability, such as MISSING_SHMEM,
         work without being asked for."""
         self.ioctls = ioctls
-        """What the ufd as a whole can do; :meth:`register` says it for a range."""
+        """The ioctls of the ufd as a whole; :meth:`register` returns those of a range."""
         self.way = way
         """How it was opened; None for one that a peer opened."""
 
@@ -94,7 +94,7 @@ class Userfaultfd:
         features: Features = NOTHING,
         optional: Features = NOTHING,
     ) -> Userfaultfd:
-        """Open by the first of ``ways`` that works and make the handshake.
+        """Open by the first of ``ways`` that works and complete the handshake.
 
         ``features`` must be granted; of ``optional`` is taken what the kernel knows.
 
@@ -146,7 +146,7 @@ class Userfaultfd:
 
     @classmethod
     def from_fd(cls, fd: int) -> Userfaultfd:
-        """Take over ``fd``, a ufd that another process opened and made the handshake on.
+        """Take over ``fd``, a ufd that another process opened and completed the handshake on.
 
         Makes it non-blocking: poll(2) reports an error on a blocking ufd, because a fault can be resolved
         between poll and read. Raises :class:`UfdError` (and leaves ``fd`` open) when ``fd`` is no
@@ -158,7 +158,7 @@ class Userfaultfd:
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         if any(ready & select.POLLERR for _, ready in poll.poll(0)):
-            raise UfdError("the handshake of this userfaultfd was not made", errno.EINVAL)
+            raise UfdError("the handshake of this userfaultfd was not completed", errno.EINVAL)
         # "API:\taa:features in force:ioctls of the kernel", fs/userfaultfd.c; above all features stand
         # the kernel's own marks.
         found = re.search(r"^API:\s*[0-9a-f]+:([0-9a-f]+):", _fdinfo(fd), re.MULTILINE)
@@ -187,7 +187,7 @@ class Userfaultfd:
         return fcntl.fcntl(self.fileno(), fcntl.F_DUPFD_CLOEXEC, 0)
 
     def detach(self) -> int:
-        """Give the descriptor away: the caller owns it, this object counts as closed."""
+        """Release the descriptor: the caller owns it, this object counts as closed."""
         fd, self._fd = self.fileno(), -1
         return fd
 
@@ -209,7 +209,7 @@ class Userfaultfd:
         return f"<Userfaultfd {state}, {self.way.name if self.way is not None else 'from a peer'}>"
 
     def register(self, start: int, length: int, mode: RegisterMode = RegisterMode.MISSING) -> Ioctls:
-        """Report faults of the range from now on; returns what can be done there.
+        """Report faults of the range from now on; returns the ioctls that it supports.
 
         Both numbers are multiples of the mapping's page size (hugetlbfs: of the huge page).
         """
@@ -220,13 +220,13 @@ class Userfaultfd:
         return Ioctls(ioctls[0])
 
     def unregister(self, start: int, length: int) -> None:
-        """Report no more faults of the range; who waits there goes on, onto zeros (see the class)."""
+        """Stop reporting faults of the range; its waiters go on, onto zeros (see the class)."""
         rc = lib.vpc_uffd_unregister(self.fileno(), start, length)
         if rc < 0:
             raise _failure("unregister", -rc, _range(start, length))
 
     def wake(self, start: int, length: int) -> None:
-        """Let every thread that waits in the range look again. Waking nobody is no error."""
+        """Let every thread that waits in the range retry. It is not an error if there is none."""
         rc = lib.vpc_uffd_wake(self.fileno(), start, length)
         if rc < 0:
             raise _failure("wake", -rc, _range(start, length))
@@ -277,7 +277,7 @@ class Userfaultfd:
         return [decode(raw[i]) for i in range(count)]
 
     def waiting(self) -> tuple[int, int]:
-        """How many faults wait: (reported to nobody yet, all), as ``/proc/self/fdinfo`` tells."""
+        """The number of waiting faults: (not reported yet, all), from ``/proc/self/fdinfo``."""
         text = _fdinfo(self.fileno())
         pending = re.search(r"^pending:\s*(\d+)", text, re.MULTILINE)
         total = re.search(r"^total:\s*(\d+)", text, re.MULTILINE)

@@ -63,7 +63,7 @@ class Chain:
         self.late = bool(popped.late)
         self.readable: int = popped.readable
         self.writable: int = popped.writable
-        # Our own copy: whoever reads it on whatever thread need not care when the native chain is freed.
+        # Our own copy: a reader on any thread need not care when the native chain is freed.
         self._data: bytes = (
             ffi.buffer(popped.data, min(popped.readable, LOADED))[:] if popped.readable else b""
         )
@@ -78,7 +78,7 @@ class Chain:
             raise ValueError("this chain is completed")
         if self.readable > LOADED:
             raise BrokenQueue(
-                f"a request of {self.readable} bytes, and the device reads none longer than 256 KiB"
+                f"a request of {self.readable} bytes, but the device reads none longer than 256 KiB"
             )
         return self._data
 
@@ -116,14 +116,14 @@ class Chain:
         await self._transfers.write(self, offset, data)
 
     def seek(self, offset: int) -> None:
-        """Let what :meth:`write` gives begin at ``offset`` of the writable bytes.
+        """Let :meth:`write` continue at ``offset`` of the writable bytes.
 
         What is before it is as :meth:`write_at` left it, or the driver. Raises ValueError outside the writable bytes,
         behind a :meth:`write`, or when the chain is completed.
         """
         self._check_range("writable", offset, 0, self.writable)
         if self._parts:
-            raise ValueError("something was written already")
+            raise ValueError("data was written already")
         self.begun = offset
 
     @property
@@ -132,7 +132,7 @@ class Chain:
         return self.begun + self.appended
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append ``data`` to what goes into the writable descriptors.
+        """Append ``data`` to the answer in the writable descriptors.
 
         Raises ValueError when there is not that much room left, or when the chain is completed.
         """
@@ -150,18 +150,18 @@ class Chain:
         self.kept = True
 
     def complete(self) -> None:
-        """Give the chain back to the driver with what was written. Returns at once; the queue pushes it.
+        """Give the chain back to the driver with the written data. Returns at once; the queue pushes it.
 
-        Raises ValueError while a piece of it is on its way.
+        Raises ValueError while a piece of it is in flight.
         """
         if not self.completed:
             if self._transfers.under_way and self in self._transfers.under_way:
-                raise ValueError("a piece of this chain is on its way")
+                raise ValueError("a piece of this chain is in flight")
             self.completed = True
             self._complete(self)
 
     def answer(self) -> bytes:
-        """What was written so far, from ``begun`` on."""
+        """The data written so far, from ``begun`` on."""
         return b"".join(self._parts)
 
     def _check_open(self) -> None:
@@ -181,7 +181,7 @@ class Chain:
         return self._handle
 
     def end(self, why: str) -> None:
-        """It is the driver's again, or nobody's: nothing can be done with it any more, also by who holds a method."""
+        """It is the driver's again, or nobody's: it can no longer be used, not even through a bound method."""
         self._why = why
         self._data = b""
         self._parts = []
@@ -194,7 +194,7 @@ class Chain:
 
 
 class _Ended(Chain):
-    """What a chain becomes at its end. A class of its own, so that a chain that lives pays nothing for it."""
+    """The class of an ended chain: separate, so that live chains need no check."""
 
     __slots__ = ()
 

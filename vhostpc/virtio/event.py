@@ -1,5 +1,5 @@
-"""What rings tell each other by, which the peer holds too: nothing here waits, whatever flags and counter the peer
-gives it."""
+"""Events of rings, on descriptors that the peer holds too: nothing here waits, whatever the peer does to their flags
+and counter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vhostpc._native import lib
 
 
 class EventKind(enum.Enum):
-    """What a descriptor is, as far as events go."""
+    """The kinds of event descriptors."""
 
     EVENTFD = enum.auto()
     #: A pipe or a unix socket: 8 bytes for each event.
@@ -23,7 +23,7 @@ class EventKind(enum.Enum):
 
 
 def event_kind(fd: int) -> EventKind:
-    """Which kind of event this descriptor can carry; one that can be neither read nor written (O_PATH) carries none."""
+    """The kind of event that this descriptor can carry: none, if it can be neither read nor written (O_PATH)."""
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
         return EventKind.NONE
     if os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]":

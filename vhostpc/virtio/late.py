@@ -1,4 +1,4 @@
-"""Chains that wait for pages of their own, each by itself, beside their queue's other work."""
+"""Chains that each wait for their own pages, beside their queue's other work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Spawn(Protocol):
 
 
 class WaitingQueue(Protocol):
-    """What the chains ask of their queue."""
+    """The interface of a queue that its late chains use."""
 
     stopping: bool
 
@@ -53,7 +53,7 @@ class Late:
 
     @property
     def full(self) -> bool:
-        """No more are to be taken until one is done, which is told by ``look_again``."""
+        """No more may be taken until one is done, which ``look_again`` reports."""
         return self._count >= MOST_LATE
 
     def await_chain(self, chain: Chain) -> None:

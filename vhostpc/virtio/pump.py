@@ -29,7 +29,7 @@ class PumpStats:
 
 
 class Pump(Owner):
-    """Joins a virtqueue (a native handle) to a file descriptor, one direction at a time.
+    """Connects a virtqueue (a native handle) to a file descriptor, one direction at a time.
 
     Raises ValueError after :meth:`close`.
     """
@@ -54,7 +54,7 @@ class Pump(Owner):
         lib.vpc_pump_clear(self.handle)
 
     def drop(self) -> None:
-        """The ring stops: let go of a frame that waits for more buffers than the guest has posted."""
+        """The ring stops: drop a frame that waits for more buffers than the guest has posted."""
         lib.vpc_pump_drop(self.handle)
 
     @property

@@ -123,7 +123,7 @@ class Queue(Owner):
         return Steps(self._next_chain)
 
     def unordered(self) -> AsyncIterator[Chain]:
-        """Iterate over chains as their pages come: none waits for another's missing page.
+        """Iterate over chains as their pages arrive: none waits for another's missing page.
 
         For devices whose requests may be done in any order (virtio-blk is one). Each chain whose pages are
         absent waits by itself, up to 64 of a queue at a time, and so does each answer. When nothing is
@@ -327,7 +327,7 @@ class Queue(Owner):
         return _Held(self, 1)
 
     def _held(self) -> _Held:
-        """What C works on stays, also behind :meth:`close`."""
+        """Keep the objects that C works on, even after :meth:`close`."""
         return _Held(self, 0)
 
     def hold(self, calls: int) -> None:
@@ -398,7 +398,7 @@ class Queue(Owner):
 
     async def _wait_for_kick(self) -> None:
         if self.stopping or self._pushable() or self._ready or self._pauses:
-            return  # whoever paused us changes something: look at the ring again after that
+            return  # the pausing task changes something: look at the ring again after that
         try:
             with trio.CancelScope() as self._wait:
                 if self._kick < 0 or self._late.full:
@@ -490,12 +490,12 @@ class Queue(Owner):
         self._kick = kick
         self.stopping = False
         for chain in self._open.values():  # of a ring that broke: what is to be done again is read anew
-            chain.end("this chain's ring broke, and was started again")
+            chain.end("this chain's ring broke, and was restarted")
             lib.vpc_chain_free(chain.take())
         self._open.clear()
         self._answers.clear()
         self.set_base(self.base)  # the used index is read anew: a driver may have reset the ring
-        if self._pauses:  # whoever paused the stopped queue will resume it
+        if self._pauses:  # the task that paused the stopped queue will resume it
             self._resumed = trio.Event()
         else:
             self._resumed.set()
@@ -581,7 +581,9 @@ class Queue(Owner):
         await self._transfers.until_none()
         for chain in reversed(rest):
             lib.vpc_vq_unpop(self.handle, chain.handle)
-            chain.end("this chain's ring has stopped: what was not completed was given back to the driver")
+            chain.end(
+                "this chain's ring has stopped: chains that were not completed were given back to the driver"
+            )
             lib.vpc_chain_free(chain.take())
         return self.base
 
@@ -633,11 +635,11 @@ class Queue(Owner):
         check(lib.vpc_vq_set_call(self.handle, fd), "call descriptor")
 
     def signal(self) -> None:
-        """Call the driver once, whatever it asked for: a lost interrupt is worse than a spare one."""
+        """Call the driver once, whatever it requested: a lost interrupt is worse than a spurious one."""
         lib.vpc_vq_signal(self.handle)
 
     def close(self) -> None:
-        """The session is over: let go of memory and chains. Every method of the queue and of its chains raises now.
+        """The session is over: release memory and chains. Every method of the queue and of its chains raises now.
 
         What C works on is freed when its last call has returned.
         """
@@ -653,7 +655,7 @@ class Queue(Owner):
             self._free()
 
     def _free(self) -> None:
-        """Nothing of C's runs, and nothing will; but a thread that was left asleep may still go on with its chains."""
+        """No C call runs, and none will; but a thread that was left asleep may still go on with its chains."""
         for chain in self._open.values():
             raw = chain.take()
             if not self._left:

@@ -12,14 +12,14 @@ from vhostpc._native import check, ffi, lib
 
 
 class TransferChain(Protocol):
-    """What a transfer asks of a chain."""
+    """The interface of a chain that a transfer uses."""
 
     @property
     def handle(self) -> Any: ...
 
 
 class TransferQueue(Protocol):
-    """What a transfer asks of its queue."""
+    """The interface of a queue that a transfer uses."""
 
     stopping: bool
 
@@ -36,7 +36,7 @@ class TransferQueue(Protocol):
 
 
 class Transfers:
-    """The pieces of one queue's chains that are on their way. Raises MemoryLost, OSError.
+    """The pieces of one queue's chains that are in flight. Raises MemoryLost, OSError.
 
     A piece waits for its pages as a late chain does: on a thread of ``room``, and never before an absent page was met
     without waiting. All its pages are there before its first byte is copied.
@@ -66,7 +66,7 @@ class Transfers:
         )
 
     async def touch(self, call: Callable[[int], int], chain: TransferChain) -> None:
-        """One C call on a piece, begun anew after each pause."""
+        """One C call on a piece, repeated after each pause."""
         self.under_way.append(chain)
         try:
             while True:
@@ -87,7 +87,7 @@ class Transfers:
                 self._none.set()
 
     async def until_none(self) -> None:
-        """Return when none is on its way."""
+        """Return when none is in flight."""
         while self.under_way:
             self._none = trio.Event()
             await self._none.wait()

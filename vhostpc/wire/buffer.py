@@ -1,4 +1,4 @@
-"""Bytes of a stream that have come and were not taken yet, with their place in it."""
+"""Bytes of a stream that have arrived and were not consumed yet, with their offset."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _COMPACT = 1 << 20
 
 
 class Buffer:
-    """``data`` from index ``at`` on is unread. Whoever feeds it bounds it."""
+    """``data`` from index ``at`` on is unread. The feeder bounds it."""
 
     __slots__ = ("_base", "at", "data")
 
@@ -17,7 +17,7 @@ class Buffer:
 
     @property
     def offset(self) -> int:
-        """Where in the stream the next unread byte stands."""
+        """The stream offset of the next unread byte."""
         return self._base + self.at
 
     def __len__(self) -> int:
@@ -37,7 +37,7 @@ class Buffer:
         return out
 
     def swap(self, data: bytes, offset: int) -> bytes:
-        """Put ``data`` in the place of what is unread, as of byte ``offset``; returns what was unread."""
+        """Replace the unread bytes by ``data``, from byte ``offset`` on; returns the old ones."""
         out = bytes(self.data[self.at :])
         self.data = bytearray(data)
         self._base, self.at = offset, 0

@@ -32,7 +32,7 @@ from vhostpc.wire.elements import (
 from vhostpc.wire.split import Found, Upto, section_head, split_in_slices
 
 MAX_ENDS = 100
-"""Places that look like the end of all device sections and are followed. So many are not there by chance."""
+"""Most places that look like the end of all device sections and are followed. More cannot occur by chance."""
 # A footer, the end of the stream, a description.
 _END = re.compile(rb"(?=\x7e.{4}\x00\x06(.{4}))", re.DOTALL)
 _FRAME = 11  # bytes of these
@@ -113,7 +113,7 @@ class _End:
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
-    """An end that can be the true one. ``disagrees``: what in its text does not fit the bytes."""
+    """An end that can be the true one. ``disagrees``: the contradiction between its text and the bytes."""
 
     at: _End
     found: Found
@@ -125,13 +125,13 @@ class _Fit:
 
 
 class LastSections:
-    """All that is left of a precopy, from its first device section on. ``early``: those that came before."""
+    """The rest of a precopy, from its first device section on. ``early``: the sections before the pages."""
 
     def __init__(self, buffer: Buffer, limit: int, early: Sequence[DeviceSection]) -> None:
         self.closed = False
-        """Nothing more will come."""
+        """Whether the input has ended."""
         self.doubt: int | None = None
-        """A byte before which the sections can be read in another way, too."""
+        """A byte before which the sections have a second reading."""
         self.inside = "the device sections"
         self._buffer = buffer
         self._begin = buffer.offset
@@ -144,7 +144,7 @@ class LastSections:
 
     @property
     def may_end(self) -> bool:
-        """All can be read; what has come behind it may be no part of it."""
+        """The end was found; later bytes may not belong to the stream."""
         return self._fit is not None
 
     def read(self) -> Steps[bool]:
@@ -215,7 +215,7 @@ class LastSections:
         yield VmDescription(text, fit.disagrees, offset=fit.found.end + 1)
 
     def _undescribed(self) -> Steps[bool]:
-        """Without a description: sections, the end, perhaps bytes that are no part of it."""
+        """Without a description: sections, the end, perhaps bytes that do not belong to the stream."""
         data = bytes(self._buffer.data[self._buffer.at :])
         try:
             try:
@@ -231,7 +231,7 @@ class LastSections:
             raise BadStream(found.end, "the stream ends behind a section, without its end mark")
         rest = data[found.end - self._begin :]
         if rest[:1] == b"\x06" and len(rest) < 5 + int.from_bytes(rest[1:5].ljust(4, b"\xff"), "big"):
-            self.inside = "the description"  # who sends it has not sent all, and may not have ended
+            self.inside = "the description"  # its sender has not sent all, and may not have ended
             return False
         yield from _expected(found)
         self.doubt = found.doubt

@@ -69,7 +69,7 @@ class BadStream(StreamError):
 
 
 def text_of(raw: bytes) -> str:
-    """A name from the wire; bytes that are no UTF-8 survive the way back."""
+    """A name from the wire; bytes that are not UTF-8 survive the round trip."""
     return raw.decode("utf-8", "surrogateescape")
 
 
@@ -77,7 +77,7 @@ def name_bytes(name: str) -> bytes:
     """u8 length and the bytes. Raises LocalProtocolError."""
     raw = name.encode("utf-8", "surrogateescape")
     if not 0 < len(raw) < 256:
-        raise LocalProtocolError(f"a name has 1 to 255 bytes, not {len(raw)}")
+        raise LocalProtocolError(f"a name must have 1 to 255 bytes, not {len(raw)}")
     return bytes([len(raw)]) + raw
 
 
@@ -89,7 +89,7 @@ def _command(kind: CommandType, payload: bytes = b"") -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class At:
-    """Where an element begins."""
+    """The start of an element."""
 
     offset: int = field(default=-1, compare=False, kw_only=True)
 
@@ -104,7 +104,7 @@ class Header(At):
 
 @dataclass(frozen=True, slots=True)
 class Configuration(At):
-    """The machine type, and what both sides must have alike; None where the source did not say."""
+    """The machine type, and the settings that both sides must share; None where the source did not send them."""
 
     machine: str
     target_page_bits: int | None = None
@@ -193,7 +193,7 @@ class RamDiscard(At):
 LOADED = 3
 """The PING inside a package: its PONG says that all device state was taken."""
 MUST_HEAR = 0x42
-"""Another one, of QEMU 10.2 and later: without its PONG the source takes its machine back."""
+"""Another PING, of QEMU 10.2 and later: without its PONG the source takes its machine back."""
 MAX_PACKAGE = 0xFFFFFFFF
 """Bytes of a package, at most: the stream says its length in 32 bits, and QEMU has no other limit."""
 
@@ -225,7 +225,7 @@ class PostcopyResume(At):
 
 @dataclass(frozen=True, slots=True)
 class BitmapRequest(At):
-    """Recovery (RECV_BITMAP): which pages of ``block`` have come?"""
+    """Recovery (RECV_BITMAP): asks which pages of ``block`` have arrived."""
 
     block: str
 
@@ -235,7 +235,7 @@ class BitmapRequest(At):
 
 @dataclass(frozen=True, slots=True)
 class SwitchoverStart(At):
-    """The guest is stopped, what follows is the last (QEMU 10.0 with its newest machine types)."""
+    """The guest is stopped, the rest is the last part (QEMU 10.0 with its newest machine types)."""
 
     def encode(self) -> bytes:
         return _command(CommandType.SWITCHOVER_START)
@@ -250,7 +250,7 @@ def _section_head(kind: Element, section_id: int, idstr: str, instance: int, ver
 
 @dataclass(frozen=True, slots=True)
 class SectionStart(At):
-    """The first section of what comes in parts; only RAM does here."""
+    """The first section of an object that comes in parts; here only RAM does."""
 
     section_id: int
     idstr: str = "ram"
@@ -333,7 +333,7 @@ class RamData(At):
 
 
 class RunKind(enum.Enum):
-    """What a page came as."""
+    """The encoding of a page."""
 
     DATA = "data"
     ZERO = "zero"
@@ -388,7 +388,7 @@ class EndOfStream(At):
 
 @dataclass(frozen=True, slots=True)
 class VmDescription(At):
-    """JSON about the device sections, behind the end. ``disagrees``: what in it does not fit the bytes."""
+    """JSON about the device sections, behind the end. ``disagrees``: its contradiction to the bytes."""
 
     text: bytes = field(repr=False)
     disagrees: BadStream | None = field(default=None, compare=False)
@@ -427,20 +427,20 @@ StreamEvent = (
 
 
 class Busy(enum.Enum):
-    """Nothing yet, but not for want of bytes: reading goes on where it is asked again."""
+    """No result yet, although bytes are there: reading goes on at the next call."""
 
     BUSY = enum.auto()
 
 
 T = TypeVar("T")
 Steps = Generator[StreamEvent | Busy | None, None, T]
-"""Reading of bytes that come in pieces: None asks for more."""
+"""Reading of bytes that arrive in pieces: None asks for more."""
 Slices = Generator[Busy, None, T]
 """Work on bytes that are here, cut into pieces of some milliseconds."""
 
 
 def at_once(work: Slices[T]) -> T:
-    """The result of work that nobody interrupts."""
+    """The result of work that is not interrupted."""
     while True:
         try:
             next(work)
@@ -454,7 +454,7 @@ def parse_command(kind: int, payload: bytes, at: int) -> Command:
     try:
         command = CommandType(kind)
     except ValueError:
-        raise BadStream(at, f"command {kind} is none we know") from None
+        raise BadStream(at, f"command {kind} is unknown") from None
     plain: dict[CommandType, type[Command]] = {
         CommandType.OPEN_RETURN_PATH: OpenReturnPath,
         CommandType.POSTCOPY_LISTEN: PostcopyListen,
@@ -474,13 +474,13 @@ def parse_command(kind: int, payload: bytes, at: int) -> Command:
         return BitmapRequest(text_of(payload[1:]), offset=at)
     if command == CommandType.POSTCOPY_RAM_DISCARD:
         return _discard(payload, at)
-    raise BadStream(at, f"command {command.name} with {size} bytes, which is not its length")
+    raise BadStream(at, f"command {command.name} with {size} bytes, which is the wrong length")
 
 
 def _discard(payload: bytes, at: int) -> RamDiscard:
     size = len(payload)
     if size < 2 or payload[0] != 0:
-        raise BadStream(at, "command POSTCOPY_RAM_DISCARD in a version that we do not know")
+        raise BadStream(at, "command POSTCOPY_RAM_DISCARD in an unknown version")
     length = payload[1]
     ranges = 3 + length
     if length == 0 or size < ranges or payload[ranges - 1] != 0:

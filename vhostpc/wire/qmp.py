@@ -1,4 +1,4 @@
-"""QMP, the machine monitor: JSON values as they come, and messages as they go. No I/O.
+"""QMP, the machine monitor: incoming JSON values and outgoing messages. No I/O.
 
 Read as QEMU reads: values stand back to back, with or without lines between them; strings may have single
 quotes; after what is no JSON, reading goes on at the next bracket, comma, colon or control character. What a
@@ -56,7 +56,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """Something that is no JSON; reading has gone on after it."""
+    """A part that is not JSON; reading has gone on after it."""
 
     reason: str
     size = 0
@@ -83,7 +83,7 @@ class _Literal:
 
 
 class Reader:
-    """Takes bytes as they come, gives values and complaints in order.
+    """Takes bytes as they arrive, returns values and errors in order.
 
     A token is turned into a value only when its message is whole, so the complaint about a message is the
     first one that reading it from its beginning meets, as with QEMU.
@@ -104,7 +104,7 @@ class Reader:
         return len(self._buffer) + self._kept
 
     def feed(self, data: bytes) -> Iterator[Value | Broken]:
-        """Take bytes; yields what became whole."""
+        """Take bytes; yields completed values."""
         self._buffer += data
         at = 0
         try:
@@ -133,7 +133,7 @@ class Reader:
             del self._buffer[:at]
 
     def _next(self, at: int) -> tuple[int, _Token]:
-        """The token at ``at`` and its end; no token if it is not whole; the token False if it is none."""
+        """The token at ``at`` and its end; no token if it is incomplete; the token False if it is not a token."""
         first = self._buffer[at]
         if first in _MARKS:
             return at + 1, _MARKS[first]
@@ -330,12 +330,12 @@ def encode(message: dict[str, Any]) -> bytes:
 
 
 def greeting(version: dict[str, Any]) -> dict[str, Any]:
-    """What a server says first; ``version`` as ``query-version`` gives it."""
+    """The server's greeting; ``version`` as ``query-version`` returns it."""
     return {"QMP": {"version": version, "capabilities": ["oob"]}}
 
 
 def answer(result: Any, asked: Any = None) -> dict[str, Any]:
-    """A command's result; ``asked`` is the message it answers, whose ``id`` comes back."""
+    """A command's result; ``asked`` is the message it answers, whose ``id`` is returned."""
     return _with_id({"return": result}, asked)
 
 

@@ -39,7 +39,7 @@ class RamFlag(NamedFlag):
 
 
 class BadRecord(WordEnum):
-    """Why a stream is refused; the numbers are those of the C loader (``VPC_BAD_*``)."""
+    """The reasons to refuse a stream; the numbers are those of the C loader (``VPC_BAD_*``)."""
 
     FLAGS = 1
     NO_BLOCK = 2
@@ -57,10 +57,10 @@ REASONS = {
     BadRecord.NO_BLOCK: "a page that continues a block, but none was named before",
     BadRecord.NAME: "a block name that is empty or unknown",
     BadRecord.OFFSET: "an offset behind the end of its block",
-    BadRecord.HOST_PAGE: "a host page whose parts do not follow one another",
+    BadRecord.HOST_PAGE: "a host page whose parts are not consecutive",
     BadRecord.TRUNCATED: "the end of the stream inside a record or a host page",
     BadRecord.FOOTER: "no footer of the section behind its records",
-    BadRecord.DELTA: "an XBZRLE page that is no difference to what came before",
+    BadRecord.DELTA: "an XBZRLE page that is not a difference to its previous content",
     BadRecord.COMPRESSED: "a compressed page: switch the capability compress off at the source",
 }
 
@@ -105,7 +105,7 @@ class RamEncoder:
     def page(self, block: str, offset: int, data: bytes) -> bytes:
         """A PAGE record, or a ZERO record when all 4096 bytes are zero."""
         if len(data) != TARGET_PAGE:
-            raise LocalProtocolError(f"a target page has {TARGET_PAGE} bytes, not {len(data)}")
+            raise LocalProtocolError(f"a target page must have {TARGET_PAGE} bytes, not {len(data)}")
         if not any(data):
             return self._head(block, offset, RamFlag.ZERO) + b"\0"
         return self._head(block, offset, RamFlag.PAGE) + data
@@ -129,7 +129,7 @@ class RamEncoder:
             return _WORD.pack(offset | flag | RamFlag.CONTINUE)
         name = block.encode("utf-8", "surrogateescape")
         if not 0 < len(name) < 256:
-            raise LocalProtocolError(f"a block's name has 1 to 255 bytes, not {len(name)}")
+            raise LocalProtocolError(f"a block's name must have 1 to 255 bytes, not {len(name)}")
         self._block = block
         return _WORD.pack(offset | flag) + bytes([len(name)]) + name
 
@@ -148,7 +148,7 @@ class RamDecoder:
         """Bytes of whole records."""
 
     def feed(self, data: bytes) -> Iterator[RamEvent]:
-        """Take bytes; yields what became whole. Raises :class:`BadRamStream`."""
+        """Take bytes; yields completed records. Raises :class:`BadRamStream`."""
         self.put(data)
         while (event := self.next()) is not None:
             yield event
@@ -159,11 +159,11 @@ class RamDecoder:
 
     @property
     def unread(self) -> bytes:
-        """What was taken and is no whole record yet, or was not asked for."""
+        """The bytes that were taken and are not a whole record yet, or were not requested."""
         return bytes(self._buffer)
 
     def skip(self, count: int) -> None:
-        """Leave out ``count`` bytes that are there and are no record."""
+        """Skip ``count`` bytes that are there and do not belong to a record."""
         self._take(count)
 
     def eof(self) -> None:
@@ -172,7 +172,7 @@ class RamDecoder:
             raise BadRamStream(BadRecord.TRUNCATED, self.consumed)
 
     def next(self) -> RamEvent | None:
-        """What became whole next; None needs more bytes. Raises :class:`BadRamStream`."""
+        """The next completed record; None if it needs more bytes. Raises :class:`BadRamStream`."""
         buffer = self._buffer
         if len(buffer) < 8:
             return None
@@ -216,7 +216,7 @@ class RamDecoder:
 
 
 class _Place(enum.Enum):
-    """What a loader reads next."""
+    """The loader's next item."""
 
     RECORDS = enum.auto()
     FOOTER = enum.auto()
@@ -225,7 +225,7 @@ class _Place(enum.Enum):
 
 
 class RamModel:
-    """What a loader does with a stream: host pages are placed whole, once, never overwritten.
+    """The loader's model: host pages are placed whole, once, never overwritten.
 
     ``blocks`` are name -> (length, host page size) in bytes; ``place`` is called with block, offset and the
     bytes of a host page. ``section``: the frames of this RAM section are read too (its footers, and the headers of
@@ -255,7 +255,7 @@ class RamModel:
         self.sections = 0
         """Ends of sections that were read."""
         self.ended = False
-        """All was read that belongs to it; what follows is left unread."""
+        """The whole stream was read; later bytes are left unread."""
 
     @property
     def received(self) -> frozenset[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""The RAM section's bodies: the list of blocks, and records told as runs of pages or page by page.
+"""The RAM section's bodies: the list of blocks, and records as runs of pages or page by page.
 
 Generators that take from a :class:`Buffer` and yield None when they need more bytes. What the C loader does
 with records is modelled in ``ramrec``; here records of precopy are known as well (XBZRLE, compressed).
@@ -103,7 +103,7 @@ def _page_size(buffer: Buffer, name: str, page_sizes: int, last: bool) -> Genera
     (size,) = _WORD.unpack((yield from _need(buffer, 8)))
     if size & (size - 1) or size <= TARGET_PAGE or not size & page_sizes:
         raise BadStream(
-            at, f"RAM block {name!r} with pages of {in_units(size)}, advised were {in_words(page_sizes)}"
+            at, f"RAM block {name!r} with pages of {in_units(size)}, but {in_words(page_sizes)} were advised"
         )
     return int(size)
 
@@ -185,7 +185,9 @@ class RamScanner:
             buffer.at += whole
             if pages:
                 if kind not in (RunKind.DATA, RunKind.ZERO):
-                    raise BadStream(begin, f"a RAM page in the form {kind.value!r}, which is not taken here")
+                    raise BadStream(
+                        begin, f"a RAM page in the form {kind.value!r}, which is not accepted here"
+                    )
                 data = bytes(buffer.data[at + need : at + whole]) if kind is RunKind.DATA else None
                 yield RamPage(block, start, data, fill)
             elif run is None:
@@ -200,7 +202,7 @@ class RamScanner:
     def _extend(
         self, buffer: Buffer, run: RamRun, block: str, start: int, kind: RunKind, fill: int, begin: int
     ) -> tuple[RamRun, RamRun | None]:
-        """Join a page to a run, and the whole records behind it that go on alike."""
+        """Join a page to a run, and the complete records behind it that continue it."""
         if (block, kind, fill) != (run.block, run.kind, run.fill) or start != run.start + run.length:
             return run, RamRun(block, start, 1, kind, fill, offset=begin)
         count = run.pages + 1

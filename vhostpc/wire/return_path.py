@@ -18,7 +18,7 @@ from vhostpc.units import TARGET_PAGE
 
 MAX_LENGTH = 512
 MAX_BITMAP = 64 << 20
-"""Bytes of a received bitmap that are taken unless told otherwise: those of a block of 2 TiB."""
+"""Default limit of a received bitmap, in bytes: that of a block of 2 TiB."""
 BITMAP_END = bytes.fromhex("0123456789abcdef")
 RESUMED = 1
 _HEAD = struct.Struct(">HH")
@@ -69,14 +69,14 @@ class PageRequest:
         """Always the form that names its block: legal anywhere, also first after a reconnect."""
         name = self.block.encode("utf-8", "surrogateescape")
         if not 0 < len(name) < 256:
-            raise LocalProtocolError(f"a block's name has 1 to 255 bytes, not {len(name)}")
+            raise LocalProtocolError(f"a block's name must have 1 to 255 bytes, not {len(name)}")
         body = _REQUEST.pack(self.start, self.length) + bytes([len(name)]) + name
         return _HEAD.pack(ReturnPathType.REQ_PAGES_ID, len(body)) + body
 
 
 @dataclass(frozen=True, slots=True)
 class ReceivedBitmap:
-    """Recovery: the pages of ``block`` that have come. Bit i of byte i // 8, the lowest first, is target page i;
+    """Recovery: the pages of ``block`` that have arrived. Bit i of byte i // 8, the lowest first, is target page i;
     whole words of 8 bytes."""
 
     block: str
@@ -123,7 +123,7 @@ class ReturnPathDecoder:
         self._block: str | None = None
 
     def feed(self, data: bytes) -> Iterator[ReturnPathMessage]:
-        """Take bytes; yields the messages that became whole."""
+        """Take bytes; yields completed messages."""
         self._buffer += data
         while len(self._buffer) >= _HEAD.size:
             kind, length = _HEAD.unpack_from(self._buffer)
@@ -144,13 +144,15 @@ class ReturnPathDecoder:
     def _bitmap(self, body: bytes) -> ReceivedBitmap | None:
         """The message at the beginning of the buffer with what stands behind it; None until it is whole."""
         if len(body) < 2 or len(body) != 1 + body[0]:
-            raise StreamError(f"return path: message type 5 of {len(body)} bytes is none we know")
+            raise StreamError(f"return path: message type 5 of {len(body)} bytes is unknown")
         begin = _HEAD.size + len(body) + _U64.size
         if len(self._buffer) < begin:
             return None
         (size,) = _U64.unpack_from(self._buffer, begin - _U64.size)
         if size % 8 or size > self._max_bitmap:
-            raise StreamError(f"return path: a bitmap of {size} bytes, at most {self._max_bitmap} are taken")
+            raise StreamError(
+                f"return path: a bitmap of {size} bytes, at most {self._max_bitmap} are accepted"
+            )
         end = begin + size + len(BITMAP_END)
         if len(self._buffer) < end:
             return None
@@ -176,9 +178,9 @@ class ReturnPathDecoder:
         ):
             self._block = body[13:].decode("utf-8", "surrogateescape")
         elif kind != ReturnPathType.REQ_PAGES or len(body) != 12:
-            raise StreamError(f"return path: message type {kind} of {len(body)} bytes is none we know")
+            raise StreamError(f"return path: message type {kind} of {len(body)} bytes is unknown")
         if self._block is None:
-            raise StreamError("return path: a request that names no block before one was named")
+            raise StreamError("return path: a request without a block's name, and none was named before")
         start, length = _REQUEST.unpack_from(body)
         if start % TARGET_PAGE or length % TARGET_PAGE:
             raise StreamError(f"return path: request for {length:#x} bytes at {start:#x} is not whole pages")

@@ -36,7 +36,7 @@ from vhostpc.wire.elements import (
 )
 
 MAX_WAYS = 200_000
-"""Possible ends of sections that are looked at before a stream is refused. No device makes so many, only a guest."""
+"""Most possible ends of sections before a stream is refused. No device makes so many, only a guest."""
 # A footer, and the first byte of a full section, a command, the end of the stream; or the end of the bytes. They may
 # overlap, and are searched for one by one: a search for the first byte is faster than one for a look ahead.
 _FOOTER = re.compile(rb"\x7e(.{4})(?:\x04|\x08\x00|\x00\Z|\Z)", re.DOTALL)
@@ -45,7 +45,7 @@ _LONGEST = 7  # bytes of one with what follows
 _WINDOW = 256 << 10
 """Bytes that are searched in one slice."""
 _PIECE = 2000
-"""Elements, or places, that are looked at in one slice."""
+"""Elements, or places, that are examined in one slice."""
 _PRINTABLE = range(0x20, 0x7F)
 
 Inside = Command | DeviceSection | EndOfStream
@@ -57,15 +57,15 @@ class Upto(Enum):
     END = auto()
     """All bytes are elements."""
     RUN = auto()
-    """If they are not, those behind a POSTCOPY_RUN are none."""
+    """All bytes are elements, or those behind a POSTCOPY_RUN are not."""
     EOF = auto()
-    """If they are not, those behind an end of the stream are none."""
+    """All bytes are elements, or those behind an end of the stream are not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """``end``: the byte of the stream behind the elements. ``doubt``: one before which they can be read in another
-    way, too."""
+    """``end``: the byte of the stream behind the elements. ``doubt``: one before which they have a second
+    reading."""
 
     elements: list[Inside]
     end: int
@@ -121,7 +121,7 @@ def _command(data: bytes, at: int, offset: int) -> tuple[Command, int]:
     if len(data) < after:
         raise BadStream(offset + len(data), "the stream ends inside a command")
     if kind == CommandType.PACKAGED:
-        raise BadStream(offset + at, "a package where none may stand")
+        raise BadStream(offset + at, "a package where none is allowed")
     return parse_command(kind, bytes(data[at + 5 : after]), offset + at), after
 
 
@@ -207,7 +207,7 @@ class _Ways:
         if first == len(places):
             raise BadStream(
                 self.offset + at,
-                f"section {head.idstr!r} (id {head.section_id}) has no footer behind which anything known follows",
+                f"section {head.idstr!r} (id {head.section_id}) has no footer that a known element follows",
             )
         if self._opened.get(head.section_id, cost + 1) <= cost:  # all its ends were given by one before it
             self._again.setdefault(head.section_id, head.body)
@@ -310,7 +310,7 @@ def split_package_in_slices(package: Package) -> Slices[Found]:
         elif isinstance(element, EndOfStream):
             raise BadStream(element.offset, "the end of the stream inside a package")
         elif isinstance(element, _MISPLACED):
-            raise BadStream(element.offset, f"{type(element).__name__}, which is not for a package")
+            raise BadStream(element.offset, f"{type(element).__name__}, which is not allowed in a package")
     raise BadStream(base + len(package.blob), "a package that ends without POSTCOPY_RUN")
 
 

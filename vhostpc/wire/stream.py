@@ -1,4 +1,4 @@
-"""QEMU's migration stream, forward direction: bytes that come in pieces become the values of ``elements``.
+"""QEMU's migration stream, forward direction: bytes that arrive in pieces become the values of ``elements``.
 
 No I/O, and bounded: what is kept is at most one element, a package or the device sections at the end. Two ways
 to use it::
@@ -64,20 +64,20 @@ from vhostpc.wire.elements import (
 from vhostpc.wire.ramscan import RamScanner, block_list
 
 MAX_DEVICES = MAX_PACKAGE
-"""Bytes of device sections, in a package or at the end, that are taken unless told otherwise: all that QEMU takes."""
+"""Default limit of device sections, in a package or at the end, in bytes: all that QEMU accepts."""
 MAX_MACHINE = 256
 _MAX_CAPABILITIES = 64
 
 
 class RamMode(enum.Enum):
-    """What becomes of RAM records."""
+    """The form in which RAM records are returned."""
 
     RUNS = "runs"
     """:class:`~vhostpc.wire.elements.RamRun`, without the content."""
     PAGES = "pages"
     """:class:`~vhostpc.wire.ramrec.RamPage`, each with its content."""
     PAUSE = "pause"
-    """:class:`~vhostpc.wire.elements.RamData`; somebody else reads them."""
+    """:class:`~vhostpc.wire.elements.RamData`; another reader takes them over."""
 
 
 def _only_events(found: Iterator[StreamEvent | Busy]) -> Iterator[StreamEvent]:
@@ -103,7 +103,7 @@ class StreamReader:
         self.ram_section: int | None = None
         self.advised: PostcopyAdvise | None = None
         self.postcopy = False
-        """The package has come: what follows are pages, each once."""
+        """The package has arrived: the rest is pages, each once."""
         self.ended = False
         """The whole stream was read, its description too if it has one."""
         self.paused = False
@@ -139,27 +139,27 @@ class StreamReader:
 
     @property
     def may_end(self) -> bool:
-        """All of the stream has come, if what is unread is no part of it: then :meth:`eof` ends it."""
+        """The whole stream has arrived, if the unread bytes do not belong to it: then :meth:`eof` ends it."""
         return self._last is not None and self._last.may_end
 
     @property
     def doubt(self) -> int | None:
-        """Behind the end: a byte before which the device sections can be read in another way, too."""
+        """Behind the end: a byte before which the device sections have a second reading."""
         return None if self._last is None else self._last.doubt
 
     def feed(self, data: bytes) -> Iterator[StreamEvent]:
-        """Take bytes; yields what became whole. Raises BadStream when iterated."""
+        """Take bytes; yields completed elements. Raises BadStream when iterated."""
         return _only_events(self.feed_in_slices(data))
 
     def feed_in_slices(self, data: bytes) -> Iterator[StreamEvent | Busy]:
         """As :meth:`feed`, with BUSY between pieces of long work."""
         if self._handed:
-            raise LocalProtocolError("the stream is in other hands: resume() comes first")
+            raise LocalProtocolError("another reader has the stream: call resume() first")
         self._buffer.feed(data)
         return self._events()
 
     def eof(self) -> Iterator[StreamEvent]:
-        """The connection ended; yields what only this makes whole. Raises BadStream inside an element."""
+        """The connection ended; yields elements that this completes. Raises BadStream inside an element."""
         return _only_events(self.eof_in_slices())
 
     def eof_in_slices(self) -> Iterator[StreamEvent | Busy]:
@@ -174,7 +174,7 @@ class StreamReader:
             raise self._fail(BadStream(at, f"the stream ends {where}"))
 
     def hand_over(self) -> bytes:
-        """At :class:`RamData`: what was fed and not read, which is the loader's now."""
+        """At :class:`RamData`: the bytes that were fed and not read, which now belong to the loader."""
         if not self.paused:
             raise LocalProtocolError("the stream is not at RAM data")
         self._handed = True
@@ -187,7 +187,7 @@ class StreamReader:
         last one), else with the end of the section.
         """
         if not self._handed:
-            raise LocalProtocolError("nothing was handed over")
+            raise LocalProtocolError("the stream was not handed over")
         self._buffer.swap(rest, self._buffer.offset + consumed)
         self._footer_taken = footer
         self._ram_ended = self._ram_ended or ended
@@ -277,13 +277,13 @@ class StreamReader:
         if kind == Element.SECTION_START:
             raise BadStream(
                 at,
-                "no configuration behind the header: a machine type of QEMU 2.3 or before, which is not taken",
+                "no configuration behind the header: a machine type of QEMU 2.3 or before, which is not accepted",
             )
         if kind != Element.CONFIGURATION:
             raise BadStream(at, "no configuration behind the header")
         size = yield from self._u32()
         if not 0 < size <= MAX_MACHINE:
-            raise BadStream(at + 1, f"a machine type of {size} bytes, from 1 to {MAX_MACHINE} are taken")
+            raise BadStream(at + 1, f"a machine type of {size} bytes, from 1 to {MAX_MACHINE} are accepted")
         machine = text_of((yield from self._take(size)))
         bits: int | None = None
         capabilities: tuple[str, ...] | None = None
@@ -315,7 +315,7 @@ class StreamReader:
                     names.append((yield from self._name("a capability")))
                 capabilities = tuple(names)
             else:
-                raise BadStream(where, f"configuration {name!r}, which is none we know")
+                raise BadStream(where, f"configuration {name!r}, which is unknown")
         self._capabilities = capabilities or ()
         yield Configuration(machine, bits, capabilities, uuid, offset=at)
 
@@ -324,7 +324,7 @@ class StreamReader:
         head = yield from self._take(4)
         kind, size = int.from_bytes(head[:2], "big"), int.from_bytes(head[2:], "big")
         if kind not in set(CommandType):
-            raise BadStream(at, f"command {kind} is none we know")
+            raise BadStream(at, f"command {kind} is unknown")
         if kind == CommandType.PACKAGED:
             yield from self._package(at, size)
             return
@@ -350,7 +350,7 @@ class StreamReader:
 
     @property
     def _may_switch(self) -> bool:
-        """RAM may come by postcopy: it was advised, and not for dirty bitmaps alone."""
+        """RAM may arrive by postcopy: it was advised, and not for dirty bitmaps alone."""
         return self.advised is not None and self.advised.page_sizes is not None
 
     def _wrong_discard(self, event: RamDiscard) -> str | None:
@@ -366,12 +366,12 @@ class StreamReader:
 
     def _package(self, at: int, size: int) -> Steps[None]:
         if size != 4:
-            raise BadStream(at, f"command PACKAGED with {size} bytes, which is not its length")
+            raise BadStream(at, f"command PACKAGED with {size} bytes, which is the wrong length")
         if not self._may_switch or self.postcopy or not self.blocks:
             raise BadStream(at, "a second package" if self.postcopy else "a package without ADVISE and RAM")
         length = yield from self._u32()
         if length > self._limit:
-            raise BadStream(at, f"a package of {length} bytes, at most {self._limit} are taken")
+            raise BadStream(at, f"a package of {length} bytes, at most {self._limit} are accepted")
         start = self._buffer.offset
         self._inside = f"the package at byte {at}"
         blob = yield from self._take(length)
@@ -385,7 +385,7 @@ class StreamReader:
         instance = yield from self._u32()
         version = yield from self._u32()
         if name != "ram":
-            raise BadStream(at, f"section {name!r} comes in parts and is not RAM: its form is not known")
+            raise BadStream(at, f"section {name!r} comes in parts and is not RAM: its form is unknown")
         if self.ram_section is not None:
             raise BadStream(at, "RAM starts a second time")
         if instance or version != RAM_VERSION:
@@ -393,7 +393,7 @@ class StreamReader:
         self.ram_section = section_id
         yield SectionStart(section_id, name, instance, version, offset=at)
         if "mapped-ram" in self._capabilities:
-            raise BadStream(at, "RAM in the mapped-ram format: its pages lie in the file by their place")
+            raise BadStream(at, "RAM in the mapped-ram format: its pages lie at fixed places in the file")
         self._inside = "the list of RAM blocks"
         sizes = None if self.advised is None else self.advised.page_sizes
         listed = yield from block_list(self._buffer, sizes, "x-ignore-shared" in self._capabilities)
@@ -447,7 +447,7 @@ class StreamReader:
             self._buffer.at += 1
             size = yield from self._u32()
             if size > self._limit:
-                raise BadStream(where, f"a description of {size} bytes, at most {self._limit} are taken")
+                raise BadStream(where, f"a description of {size} bytes, at most {self._limit} are accepted")
             yield VmDescription((yield from self._take(size)), offset=where)
         self.ended = True
 

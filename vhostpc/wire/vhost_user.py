@@ -227,7 +227,7 @@ def unpack_table(payload: bytes) -> list[MemoryRegion]:
         raise LocalProtocolError(f"memory table of {len(payload)} bytes, at least 8 needed")
     count = _TABLE_HEAD.unpack_from(payload)[0]
     if count > MAX_TABLE_REGIONS or len(payload) < 8 + 32 * count:
-        raise LocalProtocolError(f"memory table says {count} regions in {len(payload)} bytes")
+        raise LocalProtocolError(f"memory table lists {count} regions in {len(payload)} bytes")
     return [MemoryRegion(*_REGION.unpack_from(payload, 8 + 32 * i)) for i in range(count)]
 
 
@@ -410,7 +410,7 @@ def request_name(number: int) -> str:
 class Frame:
     """One message with its descriptors, which it owns until they are taken.
 
-    ``close_fds`` closes what nobody took; whoever handles a frame calls it on every path.
+    ``close_fds`` closes what nobody took; a frame's handler calls it on every path.
     """
 
     request: int
@@ -427,11 +427,11 @@ class Frame:
         return bool(self.flags & FLAG_REPLY)
 
     def take_fd(self) -> int:
-        """Hand over the first descriptor; the caller owns it now."""
+        """Return the first descriptor; the caller owns it now."""
         return self.fds.pop(0)
 
     def take_fds(self) -> list[int]:
-        """Hand over all descriptors."""
+        """Return all descriptors."""
         fds, self.fds = self.fds, []
         return fds
 
@@ -460,7 +460,7 @@ class FrameReader:
 
     @property
     def started(self) -> bool:
-        """A part of a message was received: an end of file now breaks it."""
+        """Whether part of a message was received: an end of file now would cut it."""
         return bool(self._buffer or self._fds)
 
     def feed(self, data: bytes, fds: Iterable[int] = ()) -> Frame | None:
@@ -495,7 +495,7 @@ class FrameReader:
         return frame
 
     def close(self) -> None:
-        """Close descriptors of a message that never became whole."""
+        """Close the descriptors of an incomplete message."""
         for fd in self._fds:
             os.close(fd)
         self._fds = []

@@ -1,4 +1,4 @@
-"""The JSON behind a precopy stream: how long each device section is, and so where it ends.
+"""The JSON behind a precopy stream: the length, and so the end, of each device section.
 
 A device's entry has ``name``, ``instance_id``, ``version``, ``fields`` (each ``size``, and ``array_len`` when
 the array is written once for all) and ``subsections`` (each with a head of 1 byte, its name and a u32); old
@@ -23,7 +23,7 @@ MAX_VALUES = 200_000
 _MAX_DEPTH = 32
 _MAX_SIZE = 1 << 40
 _PIECE = 2000
-"""Sections that are looked at in one slice."""
+"""Sections that are examined in one slice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def _number(entry: dict[str, Any], key: str, default: int | None = None) -> int:
 def _entries(entry: dict[str, Any], key: str) -> list[dict[str, Any]]:
     value = entry.get(key, [])
     if not isinstance(value, list) or not all(isinstance(e, dict) for e in value):
-        raise StreamError(f"the description's {key!r} is no list of objects")
+        raise StreamError(f"the description's {key!r} is not a list of objects")
     return value
 
 
@@ -76,7 +76,7 @@ def parse(text: bytes) -> tuple[DeviceDescription, ...]:
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
-        raise StreamError("the description is no JSON") from None
+        raise StreamError("the description is not JSON") from None
     if not isinstance(whole, dict) or "devices" not in whole:
         raise StreamError("the description lists no devices")
     return tuple(
@@ -146,5 +146,5 @@ def split_in_slices(
         if not len(out) % _PIECE:
             yield Busy.BUSY
     if at != len(data):
-        raise BadStream(offset + at, f"{len(data) - at} bytes that the description does not know")
+        raise BadStream(offset + at, f"{len(data) - at} bytes that the description does not mention")
     return out

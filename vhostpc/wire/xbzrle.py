@@ -1,4 +1,4 @@
-"""XBZRLE: a page as its difference to what the destination has of it. Precopy only.
+"""XBZRLE: a page as its difference to the destination's copy. Precopy only.
 
 Runs alternate: length of what stays (first may be 0), length of what changes, the changed bytes. A length is a
 uleb128 of at most two bytes. The last run that stays is left out. Source: QEMU, docs (xbzrle).
@@ -10,7 +10,7 @@ from vhostpc.errors import StreamError
 
 
 def apply(page: bytes, delta: bytes) -> bytes:
-    """The new page. Raises :class:`~vhostpc.errors.StreamError` for a difference that is none."""
+    """The new page. Raises :class:`~vhostpc.errors.StreamError` for a malformed difference."""
     out = bytearray(page)
     at = place = 0
 
