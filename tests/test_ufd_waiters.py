@@ -6,8 +6,8 @@ import ctypes
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,16 @@ def handled() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+@asynccontextmanager
+async def given_up(service: FaultService) -> AsyncIterator[None]:
+    """What goes wrong in the block is told: no thread waits on for a page that will never come."""
+    try:
+        yield
+    except BaseException:
+        service.give_up()
+        raise
 
 
 def threads_named(name: str) -> list[int]:
@@ -76,7 +86,7 @@ async def test_a_thread_that_signals_interrupt_waits_once(told: bool) -> None:
             async def touch(page: int) -> None:
                 good.append(await mapped.verify(SEED, page, 1))
 
-            async with trio.open_nursery() as nursery:
+            async with trio.open_nursery() as nursery, given_up(service):
                 nursery.start_soon(service.run)
                 pages.hold("ram0")
                 nursery.start_soon(pages.serve)
@@ -123,7 +133,7 @@ async def test_interrupted_before_the_ranges_are_known() -> None:
             async def touch() -> None:
                 got.append(await mapped.read(3 * TARGET_PAGE, 4))
 
-            async with trio.open_nursery() as nursery:
+            async with trio.open_nursery() as nursery, given_up(service):
                 nursery.start_soon(service.run)
                 nursery.start_soon(touch)
                 await until(lambda: client.numbers().found_nothing == 1)
