@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ import trio
 from tests.until import until
 from vhostpc.pages.faultclient import ClientRange
 from vhostpc.pages.pagesource import UNLIMITED, PageSource
-from vhostpc.pages.ramblock import Bits, RamSet
+from vhostpc.pages.ramblock import Bits, RamBlock, RamSet
 from vhostpc.pages.service import FaultService
 from vhostpc.ufd import Userfaultfd
 from vhostpc.ufd.flags import Features
@@ -38,21 +38,23 @@ def handled() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def given_up(service: FaultService) -> AsyncIterator[None]:
+async def released(ufd: Userfaultfd, mapped: RamBlock) -> AsyncIterator[None]:
     """What goes wrong in the block is told: no thread waits on for a page that will never come."""
     try:
         yield
     except BaseException:
-        service.give_up()
+        ufd.unregister(mapped.base, mapped.length)
         raise
 
 
 def threads_named(name: str) -> list[int]:
-    return [
-        int(task.name)
-        for task in Path("/proc/self/task").iterdir()
-        if (task / "comm").read_text().strip() == name
-    ]
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        # A thread that was idle since an earlier test may end meanwhile.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if (task / "comm").read_text().strip() == name:
+                found.append(int(task.name))
+    return found
 
 
 def interrupt(thread: int) -> None:
@@ -86,7 +88,7 @@ async def test_a_thread_that_signals_interrupt_waits_once(told: bool) -> None:
             async def touch(page: int) -> None:
                 good.append(await mapped.verify(SEED, page, 1))
 
-            async with trio.open_nursery() as nursery, given_up(service):
+            async with trio.open_nursery() as nursery, released(ufd, mapped):
                 nursery.start_soon(service.run)
                 pages.hold("ram0")
                 nursery.start_soon(pages.serve)
@@ -133,7 +135,7 @@ async def test_interrupted_before_the_ranges_are_known() -> None:
             async def touch() -> None:
                 got.append(await mapped.read(3 * TARGET_PAGE, 4))
 
-            async with trio.open_nursery() as nursery, given_up(service):
+            async with trio.open_nursery() as nursery, released(ufd, mapped):
                 nursery.start_soon(service.run)
                 nursery.start_soon(touch)
                 await until(lambda: client.numbers().found_nothing == 1)
