@@ -6,6 +6,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from tests.until import until
 from vhostpc._native import ffi, lib
 from vhostpc.backend import Chain, Device, FrontEnd, Queue
 from vhostpc.errors import MemoryLost, QueueEnded
+from vhostpc.virtio.ring import Ring
+from vhostpc.virtio.work import Work
 from vhostpc.wire import vhost_user as vu
 from vhostpc.wire.vhost_user import Request
 
@@ -94,54 +97,74 @@ def methods_of(chain: Chain) -> dict[str, Callable[..., Any]]:
 
 
 QUEUE_CALLS: dict[str, Callable[[Queue], Any]] = {
-    "handle": lambda queue: queue.handle,
     "iterate": lambda queue: anext(aiter(queue)),
     "unordered": lambda queue: anext(queue.unordered()),
     "batches": lambda queue: anext(queue.batches()),
     "pump_out": lambda queue: queue.pump_out(0),
     "pump_in": lambda queue: queue.pump_in(0),
-    "touch": lambda queue: queue.touch(lambda flags: lib.vpc_vq_enable_notify(queue.handle, flags)),
-    "settle": lambda queue: queue.settle(),
-    "finish": lambda queue: queue.finish(),
-    "pause": lambda queue: queue.pause(),
-    "start": lambda queue: queue.start(-1),
-    "end": lambda queue: queue.end(),
-    "base": lambda queue: queue.base,
-    "error": lambda queue: queue.error,
-    "set_memory": lambda queue: queue.set_memory(None),
-    "set_ring": lambda queue: queue.set_ring(16, 0, 0, 0),
-    "set_features": lambda queue: queue.set_features(0),
-    "set_log": lambda queue: queue.set_log(None, False, 0),
-    "set_base": lambda queue: queue.set_base(0),
-    "set_inflight": lambda queue: queue.set_inflight(None),
-    "set_call": lambda queue: queue.set_call(-1),
-    "signal": lambda queue: queue.signal(),
+}
+WORK_CALLS: dict[str, Callable[[Work], Any]] = {
+    "next_chain": lambda work: work.next_chain(),
+    "next_batch": lambda work: work.next_batch(),
+    "run_pump": lambda work: work.run_pump(False, 0, None, 0, False, False, 1),
+    "settle": lambda work: work.settle(),
+    "finish": lambda work: work.finish(),
+    "start": lambda work: work.start(-1),
+    "set_memory": lambda work: work.set_memory(None),
+}
+RING_CALLS: dict[str, Callable[[Ring], Any]] = {
+    "handle": lambda ring: ring.handle,
+    "must_live": lambda ring: ring.must_live(),
+    "until_resumed": lambda ring: ring.until_resumed(),
+    "touch": lambda ring: ring.touch(lambda flags: lib.vpc_vq_enable_notify(ring.handle, flags)),
+    "pause": lambda ring: ring.pause(),
+    "start": lambda ring: ring.start(-1),
+    "end": lambda ring: ring.end(),
+    "base": lambda ring: ring.base,
+    "error": lambda ring: ring.error,
+    "set_memory": lambda ring: ring.set_memory(None),
+    "set_addresses": lambda ring: ring.set_addresses(16, 0, 0, 0),
+    "set_features": lambda ring: ring.set_features(0),
+    "set_log": lambda ring: ring.set_log(None, False, 0),
+    "set_base": lambda ring: ring.set_base(0),
+    "set_inflight": lambda ring: ring.set_inflight(None),
+    "set_call": lambda ring: ring.set_call(-1),
+    "signal": lambda ring: ring.signal(),
 }
 #: They reach nothing of C's.
-HARMLESS = {
-    *("close", "returnable", "pump_stats", "look_again", "set_kick", "resume", "has_come", "may_be_pushed"),
-    *("forget_frames", "hold", "let_go", "closed"),
+HARMLESS: dict[type, set[str]] = {
+    Queue: {"index", "size", "features", "inflight", "in_order", "stopping", "closed", "pump_stats"},
+    Work: {"close", "pump_stats", "has_come", "may_be_pushed", "forget_frames"},
+    Ring: {
+        *("close", "closed", "kick", "set_kick", "kick_told", "wait_for_kick", "look_again", "resume"),
+        *("hold", "let_go", "held", "call_in_flight", "leave", "set_interrupt"),
+    },
 }
 
 
-def test_every_method_of_a_queue_is_tried() -> None:
-    names = {"unordered", "batches", *QUEUE_CALLS} - {"iterate"}
-    assert set(public(Queue)) == names | HARMLESS
+@pytest.mark.parametrize(
+    ("kind", "calls"), [(Queue, QUEUE_CALLS), (Work, WORK_CALLS), (Ring, RING_CALLS)], ids=lambda p: ""
+)
+def test_every_method_of_a_queue_is_tried(kind: type, calls: dict[str, Any]) -> None:
+    assert set(public(kind)) == (set(calls) - {"iterate"}) | HARMLESS[kind]
 
 
-async def use(call: Callable[[Queue], Any], queue: Queue) -> None:
-    found = call(queue)
+async def use(found: object) -> None:
     if isinstance(found, Awaitable):
         await found
 
 
 async def check_queue(queue: Queue) -> None:
-    queue.close()  # again: harmless
-    queue.look_again()
-    assert queue.returnable
-    for call in QUEUE_CALLS.values():
+    work, ring = queue._work, queue._work.ring
+    work.close()  # again: harmless
+    ring.look_again()
+    assert work.ledger.returnable
+    tried = [partial(call, queue) for call in QUEUE_CALLS.values()]
+    tried += [partial(call, work) for call in WORK_CALLS.values()]
+    tried += [partial(call, ring) for call in RING_CALLS.values()]
+    for call in tried:
         with pytest.raises(QueueEnded, match="has ended"):
-            await use(call, queue)
+            await use(call())
 
 
 class Holder(Device):
@@ -287,7 +310,7 @@ async def test_a_page_is_waited_for_when_the_session_ends(take: str) -> None:
                     waits = await guest.next_fault()
                     if waits < 0x40:
                         guest.place(waits)
-                late = list(device.queue._open.values())
+                late = device.queue._work.ledger.open
                 assert len(late) == (4 if take == "unordered" else 0)
             await until(lambda: device.ended)
             for chain in late:
@@ -302,7 +325,7 @@ async def test_nothing_is_freed_while_a_call_works_on_it(guest: Guest) -> None:
     entered, go = threading.Event(), threading.Event()
 
     async def work(queue: Queue) -> None:
-        real = queue._pop
+        real = queue._work._pop
 
         def slow(flags: int) -> int:
             if flags & lib.VPC_TRY:
@@ -311,7 +334,7 @@ async def test_nothing_is_freed_while_a_call_works_on_it(guest: Guest) -> None:
             go.wait(20)
             return real(flags)
 
-        queue._pop = slow  # type: ignore[method-assign]
+        queue._work._pop = slow  # type: ignore[method-assign]
         async for _ in queue:
             pass
 
@@ -320,13 +343,13 @@ async def test_nothing_is_freed_while_a_call_works_on_it(guest: Guest) -> None:
         async with connected(device) as front:
             await start(guest, front)
             await until(entered.is_set)
-            raw = weakref.ref(device.queue.handle)
-        assert device.queue._holds
+            raw = weakref.ref(device.queue._work.ring.handle)
+        assert device.queue._work.ring._holds
         await check_queue(device.queue)
         go.set()
         await until(lambda: device.ended)
         assert isinstance(device.ended, QueueEnded)
-        assert not device.queue._holds
+        assert not device.queue._work.ring._holds
         assert raw() is None
 
 
@@ -336,7 +359,7 @@ async def test_what_a_call_pops_behind_the_end_is_freed(guest: Guest) -> None:
     chains: list[Chain] = []
 
     async def work(queue: Queue) -> None:
-        real, note = queue._pop, queue._popped
+        real, note = queue._work._pop, queue._work._popped
 
         def slow(flags: int) -> int:
             if flags & lib.VPC_TRY:
@@ -348,9 +371,9 @@ async def test_what_a_call_pops_behind_the_end_is_freed(guest: Guest) -> None:
 
         def noted(count: int) -> None:
             note(count)
-            chains.extend(queue._open.values())
+            chains.extend(queue._work.ledger.open)
 
-        queue._pop, queue._popped = slow, noted  # type: ignore[method-assign]
+        queue._work._pop, queue._work._popped = slow, noted  # type: ignore[method-assign]
         async for _ in queue:
             raise AssertionError("a chain behind the end")
 
@@ -366,4 +389,4 @@ async def test_what_a_call_pops_behind_the_end_is_freed(guest: Guest) -> None:
     for chain in chains:
         check_chain(chain, {})
         assert chain.take() == ffi.NULL
-    assert not device.queue._open
+    assert not device.queue._work.ledger.open

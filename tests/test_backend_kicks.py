@@ -13,7 +13,7 @@ import trio
 from tests.hostile import Net
 from tests.raw_front_end import Guest, connected
 from tests.test_backend_bridge import Far, far, frame, post_buffers, put_frames
-from vhostpc.virtio.queue import CALM, VAIN
+from vhostpc.virtio.ring import CALM, VAIN
 
 __all__ = ["far"]
 

@@ -140,7 +140,7 @@ CALLS: dict[type, list[str | tuple[str, Any]]] = {
     Pump: ["stop", "clear", "stats", ("run", (False, None))],
 }
 #: In tests/test_backend_ended.py.
-ELSEWHERE = {"Queue"}
+ELSEWHERE = {"Ring"}
 
 
 def owners() -> tuple[set[str], set[str]]:

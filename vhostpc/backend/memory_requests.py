@@ -44,7 +44,7 @@ async def use_memory(session: SessionState, memory: GuestMemory) -> None:
     try:
         for vring in session.vrings:
             if not vring.running:
-                vring.queue.set_memory(None)
+                vring.work.set_memory(None)
                 continue
             await vring.changed(vring.configure)
         await session.update_vrings()

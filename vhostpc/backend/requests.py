@@ -103,8 +103,8 @@ async def reset_device(session: SessionState, frame: Frame) -> None:
         vring.enabled = False
         vring.started = False
         await vring.update()
-        vring.queue.set_base(0)
-        vring.queue.forget_frames()
+        vring.ring.set_base(0)
+        vring.work.forget_frames()
         vring.broken = False
     session.status = 0
     session.device.reset()
@@ -174,7 +174,7 @@ async def set_vring_base(session: SessionState, frame: Frame) -> None:
         raise RemoteProtocolError(f"SET_VRING_BASE: {state.num:#x} is not an index of a split ring")
     if vring.running:
         await vring.set_up_anew()
-    vring.queue.set_base(state.num)
+    vring.ring.set_base(state.num)
 
 
 @handles(Request.GET_VRING_BASE)

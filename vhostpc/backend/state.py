@@ -160,13 +160,13 @@ class SessionState:
         if not self.held:
             self.held = True
             for vring in self.vrings:
-                await vring.queue.pause()
+                await vring.ring.pause()
 
     def release_vrings(self) -> None:
         if self.held:
             self.held = False
             for vring in self.vrings:
-                vring.queue.resume()
+                vring.ring.resume()
 
     # --- notification without the front-end's descriptors ---
 

@@ -18,6 +18,7 @@ from vhostpc.memory.log import DirtyLog
 from vhostpc.memory.table import GuestMemory
 from vhostpc.units import in_units
 from vhostpc.virtio.queue import Queue
+from vhostpc.virtio.work import Work
 from vhostpc.wire.vhost_user import VringAddr
 
 log = rationed_logger(__name__)
@@ -62,7 +63,9 @@ class Vring:
     def __init__(self, session: RingHost, index: int) -> None:
         self._session = session
         self.index = index
-        self.queue = Queue(index, session.gate, self._spawn)
+        self.work = Work(index, session.gate, self._spawn)
+        self.ring = self.work.ring
+        self.queue = Queue(self.work)
         self.size = 0
         self.addr: VringAddr | None = None
         self.started = False
@@ -97,10 +100,10 @@ class Vring:
         """
         if self.addr is None or self.size == 0:
             return
-        queue, addr, session = self.queue, self.addr, self._session
-        queue.set_memory(session.memory)
-        queue.set_features(session.features)
-        rc = queue.set_ring(self.size, addr.desc, addr.avail, addr.used)
+        addr, session = self.addr, self._session
+        self.work.set_memory(session.memory)
+        self.ring.set_features(session.features)
+        rc = self.ring.set_addresses(self.size, addr.desc, addr.avail, addr.used)
         if rc == -errno.EFAULT:
             raise RemoteProtocolError(
                 f"ring {self.index}: desc {addr.desc:#x}, avail {addr.avail:#x} or used {addr.used:#x} with"
@@ -122,24 +125,24 @@ class Vring:
         if dirty is not None and memory is not None and not dirty.covers(memory.end):
             raise RemoteProtocolError(f"the dirty log of {in_units(dirty.size)} does not cover all memory")
         addr = self.addr
-        self.queue.set_log(dirty, addr is not None and bool(addr.flags & 1), addr.log if addr else 0)
+        self.ring.set_log(dirty, addr is not None and bool(addr.flags & 1), addr.log if addr else 0)
 
     async def changed(self, change: Callable[[], None]) -> None:
         """Apply a change that a running queue must not see half done."""
         if not self.running:
             change()
             return
-        await self.queue.pause()
+        await self.ring.pause()
         try:
             change()
         finally:
-            self.queue.resume()
+            self.ring.resume()
 
     def set_kick(self, fd: int, poller: trio.CancelScope | None = None) -> None:
         """Own another kick descriptor, and the task that writes it if there is one; only while paused or stopped."""
         old, self.kick = self.kick, fd
         old_poller, self.poller = self.poller, poller
-        self.queue.set_kick(fd)
+        self.ring.set_kick(fd)
         if old_poller is not None:
             old_poller.cancel()
         if old >= 0:
@@ -150,12 +153,12 @@ class Vring:
         if fd < 0:
             fd = self._session.own_call(self.index)
         self._call_known = True
-        self.queue.set_call(fd)
+        self.ring.set_call(fd)
         if fd >= 0:
             os.close(fd)
             if self.running:
                 # An interrupt may have been lost with the old descriptor.
-                self.queue.signal()
+                self.ring.signal()
 
     def set_err(self, fd: int) -> None:
         old, self.err = self.err, fd
@@ -177,15 +180,15 @@ class Vring:
 
     def _launch(self) -> None:
         self.configure()
-        self.queue.set_inflight(self._session.inflight)
+        self.ring.set_inflight(self._session.inflight)
         if not self._call_known:
             self.set_call(-1)  # who is called in-band need not say so of each ring
         self._session.ring_starts()
-        self.queue.start(self.kick)
+        self.work.start(self.kick)
         self._with_enabled = self.enabled
         self._done = trio.Event()
         self._session.nursery.start_soon(self._run)
-        self.queue.signal()
+        self.ring.signal()
 
     async def _run(self) -> None:
         device = self._session.device
@@ -196,7 +199,7 @@ class Vring:
                     if not self._with_enabled:
                         with trio.CancelScope() as self._expecting:
                             await trio.sleep(ENABLE_SOON)
-                    if not self.queue.stopping:
+                    if not self.ring.stopping:
                         await handler(self.queue)
                 except* BrokenQueue as group:
                     self._break(str(_first(group)))
@@ -204,10 +207,10 @@ class Vring:
                     log.debug("%s: ring %d: its memory is lost", self._session.name, self.index)
             try:
                 if not self.broken:
-                    await self.queue.settle()
+                    await self.work.settle()
                 with trio.CancelScope(shield=True):
                     # Answers that the device has given must reach the driver before the base does.
-                    await self.queue.finish()
+                    await self.work.finish()
             except MemoryLost:
                 log.debug("%s: ring %d: its memory is lost", self._session.name, self.index)
         finally:
@@ -222,7 +225,7 @@ class Vring:
 
     async def _halt(self) -> None:
         """End the handler; return when its answers are pushed and the rest is given back."""
-        self.queue.end()
+        self.ring.end()
         if self._expecting is not None:
             self._expecting.cancel()
         waited = 0.0
@@ -230,7 +233,7 @@ class Vring:
             with trio.move_on_after(GRACE):
                 await self._done.wait()
             waited += GRACE
-            if self._scope is not None and self.queue.returnable:
+            if self._scope is not None and self.work.ledger.returnable:
                 self._scope.cancel()
                 await self._done.wait()
             elif self.running and waited >= GAP_WARNING:
@@ -254,16 +257,16 @@ class Vring:
     async def stop(self) -> int:
         """GET_VRING_BASE: stop, and return the next avail index. Waits for a page only if a touch in hand does."""
         await self.set_up_anew()
-        base = self.queue.base
+        base = self.ring.base
         self.set_kick(-1)
-        self.queue.set_call(-1)
+        self.ring.set_call(-1)
         self._call_known = False
         return base
 
     def close(self) -> None:
         """Release memory, close descriptors. The handler has ended; other users of the queue have to end now."""
         try:
-            self.queue.close()
+            self.work.close()
         finally:
             self.set_kick(-1)
             self.set_err(-1)

@@ -1,6 +1,6 @@
 """The gate: the only way for a task to call C code that touches guest memory.
 
-Pumps do not come this way: they live on a thread of their own (see ``virtio.queue``).
+Pumps do not come this way: they live on a thread of their own (see ``virtio.work``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Chains that each wait for their own pages, beside their queue's other work."""
+"""Chains that each wait for their own pages, beside their ring's other work."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from vhostpc._native import check, ffi, lib
 from vhostpc.errors import MemoryLost, QueueEnded
 from vhostpc.virtio.chain import Chain
 
-#: Chains of one queue that wait at a time, each on a thread.
+#: Chains of one ring that wait at a time, each on a thread.
 WAITING_CHAINS = 64
-#: Chains of one queue that are taken before their pages are there; a large ring may hold many more.
+#: Chains of one ring that are taken before their pages are there; a large ring may hold many more.
 MOST_LATE = 1024
 
 
@@ -24,8 +24,8 @@ class Spawn(Protocol):
     def __call__(self, task: Callable[..., Any], *args: Any) -> None: ...
 
 
-class WaitingQueue(Protocol):
-    """The interface of a queue that its late chains use."""
+class WaitingRing(Protocol):
+    """The interface of a ring that its late chains use."""
 
     stopping: bool
 
@@ -35,16 +35,22 @@ class WaitingQueue(Protocol):
     async def touch(
         self, call: Callable[[int], int], *, waiting_room: trio.CapacityLimiter | None = None
     ) -> int: ...
-    def has_come(self, chain: Chain) -> None: ...
-    def may_be_pushed(self, chain: Chain) -> None: ...
     def look_again(self) -> None: ...
 
 
-class Late:
-    """The waiting chains of one queue. Nothing here waits for a page but on a thread of the chain's own."""
+class Waited(Protocol):
+    """Gets the chains that need not wait any longer."""
 
-    def __init__(self, queue: WaitingQueue, spawn: Spawn) -> None:
-        self._queue = queue
+    def has_come(self, chain: Chain) -> None: ...
+    def may_be_pushed(self, chain: Chain) -> None: ...
+
+
+class Late:
+    """The waiting chains of one ring. Nothing here waits for a page but on a thread of the chain's own."""
+
+    def __init__(self, ring: WaitingRing, work: Waited, spawn: Spawn) -> None:
+        self._ring = ring
+        self._work = work
         self._spawn = spawn
         #: Threads for chains, and for pieces of them.
         self.room = trio.CapacityLimiter(WAITING_CHAINS)
@@ -65,10 +71,9 @@ class Late:
         self._start(self._touch_buffers, chain)
 
     def buffers_are_here(self, chain: Chain) -> bool:
-        queue = self._queue.handle
+        ring = self._ring.handle
         return (
-            lib.vpc_chain_touch(queue, chain.handle, chain.begun, chain.appended, lib.VPC_TRY)
-            != -errno.EAGAIN
+            lib.vpc_chain_touch(ring, chain.handle, chain.begun, chain.appended, lib.VPC_TRY) != -errno.EAGAIN
         )
 
     async def until_none(self) -> None:
@@ -80,8 +85,8 @@ class Late:
     async def load(self, chain: Chain, flags: int = 0) -> int:
         """0 when the chain is as any other; -ECANCELED when the queue was stopped; -EBADMSG: broken ring."""
         popped = ffi.new("struct vpc_popped *")
-        rc = await self._queue.touch(
-            lambda _: lib.vpc_chain_load(self._queue.handle, chain.handle, popped, flags),
+        rc = await self._ring.touch(
+            lambda _: lib.vpc_chain_load(self._ring.handle, chain.handle, popped, flags),
             waiting_room=self.room,
         )
         if rc not in (-errno.ECANCELED, -errno.EBADMSG):
@@ -97,27 +102,27 @@ class Late:
         try:
             await task(chain)
         except (MemoryLost, QueueEnded):
-            pass  # the queue's next call says so
+            pass  # the ring's next call says so
         finally:
             self._count -= 1
             if not self._count:
                 self._none.set()
-            self._queue.look_again()
+            self._ring.look_again()
 
     async def _load(self, chain: Chain) -> None:
-        while not self._queue.stopping:
+        while not self._ring.stopping:
             rc = await self.load(chain)
             if rc == 0:
-                self._queue.has_come(chain)
+                self._work.has_come(chain)
             if rc != -errno.ECANCELED:  # else a pause; a broken ring is met again by the next pop
                 return
 
     async def _touch_buffers(self, chain: Chain) -> None:
         def touch(_: int) -> int:
-            return lib.vpc_chain_touch(self._queue.handle, chain.handle, chain.begun, chain.appended, 0)
+            return lib.vpc_chain_touch(self._ring.handle, chain.handle, chain.begun, chain.appended, 0)
 
         try:
-            while not self._queue.stopping and await self._queue.touch(touch, waiting_room=self.room) < 0:
+            while not self._ring.stopping and await self._ring.touch(touch, waiting_room=self.room) < 0:
                 pass
         finally:
-            self._queue.may_be_pushed(chain)
+            self._work.may_be_pushed(chain)

@@ -18,8 +18,8 @@ class TransferChain(Protocol):
     def handle(self) -> Any: ...
 
 
-class TransferQueue(Protocol):
-    """The interface of a queue that a transfer uses."""
+class TransferRing(Protocol):
+    """The interface of a ring that a transfer uses."""
 
     stopping: bool
 
@@ -36,14 +36,14 @@ class TransferQueue(Protocol):
 
 
 class Transfers:
-    """The pieces of one queue's chains that are in flight. Raises MemoryLost, OSError.
+    """The pieces of one ring's chains that are in flight. Raises MemoryLost, OSError.
 
     A piece waits for its pages as a late chain does: on a thread of ``room``, and never before an absent page was met
     without waiting. All its pages are there before its first byte is copied.
     """
 
-    def __init__(self, queue: TransferQueue, room: trio.CapacityLimiter) -> None:
-        self._queue = queue
+    def __init__(self, ring: TransferRing, room: trio.CapacityLimiter) -> None:
+        self._ring = ring
         self._room = room
         #: The chain of each piece.
         self.under_way: list[TransferChain] = []
@@ -53,7 +53,7 @@ class Transfers:
         """Fill ``buffer`` with the chain's readable bytes from ``skip`` on."""
         data = ffi.from_buffer("unsigned char[]", buffer, require_writable=True)
         await self.touch(
-            lambda flags: lib.vpc_chain_read(self._queue.handle, chain.handle, skip, data, len(data), flags),
+            lambda flags: lib.vpc_chain_read(self._ring.handle, chain.handle, skip, data, len(data), flags),
             chain,
         )
 
@@ -61,7 +61,7 @@ class Transfers:
         """Copy ``buffer`` to the chain's writable bytes from ``skip`` on."""
         data = ffi.from_buffer("unsigned char[]", buffer)
         await self.touch(
-            lambda flags: lib.vpc_chain_write(self._queue.handle, chain.handle, skip, data, len(data), flags),
+            lambda flags: lib.vpc_chain_write(self._ring.handle, chain.handle, skip, data, len(data), flags),
             chain,
         )
 
@@ -72,8 +72,8 @@ class Transfers:
             while True:
                 # A pause ends it before its next absent page, and it begins anew. A request that is at work when the
                 # ring stops goes on.
-                goes_on = lib.VPC_UNSTOPPED if self._queue.stopping else 0
-                rc = await self._queue.touch(
+                goes_on = lib.VPC_UNSTOPPED if self._ring.stopping else 0
+                rc = await self._ring.touch(
                     lambda flags, goes_on=goes_on: call(flags | goes_on),  # type: ignore[misc]
                     waiting_room=self._room,
                     try_first=True,
