@@ -99,4 +99,4 @@ def test_nothing_is_left_when_it_is_cleared() -> None:
     answer(ledger, chains[1])
     ledger.ready.append(chains[2])
     assert ledger.clear() == chains
-    assert not (ledger.open or ledger.answers or ledger.ready)
+    assert not [*ledger.open, *ledger.answers, *ledger.ready]
