@@ -14,13 +14,14 @@ import trio
 from tests.hostile import Net, guest_mappings, open_fds, state
 from tests.raw_front_end import Guest, RawFrontEnd
 from tests.until import until
-from vhostpc.backend import Device, Queue, requests, serve_listener, session
+from vhostpc.backend import Device, requests, serve_listener, session
 from vhostpc.backend.channel import BackendChannel
 from vhostpc.backend.postcopy import Postcopy
 from vhostpc.backend.vring import Vring
 from vhostpc.listener import bind
 from vhostpc.memory.mapping import Mapping
 from vhostpc.transport import MessageSocket
+from vhostpc.virtio.work import Work
 from vhostpc.wire import vhost_user as vu
 from vhostpc.wire.vhost_user import Request
 
@@ -114,9 +115,9 @@ def patches() -> list[tuple[object, str, Callable[..., object]]]:
         (Net, "handle_queue", slow_bug),
         *((Net, name, bug) for name in ("read_config", "write_config", "send_rarp", "set_mtu")),
         *((Net, name, bug) for name in ("set_status", "reset")),
-        (Queue, "finish", slow_bug),
-        (Queue, "start", bug),
-        (Queue, "close", bug),
+        (Work, "finish", slow_bug),
+        (Work, "start", bug),
+        (Work, "close", bug),
         (Vring, "update", slow_bug),
         (Vring, "close", bug),
         (Postcopy, "lost", bug),
