@@ -93,6 +93,8 @@ async def test_network(tmp_path: Path) -> None:
         assert inside.rx > 500
         assert outside.rx > 500
         assert pings.rx > 5
+        assert back.complaints() == []
         await machine.power_off()
         await until(lambda: back.logged("disconnected"))
-        assert back.complaints() == []
+        # A kernel that goes down gives the rings' memory away before it hangs up: they may break by then.
+        assert [line for line in back.complaints() if " stopped: " not in line] == []
