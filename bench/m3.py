@@ -29,7 +29,7 @@ from typing import Any
 
 import trio
 
-from tests.own_machine import Address, bridge, far_side
+from tests.kit.own_machine import Address, bridge, far_side
 from tests.peers.child import open_child
 
 from .ends import BLOCK, OURS, PEER, End, end, memory_file, qemu_argv

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.hugepages import HUGE, hugepages
+from tests.kit.hugepages import HUGE, hugepages
 from vhostpc.logs import ration
 
 try:

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.framed_streams import BLOCKS, case, expected
+from tests.kit.framed_streams import BLOCKS, case, expected
 from tests.native import output
 from vhostpc.wire.ramrec import BadRecord
 

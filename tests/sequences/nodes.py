@@ -14,10 +14,10 @@ from typing import Any
 
 import trio
 
+from tests.kit.until import until
 from tests.qemu import peers
 from tests.qemu.proc import Child, child, unwrapped
 from tests.qemu.qmp import Qmp
-from tests.until import until
 from vhostpc.dialect import Compat
 
 MIB = 1 << 20

@@ -11,9 +11,9 @@ from typing import Any
 
 import trio
 
+from tests.kit.until import until
 from tests.qemu.proc import unwrapped
 from tests.sequences.nodes import FINAL, MIB, Node
-from tests.until import until
 
 SLOW = 4 * MIB  # bytes a second: the 24 MiB of a node's memory last seconds
 FAST = 1 << 30

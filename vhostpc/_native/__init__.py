@@ -1,4 +1,4 @@
-"""The native core, typed. Who may import this is listed in tests/test_layers.py."""
+"""The native core, typed. Who may import this is listed in tests/project/test_layers.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The one table of C entry points and of threads: which touch guest memory, which may wait, and where they may run.
 
 It names the entries that touch or wait; all others may be called anywhere. ``docs/threads.md`` is this table as a page.
-``tests/test_docs_threads.py`` holds it against the C sources, by their call graph, so that none is left out, and
-against every call in Python.
+``tests/project/test_docs_threads.py`` holds it against the C sources, by their call graph, so that none is left out,
+and against every call in Python.
 """
 
 from __future__ import annotations
