@@ -57,7 +57,7 @@ async def drive(path: Path, child: Child, depth: int) -> tuple[Sample, Sample]:
             await front.negotiate()
             memory = MemoryShare(front, regions)
             await memory.share()
-            layout = RingLayout.packed_at(0, slots=depth, buffer_len=SIZE)
+            layout = RingLayout.contiguous_at(0, slots=depth, buffer_len=SIZE)
             event = bool(front.features & Feature.EVENT_IDX)
             with Driver(ram, regions, layout, receive=True, header=0, event_idx=event) as driver:
                 await driver.reset()

@@ -60,7 +60,7 @@ async def serve(path: str, spin_us: int, busy: bool) -> None:
         with FaultService(ram, spin_us=spin_us) as service:
             service.arm()
             pages = ready_pages(length)
-            service.supply(block, pages)
+            service.answer_from(block, pages)
             os.close(pages)
             client = service.add_client(ufd, "toucher")
             client.set_ranges([ClientRange(base, length, block, 0)])

@@ -33,7 +33,7 @@ CHAINS = 64
 
 
 async def serve(path: str) -> None:
-    layout = RingLayout.packed_at(0, num=CHAINS, buffer_stride=PAGE)
+    layout = RingLayout.contiguous_at(0, num=CHAINS, buffer_stride=PAGE)
     with RamSet() as there, RamSet() as ram:
         memfd = make_memfd("mem", MIB << 20)
         full = there.add("mem", memfd, MIB << 20)

@@ -60,7 +60,7 @@ async def drive(path: Path, index: int, count: int, region: bool) -> Sample:
                 await share_region(front, index + 1)
             memory = MemoryShare(front, regions)
             await memory.share()
-            layout = RingLayout.packed_at(0, num=ENTRIES, buffer_len=SIZE if receive else 2048)
+            layout = RingLayout.contiguous_at(0, num=ENTRIES, buffer_len=SIZE if receive else 2048)
             event = bool(front.features & Feature.EVENT_IDX)
             header = 0 if receive else HEADER
             with Driver(ram, regions, layout, receive=receive, header=header, event_idx=event) as driver:

@@ -215,8 +215,8 @@ async def test_frames_through_rings_of_32768_entries(tmp_path: Path) -> None:
     size, num = 192 << 20, 32768
     with closing(RamSet()) as ram, udp() as link, udp() as far:
         regions = [GuestRegion(0, size, ram.create("pc.ram", size))]
-        layout = RingLayout.packed_at(0x10000, num, buffer_stride=2048)
-        back = RingLayout.packed_at(layout.end, num, buffer_stride=2048)
+        layout = RingLayout.contiguous_at(0x10000, num, buffer_stride=2048)
+        back = RingLayout.contiguous_at(layout.end, num, buffer_stride=2048)
         link.connect(far.getsockname())
         far.connect(link.getsockname())
         path = tmp_path / "s"

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vhostpc.errors import StreamError
-from vhostpc.frontend import DirtyLog, Driver, GuestRegion, RingLayout
+from vhostpc.frontend import Driver, GuestRegion, RingLayout, SharedLog
 from vhostpc.guest import sections
 from vhostpc.guest.own_machine import Block, Spec, open_machine
 from vhostpc.pages.ramblock import Bits, RamSet
@@ -21,7 +21,7 @@ from vhostpc.wire.elements import BlockInfo, Configuration, DeviceSection, RamBl
 from vhostpc.wire.vmdesc import parse, split_by
 
 MIB = 1 << 20
-RING = RingLayout.packed_at(0, 64)
+RING = RingLayout.contiguous_at(0, 64)
 HEAD = struct.Struct(">II3H12QII")
 
 
@@ -152,7 +152,7 @@ def test_the_log_marks_blocks(page: int, request: pytest.FixtureRequest) -> None
             ram.create("high", 4 * MIB + (page if page > 4096 else 4096), page),
         )
         regions = [GuestRegion(0, low.length, low), GuestRegion(1 << 30, high.length, high)]
-        log = DirtyLog(regions)
+        log = SharedLog(regions)
         try:
             assert log.merge(regions) == 0
             last = (1 << 30) + high.length - 4096
@@ -180,7 +180,7 @@ def test_the_log_marks_blocks(page: int, request: pytest.FixtureRequest) -> None
 def test_a_log_that_does_not_hold_the_block() -> None:
     with RamSet() as ram:
         block = ram.create("ram", MIB)
-        log = DirtyLog([GuestRegion(0, MIB, block)])
+        log = SharedLog([GuestRegion(0, MIB, block)])
         try:
             with pytest.raises(OSError, match="range"):
                 block.merge_log(log.fd, log.size, 1 << 30)

@@ -15,11 +15,11 @@ from tests.kit.fake_backend import REPLY, Answer, Change, FakeBackend, answers_t
 from vhostpc.errors import LocalProtocolError, PeerClosed, PostcopyRefused, RemoteProtocolError, RequestFailed
 from vhostpc.frontend import (
     BackendPostcopy,
-    DirtyLog,
     FrontEnd,
     GuestRegion,
     MemoryShare,
     Mode,
+    SharedLog,
     connect,
     listen,
     over,
@@ -360,7 +360,7 @@ async def test_slots_need_to_be_negotiated() -> None:
 
 async def test_dirty_log() -> None:
     async with session() as (front, fake), memory(front, Mode.TABLE) as (share, _):
-        log = DirtyLog(share.regions)
+        log = SharedLog(share.regions)
         await share.set_log(log)
         assert fake.got[-1] == (Request.SET_LOG_BASE, vu.VERSION, 16, 1)
         assert log.dirty_pages() == set()

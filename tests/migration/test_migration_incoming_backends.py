@@ -25,7 +25,6 @@ from vhostpc.frontend import (
     connect,
     start_ring,
 )
-from vhostpc.frontend.postcopy import Phase
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.phase import Event
@@ -34,7 +33,7 @@ from vhostpc.pages.ramblock import Bits
 from vhostpc.pages.service import FaultService
 from vhostpc.wire.elements import EndOfStream, Footer, SectionEnd
 from vhostpc.wire.return_path import Pong, Shut
-from vhostpc.wire.vhost_user import Feature, ProtocolFeature
+from vhostpc.wire.vhost_user import Feature, PostcopyPhase, ProtocolFeature
 
 pytestmark = pytest.mark.ufd
 FRAMES = 16
@@ -66,7 +65,7 @@ class Backed(HeldMachine):
 
     async def end(self) -> None:
         for backend in self.backends.values():
-            if backend.phase is Phase.LISTENING:
+            if backend.phase is PostcopyPhase.LISTENING:
                 await backend.end()
             else:
                 backend.forget()
@@ -169,7 +168,11 @@ async def test_two_back_ends_and_a_local_toucher(tmp_path: Path, guest: Guest) -
                     pages.set_rate(1 << 40)
                 # Both ends are done: SHUT has ended the page source.
                 assert received.events == [Event.PACKAGE, Event.FINISH]
-                assert machine.backends["bridge"].phase is machine.backends["net_vhost"].phase is Phase.ENDED
+                assert (
+                    machine.backends["bridge"].phase
+                    is machine.backends["net_vhost"].phase
+                    is PostcopyPhase.ENDED
+                )
                 await until(lambda: far.numbers().frames == FRAMES)
                 assert far.numbers().bad == far.numbers().duplicates == 0
                 echoed = rx.numbers().received
@@ -218,7 +221,7 @@ async def test_precopy_after_all(tmp_path: Path) -> None:
                 low, high = machine.ram.blocks
                 regions = [GuestRegion(0, low.length, low), GuestRegion(HIGH, high.length, high)]
                 memory = MemoryShare(front, regions)
-                with Driver(machine.ram, regions, RingLayout.packed_at(0)) as tx:
+                with Driver(machine.ram, regions, RingLayout.contiguous_at(0)) as tx:
                     await tx.reset()
                     await memory.share()
                     await start_ring(front, memory, 1, tx)

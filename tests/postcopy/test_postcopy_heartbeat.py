@@ -18,7 +18,7 @@ import trio
 from tests.kit.heart import Heart
 from tests.kit.rig import HIGH, BackendChild, Guest, Move, backend_child, far_side, moving
 from tests.kit.until import until
-from vhostpc.frontend import DirtyLog, Driver, FarSide, Mode, RingLayout, start_ring
+from vhostpc.frontend import Driver, FarSide, Mode, RingLayout, SharedLog, start_ring
 from vhostpc.wire.vhost_user import Feature
 
 pytestmark = pytest.mark.ufd
@@ -239,7 +239,7 @@ async def test_log(tmp_path: Path, guest: Guest, queue: int) -> None:
     with trio.fail_after(60):
         async with bridge(tmp_path) as (backend, fars), queues(guest, indirect=0) as drivers:
             async with moving(guest, backend, mode=Mode.TABLE) as m:
-                log = DirtyLog(m.memory.regions)
+                log = SharedLog(m.memory.regions)
                 try:
                     await m.memory.set_log(log)
                     await m.front.set_features(m.front.features | Feature.LOG_ALL)

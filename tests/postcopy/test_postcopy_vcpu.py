@@ -214,7 +214,7 @@ async def test_the_table_of_threads_has_an_end() -> None:
             pages = ready.create("ram", block.length)
             await pages.fill(1)
             service.arm()
-            service.supply(block, pages.fd)
+            service.answer_from(block, pages.fd)
             assert service.threads() == {}
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(service.run)

@@ -76,7 +76,7 @@ class Things:
             PageScan(self.ram),
             PageSource(self.ram, far.fileno()),
             DirtyTracker(self.ram),
-            Driver(self.ram, regions, RingLayout.packed_at(0, 16, slots=8)),
+            Driver(self.ram, regions, RingLayout.contiguous_at(0, 16, slots=8)),
             FarSide(udp),
             Pump(vq.raw, 0),
         ):

@@ -139,7 +139,7 @@ async def ready_and_born(page_size: int) -> None:
         source, block = (r.create("ready", 4 * page_size, page_size) for r in (ready, ram))
         await source.fill(3)
         service.arm()
-        service.supply(block, source.fd)
+        service.answer_from(block, source.fd)
         with RamSet() as theirs, Userfaultfd.open() as ufd:
             mapped = theirs.add("ready", block.fd, block.length, page_size)
             ufd.register(mapped.base, mapped.length)

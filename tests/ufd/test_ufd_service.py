@@ -365,7 +365,7 @@ async def ready_pages(page_size: int, pages: int) -> None:
     with trio.fail_after(60):
         async with machine({"ready": (pages * page_size, page_size)}) as m:
             block = m.ram["ready"]
-            m.service.supply(block, m.source_ram["ready"].fd)
+            m.service.answer_from(block, m.source_ram["ready"].fd)
             async with toucher(m, "one", [1, 2, 3]) as one, toucher(m, "two", [4, 5]) as two:
                 for child in (one, two):
                     child.sock.send(b"go")
@@ -389,7 +389,7 @@ async def test_a_file_that_is_shorter_than_the_block_is_refused() -> None:
     async with machine({"long": (4 * TARGET_PAGE, TARGET_PAGE)}) as m:
         fd = m.source_ram["long"].fd
         with pytest.raises(OSError, match="pages of long"):
-            m.service.supply(m.ram["long"], fd, TARGET_PAGE)
+            m.service.answer_from(m.ram["long"], fd, TARGET_PAGE)
 
 
 @pytest.mark.parametrize("how", ["cancel", "close", "say"])

@@ -206,7 +206,7 @@ async def ready(fit: int) -> AsyncIterator[tuple[SmallTmpfs, RamBlock, RamBlock,
             for b in (block, other):
                 source = original.create(b.name, length)
                 await source.fill(SEED)
-                service.supply(b, source.fd)
+                service.answer_from(b, source.fd)
             yield disk, block, other, service
 
 

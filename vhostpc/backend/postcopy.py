@@ -8,21 +8,13 @@ the front-end can translate it.
 
 from __future__ import annotations
 
-import enum
-
 from vhostpc.errors import PostcopyRefused, RemoteProtocolError, UfdError
 from vhostpc.logs import rationed_logger
 from vhostpc.memory.mapping import Mapping, Supply, mlock_future_in_force
 from vhostpc.ufd import Features, Userfaultfd
+from vhostpc.wire.vhost_user import PostcopyPhase
 
 log = rationed_logger(__name__)
-
-
-class Phase(enum.Enum):
-    OFF = enum.auto()
-    ADVISED = enum.auto()
-    LISTENING = enum.auto()
-    ENDED = enum.auto()
 
 
 def refusal() -> str | None:
@@ -47,7 +39,7 @@ class Postcopy:
     """The state of one session's postcopy."""
 
     def __init__(self, supply: Supply, name: str) -> None:
-        self.phase = Phase.OFF
+        self.phase = PostcopyPhase.OFF
         self._supply = supply
         self._name = name
         self._ufds: list[Userfaultfd] = []
@@ -57,7 +49,7 @@ class Postcopy:
 
     @property
     def listening(self) -> bool:
-        return self.phase is Phase.LISTENING
+        return self.phase is PostcopyPhase.LISTENING
 
     def advise(self) -> int:
         """POSTCOPY_ADVISE: a userfaultfd for the front-end; the descriptor stays ours.
@@ -69,16 +61,16 @@ class Postcopy:
             raise PostcopyRefused(
                 "postcopy refused: mlockall(MCL_FUTURE) is in force in this process and would create pages"
             )
-        if self.phase is Phase.ENDED:
+        if self.phase is PostcopyPhase.ENDED:
             self.close()
         if len(self._ufds) >= 256:
             raise RemoteProtocolError("POSTCOPY_ADVISE came more than 256 times")
         ufd = open_ufd()
         self._ufds.append(ufd)
         self._supply.arm(ufd.fileno())
-        again = self.phase is not Phase.OFF
+        again = self.phase is not PostcopyPhase.OFF
         if not again:
-            self.phase = Phase.ADVISED
+            self.phase = PostcopyPhase.ADVISED
             log.info("%s: postcopy advised", self._name)
         else:
             log.warning(
@@ -91,15 +83,15 @@ class Postcopy:
 
     def listen(self, has_memory: bool) -> bool:
         """POSTCOPY_LISTEN: memory that is shared from now on may miss pages. False: refused."""
-        if self.phase is Phase.LISTENING:
+        if self.phase is PostcopyPhase.LISTENING:
             return True
-        if self.phase is not Phase.ADVISED:
+        if self.phase is not PostcopyPhase.ADVISED:
             log.error("%s: POSTCOPY_LISTEN without POSTCOPY_ADVISE refused", self._name)
             return False
         if has_memory:
             log.error("%s: POSTCOPY_LISTEN refused: memory was mapped before it", self._name)
             return False
-        self.phase = Phase.LISTENING
+        self.phase = PostcopyPhase.LISTENING
         log.info("%s: postcopy listening", self._name)
         return True
 
@@ -131,21 +123,21 @@ class Postcopy:
 
     def end(self) -> None:
         """POSTCOPY_END: every page is here. May be repeated."""
-        if self.phase is Phase.ENDED:
+        if self.phase is PostcopyPhase.ENDED:
             return
         was_listening = self.listening
         self._supply.disarm()
         self._close_ufds()
-        self.phase = Phase.ENDED
+        self.phase = PostcopyPhase.ENDED
         if was_listening:
             log.info("%s: postcopy ended: %s", self._name, self._waits())
 
     def without_listen(self) -> None:
         """The machine starts without LISTEN: the migration ended in precopy."""
-        if self.phase is Phase.ADVISED:
+        if self.phase is PostcopyPhase.ADVISED:
             self._supply.disarm()
             self._close_ufds()
-            self.phase = Phase.OFF
+            self.phase = PostcopyPhase.OFF
             log.info("%s: migration ended without postcopy", self._name)
 
     def lost(self) -> None:
@@ -166,5 +158,5 @@ class Postcopy:
         """Close our descriptors; mappings that are armed keep copies of theirs."""
         self._awaiting.clear()
         self._close_ufds()
-        if self.phase is Phase.ENDED:
-            self.phase = Phase.OFF
+        if self.phase is PostcopyPhase.ENDED:
+            self.phase = PostcopyPhase.OFF

@@ -9,13 +9,12 @@ if TYPE_CHECKING:
     from vhostpc.frontend.driver import Driver, FarSide, RingLayout
     from vhostpc.frontend.postcopy import BackendPostcopy
     from vhostpc.frontend.rings import start_ring, stop_ring
-    from vhostpc.frontend.share import DirtyLog, GuestRegion, MemoryShare, Mode
+    from vhostpc.frontend.share import GuestRegion, MemoryShare, Mode, SharedLog
     from vhostpc.frontend.source import CallableSource, SourceProcess, start_source
 
 __all__ = [
     "BackendPostcopy",
     "CallableSource",
-    "DirtyLog",
     "Driver",
     "FarSide",
     "FrontEnd",
@@ -23,6 +22,7 @@ __all__ = [
     "MemoryShare",
     "Mode",
     "RingLayout",
+    "SharedLog",
     "SourceProcess",
     "connect",
     "listen",
@@ -40,7 +40,7 @@ if not TYPE_CHECKING:  # for a type checker it would stand for every name
             "vhostpc.frontend.driver": "Driver FarSide RingLayout",
             "vhostpc.frontend.postcopy": "BackendPostcopy",
             "vhostpc.frontend.rings": "start_ring stop_ring",
-            "vhostpc.frontend.share": "DirtyLog GuestRegion MemoryShare Mode",
+            "vhostpc.frontend.share": "SharedLog GuestRegion MemoryShare Mode",
             "vhostpc.frontend.source": "CallableSource SourceProcess start_source",
         },
     )

@@ -58,7 +58,7 @@ class RingLayout:
     answer_len: int = 0
 
     @classmethod
-    def packed_at(cls, start: int, num: int = 256, **more: int) -> RingLayout:
+    def contiguous_at(cls, start: int, num: int = 256, **more: int) -> RingLayout:
         """Everything one after the other from ``start``, each part on pages of its own."""
 
         slots = more.pop("slots", num)

@@ -6,7 +6,6 @@ serves a fault: that is the fault loop's, which needs no turn of this task.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 
 from vhostpc.errors import LocalProtocolError, PostcopyRefused, RequestFailed, UfdError
@@ -15,14 +14,7 @@ from vhostpc.frontend.share import BackendRegion, MemoryShare, check_mode, set_n
 from vhostpc.pages.faultclient import Client, ClientRange
 from vhostpc.pages.service import FaultService
 from vhostpc.ufd import Userfaultfd, is_userfaultfd
-from vhostpc.wire.vhost_user import FLAG_NEED_REPLY, ProtocolFeature, Request
-
-
-class Phase(enum.Enum):
-    OFF = enum.auto()
-    ADVISED = enum.auto()
-    LISTENING = enum.auto()
-    ENDED = enum.auto()
+from vhostpc.wire.vhost_user import FLAG_NEED_REPLY, PostcopyPhase, ProtocolFeature, Request
 
 
 class BackendPostcopy:
@@ -35,7 +27,7 @@ class BackendPostcopy:
         self.front = front
         self.service = service
         self.name = name
-        self.phase = Phase.OFF
+        self.phase = PostcopyPhase.OFF
         self.client: Client | None = None
         self._older: list[Client] = []
 
@@ -72,18 +64,18 @@ class BackendPostcopy:
         else:
             self.front.on_closed(self.forget)
         self.client = client
-        if self.phase is not Phase.LISTENING:
-            self.phase = Phase.ADVISED
+        if self.phase is not PostcopyPhase.LISTENING:
+            self.phase = PostcopyPhase.ADVISED
         return client
 
     async def listen(self) -> None:
         """POSTCOPY_LISTEN: memory is missing pages from now on. An answer is always requested."""
         await self._status(Request.POSTCOPY_LISTEN)
-        self.phase = Phase.LISTENING
+        self.phase = PostcopyPhase.LISTENING
 
     async def share(self, memory: MemoryShare, *, ack: Request | None = None) -> list[BackendRegion]:
         """Exchange addresses; see :meth:`MemoryShare.share_postcopy`. May be repeated."""
-        if self.phase is not Phase.LISTENING:
+        if self.phase is not PostcopyPhase.LISTENING:
             raise LocalProtocolError("addresses can be exchanged only after LISTEN")
         check_mode(memory)
         return await memory.share_postcopy(self.store, ack=ack)
@@ -107,7 +99,7 @@ class BackendPostcopy:
             await self._status(Request.POSTCOPY_END)
         finally:
             self.forget()
-        self.phase = Phase.ENDED
+        self.phase = PostcopyPhase.ENDED
 
     def forget(self) -> None:
         """Stop serving this back-end's faults: it ended postcopy, or it is gone."""

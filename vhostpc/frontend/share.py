@@ -85,7 +85,7 @@ class MemoryShare:
         self.sent: list[GuestRegion] = []
         """The regions that the back-end has now."""
         self.bases: list[BackendRegion] = []
-        self.log: DirtyLog | None = None
+        self.log: SharedLog | None = None
 
     def user_addr(self, guest_addr: int, size: int = 1) -> int:
         """Our address of guest memory. Raises LocalProtocolError for memory in no region."""
@@ -187,7 +187,7 @@ class MemoryShare:
 
     # --- dirty log ---
 
-    async def set_log(self, log: DirtyLog) -> None:
+    async def set_log(self, log: SharedLog) -> None:
         """SET_LOG_BASE: from now on the back-end may mark what it writes (once LOG_ALL is acknowledged)."""
         payload = LogArea(log.size, 0).pack()
         frame = await self.front.request(Request.SET_LOG_BASE, payload, [log.fd])
@@ -224,7 +224,7 @@ def verified(bases: list[BackendRegion], answers: Sequence[MemoryRegion]) -> lis
     return bases
 
 
-class DirtyLog:
+class SharedLog:
     """The dirty log: a memfd with a bit for each 4096 bytes of guest memory, set by back-ends."""
 
     def __init__(self, regions: Sequence[GuestRegion]) -> None:

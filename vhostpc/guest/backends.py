@@ -24,7 +24,7 @@ from vhostpc.errors import (
 )
 from vhostpc.frontend import BackendPostcopy, Driver, FrontEnd, GuestRegion, MemoryShare, connect, start_ring
 from vhostpc.frontend.rings import ring_addr
-from vhostpc.frontend.share import DirtyLog
+from vhostpc.frontend.share import SharedLog
 from vhostpc.logs import rationed_logger
 from vhostpc.pages.faultclient import Client, ClientNumbers
 from vhostpc.pages.service import FaultService
@@ -95,7 +95,7 @@ class BackEnd:
         self._timeout = timeout
         self._ending = False
         self._memory = MemoryShare(front, regions)
-        self._log: DirtyLog | None = None
+        self._log: SharedLog | None = None
         self._rings: list[Driver] = []
         self._numbers: ClientNumbers | None = None
         front.on_closed(self._closed)
@@ -256,7 +256,7 @@ class BackEnd:
 
     # --- dirty log
 
-    async def set_log(self, area: DirtyLog | None) -> None:
+    async def set_log(self, area: SharedLog | None) -> None:
         """From now on it marks what it writes in ``area``; None: no more."""
         if area is self._log:
             return

@@ -45,8 +45,8 @@ _SLOTS = 256
 
 def layouts(start: int) -> list[RingLayout]:
     """Both rings in the area from guest address ``start``; each buffer on a page of its own."""
-    rx = RingLayout.packed_at(start, _SLOTS, buffer_stride=TARGET_PAGE)
-    tx = RingLayout.packed_at(rx.end, _SLOTS, buffer_stride=TARGET_PAGE)
+    rx = RingLayout.contiguous_at(start, _SLOTS, buffer_stride=TARGET_PAGE)
+    tx = RingLayout.contiguous_at(rx.end, _SLOTS, buffer_stride=TARGET_PAGE)
     assert tx.end <= start + AREA
     return [rx, tx]
 

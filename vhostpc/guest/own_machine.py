@@ -17,7 +17,7 @@ from uuid import UUID
 import trio
 
 from vhostpc.errors import GuestMemoryError, MemoryLost, MigrationRefused, Shortage, StreamError, UfdError
-from vhostpc.frontend import DirtyLog, GuestRegion
+from vhostpc.frontend import GuestRegion, SharedLog
 from vhostpc.guest.backends import TIMEOUT, BackEnd, open_backend
 from vhostpc.guest.netdev import AREA, NetDevice
 from vhostpc.guest.sections import MACHINE, VCPU, description, globalstate, name_of, run_state_of
@@ -88,7 +88,7 @@ async def open_machine(spec: Spec, *, empty: bool = False) -> AsyncIterator[OwnM
             devices.append(NetDevice(i, ram, regions, i * AREA, backend))
             stack.callback(devices[-1].close)
         vcpus = [stack.enter_context(vcpu) for vcpu in make_vcpus(ram, spec, len(devices) * AREA)]
-        dirty_log = DirtyLog(regions)
+        dirty_log = SharedLog(regions)
         stack.callback(dirty_log.close)
         nursery = await stack.enter_async_context(trio.open_nursery())
         machine = OwnMachine(spec, ram, regions, vcpus, devices, dirty_log, nursery)
@@ -160,7 +160,7 @@ class OwnMachine:
         regions: Sequence[GuestRegion],
         vcpus: Sequence[VCpu],
         devices: Sequence[NetDevice],
-        dirty_log: DirtyLog,
+        dirty_log: SharedLog,
         nursery: trio.Nursery,
     ) -> None:
         self.spec = spec

@@ -141,7 +141,7 @@ class FaultService(Owner):
             raise
         self._ufd, self._own = ufd, own
 
-    def supply(self, block: RamBlock, fd: int, offset: int = 0) -> None:
+    def answer_from(self, block: RamBlock, fd: int, offset: int = 0) -> None:
         """Answer the block's faults from ``fd`` (its bytes from ``offset``), without requests.
 
         After :meth:`arm` and before :meth:`run`. The file is read in now, which may take as long as reading
@@ -205,7 +205,8 @@ class FaultService(Owner):
 
         Cancelled while pages are missing, it gives our own mapping up (:meth:`give_up`): nobody serves its
         faults any more, and a touch that waits in it could not end. What had faulted until then and has come is
-        answered first. Raises PageBorn where a page that lies ready here (:meth:`supply`) was made by somebody else.
+        answered first. Raises PageBorn where a page that lies ready here (:meth:`answer_from`) was made by somebody
+        else.
         """
         handle = self.handle
         try:

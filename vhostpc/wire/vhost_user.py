@@ -97,6 +97,15 @@ class BackendRequest(SpecEnum):
     SHARED_OBJECT_LOOKUP = 8
 
 
+class PostcopyPhase(enum.Enum):
+    """Where a connection is in a postcopy, at both its ends: the requests between which it is."""
+
+    OFF = enum.auto()
+    ADVISED = enum.auto()
+    LISTENING = enum.auto()
+    ENDED = enum.auto()
+
+
 class ProtocolFeature(NamedFlag, boundary=enum.KEEP):
     """Bits of GET_PROTOCOL_FEATURES."""
 
