@@ -47,6 +47,7 @@ async def test_a_shortage_is_waited_out(
     with small_tmpfs(3, PAGES * PAGE) as disk, caplog.at_level(logging.WARNING, "vhostpc.migration"):
         async with receiving(received, wanted=OnDisk(disk)) as setup:
             await setup.source.switch([] if running else [TOUCH])
+            await until(lambda: received.events == [Event.PACKAGE])  # before that a touch would make the page
             toucher = Toucher(setup, 5)
             await setup.source.asked("ram", 5)
             await setup.source.pages("ram", *((page, A) for page in range(PAGES)), last=True)

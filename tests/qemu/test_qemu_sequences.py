@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 
 from tests.qemu import peers
+from tests.qemu.qmp import QmpClosed
 from tests.sequences import plays
 from tests.sequences.cast import Cast, Play, Played, perform, plain
 from tests.sequences.stage import Stage, deaf
@@ -98,13 +99,19 @@ _seen: dict[tuple[Play, Cast, Compat], Played] = {}
 async def _of_qemus(play: Play, cast: Cast, compat: Compat) -> Played:
     """What a pair of QEMUs tells; played once."""
     key = (play, cast.stand_ins(), compat)
-    if key not in _seen:
-        played = await perform(play, cast.stand_ins(), compat, small=_small(play))
-        for _ in range(3):
-            # Now and then one that is cancelled says failed (failing): its channel broke before it looked.
-            if "cancel" not in play.__name__ or {"failed", "failing"}.isdisjoint(played.src.events):
-                break
+    for again in (True, True, True, False):
+        if key in _seen:
+            break
+        try:
             played = await perform(play, cast.stand_ins(), compat, small=_small(play))
+        except QmpClosed:
+            # Now and then a QEMU 7.2 that is cancelled ends with SIGSEGV in the migration after it.
+            if not again or "cancel" not in play.__name__:
+                raise
+            continue
+        # Now and then one that is cancelled says failed (failing): its channel broke before it looked.
+        if again and "cancel" in play.__name__ and not {"failed", "failing"}.isdisjoint(played.src.events):
+            continue
         _seen[key] = played
     return _seen[key]
 
