@@ -333,7 +333,7 @@ async def test_what_ends_it_ends_all_of_it(number: signal.Signals, short_path: P
             await until(
                 lambda: list(short_path.glob("vhostpc-demo-*/migration.sock")), what="the migration to begin"
             )
-            assert len(of_the_demo() - before) == 4
+            await until(lambda: len(of_the_demo() - before) == 4)
             process.send_signal(number)
             async for _ in process.stderr:
                 pass

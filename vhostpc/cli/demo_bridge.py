@@ -1,14 +1,13 @@
 """The bridge of ``vhostpc demo``, a process of its own: ``python -m vhostpc.cli.demo_bridge PATH HOST PORT``.
 
 Serves on the unix socket PATH, sends the guest's frames to HOST:PORT, says "ready" on stdout and ends when its
-stdin is closed. If that was because its parent ended without clearing up, it removes the folder of PATH when the other
-processes have left it.
+stdin is closed. A parent that has not said ``IN_ORDER`` on stdin before has ended without clearing up: then this
+removes the folder of PATH when the other processes have left it.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import signal
 import socket
@@ -24,11 +23,14 @@ from vhostpc.backend.net import Bridge
 from vhostpc.errors import is_foreseen, sentence
 
 RECEIVE_BUFFER = 4 << 20
+IN_ORDER = b"."
 LEAVING = 10.0
 """Seconds that the other processes may take to end when the parent has gone."""
 
 
-async def run(path: str, far: tuple[str, int]) -> None:
+async def run(path: str, far: tuple[str, int]) -> bytes:
+    """Serve until stdin is closed; what was said on it."""
+    said = b""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as link:
         link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
         link.bind(("127.0.0.1", 0))
@@ -38,9 +40,10 @@ async def run(path: str, far: tuple[str, int]) -> None:
             await nursery.start(serve, Bridge([link.fileno()]), path)
             print("ready", flush=True)
             async with trio.lowlevel.FdStream(0) as stdin:
-                while await stdin.receive_some():
-                    pass
+                while more := await stdin.receive_some():
+                    said += more
             nursery.cancel_scope.cancel()
+    return said
 
 
 def clear_up(folder: Path) -> None:
@@ -54,18 +57,17 @@ def clear_up(folder: Path) -> None:
 def main() -> None:
     """See the module's docstring."""
     logging.basicConfig(level="WARNING", format="bridge: %(message)s")
-    parent = os.getppid()
     # It is told to end with its parent, and does so by the end of its stdin, in order.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        trio.run(run, sys.argv[1], (sys.argv[2], int(sys.argv[3])))
+        said = trio.run(run, sys.argv[1], (sys.argv[2], int(sys.argv[3])))
     except Exception as error:
         if not is_foreseen(error):
             traceback.print_exc()
         # The last line is what the demonstration tells.
         print(sentence(error), file=sys.stderr)
         sys.exit(1)
-    if os.getppid() != parent:
+    if said != IN_ORDER:
         clear_up(Path(sys.argv[1]).parent)
 
 

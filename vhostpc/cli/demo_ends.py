@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from vhostpc.cli.demo_bridge import IN_ORDER
 from vhostpc.errors import VhostpcError
 from vhostpc.frontend import FarSide
 from vhostpc.qmp.client import QmpClient, open_monitor
@@ -82,14 +83,19 @@ async def bridge(name: str, folder: Path, far: tuple[str, int]) -> AsyncIterator
     path, log = folder / f"{name}.sock", folder / f"{name}.log"
     module = "vhostpc.cli.demo_bridge"
     async with child(name, module, str(path), far[0], str(far[1]), log=log) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
         said = b""
-        with trio.move_on_after(STARTING):
-            while not said.endswith(b"\n") and (more := await process.stdout.receive_some()):
-                said += more
-        if said != b"ready\n":
-            raise VhostpcError(f"the {name} did not start: {last_words(log)}")
-        yield path
+        try:
+            with trio.move_on_after(STARTING):
+                while not said.endswith(b"\n") and (more := await process.stdout.receive_some()):
+                    said += more
+            if said != b"ready\n":
+                raise VhostpcError(f"the {name} did not start: {last_words(log)}")
+            yield path
+        finally:
+            with trio.CancelScope(shield=True), suppress(trio.BrokenResourceError):
+                await process.stdin.send_all(IN_ORDER)
 
 
 class End:
