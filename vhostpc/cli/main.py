@@ -7,7 +7,6 @@ why), 130 interrupted from the keyboard.
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
@@ -15,7 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from vhostpc.cli.common import CANNOT, DONE, FAILED, Settings, common_options
-from vhostpc.cli.streams import hold_streams, let_stdout_go
+from vhostpc.cli.streams import hold_streams, leave, let_stdout_go
 from vhostpc.errors import PostcopyRefused, Shortage, UfdError, VhostpcError, is_foreseen, sentence
 
 INTERRUPTED = 130
@@ -163,7 +162,7 @@ def main(only: str | None = None, name: str = "vhostpc") -> NoReturn:
     """Entry point of the installed command. ``only``: of a program that is this one subcommand, called ``name``."""
     hold_streams()
     if only is None:
-        sys.exit(run())
+        leave(run())
     command = load(only)
     command.context_settings = {"help_option_names": ["-h", "--help"]}
-    sys.exit(run(command=command, name=name))
+    leave(run(command=command, name=name))

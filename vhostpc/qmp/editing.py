@@ -27,7 +27,7 @@ from prompt_toolkit.shortcuts import CompleteStyle
 
 from vhostpc._native.entries import Thread
 from vhostpc._native.threads import KeptThread
-from vhostpc.qmp.screen import Screen
+from vhostpc.qmp.screen import Screen, held_threads
 
 Complete = Callable[[str], Iterable[str]]
 """The completions of the last word of a line."""
@@ -126,7 +126,9 @@ class Editor:
             with trio.move_on_after(ENDING):
                 await self._ended.wait()
         self._thread.close()
-        if self._screen is not None and self._unshown:
+        if not self._ended.is_set():
+            held_threads.append(Thread.TERMINAL)
+        elif self._screen is not None and self._unshown:
             self._screen.write(self._lines())
 
     # --- on the editor's thread

@@ -8,6 +8,9 @@ from typing import TextIO
 
 _CLEAR = "\r\x1b[K"
 
+held_threads: list[str] = []
+"""Threads that a stopped terminal holds for good. Each has the lock of a stream, which Python needs at its exit."""
+
 
 class Screen:
     """Stands for a text file to write to. ``prompt``: what its last line is now, if that is no line of a log.
