@@ -298,12 +298,12 @@ def test_cells_are_shaded() -> None:
     assert [p.get("d") for p in paths] == ["M5 0h5v5h-5z", "M10 0h5v5h-5zM0 5h10v5h-10z"]
 
 
-def of_the_demo() -> set[int]:
-    """Processes that a demonstration has started."""
+def of_the_demo(folder: Path) -> set[int]:
+    """Processes that the demonstration with this TMPDIR has started."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if b"vhostpc-demo-" in path.read_bytes():
+            if f"{folder}/vhostpc-demo-".encode() in path.read_bytes():
                 found.add(int(path.parent.name))
     return found
 
@@ -318,7 +318,6 @@ def short_path() -> Iterator[Path]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda n: n.name)
 async def test_what_ends_it_ends_all_of_it(number: signal.Signals, short_path: Path) -> None:
     """Its processes, sockets and folders, however it ends and wherever it stands."""
-    before = of_the_demo()
     argv = [sys.executable, "-m", "vhostpc", "demo", "--json", "--size", "64M"]
     process = await trio.lowlevel.open_process(
         argv,
@@ -333,12 +332,12 @@ async def test_what_ends_it_ends_all_of_it(number: signal.Signals, short_path: P
             await until(
                 lambda: list(short_path.glob("vhostpc-demo-*/migration.sock")), what="the migration to begin"
             )
-            await until(lambda: len(of_the_demo() - before) == 4)
+            await until(lambda: len(of_the_demo(short_path)) == 4)
             process.send_signal(number)
             async for _ in process.stderr:
                 pass
             code = await process.wait()
-            await until(lambda: of_the_demo() <= before)
+            await until(lambda: not of_the_demo(short_path))
             await until(lambda: not list(short_path.iterdir()))
     finally:
         await process.stderr.aclose()
