@@ -29,7 +29,7 @@ from vhostpc.migration.phase import Phase
 from vhostpc.migration.status import Status
 from vhostpc.migration.uri import Fd, Unix
 from vhostpc.pages.ramblock import RamBlock
-from vhostpc.wire.elements import DeviceSection, Package, StreamEvent, VmDescription
+from vhostpc.wire.elements import DeviceSection, EndOfStream, Package, StreamEvent, VmDescription
 from vhostpc.wire.return_path import Shut
 
 ALL = tuple(DIALECTS)
@@ -113,6 +113,39 @@ class After(Channel):
 
 
 PACKAGED = b"\x08\x00\x07\x00\x04"
+
+
+class Broken(Channel):
+    """A channel that breaks at the message that the test looks for, and takes nothing of it."""
+
+    def __init__(self, channel: Channel, wanted: bytes) -> None:
+        self.__dict__ = channel.__dict__
+        self.wanted = wanted
+
+    async def send_all(self, data: bytes) -> None:
+        if data == self.wanted:
+            raise ChannelLost("it broke")
+        await super().send_all(data)
+
+
+@pytest.mark.parametrize("compat", ALL)
+async def test_the_byte_that_ends_a_precopy_is_not_written(compat: Compat) -> None:
+    """The destination cannot run it: the machine runs on here."""
+    there, here = channels()
+    with LivelyMachine(ram0=50) as machine:
+        watched = Watched(compat, on_stop=machine.stop)
+        sender = Broken(there, EndOfStream().encode())
+        outgoing = Outgoing(
+            sender, machine, watched.course, watched, options=options("return-path", compat=compat)
+        )
+        with trio.fail_after(30):
+            async with there, here, trio.open_nursery() as nursery:
+                nursery.start_soon(Destination(here).read)
+                with pytest.raises(ChannelLost, match="it broke"):
+                    await outgoing.send()
+        outgoing.close()
+    assert watched.course.phase is Phase.FAILED
+    assert watched.course.may_run
 
 
 @pytest.mark.parametrize("word", [Shut(1), None], ids=["it says that it never ran", "it says nothing"])
