@@ -83,7 +83,7 @@ int vpc_save_set_tail(struct vpc_save *s, const void *from, uint64_t length)
 }
 
 /* Fill the output at rate bytes a second, requests first; see PRODUCE_*, or milliseconds to wait. */
-static int produce(struct vpc_save *s, uint64_t rate)
+static int fill(struct vpc_save *s, uint64_t rate)
 {
     struct writer *w = &s->writer;
     struct requests *r = &s->requests;
@@ -100,7 +100,7 @@ static int produce(struct vpc_save *s, uint64_t rate)
         if (r->head != r->tail) {
             struct host_page page = r->queue[r->head++ % QUEUE];
             if (vpc_scan_take(scan, page)) {
-                save_tally(&scan->stats.requested_pages, 1);
+                w->made.requested_pages++;
                 s->now_asked = 1;
                 vpc_writer_take(w, scan, page);
             } else {
@@ -121,10 +121,19 @@ static int produce(struct vpc_save *s, uint64_t rate)
         struct host_page page = vpc_scan_next(scan);
         if (page.block < 0)
             return PRODUCE_NOTHING;
-        save_tally(&scan->stats.background_pages, 1);
+        w->made.background_pages++;
         s->now_asked = 0;
         vpc_writer_take(w, scan, page);
     }
+}
+
+/* As fill, and the numbers tell of it. */
+static int produce(struct vpc_save *s, uint64_t rate)
+{
+    int rc = fill(s, rate);
+
+    vpc_scan_tell(s->scan, &s->writer.made);
+    return rc;
 }
 
 /* Wait for room, a message of the peer or the control eventfd, ms milliseconds (-1: no limit); read messages. */

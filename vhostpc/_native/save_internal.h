@@ -50,6 +50,8 @@ struct writer {
     size_t tail_at, tail_end;
     int eos_sent;
     uint64_t bytes; /* written */
+    /* Records made and not yet in the scan's numbers: see vpc_scan_tell. */
+    struct vpc_scan_stats made;
 };
 
 /* One connection's return path. */
@@ -94,6 +96,9 @@ struct host_page vpc_scan_next(struct vpc_scan *scan);
 /* Milliseconds until the background may send at this rate; 0: now. */
 int vpc_scan_due(struct vpc_scan *scan, uint64_t rate);
 void vpc_scan_begin(struct vpc_scan *scan);
+/* Add what a writer has made to the numbers, once a buffer: an atomic addition for each page would cost more than a zero
+ * page does. */
+void vpc_scan_tell(struct vpc_scan *scan, struct vpc_scan_stats *made);
 void vpc_scan_rewind(struct vpc_scan *scan);
 void vpc_scan_recount(struct vpc_scan *scan);
 

@@ -120,6 +120,15 @@ void vpc_scan_begin(struct vpc_scan *scan)
     scan->credit_time = now_ns();
 }
 
+void vpc_scan_tell(struct vpc_scan *scan, struct vpc_scan_stats *made)
+{
+    save_tally(&scan->stats.data_pages, made->data_pages);
+    save_tally(&scan->stats.zero_pages, made->zero_pages);
+    save_tally(&scan->stats.requested_pages, made->requested_pages);
+    save_tally(&scan->stats.background_pages, made->background_pages);
+    *made = (struct vpc_scan_stats){0};
+}
+
 void vpc_scan_rewind(struct vpc_scan *scan)
 {
     atomic_store_explicit(&scan->place, 0, memory_order_relaxed);

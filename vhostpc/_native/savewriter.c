@@ -84,7 +84,6 @@ size_t vpc_writer_emit(struct writer *w, struct vpc_scan *scan)
 {
     struct vpc_block *b = scan->ram->blocks[w->now_block];
     size_t before = w->end;
-    uint64_t data = 0, zeros = 0;
 
     while (w->now_left && writer_room(w) >= RECORD_MAX) {
         const unsigned char *page = b->map + (w->now_target << TARGET_SHIFT);
@@ -101,11 +100,11 @@ size_t vpc_writer_emit(struct writer *w, struct vpc_scan *scan)
         }
         if (zero) {
             *p++ = 0;
-            zeros++;
+            w->made.zero_pages++;
         } else {
             memcpy(p, page, TARGET_PAGE);
             p += TARGET_PAGE;
-            data++;
+            w->made.data_pages++;
         }
         w->end = (size_t)(p - w->out);
         w->block = w->now_block;
@@ -114,8 +113,6 @@ size_t vpc_writer_emit(struct writer *w, struct vpc_scan *scan)
     }
     if (w->now_left == 0)
         w->now_block = -1;
-    save_tally(&scan->stats.data_pages, data);
-    save_tally(&scan->stats.zero_pages, zeros);
     return w->end - before;
 }
 
