@@ -370,7 +370,7 @@ async def test_a_lost_link_is_a_pause(how: str) -> None:
         late = Toucher(setup, 4)
         service = setup.incoming.service
         await until(lambda: service.numbers().waiting_now == 2)
-        assert service.numbers().outbox_bytes > 0  # asked for, and nobody to ask
+        assert service.numbers().outbox_bytes == 0  # nobody to ask: it is noted, for a recovery
         assert [w.page for w in service.waiting()] == [3, 4]
         assert await setup.machine.ram["ram"].read(0, PAGE) == A
         assert not setup.ended.is_set()
@@ -379,6 +379,7 @@ async def test_a_lost_link_is_a_pause(how: str) -> None:
         block = setup.machine.ram["ram"]
         assert block.test_bit(Bits.RECEIVED, 0)
         assert block.test_bit(Bits.REQUESTED, 3)
+        assert block.test_bit(Bits.REQUESTED, 4)
         assert block.holes() == [(PAGE, 7 * PAGE)]
         if how == "close":
             setup.incoming.close()

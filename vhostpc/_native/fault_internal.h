@@ -63,6 +63,7 @@ struct vpc_fault {
     uint64_t out_batches, out_bytes;
     int out_errno;
     int out_used; /* there was a return path before */
+    int out_mute; /* pages are not asked for: see vpc_fault_mute */
 };
 
 /* Have the loop look again. */

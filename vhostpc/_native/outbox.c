@@ -97,7 +97,7 @@ static int ask_for(struct vpc_fault *s, struct vpc_block *b, uint64_t page)
     m[16] = (unsigned char)b->name_len;
     memcpy(m + 17, b->name, b->name_len);
     pthread_mutex_lock(&s->out_lock);
-    int rc = out_append(s, m, 4 + length);
+    int rc = s->out_mute ? 0 : out_append(s, m, 4 + length);
     pthread_mutex_unlock(&s->out_lock);
     return rc == -ENOMEM ? rc : 0;
 }
@@ -127,31 +127,68 @@ int vpc_outbox_ask_again(struct vpc_fault *s)
     return rc;
 }
 
-int vpc_fault_set_return_path(struct vpc_fault *s, int fd)
+/* Another descriptor to send on, with an empty outbox where there was one before. *again: there was. Caller holds lock. */
+static int out_replace(struct vpc_fault *s, int fd, int mute, int *again)
 {
-    int copy = -1, old, again;
+    int copy = -1, old;
 
     if (fd >= 0) {
         copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
         if (copy < 0)
             return -errno;
     }
-    pthread_mutex_lock(&s->lock);
     pthread_mutex_lock(&s->out_lock);
     old = s->out_fd;
-    again = fd >= 0 && s->out_used;
+    *again = fd >= 0 && s->out_used;
     s->out_fd = copy;
     s->out_errno = 0;
+    s->out_mute = mute;
     if (fd >= 0)
         s->out_used = 1;
-    if (again)
+    if (*again || mute)
         s->out_begin = s->out_end = 0; /* the first message may have been sent in part */
     pthread_mutex_unlock(&s->out_lock);
-    if (again && vpc_outbox_ask_again(s) < 0)
-        s->ask_again = s->again = 1;
-    pthread_mutex_unlock(&s->lock);
     if (old >= 0)
         close(old); /* the loop may still poll its number once: harmless, it sends only under the lock */
-    vpc_fault_kick(s);
     return 0;
+}
+
+int vpc_fault_set_return_path(struct vpc_fault *s, int fd)
+{
+    int again;
+
+    pthread_mutex_lock(&s->lock);
+    int rc = out_replace(s, fd, 0, &again);
+    if (rc == 0 && again && vpc_outbox_ask_again(s) < 0)
+        s->ask_again = s->again = 1;
+    pthread_mutex_unlock(&s->lock);
+    vpc_fault_kick(s);
+    return rc;
+}
+
+int vpc_fault_mute(struct vpc_fault *s, int fd)
+{
+    int again;
+
+    pthread_mutex_lock(&s->lock);
+    int rc = out_replace(s, fd, 1, &again);
+    pthread_mutex_unlock(&s->lock);
+    vpc_fault_kick(s);
+    return rc;
+}
+
+int vpc_fault_resume(struct vpc_fault *s, const void *message, uint32_t length)
+{
+    /* Threads that request a page hold this lock, so nothing comes between the two. */
+    pthread_mutex_lock(&s->lock);
+    pthread_mutex_lock(&s->out_lock);
+    int rc = out_append(s, message, length);
+    if (rc == 0)
+        s->out_mute = 0;
+    pthread_mutex_unlock(&s->out_lock);
+    if (rc == 0 && vpc_outbox_ask_again(s) < 0)
+        s->ask_again = s->again = 1;
+    pthread_mutex_unlock(&s->lock);
+    vpc_fault_kick(s);
+    return rc;
 }

@@ -70,6 +70,16 @@ int vpc_ram_fill(struct vpc_ram *ram, int block, uint64_t first, uint64_t count,
 int64_t vpc_ram_verify(struct vpc_ram *ram, int block, uint64_t first, uint64_t count, uint64_t seed,
                        uint64_t *first_bad);
 
+/* ---- bitmap.c: the bitmaps of a recovery, as they stand in the stream: a bit for each target page, the lowest first, in
+ * whole words of 8 bytes. */
+uint64_t vpc_ram_bitmap_size(struct vpc_ram *ram, int block);
+/* RECEIVED. -EINVAL: size is another. */
+int vpc_ram_bitmap(struct vpc_ram *ram, int block, void *out, uint64_t size);
+/* Set DIRTY for what is not received according to the bitmap, a host page as a whole, and clear it for the rest. -EINVAL:
+ * size is another; -ERANGE: bits behind the last page are set. Then nothing has changed. */
+int vpc_ram_take_bitmap(struct vpc_ram *ram, int block, const void *bitmap, uint64_t size);
+
+
 /* ---- fault.c: clients' faults in, page requests out, wakes. Never touches a block. */
 struct vpc_client_range {
     uint64_t base;   /* address in the client's process, whole host pages */
@@ -163,6 +173,11 @@ int vpc_fault_remove_client(struct vpc_fault *service, int client);
 /* Where requests go (we keep our own copy); -1: they wait in the outbox. A second one is another source: what
  * was requested and has not come is asked for again. */
 int vpc_fault_set_return_path(struct vpc_fault *service, int fd);
+/* As vpc_fault_set_return_path, but no page is asked for until vpc_fault_resume; what waited to be sent is dropped. fd -1:
+ * nothing can be sent either. */
+int vpc_fault_mute(struct vpc_fault *service, int fd);
+/* Append one whole message and, behind it, requests for all that was requested and has not come; ask from now on. */
+int vpc_fault_resume(struct vpc_fault *service, const void *message, uint32_t length);
 /* Append one whole return-path message. */
 int vpc_fault_send(struct vpc_fault *service, const void *message, uint32_t length);
 /* All that the source had to send has come, so what is absent is zero: it counts as received, a thread that waits for such a page

@@ -122,6 +122,20 @@ class ReturnPathDecoder:
         self._buffer = bytearray()
         self._block: str | None = None
 
+    @property
+    def lacks(self) -> int:
+        """At least this many bytes complete the next message: reading no more takes nothing of one behind it."""
+        have = len(self._buffer)
+        if have < _HEAD.size:
+            return _HEAD.size - have
+        kind, length = _HEAD.unpack_from(self._buffer)
+        whole = _HEAD.size + length
+        if kind == ReturnPathType.RECV_BITMAP:
+            begin, whole = whole + _U64.size, whole + _U64.size
+            if have >= begin:
+                whole += _U64.unpack_from(self._buffer, begin - _U64.size)[0] + len(BITMAP_END)
+        return int(whole) - have
+
     def feed(self, data: bytes) -> Iterator[ReturnPathMessage]:
         """Take bytes; yields completed messages."""
         self._buffer += data
