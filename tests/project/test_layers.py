@@ -104,7 +104,9 @@ def test_imports_go_down_only(path: Path) -> None:
             assert str(here).startswith(NATIVE_USERS), f"{here} imports {name}: only {NATIVE_USERS} may"
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "wire").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "wire").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
 def test_codecs_do_no_io(path: Path) -> None:
     found = {name.split(".")[0] for name in imports(path)}
     assert not found & {"trio", "socket", "asyncio", "threading", "select", "cffi"}

@@ -2,7 +2,7 @@
  * XBZRLE: a page as its difference to what the destination has of it (QEMU's documents, xbzrle).
  *
  * Runs alternate: the length of what stays (the first may be 0), the length of what changes, the changed bytes. A length is
- * a uleb128 of at most two bytes. The last run that stays is left out. wire/xbzrle.py is the model.
+ * a uleb128 of at most two bytes. The last run that stays is left out. wire/migration/xbzrle.py is the model.
  */
 #include "load_internal.h"
 

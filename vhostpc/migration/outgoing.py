@@ -28,7 +28,7 @@ from vhostpc.migration.watcher import Unwatched, Watcher
 from vhostpc.pages.pagesource import UNLIMITED, Ended, PageSource, SourceNumbers
 from vhostpc.pages.ramblock import Bits, total_pages
 from vhostpc.units import TARGET_PAGE
-from vhostpc.wire.elements import (
+from vhostpc.wire.migration.elements import (
     LOADED,
     MAX_PACKAGE,
     MUST_HEAR,
@@ -49,7 +49,7 @@ from vhostpc.wire.elements import (
     SwitchoverStart,
     VmDescription,
 )
-from vhostpc.wire.ramrec import RamFlag
+from vhostpc.wire.migration.ramrec import RamFlag
 
 log = rationed_logger(__name__)
 

@@ -12,8 +12,16 @@ from collections.abc import Generator
 from vhostpc.units import TARGET_PAGE, in_units
 from vhostpc.units import page_sizes as in_words
 from vhostpc.wire.buffer import Buffer
-from vhostpc.wire.elements import BadStream, BlockInfo, RamBlocks, RamFlush, RamRun, RunKind, text_of
-from vhostpc.wire.ramrec import EndOfSection, RamFlag, RamPage
+from vhostpc.wire.migration.elements import (
+    BadStream,
+    BlockInfo,
+    RamBlocks,
+    RamFlush,
+    RamRun,
+    RunKind,
+    text_of,
+)
+from vhostpc.wire.migration.ramrec import EndOfSection, RamFlag, RamPage
 
 MAX_BLOCKS = 4096
 MAX_COMPRESSED = 4110

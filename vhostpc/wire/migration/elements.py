@@ -16,7 +16,7 @@ from typing import TypeVar
 from vhostpc.enums import SpecEnum
 from vhostpc.errors import LocalProtocolError, StreamError
 from vhostpc.units import TARGET_PAGE
-from vhostpc.wire.ramrec import EndOfSection, RamFlag, RamPage
+from vhostpc.wire.migration.ramrec import EndOfSection, RamFlag, RamPage
 
 MAGIC = b"QEVM"
 VERSION = 3

@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from vhostpc.wire.elements import (
+from vhostpc.wire.migration.elements import (
     BadStream,
     Busy,
     Command,

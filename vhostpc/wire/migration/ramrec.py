@@ -3,7 +3,7 @@
 Integers are big-endian. A record is a u64 word (flags in the low 12 bits, offset in the block above), the
 block's name (u8 length, bytes) unless CONTINUE is set, and the payload: 4096 bytes for PAGE, one fill byte
 for ZERO. The word 0x10 alone (EOS) ends a section. This is what postcopy has;
-precopy also has differences (:mod:`vhostpc.wire.xbzrle`). Everything else is refused.
+precopy also has differences (:mod:`vhostpc.wire.migration.xbzrle`). Everything else is refused.
 Source: QEMU's migration stream, RAM section version 4 (migration/ram.c describes the flags).
 """
 

@@ -15,9 +15,9 @@ to use it::
 
 Device sections carry no length. In precopy they are the last thing before the description that tells their
 lengths, so they come out together, when the description is whole (or at :meth:`StreamReader.eof`, if there is
-none); those in a package come out of :func:`~vhostpc.wire.split.read_package`. A guest that can write a device's
-state could have forged an earlier end: where more came behind one, :attr:`StreamReader.may_end` says so, and
-:meth:`StreamReader.eof` takes it.
+none); those in a package come out of :func:`~vhostpc.wire.migration.split.read_package`. A guest that can write a
+device's state could have forged an earlier end: where more came behind one, :attr:`StreamReader.may_end` says so,
+and :meth:`StreamReader.eof` takes it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from collections.abc import Iterator
 
 from vhostpc.errors import LocalProtocolError
 from vhostpc.wire.buffer import Buffer
-from vhostpc.wire.devices import LastSections, early_section
-from vhostpc.wire.elements import (
+from vhostpc.wire.migration.devices import LastSections, early_section
+from vhostpc.wire.migration.elements import (
     MAGIC,
     MAX_PACKAGE,
     RAM_VERSION,
@@ -61,7 +61,7 @@ from vhostpc.wire.elements import (
     parse_command,
     text_of,
 )
-from vhostpc.wire.ramscan import RamScanner, block_list
+from vhostpc.wire.migration.ramscan import RamScanner, block_list
 
 MAX_DEVICES = MAX_PACKAGE
 """Default limit of device sections, in a package or at the end, in bytes: all that QEMU accepts."""
@@ -73,11 +73,11 @@ class RamMode(enum.Enum):
     """The form in which RAM records are returned."""
 
     RUNS = "runs"
-    """:class:`~vhostpc.wire.elements.RamRun`, without the content."""
+    """:class:`~vhostpc.wire.migration.elements.RamRun`, without the content."""
     PAGES = "pages"
-    """:class:`~vhostpc.wire.ramrec.RamPage`, each with its content."""
+    """:class:`~vhostpc.wire.migration.ramrec.RamPage`, each with its content."""
     PAUSE = "pause"
-    """:class:`~vhostpc.wire.elements.RamData`; another reader takes them over."""
+    """:class:`~vhostpc.wire.migration.elements.RamData`; another reader takes them over."""
 
 
 def _only_events(found: Iterator[StreamEvent | Busy]) -> Iterator[StreamEvent]:
@@ -85,7 +85,7 @@ def _only_events(found: Iterator[StreamEvent | Busy]) -> Iterator[StreamEvent]:
 
 
 class StreamReader:
-    """Reads one main connection. All errors are :class:`~vhostpc.wire.elements.BadStream`, and final.
+    """Reads one main connection. All errors are :class:`~vhostpc.wire.migration.elements.BadStream`, and final.
 
     ``limit``: bytes of device sections or of a package. ``continues``: the reader of the connection that was
     lost in postcopy; then this is the one of its recovery, which has no header and knows blocks and section.

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vhostpc.errors import StreamError
-from vhostpc.wire import vmdesc
 from vhostpc.wire.buffer import Buffer
-from vhostpc.wire.elements import (
+from vhostpc.wire.migration import vmdesc
+from vhostpc.wire.migration.elements import (
     BadStream,
     BitmapRequest,
     CommandType,
@@ -29,7 +29,7 @@ from vhostpc.wire.elements import (
     SwitchoverStart,
     VmDescription,
 )
-from vhostpc.wire.split import Found, Upto, section_head, split_in_slices
+from vhostpc.wire.migration.split import Found, Upto, section_head, split_in_slices
 
 MAX_ENDS = 100
 """Most places that look like the end of all device sections and are followed. More cannot occur by chance."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vhostpc.errors import StreamError
-from vhostpc.wire.elements import BadStream, Busy, DeviceSection, Slices, at_once
-from vhostpc.wire.split import section_head
+from vhostpc.wire.migration.elements import BadStream, Busy, DeviceSection, Slices, at_once
+from vhostpc.wire.migration.split import section_head
 
 MAX_DESCRIPTION = 4 << 20
 """Bytes; QEMU's are some 100 KB. JSON takes many times its length when parsed."""
