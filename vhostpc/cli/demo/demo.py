@@ -23,9 +23,9 @@ from vhostpc.cli.common import (
     need_descriptors,
     start_logging,
 )
-from vhostpc.cli.demo_books import Result
-from vhostpc.cli.demo_run import MIB, SIZE, Demo
-from vhostpc.cli.demo_tables import GOOD, tables
+from vhostpc.cli.demo.books import Result
+from vhostpc.cli.demo.run import MIB, SIZE, Demo
+from vhostpc.cli.demo.tables import GOOD, tables
 from vhostpc.cli.endpoint import size as size_of
 from vhostpc.memory.available import available_memory
 from vhostpc.units import TARGET_PAGE, in_units
@@ -44,7 +44,7 @@ def as_json(result: Result) -> dict[str, Any]:
 
 def print_tables(result: Result) -> None:
     """The result for people."""
-    from vhostpc.cli.demo_screen import print_table, screen
+    from vhostpc.cli.demo.output import print_table, screen
 
     console = screen()
     for title, heads, rows in tables(result):
@@ -59,7 +59,7 @@ def print_tables(result: Result) -> None:
 
 async def with_progress(demo: Demo) -> Result:
     """Run it, and show its phases on stderr."""
-    from vhostpc.cli.demo_screen import phases
+    from vhostpc.cli.demo.output import phases
 
     with phases() as demo.show:
         async with trio.open_nursery() as nursery:
@@ -138,7 +138,7 @@ def demo(as_text: bool, size: int, page: Path | None) -> int:
     else:
         print_tables(result)
     if page is not None:
-        from vhostpc.cli.report import html
+        from vhostpc.cli.demo.report import html
 
         page.write_text(html(result, work.story), encoding="utf-8")
         click.echo(f"vhostpc: the report is in {page}", err=True)

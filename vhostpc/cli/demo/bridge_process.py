@@ -1,4 +1,4 @@
-"""The bridge of ``vhostpc demo``, a process of its own: ``python -m vhostpc.cli.demo_bridge PATH HOST PORT``.
+"""The bridge of ``vhostpc demo``, a process of its own: ``python -m vhostpc.cli.demo.bridge_process PATH HOST PORT``.
 
 Serves on the unix socket PATH, sends the guest's frames to HOST:PORT, says "ready" on stdout and ends when its
 stdin is closed. A parent that has not said ``IN_ORDER`` on stdin before has ended without clearing up: then this

@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 
-from vhostpc.cli.demo_bridge import IN_ORDER
+from vhostpc.cli.demo.bridge_process import IN_ORDER
 from vhostpc.errors import VhostpcError
 from vhostpc.frontend import FarSide
 from vhostpc.qmp.client import QmpClient, open_monitor
@@ -81,7 +81,7 @@ def last_words(log: Path) -> str:
 async def bridge(name: str, folder: Path, far: tuple[str, int]) -> AsyncIterator[Path]:
     """A bridge that sends frames to ``far``; the socket it serves on."""
     path, log = folder / f"{name}.sock", folder / f"{name}.log"
-    module = "vhostpc.cli.demo_bridge"
+    module = "vhostpc.cli.demo.bridge_process"
     async with child(name, module, str(path), far[0], str(far[1]), log=log) as process:
         assert process.stdin is not None
         assert process.stdout is not None

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import trio
 
-from vhostpc.cli import demo_books as books
-from vhostpc.cli.demo_books import Far, Frames, Pages, Phase, Requests, Result, Traffic, Waits, judge
-from vhostpc.cli.demo_ends import STEP, End, bridge, endpoint, far_side, machine
-from vhostpc.cli.demo_relay import Relay, open_relay
+from vhostpc.cli.demo import books
+from vhostpc.cli.demo.books import Far, Frames, Pages, Phase, Requests, Result, Traffic, Waits, judge
+from vhostpc.cli.demo.processes import STEP, End, bridge, endpoint, far_side, machine
+from vhostpc.cli.demo.relay import Relay, open_relay
 from vhostpc.errors import VhostpcError
 from vhostpc.frontend import FarSide
 from vhostpc.listener import socket_folder

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from html import escape
 from math import log10
 
-from vhostpc.cli.demo_books import Result
-from vhostpc.cli.demo_run import MIB, Sample, Story
-from vhostpc.cli.demo_tables import GOOD, tables
-from vhostpc.cli.pictures import BOTTOM, STYLE, TOP, Band, Frame, cells, svg, text, ticks
+from vhostpc.cli.demo.books import Result
+from vhostpc.cli.demo.pictures import BOTTOM, STYLE, TOP, Band, Frame, cells, svg, text, ticks
+from vhostpc.cli.demo.run import MIB, Sample, Story
+from vhostpc.cli.demo.tables import GOOD, tables
 from vhostpc.units import TARGET_PAGE
 
 COLUMNS = 40

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vhostpc.cli.demo_books import Result
-from vhostpc.cli.demo_run import MIB
+from vhostpc.cli.demo.books import Result
+from vhostpc.cli.demo.run import MIB
 
 
 def duration(ns: int) -> str:
