@@ -22,8 +22,8 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
-#include "ram_internal.h"
-#include "vpc_uffd.h"
+#include "pages/ram_internal.h"
+#include "ufd/vpc_uffd.h"
 
 #define PAGES 512u
 #define NEVER 32u

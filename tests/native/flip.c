@@ -18,7 +18,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
-#include "ring_internal.h"
+#include "virtio/ring_internal.h"
 
 #define SIZE (1u << 20)
 #define GUARD (64u << 20)

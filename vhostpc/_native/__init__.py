@@ -6,16 +6,16 @@ import os
 from typing import TYPE_CHECKING, Any, cast
 
 from vhostpc._native import _vpc
-from vhostpc._native.api_dirty import DirtyLib
-from vhostpc._native.api_driver import DriverLib
 from vhostpc._native.api_event import EventLib
-from vhostpc._native.api_gm import GmLib
-from vhostpc._native.api_ram import RamLib
-from vhostpc._native.api_ring import RingLib
-from vhostpc._native.api_save import SaveLib
 from vhostpc._native.api_thread import ThreadLib
-from vhostpc._native.api_uffd import UffdLib
-from vhostpc._native.api_vcpu import VcpuLib
+from vhostpc._native.frontend.api_driver import DriverLib
+from vhostpc._native.guest.api_vcpu import VcpuLib
+from vhostpc._native.memory.api_gm import GmLib
+from vhostpc._native.pages.api_dirty import DirtyLib
+from vhostpc._native.pages.api_ram import RamLib
+from vhostpc._native.pages.api_save import SaveLib
+from vhostpc._native.ufd.api_uffd import UffdLib
+from vhostpc._native.virtio.api_ring import RingLib
 
 if TYPE_CHECKING:
 
