@@ -23,6 +23,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 #include "pages/ram_internal.h"
+#include "pages/records_internal.h"
+#include "pages/vpc_load.h"
 #include "ufd/vpc_uffd.h"
 
 #define PAGES 512u

@@ -16,6 +16,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #include "pages/ram_internal.h"
+#include "pages/vpc_load.h"
 #include "ufd/vpc_uffd.h"
 
 #define BLOCKS 3

@@ -21,6 +21,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 #include "virtio/ring_internal.h"
+#include "virtio/vpc_inflight.h"
 
 #define SIZE 0x8000u
 #define GPA 0x10000u

@@ -19,6 +19,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #include "pages/ram_internal.h"
+#include "pages/vpc_load.h"
 #include "pages/vpc_dirty.h"
 #include "ufd/vpc_uffd.h"
 #include "guest/vpc_vcpu.h"

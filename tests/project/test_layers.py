@@ -176,8 +176,12 @@ TEXT = {"const char *"}
 # Private memory of the caller or of a handle, each looked at by hand: never an address in guest memory.
 PRIVATE = {
     "vpc_ring.h": {"const unsigned char * data", "unsigned char * data"},
-    # A copy out of and into RAM blocks; a return-path message.
-    "vpc_ram.h": {"void * to", "const void * from", "const void * message"},
+    # A copy out of and into RAM blocks.
+    "vpc_ram.h": {"void * to", "const void * from"},
+    # A return-path message.
+    "vpc_fault.h": {"const void * message"},
+    # Bytes of the stream that were read before it, and by it too far.
+    "vpc_load.h": {"const void * from", "void * to"},
     # What follows the pages in a stream.
     "vpc_save.h": {"const void * from"},
     "vpc_driver.h": {"const unsigned char * data", "unsigned char * data"},

@@ -14,9 +14,11 @@ import cffi
 HERE = Path(__file__).resolve().parent
 # One header per subject; later ones use the types of earlier ones.
 HEADERS = [
-    *("vpc_thread.h", "vpc_event.h", "memory/vpc_gm.h", "ufd/vpc_uffd.h", "virtio/vpc_ring.h"),
-    *("pages/vpc_ram.h", "pages/vpc_save.h", "pages/vpc_dirty.h"),
-    *("frontend/vpc_driver.h", "guest/vpc_vcpu.h"),
+    *("vpc_thread.h", "vpc_event.h", "memory/vpc_supply.h", "memory/vpc_gm.h", "ufd/vpc_uffd.h"),
+    *("virtio/vpc_ring.h", "virtio/vpc_inflight.h", "virtio/vpc_pump.h"),
+    *("pages/vpc_ram.h", "pages/vpc_fault.h", "pages/vpc_load.h"),
+    *("pages/vpc_scan.h", "pages/vpc_save.h", "pages/vpc_dirty.h"),
+    *("frontend/vpc_far.h", "frontend/vpc_driver.h", "guest/vpc_vcpu.h"),
 ]
 BEGIN, END = "/* cdef begin */", "/* cdef end */"
 

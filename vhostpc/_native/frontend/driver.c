@@ -5,6 +5,7 @@
  * nothing. The device is hostile: used entries are read once and checked.
  */
 #define _GNU_SOURCE
+#include "clock.h"
 #include "frontend/driver_internal.h"
 #include "event_internal.h"
 

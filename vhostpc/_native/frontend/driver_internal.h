@@ -2,6 +2,7 @@
 #define DRIVER_INTERNAL_H
 /* A virtio driver's queue: what driver.c works on and driverstate.c saves. */
 #include "frontend/frame_internal.h"
+#include "frontend/vpc_driver.h"
 #include "pages/ram_internal.h"
 
 #define MAX_REGIONS 32

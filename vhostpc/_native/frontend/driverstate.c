@@ -5,6 +5,7 @@
  * checked whole before anything of the driver changes, and no number in it becomes an index unchecked.
  */
 #define _GNU_SOURCE
+#include "bytes.h"
 #include "frontend/driver_internal.h"
 
 #include <errno.h>

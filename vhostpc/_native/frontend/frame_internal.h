@@ -5,7 +5,7 @@
 #include <stdint.h>
 #include <stddef.h>
 
-#include "frontend/vpc_driver.h"
+#include "frontend/vpc_far.h"
 
 /* Smallest frame in bytes: 14 of Ethernet and 24 of ours. */
 #define VPC_FRAME_MIN 38

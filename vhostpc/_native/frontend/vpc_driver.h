@@ -1,16 +1,15 @@
-/* The guest's side: a virtio driver on split rings in our own mapping, and the far side of its frames.
- *
- * Frames name themselves: stream, number, length and a CRC-32 over all of it, so that a receiver of one
- * knows whether it is whole, and which it is. Guest addresses are integers; buffers are never handed out. */
+/* The guest's side: a virtio driver on split rings in our own mapping, which sends and checks frames (vpc_far.h).
+ * Guest addresses are integers; buffers are never handed out. */
 #ifndef VPC_DRIVER_H
 #define VPC_DRIVER_H
 #include <stdint.h>
 #include <stddef.h>
+
+#include "frontend/vpc_far.h"
 #include "pages/vpc_ram.h"
 
 /* cdef begin */
 struct vpc_driver; /* one queue */
-struct vpc_far;    /* a datagram socket that checks, and may echo, frames */
 
 struct vpc_driver_config {
     uint64_t desc, avail, used;      /* guest addresses of the ring's parts */
@@ -27,15 +26,6 @@ struct vpc_driver_config {
     uint32_t event_idx;              /* VIRTIO_F_EVENT_IDX was negotiated */
     uint32_t stream;                 /* number in our frames; received frames of any stream are taken */
     int kick_fd, call_fd;            /* eventfds of the caller, which must outlive the driver */
-};
-
-struct vpc_frame_stats {
-    uint64_t frames;     /* whole frames received, each counted once */
-    uint64_t bytes;
-    uint64_t bad;        /* not ours, cut short, or with a wrong CRC */
-    uint64_t duplicates;
-    uint64_t reordered;  /* came after one with a higher number */
-    uint64_t next;       /* highest number received, plus 1 */
 };
 
 struct vpc_driver_stats {
@@ -78,14 +68,6 @@ int64_t vpc_driver_save(struct vpc_driver *d, unsigned char *data, uint64_t room
 /* -EINVAL: another ring size or number of slots. -EBADMSG: it cannot be. Then nothing has changed. */
 int vpc_driver_load(struct vpc_driver *d, const unsigned char *data, uint64_t length);
 int vpc_driver_stats(struct vpc_driver *d, struct vpc_driver_stats *out);
-
-/* Receive and check frames on the datagram socket fd; echo: send each whole one back to where it came from. */
-int vpc_far_new(int fd, int echo, struct vpc_far **out);
-void vpc_far_free(struct vpc_far *f);
-/* Until stopped; returns 0 or -errno. */
-int vpc_far_run(struct vpc_far *f);
-void vpc_far_stop(struct vpc_far *f);
-int vpc_far_stats(struct vpc_far *f, struct vpc_frame_stats *out, uint64_t *echoed);
 /* cdef end */
 
 #endif

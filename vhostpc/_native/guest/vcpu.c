@@ -1,6 +1,7 @@
 /* vCPUs: see vpc_vcpu.h. */
 #define _GNU_SOURCE
 #include "guest/vpc_vcpu.h"
+#include "clock.h"
 #include "event_internal.h"
 #include "pages/ram_internal.h"
 

@@ -5,8 +5,8 @@
 #include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
+#include "clock.h"
 #include "event_internal.h"
 #include "memory/gm_internal.h"
 #include "memory/replace_internal.h"
@@ -197,13 +197,6 @@ void vpc_supply_stats(struct vpc_supply *s, struct vpc_wait_stats *out)
     out->waits = atomic_load(&s->waits);
     out->total_ns = atomic_load(&s->total_ns);
     out->longest_ns = atomic_load(&s->longest_ns);
-}
-
-static uint64_t now_ns(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
 }
 
 static void count_wait(struct vpc_supply *s, uint64_t ns)

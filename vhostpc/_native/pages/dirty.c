@@ -8,6 +8,7 @@
  * The lock is held over an ioctl, never over a touch: a thread that waits for a page waits for the loop alone. */
 #define _GNU_SOURCE
 #include "pages/vpc_dirty.h"
+#include "clock.h"
 #include "event_internal.h"
 #include "pages/ram_internal.h"
 #include "ufd/vpc_uffd.h"

@@ -1,5 +1,6 @@
 /* RAM_DISCARD commands: which pages the destination of a migration must forget before it runs. */
 #define _GNU_SOURCE
+#include "bytes.h"
 #include "pages/ram_internal.h"
 
 #include <string.h>

@@ -1,6 +1,7 @@
 /* The fault service's life and its loop: reads the faults of any number of clients. See fault_internal.h. */
 #define _GNU_SOURCE
 #include "event_internal.h"
+#include "clock.h"
 #include "pages/fault_internal.h"
 
 #include <errno.h>

@@ -15,6 +15,7 @@
 
 #include "event_internal.h"
 #include "pages/ram_internal.h"
+#include "pages/vpc_fault.h"
 #include "ufd/vpc_uffd.h"
 
 #define MAX_CLIENTS 1024

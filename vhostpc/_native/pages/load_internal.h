@@ -2,6 +2,7 @@
 #define LOAD_INTERNAL_H
 /* RAM records in, inside: ramload.c reads and parses, ramplace.c puts received pages where they belong. */
 #include "pages/ram_internal.h"
+#include "pages/vpc_load.h"
 
 #define RUN_PAGES 64u
 

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "event_internal.h"
 #include "pages/fault_internal.h"
+#include "pages/records_internal.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -1,33 +1,15 @@
 #ifndef RAM_INTERNAL_H
 #define RAM_INTERNAL_H
-/* What the RAM files and the guest driver share; not part of the interface to Python. */
+/* RAM blocks and their bits, as C knows them; not part of the interface to Python. */
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdint.h>
-#include <time.h>
 
 #include "page.h"
 #include "pages/vpc_ram.h"
 
 #define MAX_BLOCKS 64
 #define BITMAPS 6
-
-/* First bytes of a section's frames (QEMU's migration stream). */
-#define SECTION_PART 0x02u
-#define SECTION_END 0x03u
-#define SECTION_FOOTER 0x7eu
-/* Flags of a RAM record's word, and the return path's message types. */
-#define REC_ZERO 0x002u
-#define REC_PAGE 0x008u
-#define REC_EOS 0x010u
-#define REC_CONTINUE 0x020u
-#define REC_XBZRLE 0x040u
-#define REC_COMPRESSED 0x100u
-#define RP_SHUT 1u
-#define RP_PONG 2u
-#define RP_REQ_PAGES_ID 3u
-#define RP_REQ_PAGES 4u
-#define RP_MAX_LEN 512u
 
 struct vpc_block {
     char name[256];
@@ -50,11 +32,6 @@ struct vpc_ram {
     struct vpc_block *blocks[MAX_BLOCKS];
 };
 
-/* The pages were made: mark, then wake their waiters. */
-void vpc_fault_placed(struct vpc_fault *service, int block, uint64_t first, uint64_t count);
-/* For a block that the loop places pages of, too: keep it from looking between the placing of a page and its mark. */
-void vpc_fault_hold(struct vpc_fault *service);
-void vpc_fault_let_go(struct vpc_fault *service);
 /* Make a page of a block that has local bytes, in our own mapping; wakes nobody. This and the next two: see
  * vpc_no_memory; -EAGAIN: the client's memory is being changed, try again later; -EEXIST: a page is there. */
 int vpc_local_place(struct vpc_block *block, uint64_t page);
@@ -100,38 +77,6 @@ static inline int bit_clear(struct vpc_block *b, int which, uint64_t page)
 {
     uint64_t mask = (uint64_t)1 << (page & 63);
     return (atomic_fetch_and_explicit(&b->bits[which][page >> 6], ~mask, memory_order_seq_cst) & mask) != 0;
-}
-
-static inline uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-/* Histograms of nanoseconds: four buckets an octave, so a percentile is known to 25 %. See vpc_histogram_floor. */
-static inline uint32_t histogram_bucket(uint64_t ns)
-{
-    if (ns < 4)
-        return (uint32_t)ns;
-    unsigned top = 63u - (unsigned)__builtin_clzll(ns);
-    return (top - 1) * 4 + (uint32_t)(ns >> (top - 2) & 3);
-}
-
-static inline uint64_t get_be(const unsigned char *p, unsigned n)
-{
-    uint64_t v = 0;
-    while (n--)
-        v = v << 8 | *p++;
-    return v;
-}
-
-static inline void put_be(unsigned char *p, uint64_t v, unsigned n)
-{
-    while (n--) {
-        p[n] = (unsigned char)v;
-        v >>= 8;
-    }
 }
 
 #endif

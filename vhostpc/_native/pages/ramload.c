@@ -6,7 +6,9 @@
  */
 #define _GNU_SOURCE
 #include "event_internal.h"
+#include "clock.h"
 #include "pages/load_internal.h"
+#include "pages/records_internal.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include "event_internal.h"
+#include "clock.h"
 #include "pages/save_internal.h"
 
 #include <errno.h>

@@ -7,6 +7,7 @@
  * A scan may have several writers: a page is taken by clearing its DIRTY bit, so one writer only gets it.
  */
 #include "pages/ram_internal.h"
+#include "pages/records_internal.h"
 #include "pages/vpc_save.h"
 
 #define OUT_ROOM (128u << 10)

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "event_internal.h"
 #include "pages/save_internal.h"
+#include "pages/vpc_load.h"
 
 #include <errno.h>
 #include <fcntl.h>

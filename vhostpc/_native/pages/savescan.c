@@ -1,5 +1,6 @@
 /* Which dirty page of the RAM blocks is sent next, and when the background may send one. */
 #define _GNU_SOURCE
+#include "clock.h"
 #include "pages/save_internal.h"
 
 #include <errno.h>

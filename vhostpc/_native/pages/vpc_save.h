@@ -1,36 +1,14 @@
+/* RAM records out, on one connection of a scan: its writer, the requests of its destination, and the loops that join
+ * them, requests first. */
 #ifndef VPC_SAVE_H
 #define VPC_SAVE_H
 #include <stdint.h>
 
-#include "pages/vpc_ram.h"
+#include "pages/vpc_scan.h"
 
 /* cdef begin */
-/* RAM records out, each dirty page once. A scan lives as long as a migration and knows which page is next; a save is
- * one connection of it: the writer of its records and the requests of its destination. */
-struct vpc_scan;
 struct vpc_save;
 
-/* ---- savescan.c: which page next. Numbers of all connections. */
-struct vpc_scan_stats {
-    uint64_t data_pages;     /* target pages sent as PAGE */
-    uint64_t zero_pages;     /* target pages sent as ZERO */
-    uint64_t requested_pages;/* host pages sent because they were asked for */
-    uint64_t background_pages;
-    uint64_t dirty_left;     /* host pages */
-};
-
-/* The blocks' DIRTY pages, at background_rate bytes a second besides what is asked for. */
-int vpc_scan_new(struct vpc_ram *ram, uint64_t background_rate, struct vpc_scan **out);
-void vpc_scan_free(struct vpc_scan *scan);
-/* These two are looked at by a loop when it is kicked (vpc_save_kick). hold_all: withhold everything that is asked for,
- * until called with 0. */
-int vpc_scan_set_rate(struct vpc_scan *scan, uint64_t background_rate);
-int vpc_scan_hold_all(struct vpc_scan *scan, int on);
-/* Send pages of zeros as data. Before a round or run. */
-int vpc_scan_keep_zeros(struct vpc_scan *scan, int on);
-int vpc_scan_stats(struct vpc_scan *scan, struct vpc_scan_stats *out);
-
-/* ---- ramsave.c: the loops of one connection; requests first. */
 #define VPC_SAVE_PEER_CLOSED 2
 #define VPC_SAVE_SHUT 3
 #define VPC_SAVE_STOPPED 4

@@ -1,5 +1,6 @@
 /* The clients of the fault service, and who of them waits for which page. See fault_internal.h. */
 #define _GNU_SOURCE
+#include "clock.h"
 #include "pages/fault_internal.h"
 
 #include <errno.h>

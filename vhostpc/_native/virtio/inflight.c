@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "virtio/ring_internal.h"
+#include "virtio/vpc_inflight.h"
 
 #define VERSION 1
 

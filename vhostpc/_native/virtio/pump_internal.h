@@ -1,7 +1,9 @@
 #ifndef VPC_PUMP_INTERNAL_H
 #define VPC_PUMP_INTERNAL_H
 #include <sys/socket.h>
+
 #include "virtio/ring_internal.h"
+#include "virtio/vpc_pump.h"
 
 #define VPC_BATCH 64
 #define VPC_MAX_FRAME 65535u

@@ -1,4 +1,4 @@
-/* Virtqueues: pop, push, notification, and pumps that join a queue to a file descriptor.
+/* Virtqueues: pop, push, notification.
  *
  * A vq belongs to one task: never two calls at a time on it, except vpc_vq_stop, and those on chains of their
  * own: vpc_chain_load, vpc_chain_touch, vpc_chain_read and vpc_chain_write may run beside each other and beside pop,
@@ -27,17 +27,6 @@ void vpc_vq_set_log(struct vpc_vq *vq, struct vpc_log *log, int log_used, uint64
 /* Next avail index to take; also forgets the used index, which the next touching call reads. */
 void vpc_vq_set_base(struct vpc_vq *vq, uint32_t avail_index);
 uint32_t vpc_vq_base(const struct vpc_vq *vq);
-/* --- the inflight region: chains that are taken and not answered, in a file that outlives the process --- */
-struct vpc_inflight;
-/* Map [offset, offset + size) of fd, shared. -EFBIG: longer than the file. -EINVAL: empty, wrapping, unaligned (8)
- * or no regular file. -EOPNOTSUPP: neither tmpfs nor hugetlbfs, so a touch might wait for others. */
-int vpc_inflight_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, struct vpc_inflight **out);
-void vpc_inflight_unref(struct vpc_inflight *region);
-/* This ring's part of it begins at offset and has size entries; counted; NULL: no region. Only while no call runs. The
- * next touching call after set_base reads it. -EINVAL: not inside the region. -ENOMEM. */
-int vpc_vq_set_inflight(struct vpc_vq *vq, struct vpc_inflight *region, uint64_t offset, uint32_t size);
-/* Chains taken before us that have to be done again and were not popped yet; pop takes them first. */
-uint32_t vpc_vq_again(const struct vpc_vq *vq);
 
 /* Where the driver is called: duplicated onto the same number for its lifetime; -1: nowhere. */
 int vpc_vq_set_call(struct vpc_vq *vq, int fd);
@@ -97,50 +86,6 @@ void vpc_vq_unpop(struct vpc_vq *vq, const struct vpc_chain *chain);
 /* Ask for a kick at the next buffer. 1: more came since the last look, so look again. Else as pop. */
 int vpc_vq_enable_notify(struct vpc_vq *vq, int flags);
 
-/* --- pumps --- */
-struct vpc_pump;
-
-struct vpc_pump_stats {
-    uint64_t frames;    /* moved */
-    uint64_t bytes;     /* of frames, without the header */
-    uint64_t dropped;   /* the far side took none: full, refused, or no room in the ring's buffers */
-    uint64_t discarded; /* consumed while the ring was disabled, or stale when it started */
-    uint64_t batches;
-    uint64_t syscalls;  /* send, receive, poll, kick and call */
-    uint64_t calls;     /* of the driver */
-};
-
-/* Kinds of far side. */
-#define VPC_FAR_SOCKET 1 /* datagram socket: one frame a datagram; to addr if addr_len, else connected */
-#define VPC_FAR_FILE 2   /* tap or the like: one frame a read or write */
-#define VPC_FAR_NONE 3   /* out: frames are read whole and are gone; what VPC_FAR_FILE on the null device comes to */
-
-struct vpc_pump_config {
-    int fd;
-    int kind;
-    int kick_fd;
-    uint32_t header;     /* bytes of device header before each frame in guest buffers */
-    uint32_t mergeable;  /* the header's last two bytes count the buffers of a frame */
-    uint32_t discard;    /* out: consume and drop. in: drop what had come before the start */
-    uint32_t max_batch;  /* frames, at most 64; 0: 64 */
-    unsigned char addr[32];
-    uint32_t addr_len;
-};
-
-int vpc_pump_new(struct vpc_vq *vq, struct vpc_pump **out);
-void vpc_pump_free(struct vpc_pump *p);
-/* Guest to fd, until stopped (0), broken (-EBADMSG), lost (-EOWNERDEAD) or the fd fails (-errno).
- * A frame is sent and its buffer returned, or neither. Waits for pages. */
-int vpc_pump_out(struct vpc_pump *p, const struct vpc_pump_config *config);
-/* The fd to the guest; as vpc_pump_out. Frames received and not yet delivered stay in the pump. One that is larger
- * than all posted buffers (mergeable, few posted) is dropped when it has waited for a second. */
-int vpc_pump_in(struct vpc_pump *p, const struct vpc_pump_config *config);
-/* Make a running pump return soon; or the next one at once, until vpc_pump_clear. */
-void vpc_pump_stop(struct vpc_pump *p);
-void vpc_pump_clear(struct vpc_pump *p);
-/* While no pump runs: drop the frame that waits for more buffers than are posted, if one does. */
-void vpc_pump_drop(struct vpc_pump *p);
-void vpc_pump_stats(struct vpc_pump *p, struct vpc_pump_stats *out);
 /* cdef end */
 
 #endif
