@@ -29,8 +29,8 @@ from vhostpc.migration.phase import Phase
 from vhostpc.migration.status import Status
 from vhostpc.migration.uri import Fd, Unix
 from vhostpc.pages.ramblock import RamBlock
-from vhostpc.wire.elements import DeviceSection, EndOfStream, Package, StreamEvent, VmDescription
-from vhostpc.wire.return_path import Shut
+from vhostpc.wire.migration.elements import DeviceSection, EndOfStream, Package, StreamEvent, VmDescription
+from vhostpc.wire.migration.return_path import Shut
 
 ALL = tuple(DIALECTS)
 LARGE = 8 << 20

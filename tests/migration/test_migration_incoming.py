@@ -23,8 +23,8 @@ from vhostpc.migration import postcopy_checks
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.phase import Event
-from vhostpc.wire.elements import BadStream, RamDiscard, name_bytes
-from vhostpc.wire.return_path import Pong, Shut
+from vhostpc.wire.migration.elements import BadStream, RamDiscard, name_bytes
+from vhostpc.wire.migration.return_path import Pong, Shut
 
 ZERO = bytes(4096)
 

@@ -23,8 +23,15 @@ from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.phase import Event, Phase
 from vhostpc.pages.ramblock import Bits
 from vhostpc.pages.service import FaultService
-from vhostpc.wire.elements import DeviceSection, Package, Ping, PostcopyListen, PostcopyRun, RamBlocks
-from vhostpc.wire.return_path import PageRequest, Pong, Shut
+from vhostpc.wire.migration.elements import (
+    DeviceSection,
+    Package,
+    Ping,
+    PostcopyListen,
+    PostcopyRun,
+    RamBlocks,
+)
+from vhostpc.wire.migration.return_path import PageRequest, Pong, Shut
 
 pytestmark = pytest.mark.ufd
 PAGE = 4096

@@ -28,7 +28,7 @@ from vhostpc.migration.watcher import Unwatched, Watcher
 from vhostpc.pages.ramblock import Bits
 from vhostpc.pages.ramchannel import LoadNumbers
 from vhostpc.pages.service import FaultService, ServiceNumbers
-from vhostpc.wire.elements import (
+from vhostpc.wire.migration.elements import (
     LOADED,
     MUST_HEAR,
     BadStream,
@@ -47,9 +47,9 @@ from vhostpc.wire.elements import (
     StreamEvent,
     VmDescription,
 )
-from vhostpc.wire.return_path import Pong, ReceivedBitmap, ResumeAck, Shut
-from vhostpc.wire.split import Inside, split_package_in_slices
-from vhostpc.wire.stream import MAX_DEVICES
+from vhostpc.wire.migration.return_path import Pong, ReceivedBitmap, ResumeAck, Shut
+from vhostpc.wire.migration.split import Inside, split_package_in_slices
+from vhostpc.wire.migration.stream import MAX_DEVICES
 
 log = rationed_logger(__name__)
 

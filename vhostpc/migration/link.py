@@ -17,10 +17,10 @@ from vhostpc.migration.channel import Channel
 from vhostpc.pages.pagesource import PageScan, PageSource
 from vhostpc.pages.ramchannel import LoadNumbers, RamChannel
 from vhostpc.pages.service import FaultService
-from vhostpc.wire.elements import BadStream, Busy, SectionEnd, StreamEvent
-from vhostpc.wire.ramrec import REASONS, BadRamStream
-from vhostpc.wire.return_path import ReturnPathDecoder, ReturnPathMessage
-from vhostpc.wire.stream import RamMode, StreamReader
+from vhostpc.wire.migration.elements import BadStream, Busy, SectionEnd, StreamEvent
+from vhostpc.wire.migration.ramrec import REASONS, BadRamStream
+from vhostpc.wire.migration.return_path import ReturnPathDecoder, ReturnPathMessage
+from vhostpc.wire.migration.stream import RamMode, StreamReader
 
 CHUNK = 64 << 10
 END_WAIT = 2.0

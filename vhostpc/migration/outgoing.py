@@ -32,7 +32,7 @@ from vhostpc.migration.watcher import Unwatched, Watcher
 from vhostpc.pages.pagesource import UNLIMITED, Ended, PageScan, PageSource, SourceNumbers
 from vhostpc.pages.ramblock import Bits, total_pages
 from vhostpc.units import TARGET_PAGE
-from vhostpc.wire.elements import (
+from vhostpc.wire.migration.elements import (
     LOADED,
     MAX_PACKAGE,
     MUST_HEAR,
@@ -55,8 +55,8 @@ from vhostpc.wire.elements import (
     SwitchoverStart,
     VmDescription,
 )
-from vhostpc.wire.ramrec import RamFlag
-from vhostpc.wire.return_path import (
+from vhostpc.wire.migration.ramrec import RamFlag
+from vhostpc.wire.migration.return_path import (
     RESUMED,
     PageRequest,
     Pong,
