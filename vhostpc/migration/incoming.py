@@ -8,6 +8,7 @@ the package, which may wait for a page like anybody else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -377,7 +378,7 @@ class Incoming:
                 if not (self.course.may_run or lost):
                     self.service.give_up()  # a load may wait for one
                     raise
-                await self._pause(error)
+                await self._pause(self._error)
         log.info("migration: all pages have arrived")
 
     async def _read_pages(self) -> None:
@@ -412,12 +413,12 @@ class Incoming:
         if link.has_pages:
             raise BadStream(event.offset, "POSTCOPY_RESUME for the second time")
         link.open_pages()
-        self._error = None
         try:
             self.service.resume(ResumeAck().encode())
         except OSError as e:
             raise ChannelLost(f"the return path to the source broke: {e.strerror}") from None
         self.course.move(Event.RESUME)
+        link.settled.set()
         log.info("migration: recovered, %d host pages are missing", self.missing())
 
     def _settle(self) -> None:
@@ -440,7 +441,7 @@ class Incoming:
         self.course.move(Event.LOSE, error)
         await self._attached.wait()
 
-    def attach(self, channel: Channel) -> None:
+    def attach(self, channel: Channel) -> IncomingLink:
         """Go on over another channel, behind a pause: the source recovers. The channel stays the caller's.
 
         Raises ChannelLost (it cannot carry a postcopy), Shortage, OSError, and WrongMove where this is not paused;
@@ -452,13 +453,29 @@ class Incoming:
         if not self.course.allows(Event.RECOVER):
             raise WrongMove(f"destination: a link is attached in phase {self.course.phase}")
         self.service.mute(channel.out_fd)
+        self._error = None
         self._link = link
         self.course.move(Event.RECOVER)
         self._attached.set()
+        return link
+
+    async def resume(self, channel: Channel, patience: float = math.inf) -> None:
+        """:meth:`attach`, and wait until the link has ended, by being lost or with the migration. Raises as that.
+
+        ``patience``: seconds that the source has to recover; then the link is broken.
+        """
+        link = self.attach(channel)
+        with trio.move_on_after(patience) as limit:
+            await link.settled.wait()
+        if limit.cancelled_caught:
+            log.warning("migration: the source has not recovered within %.0f s: the link is broken", patience)
+            channel.shut_down()
+        await link.ended.wait()
 
     def pause(self) -> None:
         """Break the link, where it is the pages' (``migrate-pause``). Harmless otherwise."""
-        if self.course.in_postcopy:
+        if self.course.in_postcopy and not self._link.ended.is_set():
+            self._error = self._error or ChannelLost("the migration was paused (migrate-pause)")
             self.channel.shut_down()
 
     async def _tell_waits(self) -> None:

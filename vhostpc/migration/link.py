@@ -41,6 +41,9 @@ class IncomingLink:
         """It begins with a recovery: the pages come behind that."""
         self.bitmaps_said: set[str] = set()
         """Blocks whose bitmap it was asked for and has said."""
+        self.settled = trio.Event()
+        """The recovery it began with is complete, or the link has ended."""
+        self.ended = trio.Event()
         self.hung_up = False
         self.ram_ended = False
         """The last section of RAM has begun, or has come."""
@@ -93,6 +96,8 @@ class IncomingLink:
         if self._pages is not None:
             self._pages.close()
             self._pages = None
+        self.settled.set()
+        self.ended.set()
 
     async def next(self) -> StreamEvent | None:
         """The next element; None at the end of the stream. Raises BadStream, ChannelLost, and as RamChannel.load."""

@@ -72,6 +72,7 @@ LAST_WORD = 10.0
 """Seconds to wait for a destination's report once a write to it has failed behind the border."""
 _END_OF_PAGES = int(RamFlag.EOS).to_bytes(8, "big")
 CANCELLED = "the migration was cancelled"
+PAUSED = "the migration was paused (migrate-pause)"
 _NEVER_RAN = "the destination says that it failed, and did not run the machine"
 T = TypeVar("T")
 
@@ -118,6 +119,7 @@ class Outgoing:
             raise
         self._before: list[SourceNumbers] = []  # of links that have ended
         self._linked = True
+        self._by_hand = False  # somebody has broken it
         self._pongs = 0  # as SourceNumbers.pongs, heard in recoveries
         self._watcher = watcher or Unwatched(machine)
         self._clock = clock
@@ -257,7 +259,8 @@ class Outgoing:
         try:
             await what()
         except BaseException as caught:
-            error = caught
+            error = ChannelLost(PAUSED) if self._by_hand and isinstance(caught, ChannelLost) else caught
+            self._by_hand = False
             self.channel.shut_down()  # the destination is told, even if others still hold the descriptor
         # First things are put back, then it is told: a listener may begin another one.
         with trio.CancelScope(shield=True):
@@ -283,6 +286,7 @@ class Outgoing:
     def pause(self) -> None:
         """Break the link, where it is the pages' (``migrate-pause``). Harmless otherwise."""
         if self.course.in_postcopy and self._linked:
+            self._by_hand = True
             self.channel.shut_down()
 
     def close(self) -> None:
