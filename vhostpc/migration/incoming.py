@@ -24,6 +24,7 @@ from vhostpc.migration.long_waits import tell_waits
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.phase import Course, Event, Phase, WrongMove, begun
 from vhostpc.migration.postcopy_checks import check_advise, check_discard, check_page_sizes
+from vhostpc.migration.silence import Silence, watch
 from vhostpc.migration.turns import in_turns, pieces
 from vhostpc.migration.watcher import Unwatched, Watcher
 from vhostpc.pages.ramblock import Bits
@@ -50,7 +51,7 @@ from vhostpc.wire.migration.elements import (
 )
 from vhostpc.wire.migration.return_path import Pong, ReceivedBitmap, ResumeAck, Shut
 from vhostpc.wire.migration.split import Inside, split_package_in_slices
-from vhostpc.wire.migration.stream import MAX_DEVICES
+from vhostpc.wire.migration.stream import MAX_DEVICES, StreamReader
 
 log = rationed_logger(__name__)
 
@@ -103,6 +104,8 @@ class Incoming:
         self.postcopy = postcopy
         self.service = FaultService(machine.ram, spin_us=spin_us, trace=trace)
         """Over the machine's RAM; its numbers can be read until :meth:`close`."""
+        self.resumptions = 0
+        """How many links have gone on where another was lost."""
         self.kept: int | None = None
         """Host pages that had come by precopy and were not sent again, once postcopy has begun."""
         self._asked: ServiceNumbers | None = None
@@ -126,6 +129,20 @@ class Incoming:
         self._error: BaseException | None = None
         """The first trouble, which all others follow from."""
 
+    async def watch(self, limit: float) -> None:
+        """Break a link that is silent for ``limit`` seconds while a page is waited for. Runs until cancelled."""
+        await watch(self._silence, limit)
+
+    def _silence(self) -> Silence | None:
+        link = self._link
+        if link.ended.is_set() or not self.course.in_postcopy:
+            return None
+        numbers = self.service.numbers()
+        pages = link.numbers()
+        waits = bool(numbers.waiting_now or numbers.outbox_bytes) or not link.settled.is_set()
+        heard = (link.received, 0 if pages is None else pages.reads)
+        return Silence(link.channel, waits, heard)
+
     async def running(self) -> None:
         """Wait for RUN: from then on the machine may run here although most pages miss. Or for precopy's end."""
         await self._running.wait()
@@ -138,6 +155,11 @@ class Incoming:
     def channel(self) -> Channel:
         """That of the link, or of the last one."""
         return self._link.channel
+
+    @property
+    def reader(self) -> StreamReader:
+        """Of the link, or of the last one."""
+        return self._link.reader
 
     def loads(self) -> list[LoadNumbers]:
         """What was received: in precopy, then in postcopy, over all its links. None of what has not begun."""
@@ -418,6 +440,7 @@ class Incoming:
         except OSError as e:
             raise ChannelLost(f"the return path to the source broke: {e.strerror}") from None
         self.course.move(Event.RESUME)
+        self.resumptions += 1
         link.settled.set()
         log.info("migration: recovered, %d host pages are missing", self.missing())
 
@@ -468,7 +491,7 @@ class Incoming:
         with trio.move_on_after(patience) as limit:
             await link.settled.wait()
         if limit.cancelled_caught:
-            log.warning("migration: the source has not recovered within %.0f s: the link is broken", patience)
+            log.warning("migration: the source has not recovered within %g s: the link is broken", patience)
             channel.shut_down()
         await link.ended.wait()
 
