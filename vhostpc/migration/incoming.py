@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import reduce
+from operator import add
 
 import trio
 
-from vhostpc._native.numbers import summed
 from vhostpc.errors import ChannelLost, PageBorn, StreamError, VhostpcError, first_of, is_foreseen, sentence
 from vhostpc.logs import rationed_logger
 from vhostpc.migration.channel import Channel
@@ -165,7 +166,7 @@ class Incoming:
         """What was received: in precopy, then in postcopy, over all its links. None of what has not begun."""
         now = self._link.numbers()
         *before, last = self._loads
-        return [summed(*each) for each in (*before, last + ([] if now is None else [now])) if each]
+        return [reduce(add, each) for each in (*before, last + ([] if now is None else [now])) if each]
 
     def asked(self) -> ServiceNumbers:
         """What its fault service did, also after :meth:`close`."""
@@ -409,9 +410,9 @@ class Incoming:
         while (event := await link.next()) is not None:
             if isinstance(event, Ping):
                 self._pong(event)
-            elif isinstance(event, BitmapRequest) and link.resumes:
+            elif isinstance(event, BitmapRequest) and not link.settled.is_set():
                 self._say_bitmap(link, event)
-            elif isinstance(event, PostcopyResume) and link.resumes:
+            elif isinstance(event, PostcopyResume) and not link.settled.is_set():
                 self._resume(link, event)
             else:
                 self._other(event)
@@ -420,9 +421,10 @@ class Incoming:
 
     def _say_bitmap(self, link: IncomingLink, event: BitmapRequest) -> None:
         blocks = {block.name: block for block in self.machine.ram.blocks}
-        if event.block not in blocks or event.block in link.bitmaps_said or link.has_pages:
-            why = "which is unknown" if event.block not in blocks else "again"
-            raise BadStream(event.offset, f"RECV_BITMAP for RAM block {event.block!r}, {why}")
+        if event.block not in blocks:
+            raise BadStream(event.offset, f"RECV_BITMAP of an unknown RAM block: {event.block!r}")
+        if event.block in link.bitmaps_said:
+            raise BadStream(event.offset, f"RECV_BITMAP of a RAM block again: {event.block!r}")
         link.bitmaps_said.add(event.block)
         self._send(ReceivedBitmap(event.block, blocks[event.block].received_bitmap()).encode())
 
@@ -432,8 +434,6 @@ class Incoming:
             raise BadStream(
                 event.offset, "POSTCOPY_RESUME before the bitmap of every RAM block was asked for"
             )
-        if link.has_pages:
-            raise BadStream(event.offset, "POSTCOPY_RESUME for the second time")
         link.open_pages()
         try:
             self.service.resume(ResumeAck().encode())

@@ -43,6 +43,8 @@ class IncomingLink:
         """Blocks whose bitmap it was asked for and has said."""
         self.settled = trio.Event()
         """The recovery it began with is complete, or the link has ended."""
+        if continues is None:
+            self.settled.set()
         self.ended = trio.Event()
         self.received = 0
         """Bytes that Python has received."""
