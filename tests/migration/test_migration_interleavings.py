@@ -1,18 +1,21 @@
 """Both ends of a migration under random interleavings and cuts: where the machine runs, and where never.
 
 Two endpoints of this process are joined by a wire that lets bytes through when it is told to, and breaks where it is
-told to. Each of the machine's methods can find that something is short. Whatever is played: the machine never runs at
-both ends, and where it runs nowhere a status says why.
+told to. Each of the machine's methods can find that something is short, and so can whatever else an end allocates.
+Whatever is played: the machine never runs at both ends, and where it runs nowhere a status says why.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from unittest import mock
 
+import pytest
 import trio
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -27,6 +30,7 @@ from vhostpc.migration.options import Options
 from vhostpc.migration.runstate import RunState
 from vhostpc.migration.status import BUSY, Status
 from vhostpc.migration.uri import Fd
+from vhostpc.pages.pagesource import PageSource
 from vhostpc.pages.service import FaultService
 from vhostpc.wire.migration.elements import Configuration, DeviceSection, RamBlocks
 
@@ -39,21 +43,25 @@ LARGE = 1 << 20
 class World:
     """Where the machine runs: looked at with every start.
 
-    ``short``: at which end, and at which call of the machine there, something is short.
+    ``short``: at which end, and at which call of the machine or allocation there, something is short.
     """
 
     running: set[str] = field(default_factory=set)
     both: bool = False
-    short: tuple[str, int] | None = None
+    short: tuple[str, int | str] | None = None
+    """The number of the call, or the name of what is called."""
     fell_short: str = ""
-    """The method that met it."""
+    """The end and the method that met it."""
+    called: set[tuple[str, str]] = field(default_factory=set)
 
     def call(self, where: str, what: str) -> None:
+        self.called.add((where, what))
         if self.short is None or self.short[0] != where or self.fell_short:
             return
-        if self.short[1]:
-            self.short = (where, self.short[1] - 1)
-        else:
+        number = self.short[1]
+        if isinstance(number, int) and number:
+            self.short = (where, number - 1)
+        elif number in (0, what):
             self.fell_short = f"{where} {what}"
             raise RuntimeError("can't start new thread")
 
@@ -63,6 +71,35 @@ class World:
 
     def stops(self, where: str) -> None:
         self.running.discard(where)
+
+
+ALLOCATIONS: tuple[tuple[str, type, str], ...] = (
+    ("source", PageSource, "__init__"),
+    ("source", PageSource, "set_tail"),
+    ("destination", FaultService, "__init__"),
+    ("destination", FaultService, "set_return_path"),
+    ("destination", FaultService, "arm"),
+    ("destination", FaultService, "open_channel"),
+)
+"""What the ends allocate themselves: threads, descriptors, mappings, memory."""
+
+
+@contextmanager
+def allocations(world: World) -> Iterator[None]:
+    """Each of them can find that something is short."""
+    with ExitStack() as stack:
+        for where, kind, name in ALLOCATIONS:
+
+            def allocate(where: str, what: str, whole: Callable[..., Any], *args: Any, **more: Any) -> Any:
+                if args[1:] != (None,):  # a return path that is taken away
+                    world.call(where, what)
+                return whole(*args, **more)
+
+            call = partial(allocate, where, f"{kind.__name__}.{name}", getattr(kind, name))
+            stack.enter_context(
+                mock.patch.object(kind, name, lambda *args, call=call, **more: call(*args, **more))
+            )
+        yield
 
 
 class Here(LivelyMachine):
@@ -99,6 +136,10 @@ class Here(LivelyMachine):
         self.stopped = False
         self.running = True
         self.world.starts("source")
+
+    def state_size(self) -> int:
+        self.world.call("source", "state_size")
+        return super().state_size()
 
     async def save(self) -> tuple[list[DeviceSection], bytes]:
         self.world.call("source", "save")
@@ -233,9 +274,9 @@ async def play(
     capability: str,
     steps: list[Step],
     state: int = 4,
-    short: tuple[str, int] | None = None,
+    short: tuple[str, int | str] | None = None,
     silent: bool = False,
-) -> None:
+) -> World:
     world, wire = World(short=short), Wire()
     chosen = Options(compat, on={"events", capability} - {""})
     here, there = Here(world, state), There(world)
@@ -282,7 +323,7 @@ async def play(
         # Let what was set off happen, or not quite: both ends have threads.
         await trio.sleep(0.001 if number % 2 else 0)
 
-    with trio.fail_after(60), here, there:
+    with trio.fail_after(60), here, there, allocations(world):
         async with trio.open_nursery() as nursery:
             for endpoint in (source, destination):
                 await nursery.start(endpoint.serve)
@@ -321,6 +362,7 @@ async def play(
             pumping.cancel()
             nursery.cancel_scope.cancel()
         wire.close()
+    return world
 
 
 def undecided(source: Endpoint) -> bool:
@@ -360,7 +402,7 @@ def judge(
     capability=st.sampled_from(["postcopy-ram", "postcopy-ram", "return-path"]),
     steps=st.lists(STEPS, max_size=25),
     state=st.sampled_from([4, LARGE]),
-    short=st.none() | st.tuples(st.sampled_from(["source", "destination"]), st.integers(0, 12)),
+    short=st.none() | st.tuples(st.sampled_from(["source", "destination"]), st.integers(0, 14)),
     silent=st.booleans(),
 )
 @example("10.0", "postcopy-ram", [("postcopy", 0), ("until it runs there", 0), ("cut", 0)], 4, None, False)
@@ -368,7 +410,7 @@ def judge(
     "7.2", "postcopy-ram", [("postcopy", 0), ("all there", 0), ("cut", 0), ("source cont", 0)], 4, None, False
 )
 @example("11.1", "postcopy-ram", [("postcopy", 0), ("until it runs there", 0), ("cut", 0)], 4, None, False)
-@example("11.1", "postcopy-ram", [("postcopy", 0), ("all", 0)], 4, ("destination", 6), False)
+@example("11.1", "postcopy-ram", [("postcopy", 0), ("all", 0)], 4, ("destination", 11), False)
 @example("11.1", "postcopy-ram", [("postcopy", 0), ("forward", 400000)], LARGE, None, True)
 @example("10.0", "return-path", [("all there", 0), ("cut", 0)], 4, None, False)
 @example("10.0", "postcopy-ram", [("postcopy", 0), ("forward", 1), ("cut", 0)], 4, None, False)
@@ -377,7 +419,7 @@ def judge(
 @example("10.0", "postcopy-ram", [("postcopy", 0), ("forward", 400000)], LARGE, None, True)
 @example("7.2", "postcopy-ram", [("postcopy", 0), ("forward", 400000)], LARGE, None, True)
 @example("10.0", "return-path", [("all there", 0)], 4, None, True)
-@example("10.0", "postcopy-ram", [("postcopy", 0), ("all", 0)], 4, ("destination", 6), False)
+@example("10.0", "postcopy-ram", [("postcopy", 0), ("all", 0)], 4, ("destination", 11), False)
 @settings(suppress_health_check=[HealthCheck.too_slow])
 def test_it_never_runs_at_both_ends(
     compat: Compat,
@@ -388,3 +430,30 @@ def test_it_never_runs_at_both_ends(
     silent: bool,
 ) -> None:
     trio.run(play, compat, capability, steps, state, short, silent)
+
+
+AT_SOURCE = ["PageSource.__init__", "start_tracking", "sync_dirty", "stop", "save", "stop_tracking"]
+AT_DESTINATION = ["FaultService.__init__", "accept", "FaultService.set_return_path", "accept_blocks"]
+AT_DESTINATION += ["FaultService.open_channel", "load", "loaded", "cont"]
+IN_POSTCOPY = [("source", "state_size"), ("source", "PageSource.set_tail")]
+IN_POSTCOPY += [("destination", what) for what in ("advise", "FaultService.arm", "listen", "end")]
+CALLS = [
+    *(("return-path", "source", what) for what in AT_SOURCE),
+    *(("return-path", "destination", what) for what in AT_DESTINATION),
+    *(("postcopy-ram", "source", what) for what in AT_SOURCE),
+    *(("postcopy-ram", "destination", what) for what in AT_DESTINATION),
+    *(("postcopy-ram", where, what) for where, what in IN_POSTCOPY),
+]
+WHOLE: list[Step] = [("postcopy", 0), ("all", 0)]
+
+
+@pytest.mark.parametrize(("capability", "where", "what"), CALLS, ids="-".join)
+async def test_each_call_falls_short_once(capability: str, where: str, what: str) -> None:
+    world = await play("10.0", capability, WHOLE, short=(where, what))
+    assert world.fell_short == f"{where} {what}"
+
+
+@pytest.mark.parametrize("capability", ["return-path", "postcopy-ram"])
+async def test_no_call_is_left_out(capability: str) -> None:
+    world = await play("10.0", capability, WHOLE)
+    assert world.called == {call[1:] for call in CALLS if call[0] == capability}

@@ -385,7 +385,16 @@ class Incoming:
             if self.machine.ram.lost:
                 await trio.sleep_forever()  # given up by the task that ends the migration, and says why
             self._error = self._error or error
-            raise
+            if not self.course.may_run:
+                raise
+            log.error(
+                "migration: the machine runs, but: %s",
+                sentence(error),
+                exc_info=None if is_foreseen(error) else error,
+            )
+            if self.missing():
+                self.channel.shut_down()  # which is a pause
+            self._loaded.set()
 
     async def _postcopy(self) -> None:
         """Pages, to the end of the stream, over as many links as that takes: one that is lost is a pause."""
@@ -626,8 +635,12 @@ class Incoming:
                     self._send(b"")
         except trio.TooSlowError:
             log.warning("migration: the source no longer reads the return path")
-        except ChannelLost as error:
-            log.warning("migration: the source does not know that everything has arrived: %s", error)
+        except Exception as error:
+            log.warning(
+                "migration: the source does not know that everything has arrived: %s",
+                sentence(error),
+                exc_info=None if is_foreseen(error) else error,
+            )
 
     async def _advise(self, event: PostcopyAdvise) -> None:
         check_advise(event, postcopy=self.postcopy, two_way=self.channel.two_way)
