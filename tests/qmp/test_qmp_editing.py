@@ -12,10 +12,10 @@ import trio
 from tests.kit.until import until
 from tests.kit.window import window
 from vhostpc.migration.options import Options
-from vhostpc.qmp.client import open_monitor
 from vhostpc.qmp.human import complete
+from vhostpc.qmp.qmp_client import open_monitor
 
-LOG = r"[-0-9]{10} [0-9:,]{12} [A-Z]+ vhostpc[.a-z]*: "
+LOG = r"[-0-9]{10} [0-9:,]{12} [A-Z]+ vhostpc[._a-z]*: "
 
 
 def endpoint(path: Path, *more: str) -> list[str]:
