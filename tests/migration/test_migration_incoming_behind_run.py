@@ -17,8 +17,8 @@ from tests.migration.test_migration_border import WRONG
 from tests.migration.test_migration_incoming_postcopy import PAGE, A, B, Toucher, receiving
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.phase import Event, Phase
-from vhostpc.wire.elements import Ping
-from vhostpc.wire.return_path import Shut
+from vhostpc.wire.migration.elements import Ping
+from vhostpc.wire.migration.return_path import Shut
 
 pytestmark = pytest.mark.ufd
 any_error = pytest.mark.parametrize("error", WRONG, ids=lambda e: type(e).__name__)

@@ -20,13 +20,14 @@ import trio
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.kit.scripted_destination import LivelyMachine
+from tests.kit.scripted_destination import LivelyMachine, content
 from tests.kit.until import until
 from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.endpoint import Endpoint
 from vhostpc.errors import MigrationRefused
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.options import Options
+from vhostpc.migration.phase import Event, Phase
 from vhostpc.migration.runstate import RunState
 from vhostpc.migration.status import BUSY, Status
 from vhostpc.migration.uri import Fd
@@ -53,6 +54,7 @@ class World:
     fell_short: str = ""
     """The end and the method that met it."""
     called: set[tuple[str, str]] = field(default_factory=set)
+    recovered: int = 0
 
     def call(self, where: str, what: str) -> None:
         self.called.add((where, what))
@@ -219,6 +221,13 @@ class Wire:
         for sock in (self._s, self._d):
             sock.setblocking(False)
         self.cut = False
+        self.left = {"source", "destination"}
+        """Ends that nobody has yet."""
+
+    def take(self, end: str) -> int:
+        """The descriptor of an end, which is the taker's."""
+        self.left.remove(end)
+        return (self.source_end if end == "source" else self.destination_end).detach()
 
     def _move(self, src: socket.socket, dst: socket.socket, most: int) -> bool:
         """Whether anything moved, or an end was passed on."""
@@ -248,7 +257,7 @@ class Wire:
     def break_it(self) -> None:
         if not self.cut:
             self.cut = True
-            for sock in (self._s, self._d):
+            for sock in (self._s, self._d, self.source_end, self.destination_end):
                 sock.close()
 
     def close(self) -> None:
@@ -266,6 +275,8 @@ STEPS = st.one_of(
         st.sampled_from(["source stop", "source cont", "destination cont", "destination stop"]), st.just(0)
     ),
     st.tuples(st.just("cut"), st.just(0)),
+    st.tuples(st.sampled_from(["recover here", "recover there", "recover", "recover"]), st.just(0)),
+    st.tuples(st.sampled_from(["source pause", "destination pause"]), st.just(0)),
 )
 
 
@@ -277,7 +288,7 @@ async def play(
     short: tuple[str, int | str] | None = None,
     silent: bool = False,
 ) -> World:
-    world, wire = World(short=short), Wire()
+    world, wires = World(short=short), [Wire()]
     chosen = Options(compat, on={"events", capability} - {""})
     here, there = Here(world, state), There(world)
     tells = Told(), Told()
@@ -294,8 +305,21 @@ async def play(
             return False
         return True
 
+    async def recover(*ends: str) -> None:
+        """Join both ends anew, or have one of them wait for the other: over a wire that one end has already."""
+        wire = wires[-1]
+        if not wire.left.issuperset(ends):
+            wires.append(wire := Wire())
+        for end in ends:
+            waits = destination._course.allows(Event.RECOVER) or destination._course.phase is Phase.MOVED
+            if end == "destination" and waits and destination._course.side == "destination":
+                await refusable(lambda: destination.recover(Fd("in", wire.take("destination"))))
+            elif end == "source" and source.status is Status.POSTCOPY_PAUSED:
+                await refusable(lambda: source.migrate(Fd("out", wire.take("source")), resume=True))
+
     async def do(step: Step) -> None:
         name, number = step
+        wire = wires[-1]
         if name == "forward":
             wire.forward(number)
         elif name == "back":
@@ -313,12 +337,15 @@ async def play(
             await refusable(source.cancel)
         elif name == "cut":
             wire.break_it()
+        elif name.startswith("recover"):
+            end = {"recover here": ["source"], "recover there": ["destination"]}.get(name)
+            await recover(*(end or ["destination", "source"]))
         else:
             side, word = name.split()
             endpoint = source if side == "source" else destination
             if name == "source cont" and (undecided(source) or source.status is Status.COMPLETED):
                 return  # only a person can know: see test_silence_at_the_end_of_precopy, and behind it
-            if await refusable(getattr(endpoint, word)):
+            if await refusable(getattr(endpoint, word)) and word != "pause":
                 asked_to_stop[side] = word == "stop"
         # Let what was set off happen, or not quite: both ends have threads.
         await trio.sleep(0.001 if number % 2 else 0)
@@ -327,8 +354,8 @@ async def play(
         async with trio.open_nursery() as nursery:
             for endpoint in (source, destination):
                 await nursery.start(endpoint.serve)
-            await destination.incoming(Fd("in", wire.destination_end.detach()), exit_on_error=False)
-            await source.migrate(Fd("out", wire.source_end.detach()), resume=False)
+            await destination.incoming(Fd("in", wires[-1].take("destination")), exit_on_error=False)
+            await source.migrate(Fd("out", wires[-1].take("source")), resume=False)
             for step in steps:
                 await do(step)
                 assert not world.both
@@ -336,32 +363,52 @@ async def play(
                 await refusable(source.cancel)
                 await trio.sleep(0.005)
                 assert not world.both
-                wire.break_it()
+                wires[-1].break_it()
             # To its end: all data still in flight gets there, or the wire breaks.
             pumping = trio.CancelScope()
 
             async def pump() -> None:
                 with pumping:
                     while True:
-                        moved = wire.forward(1 << 20) | wire.back(1 << 20)
+                        moved = any([wire.forward(1 << 20) | wire.back(1 << 20) for wire in wires])
                         await trio.sleep(0 if moved else 0.002)
 
             nursery.start_soon(pump)
             settled = BUSY - {Status.POSTCOPY_PAUSED}
-            await until(
-                lambda: source.status not in settled
-                and (destination.status not in settled or source.status is Status.CANCELLED),
-                what=f"an end of {steps}",
-                limit=30,
-            )
+
+            async def settle() -> None:
+                await until(
+                    lambda: source.status not in settled
+                    and (destination.status not in settled or source.status is Status.CANCELLED),
+                    what=f"an end of {steps}: {source.status} {destination.status}",
+                    limit=30,
+                )
+
+            for wire in wires:
+                if wire.left:  # nobody comes any more to an end that waits there
+                    wire.break_it()
+            await settle()
+            # A pause is never the end, unless the machine has run nowhere: it is recovered, and all is there.
+            for _ in range(3):
+                if source.status is Status.POSTCOPY_PAUSED and destination.status is not Status.FAILED:
+                    await recover("destination", "source")
+                    await settle()
+            if source.status is Status.POSTCOPY_PAUSED:
+                assert destination.status is Status.FAILED, (steps, destination.status)
+            if source._course.phase is Phase.MOVED:
+                assert await content(there.ram) == await content(here.ram)
+                assert destination._incoming is not None
+                assert destination._incoming.loads()[-1].already == 0
             await until(lambda: source.run_state != "finish-migrate" or not may_go_on(source))
             assert not world.both
             if world.fell_short == "source cont":
                 asked_to_stop["source"] = True  # it stands, and its status says so
+            world.recovered = getattr(source._outgoing, "resumptions", 0)
             judge(world, source, destination, asked_to_stop, tells[0].events)
             pumping.cancel()
             nursery.cancel_scope.cancel()
-        wire.close()
+        for wire in wires:
+            wire.close()
     return world
 
 
@@ -416,6 +463,17 @@ def judge(
 @example("10.0", "postcopy-ram", [("postcopy", 0), ("forward", 1), ("cut", 0)], 4, None, False)
 @example("10.0", "return-path", [("all there", 0), ("cancel", 0), ("source cont", 0)], 4, None, False)
 @example("10.0", "postcopy-ram", [("postcopy", 0), ("forward", 400000), ("cut", 0)], LARGE, None, False)
+@example(
+    "10.0", "postcopy-ram", [("postcopy", 0), ("all there", 0), ("cut", 0), ("recover", 0)], 4, None, False
+)
+@example(
+    "7.2",
+    "postcopy-ram",
+    [("postcopy", 0), ("until it runs there", 0), ("cut", 0), ("recover", 0), ("forward", 60), ("cut", 0)],
+    4,
+    None,
+    False,
+)
 @example("10.0", "postcopy-ram", [("postcopy", 0), ("forward", 400000)], LARGE, None, True)
 @example("7.2", "postcopy-ram", [("postcopy", 0), ("forward", 400000)], LARGE, None, True)
 @example("10.0", "return-path", [("all there", 0)], 4, None, True)
