@@ -53,9 +53,13 @@ class Listener(Protocol):
     def resume(self) -> None: ...
 
 
+#: Keys of the report that differ from the names of their fields: programs read them.
+_KEYS = {"withheld": "held", "withheld_ever": "held-ever"}
+
+
 def _numbers(numbers: Any) -> dict[str, Any]:
     """The fields of a dataclass of numbers, named as a monitor does."""
-    return {name.replace("_", "-"): value for name, value in asdict(numbers).items()}
+    return {_KEYS.get(name, name.replace("_", "-")): value for name, value in asdict(numbers).items()}
 
 
 def came(incoming: Incoming | None) -> dict[str, Any]:
