@@ -414,7 +414,7 @@ async def play(
 
 def undecided(source: Endpoint) -> bool:
     """All was sent, and no word came: where it runs is not known here."""
-    return source.status is Status.FAILED and source.run_state == "paused"
+    return source._course.phase is Phase.UNKNOWN
 
 
 def may_go_on(source: Endpoint) -> bool:

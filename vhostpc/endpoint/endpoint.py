@@ -19,6 +19,7 @@ import trio
 from vhostpc.endpoint.recovery import (
     Backoff,
     Links,
+    advice,
     can_be_repeated,
     keep_listening,
     listened_at,
@@ -162,7 +163,12 @@ class Endpoint:
         # Why a postcopy is paused is told by a source only, and not by all; the log has it always.
         told_early = dialect.error_before_failed and not came
         error = self._error_desc if status is Status.FAILED or told_early else None
-        told_always = MigrationInfo(status, error_desc=error, blocked_reasons=[*self.machine.blocked()])
+        told_always = MigrationInfo(
+            status,
+            error_desc=error,
+            blocked_reasons=[*self.machine.blocked()],
+            advice=advice(self._course.side) if status is Status.POSTCOPY_PAUSED else None,
+        )
         if came:
             told = self._addresses if dialect.address_after_listening or status in BUSY else []
             return replace(told_always, socket_address=told)
@@ -304,6 +310,8 @@ class Endpoint:
             f"migration: {status}%s",  # each status is a line of its own kind, of which not too many come
             why,
         )
+        if status is Status.POSTCOPY_PAUSED and (not self._links.recover_for or self._by_hand):
+            log.warning("migration: %s", advice(self._course.side))
         self._events.migration(status)
 
     def passed(self, number: int) -> None:

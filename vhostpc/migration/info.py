@@ -71,6 +71,8 @@ class MigrationInfo:
     error_desc: str | None = None
     socket_address: list[dict[str, Any]] = field(default_factory=list)
     blocked_reasons: list[str] = field(default_factory=list)
+    advice: str | None = None
+    """What a person can do next; not part of QEMU's answer."""
 
     def as_qmp(self, dialect: Dialect) -> dict[str, Any]:
         told: dict[str, Any] = {}
