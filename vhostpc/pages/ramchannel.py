@@ -143,7 +143,7 @@ class RamChannel(Owner):
                 raw.bad_block,
                 raw.bad_page,
                 "arrived, but a page that nobody sent is there",
-                "; the page that arrived is not placed, and cannot be recovered: a recovery brings it again and ends here",
+                "; the page that arrived is not placed, and cannot be recovered: a recovery would end here, too",
             )
         if self._service.ram.lost:
             raise MemoryLost("the memory was given up while its pages were still arriving")
