@@ -38,6 +38,8 @@ class Channel:
     def __init__(self, stream: trio.SocketStream | ends.Ends) -> None:
         self._ends: ends.Ends = ends.SocketEnds(stream) if isinstance(stream, trio.SocketStream) else stream
         self._shut = False
+        self.number = 0
+        """Which connection of its listener it is: 0 is the main one."""
         self.in_fd = self._ends.in_fd
         self.out_fd = self._ends.out_fd
 
@@ -131,7 +133,7 @@ async def connect(address: Address) -> Channel:
 
 
 class Listener:
-    """Waits for the first connection, for the only one: then the sockets are closed. See :func:`listen`.
+    """Waits for connections, for as many as its caller takes, until its block ends. See :func:`listen`.
 
     ``socket_address``: where it listens, as query-migrate tells it; empty for what is no socket.
     """
@@ -139,12 +141,16 @@ class Listener:
     def __init__(self) -> None:
         self.socket_address: list[dict[str, Any]] = []
         self._channel: Channel | None = None
+        self._accepted = 0
         self._sockets: list[socket.socket] = []
         self._stack = ExitStack()
         self._poll: select.epoll | None = None
 
     async def accept(self) -> Channel:
-        """The channel; the caller's to close. Raises ChannelLost, also after the first call and after the block."""
+        """The next channel; the caller's to close. A descriptor, a command or a file makes one only.
+
+        The first one is the main one, as with QEMU (:attr:`Channel.number`). Raises ChannelLost, also after the block.
+        """
         await trio.lowlevel.checkpoint()
         if self._channel is not None:
             channel, self._channel = self._channel, None
@@ -157,13 +163,14 @@ class Listener:
                     continue
                 except OSError as e:
                     raise ChannelLost(f"Unable to accept connection: {e.strerror or e}") from None
-                self._close()
                 sock.setblocking(False)
-                return Channel(trio.SocketStream(trio.socket.from_stdlib_socket(sock)))
+                channel = Channel(trio.SocketStream(trio.socket.from_stdlib_socket(sock)))
+                channel.number, self._accepted = self._accepted, self._accepted + 1
+                return channel
             # One set for all of them: its readiness is that of any.
             with suppress(trio.ClosedResourceError):
                 await trio.lowlevel.wait_readable(self._poll.fileno())
-        raise ChannelLost("The listener has had its one connection, or was closed")
+        raise ChannelLost("No other connection comes from there, or the listener was closed")
 
     def _listen_at(self, sock: socket.socket) -> None:
         if self._poll is None:
@@ -189,7 +196,7 @@ class Listener:
 
 @asynccontextmanager
 async def listen(address: Address) -> AsyncIterator[Listener]:
-    """Listen for the length of a block, or until the first connection. Owns an ``Fd`` from the call on.
+    """Listen for the length of a block. Owns an ``Fd`` from the call on.
 
     Raises MigrationRefused at the block's begin, with what ``migrate-incoming`` answers.
     """
