@@ -41,10 +41,11 @@ from vhostpc.logs import rationed_logger
 from vhostpc.migration.channel import Channel, connect, listen
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.info import MigrationInfo
+from vhostpc.migration.left import Notes
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import After, Outgoing
-from vhostpc.migration.phase import Course, Event, Phase, Told
+from vhostpc.migration.phase import LEFT, Course, Event, Phase, Told, begun
 from vhostpc.migration.runstate import RunState, check_migrate
 from vhostpc.migration.status import BUSY, IN_POSTCOPY, Status
 from vhostpc.migration.uri import Address, Exec, Fd, File
@@ -74,7 +75,8 @@ class Endpoint:
     ``incoming``: it waits for a machine to come. ``autostart``: a machine that came runs. ``after``: when a precopy
     switches to postcopy by itself. ``trace``: how many answered faults of a machine that comes are remembered one by
     one. ``spin_us``: how long its fault loop and its load look on before they sleep. ``links``: when one is lost, and
-    what follows.
+    what follows. ``notes``: where it is noted that a postcopy from here goes on; ``left``: one did, and the machine is
+    what its process has left.
     """
 
     def __init__(
@@ -89,6 +91,8 @@ class Endpoint:
         trace: int = 0,
         spin_us: int = 0,
         links: Links | None = None,
+        notes: Notes | None = None,
+        left: bool = False,
     ) -> None:
         self.machine = machine
         self.options = options
@@ -119,6 +123,12 @@ class Endpoint:
         self._starting = trio.Lock()  # one migrate at a time
         self._sent = trio.Event()  # nothing of the last one is under way any more
         self._sent.set()
+        self._notes = notes
+        if left:
+            self._course = begun("source", *LEFT, dialect=options.dialect, tell=self._moved)
+            self.run_state = RunState.FINISH_MIGRATE
+            self._began = trio.current_time()
+            self._outgoing = Outgoing(None, machine, self._course, self, options=options, notes=notes)
         # As a destination.
         self._incoming: Incoming | None = None
         self._recovery: trio.CancelScope | None = None
@@ -156,6 +166,11 @@ class Endpoint:
     @property
     def status(self) -> Status:
         return self._course.status
+
+    @property
+    def owes_pages(self) -> bool:
+        """A destination needs the memory that is here."""
+        return self._course.side == "source" and self._course.in_postcopy
 
     def info(self) -> MigrationInfo:
         status, dialect = self.status, self.options.dialect
@@ -407,7 +422,13 @@ class Endpoint:
                 channel.limit_silence(self._links.timeout)
                 if outgoing is None:
                     self._outgoing = outgoing = Outgoing(
-                        channel, self.machine, self._course, self, options=self.options, after=self._after
+                        channel,
+                        self.machine,
+                        self._course,
+                        self,
+                        options=self.options,
+                        after=self._after,
+                        notes=self._notes,
                     )
                     if self._early_switch:
                         outgoing.start_postcopy()

@@ -28,6 +28,7 @@ from vhostpc.migration.runstate import RunState
 from vhostpc.pages.dirty import DirtyTracker, DirtyWay
 from vhostpc.pages.faultclient import ClientNumbers
 from vhostpc.pages.ramblock import Bits, RamSet, refusal
+from vhostpc.pages.ramfiles import RamFiles
 from vhostpc.pages.service import FaultService
 from vhostpc.pages.waits import Waits
 from vhostpc.units import TARGET_PAGE, in_units, sizes_differ
@@ -72,13 +73,16 @@ class Spec:
 
 
 @asynccontextmanager
-async def open_machine(spec: Spec, *, empty: bool = False) -> AsyncIterator[OwnMachine]:
-    """Create the machine, stopped. ``empty``: its memory and its devices' state come from elsewhere.
+async def open_machine(
+    spec: Spec, *, empty: bool = False, files: RamFiles | None = None
+) -> AsyncIterator[OwnMachine]:
+    """Create the machine, stopped. ``empty``: its memory and its devices' state come from elsewhere. ``files``: where
+    its memory lies.
 
     Raises GuestMemoryError for memory that cannot be allocated, PeerClosed and others for back-ends.
     """
     async with AsyncExitStack() as stack:
-        ram = stack.enter_context(RamSet())
+        ram = stack.enter_context(RamSet(files=files))
         regions = make_blocks(ram, spec.blocks, len(spec.backends), spec.vcpus)
         devices: list[NetDevice] = []
         for i, path in enumerate(spec.backends):

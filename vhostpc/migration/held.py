@@ -10,6 +10,7 @@ from vhostpc.errors import MigrationRefused, StreamError
 from vhostpc.memory.available import available_memory
 from vhostpc.migration.runstate import RunState
 from vhostpc.pages.ramblock import Bits, RamSet, refusal
+from vhostpc.pages.ramfiles import RamFiles
 from vhostpc.pages.service import FaultService
 from vhostpc.units import TARGET_PAGE, in_units, sizes_differ
 from vhostpc.wire.migration.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
@@ -23,7 +24,7 @@ class HeldMachine:
 
     ``page_sizes``: bytes of a host page by name of a block. A source says them only where postcopy may follow, so
     a machine of huge pages that comes by precopy needs them said, or it is held in small ones. ``lengths``: bytes by
-    name of a block; one that comes with another length, or not at all, is refused.
+    name of a block; one that comes with another length, or not at all, is refused. ``files``: where its memory lies.
     """
 
     def __init__(
@@ -32,11 +33,12 @@ class HeldMachine:
         *,
         page_sizes: Mapping[str, int] | None = None,
         lengths: Mapping[str, int] | None = None,
+        files: RamFiles | None = None,
     ) -> None:
         self._configuration = configuration
         self.page_sizes = dict(page_sizes or {})
         self.lengths = dict(lengths or {})
-        self.ram = RamSet()
+        self.ram = RamSet(files=files)
         self.early: list[DeviceSection] = []
         """Device sections that came before the pages, and go before them."""
         self.devices: list[DeviceSection] = []

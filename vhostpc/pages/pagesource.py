@@ -64,6 +64,11 @@ class SourceNumbers:
     heard: bool
     """Whether the PONG of MUST_HEAR arrived."""
 
+    @classmethod
+    def nothing(cls) -> SourceNumbers:
+        """Of a source that has sent nothing."""
+        return cls(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, False, 0, 0, False)
+
 
 class PageScan(Owner):
     """The order in which pages of ``ram`` are sent, for the life of a migration, over all its connections.

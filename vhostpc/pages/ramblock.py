@@ -21,6 +21,7 @@ from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.threads import borrow
 from vhostpc.enums import WordEnum
 from vhostpc.errors import BadAddress, MemoryLost, PageBorn, StreamError, naming
+from vhostpc.pages.ramfiles import RamFiles
 from vhostpc.units import TARGET_PAGE
 
 MEMFD_NAME = 200
@@ -264,12 +265,14 @@ class RamBlock:
 class RamSet(Owner):
     """All RAM blocks of a machine. Close it after everything that uses it."""
 
-    def __init__(self, threads: int = 16) -> None:
+    def __init__(self, threads: int = 16, *, files: RamFiles | None = None) -> None:
+        """``files``: where new blocks lie, in place of memfds."""
         raw = made("ram", "RAM set", lib.vpc_ram_new)
         self._native = Handle(raw, lib.vpc_ram_free, "this RAM set is closed")
         self.limiter = trio.CapacityLimiter(threads)
         """For copies that may wait for a page: never trio's default."""
         self.blocks: list[RamBlock] = []
+        self._files = files
 
     @property
     def lost(self) -> bool:
@@ -283,8 +286,9 @@ class RamSet(Owner):
         raise KeyError(name)
 
     def create(self, name: str, length: int, page_size: int = TARGET_PAGE) -> RamBlock:
-        """A new block on a new memfd, all holes."""
-        fd = make_memfd(name, length, page_size)
+        """A new block on a new memfd, or in a new file, all holes. Raises OSError."""
+        make = self._files.create if self._files is not None else make_memfd
+        fd = make(name, length, page_size)
         try:
             return self.add(name, fd, length, page_size)
         finally:
