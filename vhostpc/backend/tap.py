@@ -83,8 +83,8 @@ def attach_queue(fd: int, attached: bool) -> None:
     fcntl.ioctl(fd, _TUNSETQUEUE, struct.pack("=16sH22x", b"", flag))
 
 
-#: Seconds between two checks that a tap device exists. Its descriptor reports that it does not only to a poll that also
-#: reports each frame.
+#: Seconds between two checks that a tap device still exists. On its descriptor only a poll that also reports each frame
+#: would report its end.
 LOOK_INTERVAL = 1.0
 
 
