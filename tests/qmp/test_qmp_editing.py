@@ -135,7 +135,7 @@ async def test_a_stopped_terminal_stops_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "found"),
     [
-        ("mig", 6),
+        ("mig", 8),
         ("info mig", ["migrate", "migrate_capabilities", "migrate_parameters"]),
         ("  help  info st", ["status"]),
         ("migrate u", ["unix:"]),
