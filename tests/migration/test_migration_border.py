@@ -1,4 +1,4 @@
-"""The border between a machine that may run on at its source and one that may not: the package's last byte."""
+"""The point of no return, up to which a machine may run on at its source: the package's last byte."""
 
 from __future__ import annotations
 

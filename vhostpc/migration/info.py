@@ -1,4 +1,4 @@
-"""A look at a migration: the numbers that ``query-migrate`` tells."""
+"""A snapshot of a migration: the numbers that ``query-migrate`` reports."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class RamInfo:
 
 @dataclass(frozen=True)
 class MigrationInfo:
-    """A look at a migration: what ``query-migrate`` tells. Times in milliseconds; None is not told.
+    """A snapshot of a migration, for ``query-migrate``. Times in milliseconds; None is not reported.
 
     A destination fills ``status``, ``error_desc``, ``blocked_reasons`` and ``socket_address`` only.
     """
