@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import trio
 
 from vhostpc.endpoint.stalls import tell_waits
+from vhostpc.endpoint.unfailing import Unfailing
 from vhostpc.errors import (
     ChannelLost,
     MigrationRefused,
@@ -101,7 +102,7 @@ class Endpoint:
         self.options = options
         self.error: BaseException | None = None
         """Why the program ends, where an expected machine did not arrive."""
-        self._events = events
+        self._events = Unfailing(events)
         self._after = after
         self._trace = trace
         self._spin_us = spin_us
