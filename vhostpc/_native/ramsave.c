@@ -168,7 +168,7 @@ static int last_word(struct vpc_save *s)
     for (;;) {
         size_t before = r->end;
 
-        r->head = r->tail; /* nobody gets what was asked for: that must not hold up what comes behind it */
+        r->head = r->tail; /* no page is sent any more: requests must not hold up the messages behind them */
         r->ask_count = 0;
         int said = vpc_requests_parse(r, s->scan);
         if (said)
