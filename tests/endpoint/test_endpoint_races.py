@@ -85,7 +85,7 @@ async def test_completed_and_its_command_still_runs(tmp_path: Path) -> None:
                 assert endpoint.run_state == "postmigrate"
                 with pytest.raises(MigrationRefused):
                     await endpoint.cont()
-                wait.write_bytes(b"")
+                await trio.to_thread.run_sync(wait.write_bytes, b"")  # which waits for its reader
                 await endpoint._sent.wait()
                 assert endpoint.run_state == "postmigrate"
                 assert world.running == set()
