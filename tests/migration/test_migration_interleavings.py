@@ -447,7 +447,7 @@ CALLS = [
 WHOLE: list[Step] = [("postcopy", 0), ("all", 0)]
 
 
-@pytest.mark.parametrize(("capability", "where", "what"), CALLS, ids="-".join)
+@pytest.mark.parametrize(("capability", "where", "what"), CALLS, ids=str)
 async def test_each_call_falls_short_once(capability: str, where: str, what: str) -> None:
     world = await play("10.0", capability, WHOLE, short=(where, what))
     assert world.fell_short == f"{where} {what}"
