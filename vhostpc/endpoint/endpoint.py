@@ -279,9 +279,13 @@ class Endpoint:
 
     async def _stand(self, run_state: RunState) -> None:
         """Stop the machine, if it runs."""
-        ran = self.machine.running
+        ran, before = self.machine.running, self.run_state
         self.run_state = run_state
-        await self.machine.stop()
+        try:
+            await self.machine.stop()
+        except Exception:
+            self.run_state = before
+            raise
         if ran:
             self._events.stop()
 
