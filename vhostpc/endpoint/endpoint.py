@@ -28,6 +28,7 @@ from vhostpc.endpoint.recovery import (
 )
 from vhostpc.endpoint.reports import came, map_of, sent, trace_of
 from vhostpc.endpoint.stalls import tell_waits
+from vhostpc.endpoint.unfailing import Unfailing
 from vhostpc.errors import (
     ChannelLost,
     MigrationRefused,
@@ -98,7 +99,7 @@ class Endpoint:
         self.options = options
         self.error: BaseException | None = None
         """Why the program ends, where an expected machine did not arrive."""
-        self._events = events
+        self._events = Unfailing(events)
         self._after = after
         self._trace = trace
         self._spin_us = spin_us
@@ -282,9 +283,13 @@ class Endpoint:
 
     async def _stand(self, run_state: RunState) -> None:
         """Stop the machine, if it runs."""
-        ran = self.machine.running
+        ran, before = self.machine.running, self.run_state
         self.run_state = run_state
-        await self.machine.stop()
+        try:
+            await self.machine.stop()
+        except Exception:
+            self.run_state = before
+            raise
         if ran:
             self._events.stop()
 
