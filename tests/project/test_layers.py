@@ -20,6 +20,7 @@ NATIVE = PACKAGE / "_native"
 ORDER = [
     *(
         "cli",
+        "proxy",
         "qmp",
         "endpoint",
         "guest",

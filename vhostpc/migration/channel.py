@@ -23,6 +23,8 @@ from vhostpc.listener import connect as connect_unix
 from vhostpc.migration import ends
 from vhostpc.migration.uri import Address, Exec, Fd, File, Tcp, Unix
 
+MANY = 128
+"""Connections that wait to be accepted, where many are expected: one by one they are connected to somewhere else."""
 UNIX_PATH = 107
 """Bytes of the longest path of a unix socket."""
 
@@ -124,15 +126,18 @@ class Listener:
     ``socket_address``: where it listens, as query-migrate tells it; empty for what is no socket.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, many: bool = False) -> None:
         self.socket_address: list[dict[str, Any]] = []
+        self.backlog = MANY if many else 1
+        self._many = many
         self._channel: Channel | None = None
         self._sockets: list[socket.socket] = []
         self._stack = ExitStack()
         self._poll: select.epoll | None = None
 
     async def accept(self) -> Channel:
-        """The channel; the caller's to close. Raises ChannelLost, also after the first call and after the block."""
+        """The channel; the caller's to close. Raises ChannelLost, also after the block, and after the first call unless
+        it listens for many."""
         await trio.lowlevel.checkpoint()
         if self._channel is not None:
             channel, self._channel = self._channel, None
@@ -145,7 +150,8 @@ class Listener:
                     continue
                 except OSError as e:
                     raise ChannelLost(f"Unable to accept connection: {e.strerror or e}") from None
-                self._close()
+                if not self._many:
+                    self._close()
                 sock.setblocking(False)
                 return Channel(trio.SocketStream(trio.socket.from_stdlib_socket(sock)))
             # One set for all of them: its readiness is that of any.
@@ -176,12 +182,13 @@ class Listener:
 
 
 @asynccontextmanager
-async def listen(address: Address) -> AsyncIterator[Listener]:
-    """Listen for the length of a block, or until the first connection. Owns an ``Fd`` from the call on.
+async def listen(address: Address, *, many: bool = False) -> AsyncIterator[Listener]:
+    """Listen for the length of a block, or until the first connection; for ``many`` connections to the block's end.
+    Owns an ``Fd`` from the call on.
 
     Raises MigrationRefused at the block's begin, with what ``migrate-incoming`` answers.
     """
-    listener = Listener()
+    listener = Listener(many)
     try:
         try:
             await _begin(listener, address)
@@ -295,7 +302,7 @@ async def _listen_tcp(listener: Listener, address: Tcp) -> None:
     first: ChannelLost | None = None
     for family, kind, proto, _, where in await _resolve(address, passive=True):
         try:
-            sock = _bound(address, family, kind, proto, where)
+            sock = _bound(address, family, kind, proto, where, listener.backlog)
         except ChannelLost as e:
             first = first or e
             continue
@@ -308,7 +315,7 @@ async def _listen_tcp(listener: Listener, address: Tcp) -> None:
         raise first
 
 
-def _bound(address: Tcp, family: int, kind: int, proto: int, where: Any) -> socket.socket:
+def _bound(address: Tcp, family: int, kind: int, proto: int, where: Any, backlog: int) -> socket.socket:
     port = where[1]
     last = min(address.to, 65535) if address.to is not None else port
     # A wildcard of IPv6 stands for IPv4, too, unless just one of them was asked for.
@@ -324,7 +331,7 @@ def _bound(address: Tcp, family: int, kind: int, proto: int, where: Any) -> sock
                         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
                     _keep_alive(sock, address)  # its connections inherit it
                     sock.bind((where[0], number, *where[2:]))
-                    sock.listen(1)
+                    sock.listen(backlog)
                 except OSError as e:
                     if e.errno != errno.EADDRINUSE:
                         raise ChannelLost(f"Failed to bind socket: {_why(e)}") from None
@@ -373,7 +380,7 @@ def _listen_unix(listener: Listener, address: Unix) -> None:
             sock.bind(name)
             if not address.abstract:
                 unless_bound.callback(remove, name, bound_file(name))
-            sock.listen(1)
+            sock.listen(listener.backlog)
         except OSError as e:
             raise ChannelLost(f"Failed to bind socket to {address.path}: {_why(e)}") from None
         listener._stack.enter_context(unless_bound.pop_all())
