@@ -90,6 +90,7 @@ async def play(here: Stage, forward: bytes, back: bytes, piece: int = 1 << 20) -
     It ends when both have ended: cut, or each after the end that the other one has said.
     """
     there, returned = Got(), Got()
+    before = len(here.proxy.events)
     async with here.connection() as (near, far), trio.open_nursery() as nursery:
 
         async def source() -> None:
@@ -99,7 +100,7 @@ async def play(here: Stage, forward: bytes, back: bytes, piece: int = 1 << 20) -
 
         async def destination() -> None:
             # The forward half has to begin first, or nobody knows what connection it is.
-            await here.proxy.wait("kind")
+            await here.proxy.wait("kind", before)
             await give(far, back, piece)
             with contextlib.suppress(trio.BrokenResourceError):
                 await far.send_eof()

@@ -159,6 +159,8 @@ class Pump:
             relay.home.last_stream = self.watch.reader
         if seen.name:
             relay.tell(seen.name, self.way, seen.begin, seen.details)
+        while (due := self._due(seen.end)) is not None:
+            await self._stop_at(*due)
         while (fault := plan.at(relay)) is not None:
             if fault.point.way is not self.way or (fault.point.name, fault.value) not in seen.points:
                 return
@@ -184,11 +186,13 @@ class Pump:
     async def _pass(self, upto: int) -> None:
         """Pass on up to byte ``upto`` of the direction; do what is due at a byte before."""
         while (due := self._due(upto)) is not None:
-            fault, at = due
-            await self._forward(at)
-            if self.relay.home.plan.at(self.relay) is fault:
-                await self.relay.do(fault, self)
+            await self._stop_at(*due)
         await self._forward(upto)
+
+    async def _stop_at(self, fault: Fault, at: int) -> None:
+        await self._forward(at)
+        if self.relay.home.plan.at(self.relay) is fault:
+            await self.relay.do(fault, self)
 
     async def _forward(self, upto: int) -> None:
         count = upto - self.sent
