@@ -9,9 +9,9 @@ SANITIZE_TIMES ?= 10
 
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard vhostpc/_native/*.c vhostpc/_native/*.h) vhostpc/_native/build.py
+NATIVE := $(wildcard $(foreach in,vhostpc/_native vhostpc/_native/*,$(in)/*.c $(in)/*.h)) vhostpc/_native/build.py
 STRICT := -std=gnu11 -O2 -Wall -Wextra -Wconversion -Wno-sign-conversion -Wshadow -Werror -pthread -Ivhostpc/_native
-OWN_C := $(sort $(filter-out %/_vpc.c %/_vpc.abi3.c,$(wildcard vhostpc/_native/*.c tests/guest/*.c tests/native/*.c bench/native/*.c)))
+OWN_C := $(sort $(filter-out %/_vpc.c %/_vpc.abi3.c,$(wildcard vhostpc/_native/*.c vhostpc/_native/*/*.c tests/guest/*.c tests/native/*.c bench/native/*.c)))
 
 export PYTHON
 .PHONY: build peers demo demo-qemu test test-long lint lint-c lint-package lint-words bench fuzz sanitize clean help
@@ -110,5 +110,5 @@ sanitize: $(VENV)/.test
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f vhostpc/_native/_vpc.c vhostpc/_native/_vpc.abi3.c vhostpc/_native/_vpc*.so vhostpc/_native/*.o
+	rm -f vhostpc/_native/_vpc.c vhostpc/_native/_vpc.abi3.c vhostpc/_native/_vpc*.so vhostpc/_native/*.o vhostpc/_native/*/*.o
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,9 +15,9 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from vhostpc.wire.elements import Footer, RamBlocks, SectionEnd, SectionPart, StreamEvent
-from vhostpc.wire.ramrec import EndOfSection, RamEncoder, RamPage
-from vhostpc.wire.stream import RamMode, StreamReader
+from vhostpc.wire.migration.elements import Footer, RamBlocks, SectionEnd, SectionPart, StreamEvent
+from vhostpc.wire.migration.ramrec import EndOfSection, RamEncoder, RamPage
+from vhostpc.wire.migration.stream import RamMode, StreamReader
 
 from .ends import BLOCK, PEER, end, qemu_argv
 

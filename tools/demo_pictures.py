@@ -7,8 +7,8 @@ from pathlib import Path
 
 import trio
 
-from vhostpc.cli.demo_run import Demo
-from vhostpc.cli.report import Pictures, standalone
+from vhostpc.cli.demo.report import Pictures, standalone
+from vhostpc.cli.demo.run import Demo
 
 
 def main() -> None:

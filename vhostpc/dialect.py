@@ -86,6 +86,9 @@ class Dialect:
     postcopy_bandwidth_unit: str
     """Of ``max-postcopy-bandwidth`` there."""
 
+    pause_refusal: str
+    """Of ``migrate-pause``."""
+
     # Addresses.
     file_addresses: bool
     """``file:``"""
@@ -227,6 +230,7 @@ _7_2 = Dialect(
     parameter_is_rest=False,
     parameters_in_text=tuple(_IN_TEXT_7_2.split()),
     postcopy_bandwidth_unit="",
+    pause_refusal="migrate-pause is currently only supported during postcopy-active state",
     file_addresses=False,
     empty_fd_name=True,
     fd_of_file=True,
@@ -281,6 +285,7 @@ _10_0 = Dialect(
     parameter_is_rest=False,
     parameters_in_text=tuple(_IN_TEXT_10_0.split()),
     postcopy_bandwidth_unit="",
+    pause_refusal="migrate-pause is currently only supported during postcopy-active or postcopy-recover state",
     file_addresses=True,
     empty_fd_name=False,
     fd_of_file=True,

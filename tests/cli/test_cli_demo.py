@@ -20,11 +20,11 @@ import pytest
 import trio
 
 from tests.kit.until import until
-from vhostpc.cli.demo_books import Far, Frames, Pages, Requests, Result, judge, waits_of
-from vhostpc.cli.demo_relay import Relay, find_page
-from vhostpc.cli.pictures import Band, Frame, cells, svg, ticks
+from vhostpc.cli.demo.books import Far, Frames, Pages, Requests, Result, judge, waits_of
+from vhostpc.cli.demo.pictures import Band, Frame, cells, svg, ticks
+from vhostpc.cli.demo.relay import Relay, find_page
 from vhostpc.units import TARGET_PAGE
-from vhostpc.wire.ramrec import RamFlag
+from vhostpc.wire.migration.ramrec import RamFlag
 
 ROOT = Path(__file__).resolve().parents[2]
 SVG = "{http://www.w3.org/2000/svg}"

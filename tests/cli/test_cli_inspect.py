@@ -13,7 +13,7 @@ import pytest
 
 from tests.kit import streams
 from tests.kit.streams import h
-from vhostpc.wire import elements as el
+from vhostpc.wire.migration import elements as el
 
 ROOT = Path(__file__).resolve().parents[2]
 

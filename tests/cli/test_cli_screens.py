@@ -16,12 +16,12 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from vhostpc.cli import demo_screen
 from vhostpc.cli.checks import Check, Level
-from vhostpc.cli.demo import print_tables
-from vhostpc.cli.demo_books import Frames, Pages, Result, Traffic, Waits
-from vhostpc.cli.demo_run import COPYING, FOLLOWING, RUNNING, STARTING, THERE
-from vhostpc.cli.demo_tables import tables
+from vhostpc.cli.demo import output
+from vhostpc.cli.demo.books import Frames, Pages, Result, Traffic, Waits
+from vhostpc.cli.demo.demo import print_tables
+from vhostpc.cli.demo.run import COPYING, FOLLOWING, RUNNING, STARTING, THERE
+from vhostpc.cli.demo.tables import tables
 from vhostpc.cli.doctor import text_report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def shown(width: int) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, highlight=False)
     for table in tables(result()):
-        demo_screen.print_table(console, *table)
+        output.print_table(console, *table)
     return out.getvalue()
 
 
@@ -76,9 +76,9 @@ def test_where_there_is_room_they_are_tables() -> None:
 def test_no_phase_is_cut(width: int) -> None:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, color_system=None, legacy_windows=False)
-    with Progress(*demo_screen.columns(width), console=console, auto_refresh=False) as progress:
+    with Progress(*output.columns(width), console=console, auto_refresh=False) as progress:
         for what in PHASES:
-            progress.add_task(what, total=1, completed=1, short=demo_screen.short(what))
+            progress.add_task(what, total=1, completed=1, short=output.short(what))
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
     assert "…" not in text
     lines = [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip()]

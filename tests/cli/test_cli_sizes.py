@@ -12,7 +12,7 @@ import pytest
 from vhostpc.cli.endpoint import size
 from vhostpc.migration.held import HeldMachine
 from vhostpc.units import in_units, page_sizes, sizes_differ
-from vhostpc.wire.elements import BlockInfo, RamBlocks
+from vhostpc.wire.migration.elements import BlockInfo, RamBlocks
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20

@@ -28,7 +28,7 @@ from vhostpc.guest.own_machine import Block, OwnMachine, Spec, open_machine
 from vhostpc.pages.service import FaultService
 from vhostpc.ufd import Way
 from vhostpc.wire import vhost_user as vu
-from vhostpc.wire.ramrec import RamEncoder
+from vhostpc.wire.migration.ramrec import RamEncoder
 from vhostpc.wire.vhost_user import BackendRequest, Frame, Request
 
 pytestmark = pytest.mark.ufd

@@ -29,7 +29,7 @@ from vhostpc.cli import endpoint as cli
 from vhostpc.guest.own_machine import Block, Spec, open_machine
 from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import After
-from vhostpc.wire.elements import (
+from vhostpc.wire.migration.elements import (
     BlockInfo,
     Configuration,
     Footer,
@@ -42,8 +42,8 @@ from vhostpc.wire.elements import (
     SectionPart,
     SectionStart,
 )
-from vhostpc.wire.ramrec import RamEncoder
-from vhostpc.wire.return_path import PageRequest, Pong, ReceivedBitmap, ResumeAck, Shut
+from vhostpc.wire.migration.ramrec import RamEncoder
+from vhostpc.wire.migration.return_path import PageRequest, Pong, ReceivedBitmap, ResumeAck, Shut
 
 MIB = 1 << 20
 PAGE = 4096

@@ -24,7 +24,7 @@ from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import NeverRan, Outgoing
 from vhostpc.migration.phase import Course, Event
 from vhostpc.migration.watcher import Unwatched
-from vhostpc.wire.elements import DeviceSection
+from vhostpc.wire.migration.elements import DeviceSection
 
 MIB = 1 << 20
 

@@ -24,7 +24,7 @@ from vhostpc.migration.machine import Machine
 from vhostpc.migration.options import Options
 from vhostpc.migration.status import Status
 from vhostpc.migration.uri import Exec, Fd, Unix
-from vhostpc.wire.elements import BlockInfo, Configuration, Footer, Header, RamBlocks, SectionStart
+from vhostpc.wire.migration.elements import BlockInfo, Configuration, Footer, Header, RamBlocks, SectionStart
 
 
 @asynccontextmanager

@@ -17,8 +17,8 @@ from vhostpc.frontend import Driver, GuestRegion, RingLayout, SharedLog
 from vhostpc.guest import sections
 from vhostpc.guest.own_machine import Block, Spec, open_machine
 from vhostpc.pages.ramblock import Bits, RamSet
-from vhostpc.wire.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
-from vhostpc.wire.vmdesc import parse, split_by
+from vhostpc.wire.migration.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
+from vhostpc.wire.migration.vmdesc import parse, split_by
 
 MIB = 1 << 20
 RING = RingLayout.contiguous_at(0, 64)

@@ -14,7 +14,7 @@ from vhostpc.frontend.source import CallableSource, start_source
 from vhostpc.pages.ramblock import Bits, RamSet
 from vhostpc.pages.service import FaultService
 from vhostpc.units import TARGET_PAGE
-from vhostpc.wire.return_path import Shut
+from vhostpc.wire.migration.return_path import Shut
 
 pytestmark = pytest.mark.ufd
 PAGES = 64

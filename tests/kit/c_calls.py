@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+NATIVE = Path(__file__).resolve().parents[2] / "vhostpc" / "_native"
+
 NOISE = re.compile(r'/\*.*?\*/|//[^\n]*|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'', re.DOTALL)
 HEAD = re.compile(
     r"^(?!\s|#|\}|struct \w+ \{|union|enum|typedef)[^;{}#]*?\b(\w+)\([^;{}]*\)\s*\{", re.MULTILINE
@@ -28,6 +30,11 @@ class Function:
     private: bool = False
     #: Arguments of each call, by the name that is called; an empty list where the name stands without parentheses.
     calls: dict[str, list[list[str]]] = field(default_factory=dict)
+
+
+def c_files(pattern: str = "*.[ch]") -> list[Path]:
+    """Our files of C, in all folders of the native half; what cffi makes is not among them."""
+    return sorted(path for path in NATIVE.rglob(pattern) if not path.name.startswith("_vpc"))
 
 
 def without_noise(text: str) -> str:

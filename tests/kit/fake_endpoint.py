@@ -82,6 +82,18 @@ class FakeEndpoint:
             self.move(Event.CANCEL)
             self.move(Event.FAIL)
 
+    async def pause(self) -> None:
+        if not self.course.in_postcopy:
+            raise MigrationRefused(self.options.dialect.pause_refusal)
+        self.calls.append("pause")
+
+    def check_recover(self) -> None:
+        if not self.course.allows(Event.RECOVER) or self.course.side == "source":
+            raise MigrationRefused("Migrate recover can only be run when postcopy is paused.")
+
+    async def recover(self, address: Address) -> None:
+        self.calls.append(("recover", address))
+
     async def start_postcopy(self) -> None:
         self.calls.append("start-postcopy")
 

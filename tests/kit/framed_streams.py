@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass, field
 
 from vhostpc.units import TARGET_PAGE
-from vhostpc.wire.ramrec import BadRamStream, BadRecord, RamEncoder, RamModel
+from vhostpc.wire.migration.ramrec import BadRamStream, BadRecord, RamEncoder, RamModel
 
 BLOCKS = {
     "ram0": (6 * TARGET_PAGE, TARGET_PAGE),

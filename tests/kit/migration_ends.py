@@ -16,7 +16,7 @@ from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.phase import Course, Event
 from vhostpc.migration.watcher import Unwatched
-from vhostpc.wire.return_path import ReturnPathDecoder
+from vhostpc.wire.migration.return_path import ReturnPathDecoder
 
 LIMIT = 30
 

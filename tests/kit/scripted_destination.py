@@ -18,11 +18,11 @@ from vhostpc.migration.outgoing import After, Outgoing
 from vhostpc.migration.phase import Course, Event, Told
 from vhostpc.migration.status import Status
 from vhostpc.pages.ramblock import Bits, RamSet
-from vhostpc.wire.elements import Configuration, DeviceSection, Package, Ping, StreamEvent
-from vhostpc.wire.ramrec import RamPage
-from vhostpc.wire.return_path import Shut
-from vhostpc.wire.split import read_package
-from vhostpc.wire.stream import RamMode, StreamReader
+from vhostpc.wire.migration.elements import Configuration, DeviceSection, Package, Ping, StreamEvent
+from vhostpc.wire.migration.ramrec import RamPage
+from vhostpc.wire.migration.return_path import Shut
+from vhostpc.wire.migration.split import read_package
+from vhostpc.wire.migration.stream import RamMode, StreamReader
 
 PAGE = 4096
 

@@ -12,7 +12,7 @@ import trio
 
 from tests.kit.streams import Encoded
 from vhostpc.units import TARGET_PAGE
-from vhostpc.wire.elements import (
+from vhostpc.wire.migration.elements import (
     BlockInfo,
     Configuration,
     DeviceSection,
@@ -31,8 +31,8 @@ from vhostpc.wire.elements import (
     SectionPart,
     SectionStart,
 )
-from vhostpc.wire.ramrec import RamEncoder
-from vhostpc.wire.return_path import PageRequest, ReturnPathDecoder
+from vhostpc.wire.migration.ramrec import RamEncoder
+from vhostpc.wire.migration.return_path import PageRequest, ReturnPathDecoder
 
 RAM = 3
 CLOCK = DeviceSection(9, "clk", 0, 1, b"\xde\xad\xbe\xef")

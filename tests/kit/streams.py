@@ -9,9 +9,9 @@ import itertools
 from collections.abc import Iterable
 from typing import Protocol
 
-from vhostpc.wire.elements import StreamEvent
-from vhostpc.wire.ramrec import EndOfSection, RamEncoder, RamPage
-from vhostpc.wire.stream import StreamReader
+from vhostpc.wire.migration.elements import StreamEvent
+from vhostpc.wire.migration.ramrec import EndOfSection, RamEncoder, RamPage
+from vhostpc.wire.migration.stream import StreamReader
 
 A, B, C = (bytes([byte]) * 4096 for byte in (0xAA, 0xBB, 0xCC))
 JSON = (
@@ -95,7 +95,7 @@ def read(data: bytes, reader: StreamReader | None = None, cuts: Iterable[int] = 
 
 def encode(events: Iterable[StreamEvent]) -> bytes:
     """The bytes of events that were read with :attr:`RamMode.PAGES`."""
-    from vhostpc.wire.elements import Package
+    from vhostpc.wire.migration.elements import Package
 
     ram, out = RamEncoder(), bytearray()
     for event in events:

@@ -22,15 +22,15 @@ from vhostpc.endpoint import Endpoint
 from vhostpc.errors import ChannelLost, MigrationRefused
 from vhostpc.migration import outgoing as outgoing_file
 from vhostpc.migration.channel import Channel
-from vhostpc.migration.incoming import Incoming
+from vhostpc.migration.link import IncomingLink
 from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import NeverRan, Outgoing
 from vhostpc.migration.phase import Phase
 from vhostpc.migration.status import Status
 from vhostpc.migration.uri import Fd, Unix
 from vhostpc.pages.ramblock import RamBlock
-from vhostpc.wire.elements import DeviceSection, EndOfStream, Package, StreamEvent, VmDescription
-from vhostpc.wire.return_path import Shut
+from vhostpc.wire.migration.elements import DeviceSection, EndOfStream, Package, StreamEvent, VmDescription
+from vhostpc.wire.migration.return_path import Shut
 
 ALL = tuple(DIALECTS)
 LARGE = 8 << 20
@@ -473,13 +473,13 @@ async def test_the_destination_pauses_whatever_fails_behind_run(
     with Here(world) as here, There(world) as there:
         left = [error]
 
-        async def fail(self: Incoming) -> Any:
+        async def fail(self: IncomingLink) -> Any:
             if "destination" in world.running and left:
                 raise left.pop()
             return await read(self)
 
-        read = Incoming._next
-        monkeypatch.setattr(Incoming, "_next", fail)
+        read = IncomingLink.next
+        monkeypatch.setattr(IncomingLink, "next", fail)
         async with joined(here, there, tmp_path) as (source, destination):
             await until(lambda: destination.status is Status.POSTCOPY_PAUSED)
             await until(lambda: source.status is Status.POSTCOPY_PAUSED)

@@ -18,13 +18,13 @@ from tests.kit.streams import BLOB, JSON, POSTCOPY, PRECOPY, A, B, C, h
 from tests.kit.thread_names import thread_names
 from tests.kit.until import until
 from vhostpc.errors import ChannelLost, MigrationRefused, StreamError, UfdError
-from vhostpc.migration import incoming as incoming_module
+from vhostpc.migration import link as link_module
 from vhostpc.migration import postcopy_checks
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.phase import Event
-from vhostpc.wire.elements import BadStream, RamDiscard, name_bytes
-from vhostpc.wire.return_path import Pong, Shut
+from vhostpc.wire.migration.elements import BadStream, RamDiscard, name_bytes
+from vhostpc.wire.migration.return_path import Pong, Shut
 
 ZERO = bytes(4096)
 
@@ -339,7 +339,7 @@ async def test_bytes_behind_the_end(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The channel stays open, so more could come; it does not, and they are none of the stream's."""
-    monkeypatch.setattr(incoming_module, "END_WAIT", 0.05)
+    monkeypatch.setattr(link_module, "END_WAIT", 0.05)
     ours, theirs = pair()
     data = forged(PRECOPY, CONFIGURATION, CONFIGURATION + RETURN_PATH)
     with trio.fail_after(LIMIT), HeldMachine() as machine:

@@ -31,8 +31,8 @@ from vhostpc.migration.phase import Event
 from vhostpc.pages.pagesource import PageSource
 from vhostpc.pages.ramblock import Bits
 from vhostpc.pages.service import FaultService
-from vhostpc.wire.elements import EndOfStream, Footer, SectionEnd
-from vhostpc.wire.return_path import Pong, Shut
+from vhostpc.wire.migration.elements import EndOfStream, Footer, SectionEnd
+from vhostpc.wire.migration.return_path import Pong, Shut
 from vhostpc.wire.vhost_user import Feature, PostcopyPhase, ProtocolFeature
 
 pytestmark = pytest.mark.ufd

@@ -27,8 +27,8 @@ from vhostpc.migration.phase import Event
 from vhostpc.pages.ramblock import Bits, RamSet
 from vhostpc.pages.service import FaultService
 from vhostpc.ufd import Userfaultfd
-from vhostpc.wire.elements import Ping
-from vhostpc.wire.return_path import Pong, Shut
+from vhostpc.wire.migration.elements import Ping
+from vhostpc.wire.migration.return_path import Pong, Shut
 
 pytestmark = pytest.mark.ufd
 

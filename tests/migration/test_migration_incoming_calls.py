@@ -18,7 +18,7 @@ from tests.kit.scripted_source import CLOCK, RAM
 from vhostpc.migration import long_waits
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
-from vhostpc.wire.elements import (
+from vhostpc.wire.migration.elements import (
     BlockInfo,
     Configuration,
     EndOfStream,
@@ -35,7 +35,7 @@ from vhostpc.wire.elements import (
     SectionPart,
     SectionStart,
 )
-from vhostpc.wire.ramrec import RamEncoder
+from vhostpc.wire.migration.ramrec import RamEncoder
 
 PAGE = 4096
 PER_PART = 1000

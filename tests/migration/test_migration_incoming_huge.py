@@ -16,7 +16,7 @@ from tests.kit.scripted_source import ScriptedSource
 from tests.kit.until import until
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
-from vhostpc.wire.return_path import Pong, Shut
+from vhostpc.wire.migration.return_path import Pong, Shut
 
 pytestmark = pytest.mark.ufd
 PAGE, HUGE = 4096, 2 << 20

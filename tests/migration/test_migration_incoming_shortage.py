@@ -12,8 +12,8 @@ from tests.kit.until import until
 from tests.migration.test_migration_incoming_postcopy import PAGE, TOUCH, A, Machine, Toucher, receiving
 from vhostpc.migration import long_waits
 from vhostpc.migration.phase import Event
-from vhostpc.wire.elements import RamBlocks
-from vhostpc.wire.return_path import Pong, Shut
+from vhostpc.wire.migration.elements import RamBlocks
+from vhostpc.wire.migration.return_path import Pong, Shut
 
 pytestmark = pytest.mark.ufd
 PAGES = 8

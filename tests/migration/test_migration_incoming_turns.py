@@ -24,7 +24,15 @@ from vhostpc.migration.incoming import DISCARD
 from vhostpc.migration.phase import Event
 from vhostpc.migration.turns import pieces
 from vhostpc.pages.ramblock import RamBlock
-from vhostpc.wire.elements import BlockInfo, DeviceSection, Footer, Ping, RamBlocks, RamDiscard, SectionStart
+from vhostpc.wire.migration.elements import (
+    BlockInfo,
+    DeviceSection,
+    Footer,
+    Ping,
+    RamBlocks,
+    RamDiscard,
+    SectionStart,
+)
 
 MIB, GIB = 1 << 20, 1 << 30
 

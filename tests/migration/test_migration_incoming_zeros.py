@@ -17,8 +17,8 @@ from vhostpc.migration.phase import Event
 from vhostpc.pages.faultclient import ClientRange
 from vhostpc.pages.ramblock import Bits, RamSet
 from vhostpc.ufd import Userfaultfd
-from vhostpc.wire.elements import RamBlocks
-from vhostpc.wire.return_path import Pong, Shut
+from vhostpc.wire.migration.elements import RamBlocks
+from vhostpc.wire.migration.return_path import Pong, Shut
 
 pytestmark = pytest.mark.ufd
 PAGE, HUGE = 4096, 2 << 20

@@ -28,7 +28,7 @@ from vhostpc.migration.runstate import RunState
 from vhostpc.migration.status import BUSY, Status
 from vhostpc.migration.uri import Fd
 from vhostpc.pages.service import FaultService
-from vhostpc.wire.elements import Configuration, DeviceSection, RamBlocks
+from vhostpc.wire.migration.elements import Configuration, DeviceSection, RamBlocks
 
 PAGES = 400
 LARGE = 1 << 20

@@ -14,7 +14,7 @@ from vhostpc.migration.outgoing import After, NeverRan
 from vhostpc.migration.phase import Phase
 from vhostpc.migration.status import Status
 from vhostpc.pages.ramblock import Bits
-from vhostpc.wire.elements import (
+from vhostpc.wire.migration.elements import (
     MUST_HEAR,
     DeviceSection,
     Package,
@@ -24,7 +24,7 @@ from vhostpc.wire.elements import (
     StreamEvent,
     VmDescription,
 )
-from vhostpc.wire.return_path import PageRequest, Pong, Shut
+from vhostpc.wire.migration.return_path import PageRequest, Pong, Shut
 
 ALL = tuple(DIALECTS)
 

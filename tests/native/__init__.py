@@ -17,7 +17,7 @@ NATIVE = HERE.parent.parent / "vhostpc" / "_native"
 
 @dataclass(frozen=True)
 class Program:
-    """A driver, the sanitizers that it is built with, and the files of ours that it drives."""
+    """A driver, the sanitizers that it is built with, and the files of ours that it drives, below ``_native/``."""
 
     name: str
     sanitize: str
@@ -38,111 +38,24 @@ class Program:
         return program
 
 
-FLIP = Program(
-    "flip",
-    "address,undefined",
-    (
-        "event",
-        "gm",
-        "view",
-        "supply",
-        "guard",
-        "replace",
-        "vq",
-        "walk",
-        "call",
-        "chain",
-        "inflight",
-        "pump",
-        "pump_in",
-        "pump_out",
-    ),
+MEMORY = ("event", "memory/gm", "memory/view", "memory/supply", "memory/guard", "memory/replace")
+RINGS = (*MEMORY, *(f"virtio/{name}" for name in ("vq", "walk", "call", "chain", "inflight")))
+PAGES = (
+    *("event", "memory/replace", "ufd/uffd"),
+    *(f"pages/{name}" for name in ("fault", "waiters", "outbox", "ram", "local", "present")),
+    *(f"pages/{name}" for name in ("ramload", "ramplace", "delta")),
 )
-GUARD = Program("guard", "address,undefined", ("event", "gm", "view", "supply", "guard", "replace"))
-MAPS = Program("maps", "undefined", ("event", "gm", "view", "supply", "guard", "replace"))
+
+FLIP = Program("flip", "address,undefined", (*RINGS, "virtio/pump", "virtio/pump_in", "virtio/pump_out"))
+GUARD = Program("guard", "address,undefined", MEMORY)
+MAPS = Program("maps", "undefined", MEMORY)
 # Step by step: what the address sanitizer adds would be most of the steps.
-RESTART = Program(
-    "restart",
-    "undefined",
-    ("event", "gm", "view", "supply", "guard", "replace", "vq", "walk", "call", "chain", "inflight"),
-)
-FAULTS = Program(
-    "faults",
-    "thread",
-    (
-        "event",
-        "uffd",
-        "fault",
-        "waiters",
-        "outbox",
-        "ram",
-        "ramload",
-        "delta",
-        "ramplace",
-        "local",
-        "present",
-        "replace",
-    ),
-    wraps=("realloc",),
-)
-LOADS = Program(
-    "loads",
-    "address,undefined",
-    (
-        "event",
-        "uffd",
-        "fault",
-        "waiters",
-        "outbox",
-        "ram",
-        "ramload",
-        "delta",
-        "ramplace",
-        "local",
-        "present",
-        "replace",
-    ),
-)
-VCPUS = Program(
-    "vcpus",
-    "thread",
-    (
-        "event",
-        "vcpu",
-        "dirty",
-        "uffd",
-        "ram",
-        "present",
-        "replace",
-        "local",
-        "ramload",
-        "delta",
-        "ramplace",
-        "fault",
-        "waiters",
-        "outbox",
-    ),
-)
+RESTART = Program("restart", "undefined", RINGS)
+FAULTS = Program("faults", "thread", PAGES, wraps=("realloc",))
+LOADS = Program("loads", "address,undefined", PAGES)
+VCPUS = Program("vcpus", "thread", (*PAGES, "pages/dirty", "guest/vcpu"))
 STATE = Program(
-    "state",
-    "address,undefined",
-    (
-        "event",
-        "driver",
-        "driverstate",
-        "frame",
-        "uffd",
-        "ram",
-        "present",
-        "replace",
-        "local",
-        "ramload",
-        "delta",
-        "ramplace",
-        "fault",
-        "waiters",
-        "outbox",
-    ),
+    "state", "address,undefined", (*PAGES, "frontend/driver", "frontend/driverstate", "frontend/frame")
 )
 
 

@@ -22,8 +22,10 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
-#include "ram_internal.h"
-#include "vpc_uffd.h"
+#include "pages/ram_internal.h"
+#include "pages/records_internal.h"
+#include "pages/vpc_load.h"
+#include "ufd/vpc_uffd.h"
 
 #define PAGES 512u
 #define NEVER 32u

@@ -18,7 +18,9 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
-#include "ring_internal.h"
+#include "virtio/ring_internal.h"
+#include "virtio/vpc_inflight.h"
+#include "virtio/vpc_pump.h"
 
 #define SIZE (1u << 20)
 #define GUARD (64u << 20)

@@ -18,7 +18,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
-#include "gm_internal.h"
+#include "memory/gm_internal.h"
 
 #define SESSIONS 4
 #define PAGE 4096u

@@ -15,8 +15,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
-#include "ram_internal.h"
-#include "vpc_uffd.h"
+#include "pages/ram_internal.h"
+#include "pages/vpc_load.h"
+#include "ufd/vpc_uffd.h"
 
 #define BLOCKS 3
 #define SECTION 7u

@@ -10,8 +10,8 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
-#include "gm_internal.h"
-#include "replace_internal.h"
+#include "memory/gm_internal.h"
+#include "memory/replace_internal.h"
 
 #define PAGE 4096u
 #define SIZE (16u * PAGE)

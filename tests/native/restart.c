@@ -20,7 +20,8 @@
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
-#include "ring_internal.h"
+#include "virtio/ring_internal.h"
+#include "virtio/vpc_inflight.h"
 
 #define SIZE 0x8000u
 #define GPA 0x10000u

@@ -5,7 +5,7 @@
  * out of bounds.
  */
 #define _GNU_SOURCE
-#include "vpc_driver.h"
+#include "frontend/vpc_driver.h"
 
 #include <stdint.h>
 #include <stdio.h>

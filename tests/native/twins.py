@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.kit.framed_streams import BLOCKS, case, expected
 from tests.native import output
-from vhostpc.wire.ramrec import BadRecord
+from vhostpc.wire.migration.ramrec import BadRecord
 
 EOS, EOF = 1, 2
 

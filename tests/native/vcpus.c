@@ -18,10 +18,11 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
-#include "ram_internal.h"
-#include "vpc_dirty.h"
-#include "vpc_uffd.h"
-#include "vpc_vcpu.h"
+#include "pages/ram_internal.h"
+#include "pages/vpc_load.h"
+#include "pages/vpc_dirty.h"
+#include "ufd/vpc_uffd.h"
+#include "guest/vpc_vcpu.h"
 
 #define CPUS 3
 #define PAGES 100u /* of each of the two blocks */

@@ -9,8 +9,8 @@ import trio
 from vhostpc.pages.pagesource import UNLIMITED, Ended, PageScan, PageSource
 from vhostpc.pages.ramblock import Bits, RamSet
 from vhostpc.units import TARGET_PAGE
-from vhostpc.wire.ramrec import EndOfSection, RamDecoder, RamPage
-from vhostpc.wire.return_path import PageRequest, Shut
+from vhostpc.wire.migration.ramrec import EndOfSection, RamDecoder, RamPage
+from vhostpc.wire.migration.return_path import PageRequest, Shut
 
 PAGES = 64
 

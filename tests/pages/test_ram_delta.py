@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests.pages.test_ram_records import BLOCKS, PAGE_A, load_cut, loader, with_limit
 from vhostpc.errors import StreamError
 from vhostpc.units import TARGET_PAGE
-from vhostpc.wire import xbzrle
-from vhostpc.wire.ramrec import REASONS, BadRecord, RamEncoder, RamFlag
+from vhostpc.wire.migration import xbzrle
+from vhostpc.wire.migration.ramrec import REASONS, BadRecord, RamEncoder, RamFlag
 
 # From QEMU's documents: byte 8 to 11 become 1 to 4, byte 200 becomes 5.
 DELTA = bytes.fromhex("08 04 01020304 bc01 01 05")

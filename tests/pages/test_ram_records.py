@@ -19,7 +19,7 @@ from vhostpc.pages.ramblock import Bits, RamSet
 from vhostpc.pages.ramchannel import INPUT_ROOM
 from vhostpc.pages.service import FaultService
 from vhostpc.units import TARGET_PAGE
-from vhostpc.wire.ramrec import (
+from vhostpc.wire.migration.ramrec import (
     BadRamStream,
     BadRecord,
     EndOfSection,
@@ -28,7 +28,7 @@ from vhostpc.wire.ramrec import (
     RamModel,
     RamPage,
 )
-from vhostpc.wire.return_path import PageRequest, Pong, ReturnPathDecoder, ReturnPathMessage, Shut
+from vhostpc.wire.migration.return_path import PageRequest, Pong, ReturnPathDecoder, ReturnPathMessage, Shut
 
 PAGE_A = b"a" * TARGET_PAGE
 BLOCKS = {"ram0": (6 * TARGET_PAGE, TARGET_PAGE), "rom": (2 * TARGET_PAGE, TARGET_PAGE)}

@@ -16,7 +16,7 @@ from vhostpc.errors import ChannelLost
 from vhostpc.pages.ramblock import Bits, RamSet
 from vhostpc.pages.service import FaultService
 from vhostpc.units import TARGET_PAGE
-from vhostpc.wire.ramrec import BadRamStream
+from vhostpc.wire.migration.ramrec import BadRamStream
 
 pytestmark = pytest.mark.ufd
 

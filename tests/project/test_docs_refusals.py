@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from vhostpc.wire import ramrec
+from vhostpc.wire.migration import ramrec
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "vhostpc"
 PAGE = ROOT / "docs" / "stream.md"
 FILES = [
-    *("wire/stream.py", "wire/elements.py", "wire/split.py", "wire/devices.py", "wire/ramscan.py"),
+    *(f"wire/migration/{name}.py" for name in ("stream", "elements", "split", "devices", "ramscan")),
     *("migration/postcopy_checks.py", "migration/heads.py", "migration/incoming.py", "migration/held.py"),
     *("guest/own_machine.py",),
 ]
@@ -24,10 +24,10 @@ REFUSALS = {"BadStream", "StreamError", "PostcopyRefused"}
 
 # Functions that refuse before the package only, while the source can go on.
 BEFORE = {
-    "wire/stream.py": {"_header", "_configuration", "_name", "_end", "_footer"},
-    "wire/devices.py": {"early_section"},
+    "wire/migration/stream.py": {"_header", "_configuration", "_name", "_end", "_footer"},
+    "wire/migration/devices.py": {"early_section"},
     # In the end it is the C loader that reads records, whose reasons are in ramrec.
-    "wire/ramscan.py": {"block_list", "_page_size", "records", "_delta"},
+    "wire/migration/ramscan.py": {"block_list", "_page_size", "records", "_delta"},
     "migration/postcopy_checks.py": {"check_advise", "check_page_sizes", "check_discard"},
     "migration/heads.py": {"check_head"},
     "migration/incoming.py": {"_open_return_path", "_precopy"},
@@ -36,11 +36,11 @@ BEFORE = {
 }
 # Behind the package by nothing but a broken connection, or told under another name in the table.
 BY_ANOTHER_NAME = {
-    ("wire/devices.py", "_try"): "what is wrong with a description is told, not refused",
-    ("wire/stream.py", "_command"): "those before the package; the others are in the table",
-    ("wire/stream.py", "_package"): "those before the package; the other is in the table",
-    ("wire/stream.py", "_start"): "those before the package; the others are in the table",
-    ("wire/stream.py", "_part"): "a part of a section that never started: there is one section only",
+    ("wire/migration/devices.py", "_try"): "what is wrong with a description is told, not refused",
+    ("wire/migration/stream.py", "_command"): "those before the package; the others are in the table",
+    ("wire/migration/stream.py", "_package"): "those before the package; the other is in the table",
+    ("wire/migration/stream.py", "_start"): "those before the package; the others are in the table",
+    ("wire/migration/stream.py", "_part"): "of a section that never started: there is one section only",
     ("guest/own_machine.py", "load"): "a state that is not a machine's of ours",
 }
 

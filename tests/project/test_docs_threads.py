@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.kit.c_calls import CallGraph, arguments, closing
+from tests.kit.c_calls import CallGraph, arguments, c_files, closing
 from tests.kit.rig import Guest, backend_child, far_side, moving
 from tests.kit.thread_names import thread_names
 from tests.kit.until import until
@@ -24,7 +24,6 @@ from vhostpc.units import TARGET_PAGE
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "vhostpc"
-NATIVE = PACKAGE / "_native"
 PAGE = (ROOT / "docs" / "threads.md").read_text()
 
 # --- the table against C -----------------------------------------------------------------------------
@@ -58,8 +57,7 @@ CALM_BLOCKS = {"vpc_save_run", "vpc_save_round", "vpc_load_run"}
 
 @pytest.fixture(scope="module")
 def graph() -> CallGraph:
-    files = [p for p in sorted(NATIVE.glob("*.[ch]")) if not p.name.startswith("_vpc")]
-    return CallGraph(files)
+    return CallGraph(c_files())
 
 
 def pointer_users(graph: CallGraph) -> set[tuple[str, str]]:
@@ -69,7 +67,7 @@ def pointer_users(graph: CallGraph) -> set[tuple[str, str]]:
 def declared() -> set[str]:
     """What Python can call: the names between the markers of the headers."""
     found: set[str] = set()
-    for header in NATIVE.glob("vpc_*.h"):
+    for header in c_files("vpc_*.h"):
         text = header.read_text().split("/* cdef begin */", 1)[1].split("/* cdef end */", 1)[0]
         found |= set(re.findall(r"\b(vpc_\w+)\(", re.sub(r"/\*.*?\*/", " ", text, flags=re.DOTALL)))
     return found

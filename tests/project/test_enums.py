@@ -17,7 +17,7 @@ from vhostpc.pages import trace
 from vhostpc.pages.pagesource import Ended
 from vhostpc.pages.ramblock import Bits
 from vhostpc.ufd import flags
-from vhostpc.wire.ramrec import BadRecord
+from vhostpc.wire.migration.ramrec import BadRecord
 
 
 def all_enums() -> list[type[enum.Enum]]:

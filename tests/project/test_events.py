@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.kit.c_calls import without_noise
+from tests.kit.c_calls import c_files, without_noise
 from vhostpc.backend.channel import BackendChannel
 from vhostpc.errors import RequestFailed
 from vhostpc.transport import MessageSocket
@@ -24,7 +24,6 @@ from vhostpc.wire import vhost_user as vu
 from vhostpc.wire.vhost_user import BackendRequest, Request
 
 PACKAGE = Path(__file__).resolve().parents[2] / "vhostpc"
-NATIVE = PACKAGE / "_native"
 FULL = (1 << 64) - 2
 EMPTY_AND_FULL = [(flags, count) for flags in (0, os.EFD_SEMAPHORE) for count in (0, 1, FULL)]
 
@@ -185,7 +184,7 @@ CALLS = re.compile(r"\b(p?(?:read|write)v?2?|recv\w*|send(?:to|msg|mmsg)?)\((\w+
 
 def test_no_file_of_c_reads_or_writes_otherwise() -> None:
     found = set()
-    for path in sorted(NATIVE.glob("[!_]*.c")):
+    for path in c_files("*.c"):
         if path.name == "event.c":
             continue
         for name, what, rest in CALLS.findall(without_noise(path.read_text())):

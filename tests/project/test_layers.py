@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.c_calls import NATIVE, c_files
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "vhostpc"
-NATIVE = PACKAGE / "_native"
 
 # A package imports only what stands after it.
 ORDER = [
@@ -76,6 +77,11 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
+def includes(path: Path) -> list[str]:
+    """Our headers that a file of C includes, as it names them: from the native half's folder on."""
+    return re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE)
+
+
 def room(name: str) -> str | None:
     """The room of one of our modules, None for others and for the package itself."""
     parts = name.split(".")
@@ -105,7 +111,27 @@ def test_imports_go_down_only(path: Path) -> None:
             assert str(here).startswith(NATIVE_USERS), f"{here} imports {name}: only {NATIVE_USERS} may"
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "wire").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", c_files(), ids=lambda p: p.name)
+def test_includes_go_down_only(path: Path) -> None:
+    """A folder of C belongs to the package of its name, and uses what that may use; what is in none is for all."""
+    own = path.relative_to(NATIVE).parts[0]
+    for name in includes(path):
+        assert (NATIVE / name).is_file(), f"{path.name} includes {name}"
+        theirs = Path(name).parts[0]
+        if theirs in ORDER and theirs != own:
+            assert own in ORDER, f"{path.name} includes {name}: it is for all, so it needs none of theirs"
+            assert ORDER.index(theirs) > ORDER.index(
+                own
+            ), f"{path.name} includes {name}, which stands above it"
+            assert (
+                own,
+                theirs,
+            ) not in FORBIDDEN, f"{path.name} includes {name}: {own} must not know {theirs}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "wire").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
 def test_codecs_do_no_io(path: Path) -> None:
     found = {name.split(".")[0] for name in imports(path)}
     assert not found & {"trio", "socket", "asyncio", "threading", "select", "cffi"}
@@ -151,45 +177,49 @@ TEXT = {"const char *"}
 # Private memory of the caller or of a handle, each looked at by hand: never an address in guest memory.
 PRIVATE = {
     "vpc_ring.h": {"const unsigned char * data", "unsigned char * data"},
-    # A copy out of and into RAM blocks; a return-path message.
-    "vpc_ram.h": {"void * to", "const void * from", "const void * message"},
+    # A copy out of and into RAM blocks.
+    "vpc_ram.h": {"void * to", "const void * from"},
+    # A return-path message.
+    "vpc_fault.h": {"const void * message"},
+    # Bytes of the stream that were read before it, and by it too far.
+    "vpc_load.h": {"const void * from", "void * to"},
     # What follows the pages in a stream.
     "vpc_save.h": {"const void * from"},
     "vpc_driver.h": {"const unsigned char * data", "unsigned char * data"},
 }
 
 
-def declarations(header: str) -> str:
-    text = (NATIVE / header).read_text().split("/* cdef begin */", 1)[1].split("/* cdef end */", 1)[0]
+def declarations(header: Path) -> str:
+    text = header.read_text().split("/* cdef begin */", 1)[1].split("/* cdef end */", 1)[0]
     text = re.sub(r"/\*.*?\*/", " ", text, flags=re.DOTALL)
     return re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
 
 
-def pointers(header: str) -> Iterator[tuple[str, str]]:
+def pointers(header: Path) -> Iterator[tuple[str, str]]:
     """(type, name) of every pointer in the declarations: parameters, results and fields."""
     for piece in re.split(r"[;,(){}]", declarations(header)):
         text = " ".join(piece.split())
         if "*" in text:
             found = re.fullmatch(r"(.*?) ?(\*+) ?(\w*)", text)
-            assert found, f"{header}: a pointer that this test cannot read: {text}"
+            assert found, f"{header.name}: a pointer that this test cannot read: {text}"
             yield f"{found[1]} {found[2]}", found[3]
 
 
-@pytest.mark.parametrize("header", sorted(p.name for p in NATIVE.glob("vpc_*.h")))
-def test_no_function_takes_or_returns_a_pointer_to_guest_bytes(header: str) -> None:
+@pytest.mark.parametrize("header", c_files("vpc_*.h"), ids=lambda p: p.name)
+def test_no_function_takes_or_returns_a_pointer_to_guest_bytes(header: Path) -> None:
     for kind, name in pointers(header):
         allowed = kind in OUT or kind in TEXT or HANDLE.fullmatch(kind) is not None
-        allowed = allowed or f"{kind} {name}" in PRIVATE.get(header, set())
+        allowed = allowed or f"{kind} {name}" in PRIVATE.get(header.name, set())
         assert (
             allowed
-        ), f"{header}: {kind}{name}: guest memory is named by integers; if this is private, list it"
+        ), f"{header.name}: {kind}{name}: guest memory is named by integers; if this is private, list it"
 
 
 def test_one_way_to_make_an_object() -> None:
     """``vpc_x_new`` gives 0 or -errno, and its object through the last argument; no function returns a handle."""
     made, freed = set(), set()
-    for header in sorted(NATIVE.glob("vpc_*.h")):
-        for declaration in declarations(header.name).split(";"):
+    for header in c_files("vpc_*.h"):
+        for declaration in declarations(header).split(";"):
             text = " ".join(declaration.split())
             assert not re.match(r"(const )?struct \w+ \*", text), text
             freed |= set(re.findall(r"^void vpc_(\w+)_(?:free|unref)\(", text))
@@ -201,13 +231,12 @@ def test_one_way_to_make_an_object() -> None:
     assert made == freed - {"chain"}, "a chain is made by popping it"
 
 
-@pytest.mark.parametrize("header", sorted(p.name for p in NATIVE.glob("vpc_*.h")))
-def test_no_callbacks(header: str) -> None:
+@pytest.mark.parametrize("header", c_files("vpc_*.h"), ids=lambda p: p.name)
+def test_no_callbacks(header: Path) -> None:
     assert not re.search(r"\(\s*\*", declarations(header)), "C calls no Python"
 
 
-# Not what cffi makes of them.
-@pytest.mark.parametrize("path", sorted(NATIVE.glob("[!_]*.c")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", c_files("*.c"), ids=lambda p: p.name)
 def test_native_code_knows_no_interpreter(path: Path) -> None:
     text = path.read_text()
     assert "Python.h" not in text
@@ -216,9 +245,9 @@ def test_native_code_knows_no_interpreter(path: Path) -> None:
 
 def test_every_native_name_has_a_type() -> None:
     """What a header declares stands in its Protocol class, and nothing else does."""
-    for header in sorted(NATIVE.glob("vpc_*.h")):
-        declared = set(re.findall(r"\b(vpc_\w+)\(", declarations(header.name)))
-        api = NATIVE / f"api_{header.stem.removeprefix('vpc_')}.py"
+    for header in c_files("vpc_*.h"):
+        declared = set(re.findall(r"\b(vpc_\w+)\(", declarations(header)))
+        api = header.parent / f"api_{header.stem.removeprefix('vpc_')}.py"
         typed = {
             node.name
             for node in ast.walk(ast.parse(api.read_text()))

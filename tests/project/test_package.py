@@ -104,7 +104,7 @@ FILES = {
     "vhostpc/__init__.py",
     "vhostpc/py.typed",
     "vhostpc/_native/build.py",
-    "vhostpc/_native/gm.c",
+    "vhostpc/_native/memory/gm.c",
 }
 
 
@@ -114,7 +114,10 @@ FILES = {
         (lambda held: None, None),
         (lambda held: held.pop("vhostpc/py.typed"), "wheel lacks vhostpc/py.typed"),
         (lambda held: held.pop("vhostpc/_native/_vpc.abi3.so"), "wheel lacks the compiled module"),
-        (lambda held: held.update({"vhostpc/_native/gm.c": ""}), "wheel holds vhostpc/_native/gm.c, "),
+        (
+            lambda held: held.update({"vhostpc/_native/memory/gm.c": ""}),
+            "wheel holds vhostpc/_native/memory/gm.c, ",
+        ),
         (
             lambda held: held.update({"vhostpc/_native/build.py": ""}),
             "wheel holds vhostpc/_native/build.py, ",

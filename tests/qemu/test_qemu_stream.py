@@ -18,10 +18,10 @@ from tests.kit.streams import encode
 from tests.qemu import peers, vm
 from tests.qemu.proc import child
 from vhostpc.dialect import DIALECTS, Compat
-from vhostpc.wire import elements as el
-from vhostpc.wire.return_path import PageRequest, Pong, ReturnPathDecoder, Shut
-from vhostpc.wire.split import read_package, split
-from vhostpc.wire.stream import RamMode, StreamReader
+from vhostpc.wire.migration import elements as el
+from vhostpc.wire.migration.return_path import PageRequest, Pong, ReturnPathDecoder, Shut
+from vhostpc.wire.migration.split import read_package, split
+from vhostpc.wire.migration.stream import RamMode, StreamReader
 
 pytestmark = pytest.mark.qemu
 

@@ -19,9 +19,9 @@ from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.incoming import Incoming
 from vhostpc.pages.ramblock import Bits
-from vhostpc.wire.elements import Package
-from vhostpc.wire.ramrec import RamPage
-from vhostpc.wire.stream import RamMode, StreamReader
+from vhostpc.wire.migration.elements import Package
+from vhostpc.wire.migration.ramrec import RamPage
+from vhostpc.wire.migration.stream import RamMode, StreamReader
 
 pytestmark = pytest.mark.qemu
 PAGE = 4096

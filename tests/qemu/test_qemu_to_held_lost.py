@@ -18,7 +18,7 @@ from vhostpc.migration.channel import Channel
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.phase import Event
 from vhostpc.pages.ramblock import Bits, RamBlock
-from vhostpc.wire.elements import DeviceSection
+from vhostpc.wire.migration.elements import DeviceSection
 
 pytestmark = pytest.mark.qemu
 

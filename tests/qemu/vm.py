@@ -216,8 +216,8 @@ async def vm(
     incoming: bool = False,
     oob: bool = False,
 ) -> AsyncIterator[Vm]:
-    """Start a QEMU for the length of a block; with ``incoming`` it waits for ``migrate-incoming``, with ``oob`` it takes
-    commands out of band."""
+    """Start a QEMU for the length of a block; with ``incoming`` it waits for ``migrate-incoming``, with ``oob`` it
+    takes commands out of band."""
     kernel = peers.kernel()
     ours, theirs = socket.socketpair()
     trace_file = tmp_path / f"{name}.trace"

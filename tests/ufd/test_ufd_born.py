@@ -19,7 +19,7 @@ from vhostpc.pages.ramblock import Bits, RamBlock, RamSet
 from vhostpc.pages.service import FaultService
 from vhostpc.ufd import Userfaultfd
 from vhostpc.units import TARGET_PAGE
-from vhostpc.wire.ramrec import RamEncoder
+from vhostpc.wire.migration.ramrec import RamEncoder
 
 pytestmark = pytest.mark.ufd
 A, BORN = b"\xaa" * TARGET_PAGE, b"\xbb" * TARGET_PAGE

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from tests.kit import streams
 from tests.kit.streams import h, read
-from vhostpc.wire import elements as el
-from vhostpc.wire import vmdesc
-from vhostpc.wire.elements import BadStream, DeviceSection
-from vhostpc.wire.split import Inside, read_package, split, split_package
-from vhostpc.wire.stream import StreamReader
+from vhostpc.wire.migration import elements as el
+from vhostpc.wire.migration import vmdesc
+from vhostpc.wire.migration.elements import BadStream, DeviceSection
+from vhostpc.wire.migration.split import Inside, read_package, split, split_package
+from vhostpc.wire.migration.stream import StreamReader
 
 CLOCK = DeviceSection(9, "clk", 0, 1, h("deadbeef"))
 OTHER = DeviceSection(10, "dma", 1, 2, b"")

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from tests.kit.streams import h
 from vhostpc.errors import StreamError
-from vhostpc.wire import xbzrle
-from vhostpc.wire.return_path import (
+from vhostpc.wire.migration import xbzrle
+from vhostpc.wire.migration.return_path import (
     PageRequest,
     Pong,
     ReceivedBitmap,

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from tests.kit import streams
 from tests.kit.streams import encode, h, read
 from vhostpc.errors import LocalProtocolError, StreamError
-from vhostpc.wire import elements as el
-from vhostpc.wire import vmdesc
-from vhostpc.wire.elements import BadStream, RunKind
-from vhostpc.wire.ramrec import EndOfSection, RamDecoder, RamPage
-from vhostpc.wire.split import read_package, split
-from vhostpc.wire.stream import RamMode, StreamReader
+from vhostpc.wire.migration import elements as el
+from vhostpc.wire.migration import vmdesc
+from vhostpc.wire.migration.elements import BadStream, RunKind
+from vhostpc.wire.migration.ramrec import EndOfSection, RamDecoder, RamPage
+from vhostpc.wire.migration.split import read_package, split
+from vhostpc.wire.migration.stream import RamMode, StreamReader
 
 BLOCKS = (el.BlockInfo("ram0", 0x3000), el.BlockInfo("rom0", 0x1000))
 CLOCK = el.DeviceSection(9, "clk", 0, 1, h("deadbeef"))

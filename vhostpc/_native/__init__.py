@@ -6,21 +6,44 @@ import os
 from typing import TYPE_CHECKING, Any, cast
 
 from vhostpc._native import _vpc
-from vhostpc._native.api_dirty import DirtyLib
-from vhostpc._native.api_driver import DriverLib
 from vhostpc._native.api_event import EventLib
-from vhostpc._native.api_gm import GmLib
-from vhostpc._native.api_ram import RamLib
-from vhostpc._native.api_ring import RingLib
-from vhostpc._native.api_save import SaveLib
 from vhostpc._native.api_thread import ThreadLib
-from vhostpc._native.api_uffd import UffdLib
-from vhostpc._native.api_vcpu import VcpuLib
+from vhostpc._native.frontend.api_driver import DriverLib
+from vhostpc._native.frontend.api_far import FarLib
+from vhostpc._native.guest.api_vcpu import VcpuLib
+from vhostpc._native.memory.api_gm import GmLib
+from vhostpc._native.memory.api_supply import SupplyLib
+from vhostpc._native.pages.api_dirty import DirtyLib
+from vhostpc._native.pages.api_fault import FaultLib
+from vhostpc._native.pages.api_load import LoadLib
+from vhostpc._native.pages.api_ram import RamLib
+from vhostpc._native.pages.api_save import SaveLib
+from vhostpc._native.pages.api_scan import ScanLib
+from vhostpc._native.ufd.api_uffd import UffdLib
+from vhostpc._native.virtio.api_inflight import InflightLib
+from vhostpc._native.virtio.api_pump import PumpLib
+from vhostpc._native.virtio.api_ring import RingLib
 
 if TYPE_CHECKING:
 
     class Lib(
-        ThreadLib, EventLib, UffdLib, GmLib, RingLib, RamLib, SaveLib, DriverLib, VcpuLib, DirtyLib
+        ThreadLib,
+        EventLib,
+        SupplyLib,
+        GmLib,
+        UffdLib,
+        RingLib,
+        InflightLib,
+        PumpLib,
+        RamLib,
+        FaultLib,
+        LoadLib,
+        ScanLib,
+        SaveLib,
+        DirtyLib,
+        FarLib,
+        DriverLib,
+        VcpuLib,
     ): ...
 
 

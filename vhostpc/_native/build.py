@@ -14,8 +14,11 @@ import cffi
 HERE = Path(__file__).resolve().parent
 # One header per subject; later ones use the types of earlier ones.
 HEADERS = [
-    *("vpc_thread.h", "vpc_event.h", "vpc_uffd.h", "vpc_gm.h", "vpc_ring.h"),
-    *("vpc_ram.h", "vpc_save.h", "vpc_driver.h", "vpc_vcpu.h", "vpc_dirty.h"),
+    *("vpc_thread.h", "vpc_event.h", "memory/vpc_supply.h", "memory/vpc_gm.h", "ufd/vpc_uffd.h"),
+    *("virtio/vpc_ring.h", "virtio/vpc_inflight.h", "virtio/vpc_pump.h"),
+    *("pages/vpc_ram.h", "pages/vpc_fault.h", "pages/vpc_load.h"),
+    *("pages/vpc_scan.h", "pages/vpc_save.h", "pages/vpc_dirty.h"),
+    *("frontend/vpc_far.h", "frontend/vpc_driver.h", "guest/vpc_vcpu.h"),
 ]
 BEGIN, END = "/* cdef begin */", "/* cdef end */"
 
@@ -27,7 +30,7 @@ def cdef_text(header: str) -> str:
 
 def sources() -> list[str]:
     """The C files, relative to the folder that setuptools builds in."""
-    return sorted(os.path.relpath(p, Path.cwd()) for p in HERE.glob("*.c") if not p.name.startswith("_vpc"))
+    return sorted(os.path.relpath(p, Path.cwd()) for p in HERE.rglob("*.c") if not p.name.startswith("_vpc"))
 
 
 ffibuilder = cffi.FFI()

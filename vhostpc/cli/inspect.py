@@ -15,8 +15,8 @@ from vhostpc.cli.common import DONE, FAILED, Failure, common_options, complete_f
 from vhostpc.cli.inspect_report import Json, Report, Tell, Words
 from vhostpc.errors import VhostpcError
 from vhostpc.listener import listening
-from vhostpc.wire.elements import BadStream
-from vhostpc.wire.stream import MAX_DEVICES, StreamReader
+from vhostpc.wire.migration.elements import BadStream
+from vhostpc.wire.migration.stream import MAX_DEVICES, StreamReader
 
 CHUNK = 1 << 20
 

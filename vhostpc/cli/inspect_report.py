@@ -11,10 +11,10 @@ from typing import Any, TextIO
 from vhostpc.errors import StreamError
 from vhostpc.migration.heads import refusals
 from vhostpc.units import in_units, page_sizes
-from vhostpc.wire import elements as el
-from vhostpc.wire import vmdesc
-from vhostpc.wire.ramrec import EndOfSection, RamPage
-from vhostpc.wire.split import split_package
+from vhostpc.wire.migration import elements as el
+from vhostpc.wire.migration import vmdesc
+from vhostpc.wire.migration.ramrec import EndOfSection, RamPage
+from vhostpc.wire.migration.split import split_package
 
 
 @dataclass

@@ -25,7 +25,7 @@ COMMANDS = {
     "bridge": ("vhostpc.cli.bridge:bridge", "Connect a guest's network card to UDP or to a tap device."),
     "blk": ("vhostpc.cli.blk:blk", "Serve a file, or memory, to a guest as a disk."),
     "demo": (
-        "vhostpc.cli.demo:demo",
+        "vhostpc.cli.demo.demo:demo",
         "Show a postcopy migration with traffic on this computer, without QEMU.",
     ),
     "endpoint": (

@@ -72,6 +72,9 @@ def came(incoming: Incoming | None) -> dict[str, Any]:
     }
 
 
+PAUSED_BY_HAND = "the recovery was paused (migrate-pause)"
+RECOVERY_PATIENCE = 30.0
+"""Seconds that a source has to recover once it has connected."""
 NOT_FINAL = "Migration is not finalized yet"
 # QEMU tells nothing but the status there.
 _WITHOUT_NUMBERS = frozenset({Status.NONE, Status.SETUP, Status.FAILING, Status.FAILED, Status.CANCELLED})
@@ -126,6 +129,8 @@ class Endpoint:
         self._sent.set()
         # As a destination.
         self._incoming: Incoming | None = None
+        self._recovery: trio.CancelScope | None = None
+        """Listens for a source that recovers."""
         self._addresses: list[dict[str, Any]] = []
         self._ends_with_it = False  # the program does, if a machine does not come, and tells why
         self.has_listened = False
@@ -137,6 +142,8 @@ class Endpoint:
             task_status.started()
             await self._quit.wait()
             nursery.cancel_scope.cancel()
+        if self._outgoing is not None:
+            self._outgoing.close()
 
     def quit(self, why: str = "quit") -> None:
         if not self._quit.is_set():
@@ -314,8 +321,7 @@ class Endpoint:
         why = f": {sentence(error)}" if error is not None and not at_the_end else ""
         log.log(
             logging.ERROR if why and status is not Status.CANCELLED else logging.INFO,
-            "migration: %s%s",
-            status,
+            f"migration: {status}%s",  # each status is a line of its own kind, of which not too many come
             why,
         )
         self._events.migration(status)
@@ -326,6 +332,7 @@ class Endpoint:
     # --- out
 
     async def migrate(self, address: Address, *, resume: bool) -> None:
+        """``resume``: go on with a migration that is paused, over a connection to this address."""
         async with self._starting:
             try:
                 self._check_migrate(resume)
@@ -341,21 +348,25 @@ class Endpoint:
                     channel = await connect(address)
                 except ChannelLost as error:
                     raise MigrationRefused(str(error)) from None
+            self._sent = trio.Event()
+            if resume:
+                self._course.move(Event.RECOVER)
+                self._start(self._send, address, channel, True)
+                return
             self._outgoing = None
             self._to_command = isinstance(address, Exec)
             self._course = Course("source", self.options.dialect, self._moved)
             self._error_desc, self._total_ms = None, None
             self._began = trio.current_time()
             self._early_switch = False
-            self._sent = trio.Event()
             self._course.move(Event.START)
-            self._start(self._send, address, channel)
+            self._start(self._send, address, channel, False)
 
     def _check_migrate(self, resume: bool) -> None:
-        if resume:
-            raise MigrationRefused("Recovery of a paused migration is not supported")
-        check_migrate(self.run_state, self.status, resume=False)
-        if reasons := self.machine.blocked():
+        if resume and self._course.side != "source":
+            raise MigrationRefused("Cannot resume if there is no paused migration")
+        check_migrate(self.run_state, self.status, resume=resume)
+        if not resume and (reasons := self.machine.blocked()):
             raise MigrationRefused(reasons[0])
 
     def _start(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
@@ -363,40 +374,44 @@ class Endpoint:
             raise VhostpcError("the endpoint does not run")
         self._nursery.start_soon(task, *args)
 
-    async def _send(self, address: Address, channel: Channel | None) -> None:
-        outgoing: Outgoing | None = None
+    async def _send(self, address: Address, channel: Channel | None, resume: bool) -> None:
+        """All that goes over one link, the first or another."""
+        outgoing = self._outgoing if resume else None
         try:
             async with AsyncExitStack() as stack:
                 if channel is None:
                     channel = await self._connect(address)
                 await stack.enter_async_context(channel)
-                self._outgoing = outgoing = Outgoing(
-                    channel, self.machine, self._course, self, options=self.options, after=self._after
-                )
-                stack.callback(outgoing.close)
-                if self._early_switch:
-                    outgoing.start_postcopy()
-                if self.status is Status.CANCELLING:
-                    outgoing.cancel()
+                if outgoing is None:
+                    self._outgoing = outgoing = Outgoing(
+                        channel, self.machine, self._course, self, options=self.options, after=self._after
+                    )
+                    if self._early_switch:
+                        outgoing.start_postcopy()
+                    if self.status is Status.CANCELLING:
+                        outgoing.cancel()
                 nursery = await stack.enter_async_context(trio.open_nursery())
                 nursery.start_soon(tell_waits, outgoing.progress)
                 try:
-                    await outgoing.send()
+                    await (outgoing.resume(channel) if resume else outgoing.send())
                 finally:
                     nursery.cancel_scope.cancel()
         except* Exception as group:  # whatever it is, it ends the migration and not the machine
             error = first_of(group)
             if not is_foreseen(error):
                 log.error("migration: %s", sentence(error), exc_info=error)
-            if outgoing is None:
-                self._course.move(Event.FAIL, error)
+            if outgoing is None or self._course.phase is Phase.RECONNECTING:
+                self._course.move(self._course.trouble(), error)
             let_go(group)
         finally:
             try:
                 await self._after_sending()
             finally:
+                if self._course.phase is not Phase.PAUSED:  # else it is what a recovery goes on with
+                    self._taken = None
+                    if outgoing is not None:
+                        outgoing.close()
                 _free_now()
-                self._taken = None
                 self._sent.set()
 
     async def _connect(self, address: Address) -> Channel:
@@ -405,7 +420,7 @@ class Endpoint:
             channel = await connect(address)
         self._connecting = None
         if channel is None:
-            raise ChannelLost("the migration was cancelled")
+            raise ChannelLost("the migration was cancelled" if self._outgoing is None else PAUSED_BY_HAND)
         return channel
 
     async def _after_sending(self) -> None:
@@ -446,6 +461,21 @@ class Endpoint:
         self._course.move(Event.CANCEL)
         if self._connecting is not None:
             self._connecting.cancel()
+
+    async def pause(self) -> None:
+        """Break the link of a postcopy, also one that is being made: ``migrate-pause``. What was waiting waits on."""
+        status = self.status
+        if status not in (
+            Status.POSTCOPY_ACTIVE,
+            Status.POSTCOPY_RECOVER_SETUP,
+            Status.POSTCOPY_RECOVER,
+        ) and (self._connecting is None):
+            raise MigrationRefused(self.options.dialect.pause_refusal)
+        end = self._outgoing if self._course.side == "source" else self._incoming
+        if self._connecting is not None:
+            self._connecting.cancel()
+        elif end is not None:
+            end.pause()
 
     async def start_postcopy(self) -> None:
         self._early_switch = True
@@ -516,6 +546,50 @@ class Endpoint:
             _free_now()
         finally:
             self._ends_with_it = False
+
+    def check_recover(self) -> None:
+        """Raises MigrationRefused: nothing is paused here that came from elsewhere."""
+        if self._incoming is None or not self._course.allows(Event.RECOVER) or self._course.side == "source":
+            raise MigrationRefused("Migrate recover can only be run when postcopy is paused.")
+
+    async def recover(self, address: Address) -> None:
+        """Listen at the address for the source of a postcopy that is paused: ``migrate-recover``."""
+        try:
+            self.check_recover()
+        except BaseException:
+            if isinstance(address, Fd) and address.fd >= 0:
+                os.close(address.fd)
+            raise
+        if self._nursery is None:
+            raise VhostpcError("the endpoint does not run")
+        if self._recovery is not None:  # another address takes the place of the first
+            self._recovery.cancel()
+        await self._nursery.start(self._recover, self._incoming, address)
+
+    async def _recover(
+        self, incoming: Incoming, address: Address, task_status: trio.TaskStatus[None]
+    ) -> None:
+        with trio.CancelScope() as scope:
+            async with AsyncExitStack() as stack:
+                async with listen(address) as listener:
+                    self._recovery = scope
+                    self._addresses = listener.socket_address
+                    if not self.options.dialect.setup_while_listening:
+                        self._events.emit("MIGRATION", {"status": str(Status.SETUP)})
+                    task_status.started()
+                    try:
+                        channel = await stack.enter_async_context(await listener.accept())
+                    except ChannelLost as error:
+                        log.error("migration: no recovery: %s", sentence(error))
+                        return
+                    finally:
+                        if self._recovery is scope:
+                            self._recovery = None
+                try:
+                    await incoming.resume(channel, RECOVERY_PATIENCE)
+                except Exception as error:  # it stays paused
+                    log.error("migration: no recovery: %s", sentence(error))
+                    let_go(error)
 
     async def let_run(self, postcopy: bool) -> None:
         """The machine may run here now."""

@@ -28,8 +28,8 @@ from vhostpc.errors import ChannelLost, StreamError
 from vhostpc.pages.pagesource import PageSource, SourceNumbers
 from vhostpc.pages.ramblock import Bits, RamBlock, RamSet
 from vhostpc.units import TARGET_PAGE
-from vhostpc.wire.ramrec import RamEncoder
-from vhostpc.wire.return_path import PageRequest, ReturnPathDecoder, Shut
+from vhostpc.wire.migration.ramrec import RamEncoder
+from vhostpc.wire.migration.return_path import PageRequest, ReturnPathDecoder, Shut
 
 #: A small send buffer: what is asked for must not wait behind much of the background.
 SEND_BUFFER = 32 << 10

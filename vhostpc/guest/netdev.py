@@ -25,7 +25,7 @@ from vhostpc.logs import rationed_logger
 from vhostpc.pages.ramblock import RamSet
 from vhostpc.units import TARGET_PAGE
 from vhostpc.virtio.event import signal_event
-from vhostpc.wire.elements import DeviceSection
+from vhostpc.wire.migration.elements import DeviceSection
 from vhostpc.wire.vhost_user import Feature
 
 log = rationed_logger(__name__)

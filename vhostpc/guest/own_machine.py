@@ -31,7 +31,7 @@ from vhostpc.pages.ramblock import Bits, RamSet, refusal
 from vhostpc.pages.service import FaultService
 from vhostpc.pages.waits import Waits
 from vhostpc.units import TARGET_PAGE, in_units, sizes_differ
-from vhostpc.wire.elements import Configuration, DeviceSection, RamBlocks
+from vhostpc.wire.migration.elements import Configuration, DeviceSection, RamBlocks
 
 log = rationed_logger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from vhostpc.errors import StreamError
 from vhostpc.units import TARGET_PAGE
-from vhostpc.wire.elements import Configuration, DeviceSection
+from vhostpc.wire.migration.elements import Configuration, DeviceSection
 
 _BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from vhostpc.dialect import DIALECTS
 from vhostpc.migration.options import SUPPORTED
 from vhostpc.units import TARGET_PAGE
-from vhostpc.wire.elements import BadStream, Configuration, RamBlocks
+from vhostpc.wire.migration.elements import BadStream, Configuration, RamBlocks
 
 _BITS = TARGET_PAGE.bit_length() - 1
 _KNOWN = frozenset().union(*(dialect.capabilities for dialect in DIALECTS.values()))

@@ -12,7 +12,7 @@ from vhostpc.migration.runstate import RunState
 from vhostpc.pages.ramblock import Bits, RamSet, refusal
 from vhostpc.pages.service import FaultService
 from vhostpc.units import TARGET_PAGE, in_units, sizes_differ
-from vhostpc.wire.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
+from vhostpc.wire.migration.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
 
 MOST_RAM = 1 << 42
 """Bytes of a block, at most: its bitmaps take a part in five thousand, whether anything has come or not."""

@@ -14,25 +14,26 @@ from contextlib import suppress
 
 import trio
 
+from vhostpc._native.numbers import summed
 from vhostpc.errors import ChannelLost, PageBorn, StreamError, VhostpcError, first_of, is_foreseen, sentence
 from vhostpc.logs import rationed_logger
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.heads import check_head
+from vhostpc.migration.link import CHUNK, IncomingLink
 from vhostpc.migration.long_waits import tell_waits
 from vhostpc.migration.machine import Machine
-from vhostpc.migration.phase import Course, Event, Phase, begun
+from vhostpc.migration.phase import Course, Event, Phase, WrongMove, begun
 from vhostpc.migration.postcopy_checks import check_advise, check_discard, check_page_sizes
 from vhostpc.migration.turns import in_turns, pieces
 from vhostpc.migration.watcher import Unwatched, Watcher
 from vhostpc.pages.ramblock import Bits
-from vhostpc.pages.ramchannel import LoadNumbers, RamChannel
+from vhostpc.pages.ramchannel import LoadNumbers
 from vhostpc.pages.service import FaultService, ServiceNumbers
-from vhostpc.wire.elements import (
+from vhostpc.wire.migration.elements import (
     LOADED,
     MUST_HEAR,
     BadStream,
     BitmapRequest,
-    Busy,
     Configuration,
     DeviceSection,
     EnableColo,
@@ -44,31 +45,28 @@ from vhostpc.wire.elements import (
     PostcopyRun,
     RamBlocks,
     RamDiscard,
-    SectionEnd,
     StreamEvent,
     VmDescription,
 )
-from vhostpc.wire.ramrec import REASONS, BadRamStream
-from vhostpc.wire.return_path import Pong, Shut
-from vhostpc.wire.split import Inside, split_package_in_slices
-from vhostpc.wire.stream import MAX_DEVICES, RamMode, StreamReader
+from vhostpc.wire.migration.return_path import Pong, ReceivedBitmap, ResumeAck, Shut
+from vhostpc.wire.migration.split import Inside, split_package_in_slices
+from vhostpc.wire.migration.stream import MAX_DEVICES
 
 log = rationed_logger(__name__)
 
-CHUNK = 64 << 10
 DISCARD = 512 << 20
 """Bytes of a block that are discarded in one turn of the loop."""
 ELEMENTS = 1000
 """Elements of a package that are loaded in one turn of the loop."""
 MAX_ANSWERS = 64 << 10
 """Bytes of the return path that may wait while a source sends PINGs and reads no answer."""
-END_WAIT = 2.0
-"""Seconds in which more must come behind what may be the end of a precopy."""
 SHUT_LIMIT = 10.0  # seconds in which the source must take our last word
 TROUBLE = (VhostpcError, OSError)
 """What a peer or the system can do to a channel."""
-NOT_RUN = (Phase.PACKAGED, Phase.NOT_STARTED, Phase.PAUSED_PACKAGED)
+NOT_RUN = (Phase.PACKAGED, Phase.NOT_STARTED, Phase.PAUSED_PACKAGED, Phase.RECOVERING_PACKAGED)
 """The package is here, and its load or the machine's start is what failed."""
+LOST = (Phase.PAUSED_STARTING, Phase.PAUSED, Phase.RECOVERING_STARTING, Phase.RECOVERING)
+"""The machine may run, and the link was lost."""
 STILL_SENT = (Phase.SWITCHING, *NOT_RUN)
 """The package or pages are in flight."""
 
@@ -100,7 +98,6 @@ class Incoming:
         trace: int = 0,
         limit: int = MAX_DEVICES,
     ) -> None:
-        self.channel = channel
         self.machine = machine
         self.course = course or begun("destination", Event.START, Event.CONNECT)
         self.postcopy = postcopy
@@ -110,11 +107,11 @@ class Incoming:
         """Host pages that had come by precopy and were not sent again, once postcopy has begun."""
         self._asked: ServiceNumbers | None = None
         self._watcher = watcher or Unwatched(machine)
-        self._reader = StreamReader(RamMode.PAUSE, limit=limit)
-        self._events = self._reader.feed_in_slices(b"")
-        self._pages: RamChannel | None = None
-        self._loads: list[LoadNumbers] = []
-        self._last = False
+        self._limit = limit
+        self._link = IncomingLink(channel, self.service, limit=limit)
+        """The last one, while there is none."""
+        self._loads: list[list[LoadNumbers]] = [[]]  # of links that have ended: in precopy, in postcopy
+        self._attached = trio.Event()
         self._return_path = False
         self._advised: PostcopyAdvise | None = None
         self._description = b""
@@ -124,7 +121,6 @@ class Incoming:
         self._faults_ended: trio.Event | None = None
         self._scope = trio.CancelScope()
         self._receiving = self._closed = False
-        self._hung_up = False
         self._must_hear = False
         """The source takes its machine back if it does not hear a PONG of the package."""
         self._error: BaseException | None = None
@@ -138,9 +134,16 @@ class Incoming:
         """Host pages that have not come."""
         return self.service.missing()
 
+    @property
+    def channel(self) -> Channel:
+        """That of the link, or of the last one."""
+        return self._link.channel
+
     def loads(self) -> list[LoadNumbers]:
-        """The received pages, one count for each channel that brought pages: that of precopy, then that of postcopy."""
-        return [*self._loads, *([] if self._pages is None else [self._pages.numbers()])]
+        """What was received: in precopy, then in postcopy, over all its links. None of what has not begun."""
+        now = self._link.numbers()
+        *before, last = self._loads
+        return [summed(*each) for each in (*before, last + ([] if now is None else [now])) if each]
 
     def asked(self) -> ServiceNumbers:
         """What its fault service did, also after :meth:`close`."""
@@ -186,20 +189,18 @@ class Incoming:
             raise error from None
         finally:
             self._receiving = False
-            self._close_pages()
+            self._close_link()
             if self._closed:
                 self._release()
         self.course.move(Event.FINISH)
 
-    def _close_pages(self) -> int:
-        """The block that a record could have continued."""
-        if self._pages is None:
-            return -1
-        self._loads.append(self._pages.numbers())
-        block = self._pages.block
-        self._pages.close()
-        self._pages = None
-        return block
+    def _close_link(self) -> None:
+        self._keep_numbers()
+        self._link.close()
+
+    def _keep_numbers(self) -> None:
+        if (numbers := self._link.numbers()) is not None:
+            self._loads[-1].append(numbers)
 
     def _release(self) -> None:
         if not self.service.closed:
@@ -223,7 +224,7 @@ class Incoming:
             return error
         if not is_foreseen(error):
             log.error("migration: %s", sentence(error), exc_info=error)
-        if phase in (Phase.PAUSED_STARTING, Phase.PAUSED):
+        if phase in LOST:
             log.error("migration: the pause ends: %s", sentence(error))
         elif phase in NOT_RUN:
             self.course.move(Event.NEVER_RAN, error)
@@ -261,7 +262,7 @@ class Incoming:
     async def _precopy(self, nursery: trio.Nursery) -> list[Inside] | None:
         """All that comes before the package, whose elements are the result; None at the end of the stream."""
         refusal: Exception | None = None
-        while (event := await self._next()) is not None:
+        while (event := await self._link.next()) is not None:
             if isinstance(event, OpenReturnPath):
                 self._open_return_path(event, nursery)
             if refusal is not None:
@@ -301,12 +302,13 @@ class Incoming:
         return None
 
     async def _end_precopy(self) -> None:
-        if self._pages is None:
-            raise BadStream(self._reader.offset, "the stream ends before RAM")
+        link = self._link
+        if not link.has_pages:
+            raise BadStream(link.offset, "the stream ends before RAM")
         # A source without a return path has ended: what QEMU takes is not refused here.
-        if not self._last:
+        if not link.ram_ended:
             log.warning("migration: the stream ends without the last section of RAM")
-        self._tell_rest(self._reader.unread, self._reader.doubt)
+        self._tell_rest(link.unread, link.doubt)
         await self.machine.loaded(self._description)
         log.info("migration: everything has arrived, by precopy")
         self._settle()
@@ -317,12 +319,12 @@ class Incoming:
         await self._shut()
 
     async def _listen(self, package: Sequence[Inside]) -> None:
-        """Our mapping may be missing pages; another channel, because this one places by ioctl."""
+        """Our mapping may be missing pages; another loader, because this one places by ioctl."""
         self.service.arm()
         self.kept = sum(b.count_bits(Bits.RECEIVED) for b in self.machine.ram.blocks)
-        block = self._close_pages()
-        self._pages = self.service.open_channel(self.channel.in_fd)
-        self._pages.block = block
+        self._keep_numbers()
+        self._loads.append([])
+        self._link.open_pages()
         await self.machine.listen()
         log.info(
             "migration: postcopy: %d host pages missing, %d elements to load", self.missing(), len(package)
@@ -363,23 +365,61 @@ class Incoming:
             raise
 
     async def _postcopy(self) -> None:
-        """Pages, to the end of the stream; a link that is lost in it is a pause."""
-        try:
-            while (event := await self._next()) is not None:
-                if isinstance(event, Ping):
-                    self._pong(event)
-                else:
-                    self._other(event)
-            self._settle()
-        except Exception as error:
-            self._error = self._error or error
-            # A link that is lost is no failure: the whole package is here, and nothing but we can run it.
-            lost = (self._hung_up or isinstance(error, ChannelLost)) and not self._must_hear
-            if not (self.course.may_run or lost):
-                self.service.give_up()  # a load may wait for one
-                raise
-            await self._pause(error)
+        """Pages, to the end of the stream, over as many links as that takes: one that is lost is a pause."""
+        while True:
+            try:
+                await self._read_pages()
+                self._settle()
+                break
+            except Exception as error:
+                self._error = self._error or error
+                # A link that is lost is no failure: the whole package is here, and nothing but we can run it.
+                lost = (self._link.hung_up or isinstance(error, ChannelLost)) and not self._must_hear
+                if not (self.course.may_run or lost):
+                    self.service.give_up()  # a load may wait for one
+                    raise
+                await self._pause(self._error)
         log.info("migration: all pages have arrived")
+
+    async def _read_pages(self) -> None:
+        """What one link brings, to the end of the stream."""
+        link = self._link
+        while (event := await link.next()) is not None:
+            if isinstance(event, Ping):
+                self._pong(event)
+            elif isinstance(event, BitmapRequest) and link.resumes:
+                self._say_bitmap(link, event)
+            elif isinstance(event, PostcopyResume) and link.resumes:
+                self._resume(link, event)
+            else:
+                self._other(event)
+        if link.resumes and not link.has_pages:
+            raise BadStream(link.offset, "the stream ends before the recovery was complete (POSTCOPY_RESUME)")
+
+    def _say_bitmap(self, link: IncomingLink, event: BitmapRequest) -> None:
+        blocks = {block.name: block for block in self.machine.ram.blocks}
+        if event.block not in blocks or event.block in link.bitmaps_said or link.has_pages:
+            why = "which is unknown" if event.block not in blocks else "again"
+            raise BadStream(event.offset, f"RECV_BITMAP for RAM block {event.block!r}, {why}")
+        link.bitmaps_said.add(event.block)
+        self._send(ReceivedBitmap(event.block, blocks[event.block].received_bitmap()).encode())
+
+    def _resume(self, link: IncomingLink, event: PostcopyResume) -> None:
+        """The source knows what is missing: pages are asked for, and come."""
+        if len(link.bitmaps_said) < len(self.machine.ram.blocks):
+            raise BadStream(
+                event.offset, "POSTCOPY_RESUME before the bitmap of every RAM block was asked for"
+            )
+        if link.has_pages:
+            raise BadStream(event.offset, "POSTCOPY_RESUME for the second time")
+        link.open_pages()
+        try:
+            self.service.resume(ResumeAck().encode())
+        except OSError as e:
+            raise ChannelLost(f"the return path to the source broke: {e.strerror}") from None
+        self.course.move(Event.RESUME)
+        link.settled.set()
+        log.info("migration: recovered, %d host pages are missing", self.missing())
 
     def _settle(self) -> None:
         """The source says that all is sent. It leaves out what its guest called free, and what of a virtio-mem is not
@@ -390,20 +430,58 @@ class Incoming:
             log.warning("migration: %d host pages were not sent: they are zero", zero)
 
     async def _pause(self, error: BaseException) -> None:
-        """The link is lost, the machine runs or is about to: keep all that there is, until this is cancelled."""
+        """The link is lost, the machine runs or is about to: keep all that there is, until there is another link."""
         log.warning(
             "migration: %d host pages are missing; threads that wait for one go on waiting", self.missing()
         )
         self.channel.shut_down()
-        self.service.set_return_path(None)  # requests wait in the outbox
-        self._close_pages()  # and with it a host page of which a part has come
+        self._close_link()  # and with it a host page of which a part has come
+        self.service.mute(None)
+        self._attached = trio.Event()
         self.course.move(Event.LOSE, error)
-        await trio.sleep_forever()
+        await self._attached.wait()
+
+    def attach(self, channel: Channel) -> IncomingLink:
+        """Go on over another channel, behind a pause: the source recovers. The channel stays the caller's.
+
+        Raises ChannelLost (it cannot carry a postcopy), Shortage, OSError, and WrongMove where this is not paused;
+        then nothing has changed.
+        """
+        if not channel.two_way:
+            raise ChannelLost("a recovery needs a channel that goes both ways")
+        link = IncomingLink(channel, self.service, limit=self._limit, continues=self._link)
+        if not self.course.allows(Event.RECOVER):
+            raise WrongMove(f"destination: a link is attached in phase {self.course.phase}")
+        self.service.mute(channel.out_fd)
+        self._error = None
+        self._link = link
+        self.course.move(Event.RECOVER)
+        self._attached.set()
+        return link
+
+    async def resume(self, channel: Channel, patience: float = math.inf) -> None:
+        """:meth:`attach`, and wait until the link has ended, by being lost or with the migration. Raises as that.
+
+        ``patience``: seconds that the source has to recover; then the link is broken.
+        """
+        link = self.attach(channel)
+        with trio.move_on_after(patience) as limit:
+            await link.settled.wait()
+        if limit.cancelled_caught:
+            log.warning("migration: the source has not recovered within %.0f s: the link is broken", patience)
+            channel.shut_down()
+        await link.ended.wait()
+
+    def pause(self) -> None:
+        """Break the link, where it is the pages' (``migrate-pause``). Harmless otherwise."""
+        if self.course.in_postcopy and not self._link.ended.is_set():
+            self._error = self._error or ChannelLost("the migration was paused (migrate-pause)")
+            self.channel.shut_down()
 
     async def _tell_waits(self) -> None:
         """What goes wrong in telling stops nothing but the telling."""
         try:
-            await tell_waits(self.service, self.loads, self.channel.shut_down)
+            await tell_waits(self.service, self.loads, lambda: self.channel.shut_down())
         except Exception as error:
             log.error(
                 "migration: waiting threads are no longer reported: %s", sentence(error), exc_info=error
@@ -420,7 +498,7 @@ class Incoming:
             self.service.disarm()
         except Exception as error:
             log.error("migration: all pages have arrived, but: %s", sentence(error), exc_info=error)
-        self._tell_rest(self._reader.unread, None)
+        self._tell_rest(self._link.unread, None)
         await self._shut()
 
     async def _start(self, postcopy: bool) -> None:
@@ -441,48 +519,9 @@ class Incoming:
 
     # --- elements
 
-    async def _next(self) -> StreamEvent | None:
-        """The next element; None at the end of the stream."""
-        while True:
-            event = next(self._events, None)
-            if isinstance(event, Busy):
-                await trio.lowlevel.checkpoint()
-                continue
-            if event is not None:
-                return event
-            if self._reader.ended:
-                return None
-            if self._reader.paused:
-                await self._records()
-                self._events = self._reader.feed_in_slices(b"")
-                continue
-            data = b""
-            # What could be the end may be what a guest wrote into a device's state: then more comes.
-            with trio.move_on_after(END_WAIT if self._reader.may_end else math.inf):
-                data = await self.channel.receive_some(CHUNK)
-            self._hung_up = not data
-            self._events = self._reader.feed_in_slices(data) if data else self._reader.eof_in_slices()
-
-    async def _records(self) -> None:
-        """The RAM section that begins, and what follows of it, in C."""
-        pages, section = self._pages, self._reader.ram_section
-        assert pages is not None
-        assert section is not None
-        begin = self._reader.offset
-        pages.feed(self._reader.hand_over())
-        before = pages.numbers().bytes
-        try:
-            numbers = await pages.load(section, last=self._last)
-        except BadRamStream as e:
-            raise BadStream(begin + e.offset - before, REASONS[e.why]) from None
-        self._last = numbers.ended
-        self._reader.resume(numbers.bytes - before, pages.take(), footer=True, ended=self._last)
-
     def _other(self, event: StreamEvent) -> None:
         """Headers, footers and ends need nothing, and RAM data is read where :meth:`_next` goes on."""
-        if isinstance(event, SectionEnd):
-            self._last = True
-        elif isinstance(event, OpenReturnPath):
+        if isinstance(event, OpenReturnPath):
             log.warning("migration: the return path is opened again, at byte %d", event.offset)
         elif isinstance(event, PostcopyResume | BitmapRequest):
             log.warning("migration: %s outside a recovery, at byte %d", type(event).__name__, event.offset)
@@ -584,7 +623,7 @@ class Incoming:
             check_page_sizes(event, self._advised, blocks)
         for block in blocks:  # what another stream discarded is nothing to this one
             block.set_bits(Bits.DISCARDED, value=False)
-        self._pages = self.service.open_channel(self.channel.in_fd, holes=self._advised is None)
+        self._link.open_pages(holes=self._advised is None)
         log.info(
             "migration: %r: %d KiB of RAM in %d blocks",
             self.machine.configuration.machine,

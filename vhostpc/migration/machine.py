@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from vhostpc.migration.runstate import RunState
 from vhostpc.pages.ramblock import RamSet
 from vhostpc.pages.service import FaultService
-from vhostpc.wire.elements import Configuration, DeviceSection, RamBlocks
+from vhostpc.wire.migration.elements import Configuration, DeviceSection, RamBlocks
 
 
 class Machine(Protocol):

@@ -11,8 +11,11 @@ never ran (SHUT other than 0) lets it run here again; silence is a pause.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
+from typing import TypeVar
 
 import trio
 
@@ -20,18 +23,20 @@ from vhostpc.errors import ChannelLost, MigrationRefused, StreamError, sentence
 from vhostpc.logs import rationed_logger
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.info import RamInfo
+from vhostpc.migration.link import OutgoingLink
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.options import Options
 from vhostpc.migration.pace import Pace
 from vhostpc.migration.phase import ALL_SENT, Course, Event, Phase, begun
 from vhostpc.migration.watcher import Unwatched, Watcher
-from vhostpc.pages.pagesource import UNLIMITED, Ended, PageSource, SourceNumbers
+from vhostpc.pages.pagesource import UNLIMITED, Ended, PageScan, PageSource, SourceNumbers
 from vhostpc.pages.ramblock import Bits, total_pages
 from vhostpc.units import TARGET_PAGE
-from vhostpc.wire.elements import (
+from vhostpc.wire.migration.elements import (
     LOADED,
     MAX_PACKAGE,
     MUST_HEAR,
+    BitmapRequest,
     BlockInfo,
     EndOfStream,
     Footer,
@@ -41,6 +46,7 @@ from vhostpc.wire.elements import (
     Ping,
     PostcopyAdvise,
     PostcopyListen,
+    PostcopyResume,
     PostcopyRun,
     RamBlocks,
     SectionEnd,
@@ -49,7 +55,16 @@ from vhostpc.wire.elements import (
     SwitchoverStart,
     VmDescription,
 )
-from vhostpc.wire.ramrec import RamFlag
+from vhostpc.wire.migration.ramrec import RamFlag
+from vhostpc.wire.migration.return_path import (
+    RESUMED,
+    PageRequest,
+    Pong,
+    ReceivedBitmap,
+    ResumeAck,
+    ReturnPathDecoder,
+    Shut,
+)
 
 log = rationed_logger(__name__)
 
@@ -57,6 +72,9 @@ LAST_WORD = 10.0
 """Seconds to wait for a destination's report once a write to it has failed behind the border."""
 _END_OF_PAGES = int(RamFlag.EOS).to_bytes(8, "big")
 CANCELLED = "the migration was cancelled"
+PAUSED = "the migration was paused (migrate-pause)"
+_NEVER_RAN = "the destination says that it failed, and did not run the machine"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,22 +104,28 @@ class Outgoing:
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
         self.machine = machine
-        self.channel = channel
         self.course = course or begun("source", Event.START)
         self.options = options = options or Options()
         self.dialect = options.dialect.of_machine(machine.configuration.machine)
         self.after = after or After()
         self._postcopy = "postcopy-ram" in options
         self._return_path = self._postcopy or "return-path" in options
-        self.source = PageSource(
-            machine.ram, channel.out_fd, return_path=channel.in_fd if self._return_path else -1
-        )
-        self._final: SourceNumbers | None = None
+        self.scan = PageScan(machine.ram)
+        try:
+            self._link = OutgoingLink(channel, self.scan, return_path=self._return_path)
+            """The last one, while there is none."""
+        except BaseException:
+            self.scan.close()
+            raise
+        self._before: list[SourceNumbers] = []  # of links that have ended
+        self._linked = True
+        self._by_hand = False  # somebody has broken it
+        self._pongs = 0  # as SourceNumbers.pongs, heard in recoveries
         self._watcher = watcher or Unwatched(machine)
         self._clock = clock
         self._pace = Pace(clock)
         self._postcopy_wanted = False
-        self._said = 0  # bytes that Python sent
+        self._said_before = 0  # over links that have ended
         self._marks = {"begin": clock()}
         self._bytes_at: dict[str, int] = {}
         self._passes = 0
@@ -159,9 +183,24 @@ class Outgoing:
             return None
         return round((marks[second] - marks[first]) * 1000)
 
+    @property
+    def channel(self) -> Channel:
+        """That of the link, or of the last one."""
+        return self._link.channel
+
+    @property
+    def source(self) -> PageSource:
+        """Sends pages over the link; closed while there is none."""
+        return self._link.source
+
+    @property
+    def _said(self) -> int:
+        """Bytes that Python sent."""
+        return self._said_before + (self._link.said if self._linked else 0)
+
     def numbers(self) -> SourceNumbers:
-        """What was sent until now."""
-        return self._final or self.source.numbers()
+        """What was sent until now, over all links."""
+        return _over_links([*self._before, *([self._link.source.numbers()] if self._linked else [])])
 
     def ram_info(self) -> RamInfo:
         """The numbers of ``query-migrate``."""
@@ -195,11 +234,33 @@ class Outgoing:
         that it could not run it, else LOSE. The same error is raised: ChannelLost, StreamError, OSError, and whatever
         else goes wrong in this process. A cancelled task is a lost link.
         """
+        await self._carry(self._send)
+
+    async def resume(self, channel: Channel) -> None:
+        """Go on over another channel behind a pause, once the phase is RECONNECTING. The channel stays the caller's.
+
+        What is missing over there is asked, and sent again. The outcome is that of :meth:`send`. Raises Shortage and
+        OSError also where another link cannot be made: that is a LOSE, too.
+        """
+        try:
+            if not channel.two_way:
+                raise MigrationRefused("A recovery needs a channel that goes both ways")
+            link = OutgoingLink(channel, self.scan, return_path=True)
+        except BaseException as error:
+            self.course.move(Event.LOSE, error)
+            raise
+        self._link, self._linked = link, True
+        self.course.move(Event.RECONNECT)
+        await self._carry(self._recover)
+
+    async def _carry(self, what: Callable[[], Awaitable[None]]) -> None:
+        """What goes over one link: its outcome moves the phase, and the link ends with it."""
         error: BaseException | None = None
         try:
-            await self._send()
+            await what()
         except BaseException as caught:
-            error = caught
+            error = ChannelLost(PAUSED) if self._by_hand and isinstance(caught, ChannelLost) else caught
+            self._by_hand = False
             self.channel.shut_down()  # the destination is told, even if others still hold the descriptor
         # First things are put back, then it is told: a listener may begin another one.
         with trio.CancelScope(shield=True):
@@ -207,16 +268,31 @@ class Outgoing:
                 await self.machine.stop_tracking()
             except Exception as trouble:  # it changes nothing about where the machine is
                 log.warning("migration: writes may still be tracked: %s", sentence(trouble))
+        self._end_link()
         self._mark("ended")
         event = Event.NEVER_RAN if isinstance(error, NeverRan) else self.course.trouble()
         self.course.move(event if error is not None else Event.FINISH, error)
         if error is not None:
             raise error
 
+    def _end_link(self) -> None:
+        if self._linked:
+            numbers, said = self._link.source.numbers(), self._link.said
+            self._before.append(numbers)
+            self._said_before += said
+            self._linked = False
+            self._link.close()
+
+    def pause(self) -> None:
+        """Break the link, where it is the pages' (``migrate-pause``). Harmless otherwise."""
+        if self.course.in_postcopy and self._linked:
+            self._by_hand = True
+            self.channel.shut_down()
+
     def close(self) -> None:
-        """Let go of the copy of the channel. Not while :meth:`send` runs."""
-        self._final = self.numbers()
-        self.source.close()
+        """Let go of the copy of the channel, and of what a recovery needs. Not while :meth:`send` runs."""
+        self._end_link()
+        self.scan.close()
 
     async def _send(self) -> None:
         machine, options = self.machine, self.options
@@ -376,18 +452,24 @@ class Outgoing:
             blob += Ping(MUST_HEAR).encode()
         blob += PostcopyRun().encode()
         _check_package(len(blob))
-        section = machine.ram_section
-        footer = Footer(section).encode()
-        nothing = SectionEnd(section).encode() + _END_OF_PAGES + footer
-        source.set_tail(
-            footer + nothing + EndOfStream().encode()
-        )  # behind the border it may be too late for memory
+        self._set_tail()  # behind the border it may be too late for memory
         await self._say(Ping(2).encode())
         self._check_cancelled()
         await self._send_package(Package(blob).encode())
         self._mark("switched")
         self._bytes_at["package"] = self._said + source.numbers().bytes
-        await self._say_behind(Ping(4).encode() + SectionPart(section).encode())
+        await self._serve(Ping(4).encode())
+
+    def _set_tail(self) -> None:
+        section = self.machine.ram_section
+        footer = Footer(section).encode()
+        nothing = SectionEnd(section).encode() + _END_OF_PAGES + footer
+        self.source.set_tail(footer + nothing + EndOfStream().encode())
+
+    async def _serve(self, ahead: bytes = b"") -> None:
+        """Pages to the last one, what is asked for first; then the destination's word."""
+        source = self.source
+        await self._say_behind(ahead + SectionPart(self.machine.ram_section).encode())
         source.set_rate(self.options["max-postcopy-bandwidth"] or UNLIMITED)
         source.switch()
         self.channel.keep_unsent_small()
@@ -399,6 +481,46 @@ class Outgoing:
         numbers = source.numbers()
         if ended is not Ended.SHUT or numbers.shut or numbers.dirty_left:
             raise self._failed(ended)
+
+    async def _recover(self) -> None:
+        """Ask which pages have arrived over there, in QEMU's order, and go on with the rest."""
+        blocks = self.machine.ram.blocks
+        self._set_tail()
+        decoder = ReturnPathDecoder(max(block.bitmap_size for block in blocks))
+        await self._say(b"".join(BitmapRequest(block.name).encode() for block in blocks))
+        for block in blocks:
+            bitmap = await self._hear(decoder, ReceivedBitmap)
+            if bitmap.block != block.name:
+                raise StreamError(
+                    f"the bitmap of RAM block {bitmap.block!r} in place of that of {block.name!r}"
+                )
+            block.take_bitmap(bitmap.bits)
+        await self._say(PostcopyResume().encode())
+        ack = await self._hear(decoder, ResumeAck)
+        if ack.value != RESUMED:
+            raise StreamError(f"the destination answers {ack.value} to POSTCOPY_RESUME, not {RESUMED}")
+        self.course.move(Event.RESUME)
+        log.info("migration: recovered, %d host pages left to send", total_pages(blocks, Bits.DIRTY))
+        await self._serve()
+
+    async def _hear(self, decoder: ReturnPathDecoder, kind: type[T]) -> T:
+        """The next message of the recovery. What a destination says besides counts where it counts otherwise."""
+        while True:
+            message = await self._link.hear(decoder)
+            if isinstance(message, kind):
+                return message
+            if isinstance(message, Pong):
+                self._pongs |= 1 << message.value if message.value < 32 else 0
+            elif isinstance(message, Shut):
+                if message.status and not self._has_loaded(self.numbers()):
+                    raise NeverRan(_NEVER_RAN)
+                raise StreamError("the destination says that it is done, in the middle of a recovery")
+            elif not isinstance(message, PageRequest):  # what it asks for now it asks for again
+                raise StreamError(f"{type(message).__name__} in the middle of a recovery")
+
+    def _has_loaded(self, numbers: SourceNumbers) -> bool:
+        """The destination has said that it loaded the package, and was about to run it."""
+        return bool((numbers.pongs | self._pongs) >> LOADED & 1)
 
     async def _send_package(self, package: bytes) -> None:
         """The border is its last byte: until the kernel has taken that one the machine cannot run there."""
@@ -412,7 +534,7 @@ class Outgoing:
             self._package_going = None
         if not sent:
             raise ChannelLost(CANCELLED)
-        self._said += len(package)
+        self._link.said += len(package)
         if too_late:
             log.warning(
                 "migration: the cancel came too late: the package had been sent, it goes on as postcopy"
@@ -438,12 +560,12 @@ class Outgoing:
         self.source.set_rate(self.options[name] or UNLIMITED)
 
     def _failed(self, ended: Ended) -> Exception:
-        numbers = self.source.numbers()
+        numbers = self.numbers()
         if ended is Ended.STOPPED:
             waits = ", before the destination's final report: the guest may be running there"
             return ChannelLost(CANCELLED + (waits if self.course.phase in ALL_SENT else ""))
-        if ended is Ended.SHUT and numbers.shut and not numbers.pongs >> LOADED & 1:
-            return NeverRan("the destination says that it failed, and did not run the machine")
+        if ended is Ended.SHUT and numbers.shut and not self._has_loaded(numbers):
+            return NeverRan(_NEVER_RAN)
         left = total_pages(self.machine.ram.blocks, Bits.DIRTY)
         if ended is Ended.SHUT and not numbers.shut:
             return StreamError(f"the destination says that it is done, but {left} host pages were not sent")
@@ -452,8 +574,7 @@ class Outgoing:
         return ChannelLost(f"the destination closed the connection; {left} host pages were not sent")
 
     async def _say(self, data: bytes) -> None:
-        await self.channel.send_all(data)
-        self._said += len(data)
+        await self._link.say(data)
 
     def progress(self) -> tuple[object, str]:
         """Something that changes as long as it goes on, and whom it waits for when it does not."""
@@ -484,6 +605,20 @@ class Outgoing:
         section = self.machine.ram_section
         parts += [SectionStart(section).encode(), listed.encode(), Footer(section).encode()]
         return b"".join([*parts, *(early.encode() for early in self.machine.early)])
+
+
+def _over_links(numbers: list[SourceNumbers]) -> SourceNumbers:
+    """What was sent over several links, one after the other. Pages are counted over all of them anyway."""
+    last = numbers[-1]
+    return replace(
+        last,
+        bytes=sum(link.bytes for link in numbers),
+        requests=sum(link.requests for link in numbers),
+        useless=sum(link.useless for link in numbers),
+        held_ever=sum(link.held_ever for link in numbers),
+        pongs=reduce(or_, (link.pongs for link in numbers)),
+        heard=any(link.heard for link in numbers),
+    )
 
 
 def _check_package(size: int) -> None:

@@ -58,6 +58,9 @@ class Phase(StrEnum):
     PAUSED = "paused"
     """The link is lost, and the machine may be running at the destination."""
     RECONNECTING = "reconnecting"
+    RECOVERING_PACKAGED = "recovering-packaged"
+    """There is another link, and it is being agreed on what is missing; the machine has not run yet."""
+    RECOVERING_STARTING = "recovering-starting"
     RECOVERING = "recovering"
     COMPLETED = "completed"
     """By precopy."""
@@ -92,9 +95,9 @@ class Event(StrEnum):
     LOSE = "lose"  # whatever went wrong behind it
     NEVER_RAN = "never-ran"  # the destination's word
     CANCEL = "cancel"
-    RECOVER = "recover"
-    RECONNECT = "reconnect"
-    RESUME = "resume"
+    RECOVER = "recover"  # source: a recovery begins; destination: another link is there
+    RECONNECT = "reconnect"  # source: another link is there
+    RESUME = "resume"  # both ends know what is missing, and pages come again
 
 
 class WrongMove(Exception):
@@ -138,13 +141,19 @@ SOURCE: Table = {
     (P.PACKAGED, E.LOADED): P.POSTCOPY,
     **{(phase, E.FINISH): P.MOVED for phase in (P.PACKAGED, P.POSTCOPY)},
     **{(phase, E.LOSE): P.PAUSED for phase in (P.PACKAGED, P.POSTCOPY)},
-    **{(phase, E.NEVER_RAN): P.FAILED for phase in (P.PACKAGED, P.POSTCOPY, P.PAUSED)},
+    **{(phase, E.NEVER_RAN): P.FAILED for phase in (P.PACKAGED, P.POSTCOPY, P.PAUSED, P.RECOVERING)},
     (P.PAUSED, E.RECOVER): P.RECONNECTING,
     (P.RECONNECTING, E.LOSE): P.PAUSED,
     (P.RECONNECTING, E.RECONNECT): P.RECOVERING,
     (P.RECOVERING, E.LOSE): P.PAUSED,
     (P.RECOVERING, E.RESUME): P.POSTCOPY,
 }
+
+
+def _recovery(paused: Phase, recovering: Phase, resumed: Phase) -> Table:
+    """Over another link, which may be lost again."""
+    return {(paused, E.RECOVER): recovering, (recovering, E.LOSE): paused, (recovering, E.RESUME): resumed}
+
 
 DESTINATION: Table = {
     (P.NONE, E.START): P.LISTENING,
@@ -173,9 +182,14 @@ DESTINATION: Table = {
     (P.PAUSED_STARTING, E.RAN): P.PAUSED,
     (P.PAUSED_STARTING, E.NOT_RUN): P.PAUSED_PACKAGED,
     **{(phase, E.NEVER_RAN): P.FAILED for phase in (P.PACKAGED, P.NOT_STARTED, P.PAUSED_PACKAGED)},
-    (P.PAUSED, E.RECOVER): P.RECOVERING,
-    (P.RECOVERING, E.LOSE): P.PAUSED,
-    (P.RECOVERING, E.RESUME): P.POSTCOPY,
+    # Another link. What the load waits for comes over that, so it does not wait for the load.
+    **_recovery(P.PAUSED_PACKAGED, P.RECOVERING_PACKAGED, P.PACKAGED),
+    **_recovery(P.PAUSED_STARTING, P.RECOVERING_STARTING, P.STARTING),
+    **_recovery(P.PAUSED, P.RECOVERING, P.POSTCOPY),
+    (P.RECOVERING_PACKAGED, E.RUN): P.RECOVERING_STARTING,
+    (P.RECOVERING_STARTING, E.RAN): P.RECOVERING,
+    (P.RECOVERING_STARTING, E.NOT_RUN): P.RECOVERING_PACKAGED,
+    (P.RECOVERING_PACKAGED, E.NEVER_RAN): P.FAILED,
 }
 
 TABLES: dict[Side, Table] = {"source": SOURCE, "destination": DESTINATION}
@@ -199,6 +213,8 @@ _STATUS = {
     P.PAUSED_STARTING: S.POSTCOPY_PAUSED,
     P.PAUSED: S.POSTCOPY_PAUSED,
     P.RECONNECTING: S.POSTCOPY_RECOVER_SETUP,
+    P.RECOVERING_PACKAGED: S.POSTCOPY_RECOVER,
+    P.RECOVERING_STARTING: S.POSTCOPY_RECOVER,
     P.RECOVERING: S.POSTCOPY_RECOVER,
     P.COMPLETED: S.COMPLETED,
     P.MOVED: S.COMPLETED,
@@ -218,13 +234,15 @@ AWAY = frozenset(
 """Phases of a source whose machine may be running at the destination."""
 
 CAME = frozenset(
-    {P.ARRIVED, P.STARTING, P.POSTCOPY, P.PAUSED_STARTING, P.PAUSED, P.RECOVERING, P.COMPLETED, P.MOVED}
+    {P.ARRIVED, P.STARTING, P.POSTCOPY, P.PAUSED_STARTING, P.PAUSED, P.RECOVERING_STARTING, P.RECOVERING}
+    | {P.COMPLETED, P.MOVED}
 )
 """Phases of a destination whose machine may be running here."""
 
 PACKAGE_GONE = frozenset(
     {P.PACKAGED, P.STARTING, P.NOT_STARTED, P.POSTCOPY}
-    | {P.PAUSED_PACKAGED, P.PAUSED_STARTING, P.PAUSED, P.RECONNECTING, P.RECOVERING}
+    | {P.PAUSED_PACKAGED, P.PAUSED_STARTING, P.PAUSED, P.RECONNECTING}
+    | {P.RECOVERING_PACKAGED, P.RECOVERING_STARTING, P.RECOVERING}
 )
 """Phases of a postcopy behind its border: it cannot be cancelled."""
 
@@ -241,7 +259,7 @@ def statuses(phase: Phase, side: Side, dialect: Dialect) -> tuple[Status, ...]:
         if phase in _TOLD_EARLY and dialect.postcopy_before_stop:
             status = S.POSTCOPY_ACTIVE
         if phase is P.RECONNECTING and S.POSTCOPY_RECOVER_SETUP not in dialect.statuses:
-            status = S.POSTCOPY_RECOVER
+            status = S.POSTCOPY_PAUSED  # it changes with the connection
         if status is S.FAILED and S.FAILING in dialect.statuses:
             return (S.FAILING, S.FAILED)
     elif phase is P.LISTENING and not dialect.setup_while_listening:

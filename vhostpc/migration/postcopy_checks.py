@@ -10,7 +10,7 @@ from vhostpc.pages.ramblock import RamBlock
 from vhostpc.ufd.flags import Features
 from vhostpc.ufd.uffd import Userfaultfd
 from vhostpc.units import TARGET_PAGE, in_units, page_sizes
-from vhostpc.wire.elements import BadStream, PostcopyAdvise, RamBlocks, RamDiscard
+from vhostpc.wire.migration.elements import BadStream, PostcopyAdvise, RamBlocks, RamDiscard
 
 
 def check_advise(event: PostcopyAdvise, *, postcopy: bool, two_way: bool) -> None:

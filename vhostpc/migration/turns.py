@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import trio
 
-from vhostpc.wire.elements import Slices
+from vhostpc.wire.migration.elements import Slices
 
 T = TypeVar("T")
 

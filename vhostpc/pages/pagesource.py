@@ -23,7 +23,7 @@ from vhostpc._native.threads import keeping
 from vhostpc.enums import WordEnum
 from vhostpc.errors import StreamError
 from vhostpc.pages.ramblock import Bits, RamSet
-from vhostpc.wire.ramrec import REASONS, BadRecord
+from vhostpc.wire.migration.ramrec import REASONS, BadRecord
 
 UNLIMITED = lib.VPC_RATE_UNLIMITED
 """Background rate: as fast as the socket accepts data."""

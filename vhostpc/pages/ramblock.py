@@ -20,7 +20,7 @@ from vhostpc._native.entries import Thread
 from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.threads import borrow
 from vhostpc.enums import WordEnum
-from vhostpc.errors import BadAddress, MemoryLost, PageBorn, naming
+from vhostpc.errors import BadAddress, MemoryLost, PageBorn, StreamError, naming
 from vhostpc.units import TARGET_PAGE
 
 MEMFD_NAME = 200
@@ -140,6 +140,33 @@ class RamBlock:
         out = ffi.new("uint32_t[]", max(cells, 1))
         check(lib.vpc_ram_count_cells(self._ram.handle, self.index, which, out, cells), "RAM bits")
         return list(out[0:cells])
+
+    @property
+    def bitmap_size(self) -> int:
+        """Bytes of :meth:`received_bitmap`: whole words of 8."""
+        return lib.vpc_ram_bitmap_size(self._ram.handle, self.index)
+
+    def received_bitmap(self) -> bytes:
+        """The RECEIVED pages as a recovery says them: a bit for each target page, the lowest of a byte first."""
+        size = self.bitmap_size
+        out = ffi.new("unsigned char[]", size)
+        check(lib.vpc_ram_bitmap(self._ram.handle, self.index, out, size), f"bitmap of {self.name}")
+        return bytes(ffi.buffer(out, size))
+
+    def take_bitmap(self, bitmap: bytes) -> None:
+        """Set DIRTY for what is missing according to a :meth:`received_bitmap`, and clear it for all the rest.
+
+        A host page of which a part is missing is DIRTY. Raises StreamError: its size is another, or it has bits behind
+        the last page; nothing has changed then.
+        """
+        rc = lib.vpc_ram_take_bitmap(self._ram.handle, self.index, bitmap, len(bitmap))
+        if rc == -errno.EINVAL:
+            raise StreamError(
+                f"the bitmap of RAM block {self.name!r} has {len(bitmap)} bytes, not {self.bitmap_size}"
+            )
+        if rc == -errno.ERANGE:
+            raise StreamError(f"the bitmap of RAM block {self.name!r} has bits behind its last page")
+        check(rc, f"bitmap of {self.name}")
 
     def discard(self, offset: int = 0, length: int | None = None) -> None:
         """Punch a hole (whole host pages) and forget that these pages were received, requested or discarded.

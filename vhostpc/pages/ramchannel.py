@@ -17,7 +17,7 @@ from vhostpc._native.threads import keeping
 from vhostpc.errors import ChannelLost, MemoryLost, PageBorn
 from vhostpc.pages.loops import Loops
 from vhostpc.pages.ramblock import RamSet
-from vhostpc.wire.ramrec import BadRamStream, BadRecord
+from vhostpc.wire.migration.ramrec import BadRamStream, BadRecord
 
 INPUT_ROOM = 256 << 10
 """Bytes that a channel reads ahead, at most (ramload.c)."""
@@ -107,7 +107,7 @@ class RamChannel(Owner):
 
         One C call on its thread, which never waits for a page. Where there is no memory for a page that is
         missing it waits for memory. Raises
-        :class:`~vhostpc.wire.ramrec.BadRamStream` (what is malformed, and at which byte),
+        :class:`~vhostpc.wire.migration.ramrec.BadRamStream` (what is malformed, and at which byte),
         :class:`~vhostpc.errors.ChannelLost` at the end of the file before the end of the section,
         :class:`~vhostpc.errors.PageBorn` when a page comes and one that nobody sent is there, and OSError when a page
         cannot be placed. After Cancelled the channel can be used again.

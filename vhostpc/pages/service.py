@@ -196,6 +196,22 @@ class FaultService(Owner):
         fd = -1 if sock is None else sock if isinstance(sock, int) else sock.socket.fileno()
         check(lib.vpc_fault_set_return_path(self.handle, fd), "return path")
 
+    def mute(self, sock: trio.SocketStream | int | None) -> None:
+        """Send nothing but what :meth:`send` is given, over another return path; None: nothing at all.
+
+        What waited to be sent is dropped, and requests are only noted, until :meth:`resume`. Raises OSError: nothing
+        has changed.
+        """
+        fd = -1 if sock is None else sock if isinstance(sock, int) else sock.socket.fileno()
+        check(lib.vpc_fault_mute(self.handle, fd), "return path")
+
+    def resume(self, message: bytes) -> None:
+        """Append ``message`` and, behind it, a request for each page that was requested and has not come. Then go on.
+
+        Never waits. Raises OSError where the return path is broken.
+        """
+        check(lib.vpc_fault_resume(self.handle, message, len(message)), "return path")
+
     def send(self, message: bytes) -> None:
         """Append one whole return-path message to the requests. Never waits."""
         check(lib.vpc_fault_send(self.handle, message, len(message)), "return path")

@@ -17,7 +17,7 @@ from vhostpc.proxy.faults import BadFault, Fault, Plan, parse_fault
 from vhostpc.proxy.relay import Relay
 from vhostpc.proxy.side import Side
 from vhostpc.proxy.timeline import Event, Tell, Timeline
-from vhostpc.wire.stream import StreamReader
+from vhostpc.wire.migration.stream import StreamReader
 
 SEEDS = 1 << 32
 

@@ -15,7 +15,7 @@ from vhostpc.proxy.points import Way
 from vhostpc.proxy.side import Side
 from vhostpc.proxy.timeline import Event
 from vhostpc.proxy.watch import KINDS, PreemptWatch, ReturnPathWatch, Seen, StreamWatch, Watch
-from vhostpc.wire.stream import StreamReader
+from vhostpc.wire.migration.stream import StreamReader
 
 CHUNK = 256 << 10
 SMALL = 4096

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vhostpc.errors import StreamError
-from vhostpc.wire import elements as el
 from vhostpc.wire.buffer import Buffer
-from vhostpc.wire.ramrec import EndOfSection, RamPage
-from vhostpc.wire.ramscan import RamScanner
-from vhostpc.wire.return_path import (
+from vhostpc.wire.migration import elements as el
+from vhostpc.wire.migration.ramrec import EndOfSection, RamPage
+from vhostpc.wire.migration.ramscan import RamScanner
+from vhostpc.wire.migration.return_path import (
     PageRequest,
     Pong,
     ReceivedBitmap,
@@ -26,8 +26,8 @@ from vhostpc.wire.return_path import (
     Shut,
     SwitchoverAck,
 )
-from vhostpc.wire.split import split_package
-from vhostpc.wire.stream import RamMode, StreamReader
+from vhostpc.wire.migration.split import split_package
+from vhostpc.wire.migration.stream import RamMode, StreamReader
 
 LIMIT = 256 << 20
 """Bytes of a package, or of device sections, that are read; larger ones pass unread."""

@@ -214,6 +214,18 @@ async def _incoming(session: Session, arguments: dict[str, Any]) -> Any:
     return {}
 
 
+async def _pause(session: Session, _: dict[str, Any]) -> Any:
+    await session.endpoint.pause()
+    return {}
+
+
+async def _recover(session: Session, arguments: dict[str, Any]) -> Any:
+    session.endpoint.check_recover()
+    address = _address(session, arguments, incoming=True)
+    await session.endpoint.recover(_with_descriptor(session, address, incoming=True))
+    return {}
+
+
 async def _cancel(session: Session, _: dict[str, Any]) -> Any:
     await session.endpoint.cancel()
     return {}
@@ -328,6 +340,8 @@ _ROWS = (
     Command("quit", _quit),
     Command("migrate", _migrate, types.migrate),
     Command("migrate-incoming", _incoming, types.incoming),
+    Command("migrate-pause", _pause, oob=True),
+    Command("migrate-recover", _recover, types.recover, oob=True),
     Command("migrate_cancel", _cancel),
     Command("migrate-start-postcopy", _start_postcopy),
     Command(

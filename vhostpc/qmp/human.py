@@ -311,6 +311,19 @@ _ROWS = (
         ("s",),
     ),
     _Row(
+        "migrate_pause",
+        "",
+        "Pause an ongoing migration (postcopy-only)",
+        _simple("migrate-pause"),
+    ),
+    _Row(
+        "migrate_recover",
+        "uri",
+        "Continue a paused incoming postcopy migration",
+        _simple("migrate-recover", "uri"),
+        ("s",),
+    ),
+    _Row(
         "migrate_set_capability",
         "capability state",
         "Enable/Disable the usage of a capability for migration",
@@ -374,8 +387,8 @@ def _candidates(options: Options, words: list[str]) -> list[str]:
         case ["info"] | ["help" | "?", "info"]:
             return [row.names for row in _INFO]
         case ["migrate"]:
-            return ["-d", *_SCHEMES]
-        case ["migrate", "-d"] | ["migrate_incoming"]:
+            return ["-d", "-r", *_SCHEMES]
+        case ["migrate", "-d" | "-r"] | ["migrate_incoming" | "migrate_recover"]:
             return [*_SCHEMES]
         case ["migrate_set_capability"]:
             return [name for name, _ in options.capabilities()]

@@ -62,7 +62,10 @@ class Endpoint(Protocol):
         ...
 
     async def migrate(self, address: Address, *, resume: bool) -> None:
-        """Begin to send. Owns an ``Fd`` address's descriptor from the call on, also when it refuses."""
+        """Begin to send, or go on with what is paused (``resume``).
+
+        Owns an ``Fd`` address's descriptor from the call on, also when it refuses.
+        """
         ...
 
     async def incoming(self, address: Address, *, exit_on_error: bool) -> None:
@@ -71,6 +74,18 @@ class Endpoint(Protocol):
 
     async def cancel(self) -> None:
         """Cancel what is being sent; nothing if nothing is. Refuses where the guest may run there by postcopy."""
+        ...
+
+    async def pause(self) -> None:
+        """Break the link of a postcopy. Refuses where there is none."""
+        ...
+
+    def check_recover(self) -> None:
+        """Raises MigrationRefused where no source is waited for, because nothing is paused here."""
+        ...
+
+    async def recover(self, address: Address) -> None:
+        """Listen for the source of a postcopy that is paused. Owns an ``Fd`` address's descriptor from the call on."""
         ...
 
     async def start_postcopy(self) -> None: ...

@@ -101,6 +101,10 @@ def incoming(dialect: Dialect) -> Struct:
     return Struct((*_where_to(dialect), *stays))
 
 
+def recover(_: Dialect) -> Struct:
+    return Struct((Member("uri", STR),))
+
+
 def capability_status(dialect: Dialect) -> Struct:
     features = [(name, "unstable") for name in ("x-colo", "x-ignore-shared")]
     features += [(name, "deprecated") for name in dialect.deprecated_capabilities]

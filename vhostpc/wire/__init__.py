@@ -6,7 +6,7 @@ from vhostpc.lazy import exports
 
 if TYPE_CHECKING:
     from vhostpc.wire import vhost_user
-    from vhostpc.wire.elements import (
+    from vhostpc.wire.migration.elements import (
         BadStream,
         BitmapRequest,
         BlockInfo,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         SwitchoverStart,
         VmDescription,
     )
-    from vhostpc.wire.ramrec import (
+    from vhostpc.wire.migration.ramrec import (
         BadRamStream,
         BadRecord,
         EndOfSection,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         RamFlag,
         RamPage,
     )
-    from vhostpc.wire.return_path import (
+    from vhostpc.wire.migration.return_path import (
         PageRequest,
         Pong,
         ReceivedBitmap,
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
         Shut,
         SwitchoverAck,
     )
-    from vhostpc.wire.split import Inside, read_package
-    from vhostpc.wire.stream import RamMode, StreamReader
+    from vhostpc.wire.migration.split import Inside, read_package
+    from vhostpc.wire.migration.stream import RamMode, StreamReader
     from vhostpc.wire.vhost_user import (
         BackendRequest,
         ConfigSpace,
@@ -143,21 +143,21 @@ if not TYPE_CHECKING:  # for a type checker it would stand for every name
     __getattr__ = exports(
         __name__,
         {
-            "vhostpc.wire.elements": (
+            "vhostpc.wire.migration.elements": (
                 "BadStream BitmapRequest BlockInfo Command Configuration DeviceSection EnableColo "
                 "EndOfStream Footer Header OpenReturnPath Package Ping PostcopyAdvise PostcopyListen "
                 "PostcopyResume PostcopyRun RamBlocks RamData RamDiscard RamFlush RamRun RunKind "
                 "SectionEnd SectionPart SectionStart StreamEvent SwitchoverStart VmDescription"
             ),
-            "vhostpc.wire.ramrec": (
+            "vhostpc.wire.migration.ramrec": (
                 "BadRamStream BadRecord EndOfSection RamDecoder RamEncoder RamFlag RamPage"
             ),
-            "vhostpc.wire.return_path": (
+            "vhostpc.wire.migration.return_path": (
                 "PageRequest Pong ReceivedBitmap ResumeAck ReturnPathDecoder ReturnPathMessage Shut "
                 "SwitchoverAck"
             ),
-            "vhostpc.wire.split": "Inside read_package",
-            "vhostpc.wire.stream": "RamMode StreamReader",
+            "vhostpc.wire.migration.split": "Inside read_package",
+            "vhostpc.wire.migration.stream": "RamMode StreamReader",
             "vhostpc.wire.vhost_user": (
                 "vhost_user BackendRequest ConfigSpace Feature Frame FrameReader Inflight LogArea "
                 "MemoryRegion ProtocolFeature Reply Request VringAddr VringState"

@@ -1,0 +1,105 @@
+"""A link that is lost in postcopy between the endpoint and a stock QEMU: both pause, recover, and the guest goes on."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.qemu import peers, vm
+from tests.qemu.test_qemu_endpoint import completed, holding, prepare, send
+from tests.qemu.versions import EACH
+from tests.sequences.nodes import endpoint_node
+from vhostpc.dialect import Compat
+
+pytestmark = pytest.mark.qemu
+TIMES = 3
+LOST = (
+    "Detected IO failure for postcopy",
+    "error while loading state section id",
+    "Unable to shutdown socket",
+)
+"""Lines of a QEMU whose link was lost."""
+
+
+async def paused(*sides: Any) -> None:
+    for side in sides:
+        while (await side.qmp.command("query-migrate"))["status"] != "postcopy-paused":
+            await trio.sleep(0.01)
+
+
+async def recover(source: Any, destination: Any, path: Path) -> None:
+    """By the two commands that a person types."""
+    since = len(source.qmp.events), len(destination.qmp.events)
+    await destination.qmp.command("migrate-recover", uri=f"unix:{path}")
+    await source.qmp.command("migrate", uri=f"unix:{path}", resume=True)
+    for side, start in zip((source, destination), since, strict=True):
+        await side.qmp.event("MIGRATION", start, status="postcopy-active")
+
+
+async def lost_and_recovered(source: Any, destination: Any, folder: Path, *, pauses: Any, seed: int) -> None:
+    """The link breaks at moments of a dice; ``pauses`` is the end that is told to break it."""
+    rng = random.Random(seed)
+    for number in range(TIMES):
+        await trio.sleep(rng.random() / 5)
+        await pauses.qmp.command("migrate-pause")
+        await paused(source, destination)
+        await recover(source, destination, folder / f"again{number}")
+
+
+@pytest.mark.parametrize("version", EACH)
+async def test_from_qemu(version: Compat, tmp_path: Path) -> None:
+    """The endpoint is the destination. What it holds behind it is the guest, whole: it goes on elsewhere."""
+    spec = vm.Spec(peers.qemu(version))
+    with trio.fail_after(200):
+        async with endpoint_node(version, "held", tmp_path, ram="mem=256M") as node:
+            async with vm.vm(spec, "source", vm.Bare(), tmp_path) as source:
+                nonce = await source.booted()
+                await source.beat(nonce)
+                await prepare(node, "postcopy-ram")
+                await prepare(source, "postcopy-ram", max_bandwidth=4 << 20, max_postcopy_bandwidth=1 << 20)
+                await node.qmp.command("migrate-incoming", uri=f"unix:{tmp_path}/in")
+                await source.qmp.command("migrate", uri=f"unix:{tmp_path}/in")
+                await source.qmp.event("MIGRATION", 0, status="active")
+                await source.qmp.command("migrate-start-postcopy")
+                for side in (source, node):
+                    await side.qmp.event("MIGRATION", 0, status="postcopy-active")
+                await lost_and_recovered(source, node, tmp_path, pauses=source, seed=1)
+                since = len(source.qmp.events)
+                await source.qmp.command("migrate-set-parameters", max_postcopy_bandwidth=0)
+                await completed(source, since)
+                await node.qmp.event("MIGRATION", 0, status="completed")
+            async with vm.vm(spec, "target", vm.Bare(), tmp_path, incoming=True) as target:
+                await send(node, target, tmp_path / "out", "precopy", nonce)
+
+
+@pytest.mark.parametrize("version", EACH)
+async def test_to_qemu(version: Compat, tmp_path: Path) -> None:
+    """The endpoint is the source; the guest asks for pages of its own."""
+    spec = vm.Spec(peers.qemu(version))
+    with trio.fail_after(200):
+        async with (
+            holding(version, tmp_path, "precopy") as (node, nonce),
+            vm.vm(spec, "target", vm.Bare(), tmp_path, incoming=True) as target,
+        ):
+            await prepare(target, "postcopy-ram")
+            await prepare(node, "postcopy-ram", max_bandwidth=4 << 20, max_postcopy_bandwidth=1 << 20)
+            await target.qmp.command("migrate-incoming", uri=f"unix:{tmp_path}/out")
+            since = len(node.qmp.events)
+            await node.qmp.command("migrate", uri=f"unix:{tmp_path}/out")
+            await node.qmp.command("migrate-start-postcopy")
+            await node.qmp.event("MIGRATION", since, status="postcopy-active")
+            await target.qmp.event("RESUME", 0)
+            await lost_and_recovered(node, target, tmp_path, pauses=node, seed=2)
+            await target.beat(nonce)
+            assert (await node.qmp.command("query-migrate"))["ram"]["remaining"] > 0
+            since = len(node.qmp.events)
+            await node.qmp.command("migrate-set-parameters", max_postcopy_bandwidth=0)
+            await completed(node, since)
+            await target.qmp.event("MIGRATION", 0, status="completed")
+            await target.beat(nonce, 2)
+            assert await target.sweep() == 0
+            assert [line for line in target.complaints() if not any(words in line for words in LOST)] == []

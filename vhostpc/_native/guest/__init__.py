@@ -1,0 +1,1 @@
+"""vCPUs: what :mod:`vhostpc.guest` has in C, and its types."""

@@ -1,0 +1,1 @@
+"""A back-end's guest memory: what :mod:`vhostpc.memory` has in C, and its types."""

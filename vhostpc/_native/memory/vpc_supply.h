@@ -1,0 +1,52 @@
+/* The supply of a session's guest memory: who delivers its missing pages, and whether it is lost. Counted by references;
+ * any thread may drop it. */
+#ifndef VPC_SUPPLY_H
+#define VPC_SUPPLY_H
+#include <stdint.h>
+
+/* cdef begin */
+struct vpc_supply; /* one per session: who brings missing pages, and whether it is gone */
+
+/* Flag of calls that touch guest memory: never wait for a page, -EAGAIN before anything is touched or changed. */
+#define VPC_TRY 1
+
+struct vpc_wait_stats {
+    uint64_t waits;      /* touches that waited for a page */
+    uint64_t total_ns;   /* their waiting, added up */
+    uint64_t longest_ns; /* the longest of them */
+};
+
+/* A touch found that its page had gone: SIGBUS. */
+#define VPC_USE_MEMORY 0
+#define VPC_USE_LOG 1
+#define VPC_USE_INFLIGHT 2
+
+struct vpc_strike {
+    uint64_t address; /* ours, of the touch */
+    uint64_t offset;  /* the same in the file */
+    uint64_t size;    /* of the file just then, in bytes; UINT64_MAX: not known */
+    uint32_t kind;    /* of backing */
+    int use;          /* VPC_USE_* */
+    int poisoned;     /* the page is there, and may not be read: UFFDIO_POISON, faulty memory */
+};
+
+int vpc_supply_new(struct vpc_supply **out);
+void vpc_supply_unref(struct vpc_supply *s);
+/* From now on maps born armed belong to this ufd (duplicated here); -errno. */
+int vpc_supply_arm(struct vpc_supply *s, int ufd);
+/* Unregister all armed maps and close our copies of the ufd: every page has arrived. */
+int vpc_supply_disarm(struct vpc_supply *s);
+/* The pages that miss will never come: see architecture, "failing". -errno: not all maps could be replaced, and
+ * waiters in the others sleep on; it may be tried again. */
+int vpc_supply_fail(struct vpc_supply *s);
+/* Threads that wait for a page of this supply. After vpc_supply_fail the number only falls. */
+int vpc_supply_asleep(struct vpc_supply *s);
+int vpc_supply_is_lost(const struct vpc_supply *s);
+/* An eventfd that becomes readable when a SIGBUS has made the supply lost; it stays the supply's. */
+int vpc_supply_strike_fd(const struct vpc_supply *s);
+/* 1 and the first of them, or 0. */
+int vpc_supply_struck(const struct vpc_supply *s, struct vpc_strike *out);
+void vpc_supply_stats(struct vpc_supply *s, struct vpc_wait_stats *out);
+/* cdef end */
+
+#endif

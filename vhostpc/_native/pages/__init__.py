@@ -1,0 +1,1 @@
+"""The page path: what :mod:`vhostpc.pages` has in C, and its types."""

@@ -1,0 +1,150 @@
+#ifndef SAVE_INTERNAL_H
+#define SAVE_INTERNAL_H
+/*
+ * RAM records out, inside. savescan.c knows which page is next, savewriter.c makes records of a page and writes them to
+ * a descriptor, saverequests.c reads what the destination says; ramsave.c has the loops that join the three.
+ *
+ * A scan may have several writers: a page is taken by clearing its DIRTY bit, so one writer only gets it.
+ */
+#include "pages/ram_internal.h"
+#include "pages/records_internal.h"
+#include "pages/vpc_save.h"
+
+#define OUT_ROOM (128u << 10)
+#define RECORD_MAX (8u + 256u + TARGET_PAGE)
+#define IN_ROOM (16u << 10)
+#define QUEUE 4096u /* host pages asked for and not yet looked at; more stay in the socket */
+
+struct host_page {
+    int block; /* -1: none */
+    uint64_t number;
+};
+
+struct vpc_scan {
+    struct vpc_ram *ram;
+    int keep_zeros; /* send zero pages as data */
+    _Atomic int hold_all;
+    _Atomic uint64_t rate;
+    _Atomic uint64_t place; /* where the scan goes on: see place_of */
+    /* Bytes that the background may send; below 0 it owes them. Of the one loop that sends it. */
+    int64_t credit;
+    uint64_t credit_time;
+    struct vpc_scan_stats stats; /* see save_tally */
+};
+
+/* One connection's output. */
+struct writer {
+    int fd; /* a socket, a pipe or a file */
+    int is_socket;
+    int on_disk;
+    unsigned char *out;
+    size_t begin, end;
+    int block; /* of the last record, for CONTINUE; -1 before the first */
+    /* The host page in hand: its target pages that are still to be written. */
+    int now_block; /* -1: none */
+    uint64_t now_target, now_left;
+    /* A stretch of a block's file that is a hole, or is taken for data. Looked up anew in each round: what is written
+     * afterwards is found by the next look at what is dirty. */
+    int extent_block, extent_hole;
+    uint64_t extent_begin, extent_end;
+    unsigned char *tail; /* what follows the EOS */
+    size_t tail_at, tail_end;
+    int eos_sent;
+    uint64_t bytes; /* written */
+    /* Records made and not yet in the scan's numbers: see vpc_scan_tell. */
+    struct vpc_scan_stats made;
+};
+
+/* One connection's return path. */
+struct requests {
+    int fd; /* -1: none */
+    unsigned char *in;
+    size_t end;
+    int block; /* of the last request, for REQ_PAGES; -1 before the first */
+    /* A request being taken apart into host pages: they go to the queue as it has room. */
+    int ask_block;
+    uint64_t ask_page, ask_count;
+    struct host_page queue[QUEUE];
+    unsigned head, tail; /* free-running */
+    int notify;          /* an eventfd to signal withheld pages on; not ours */
+    uint64_t count, useless, held, held_ever;
+    uint32_t pongs, shut;
+    int why, heard;
+};
+
+struct vpc_save {
+    struct vpc_scan *scan;
+    struct writer writer;
+    struct requests requests;
+    int control, notify;
+    _Atomic int stop;
+    int now_asked; /* the page in hand was asked for: its bytes are not charged to the background */
+    int heard_told;
+};
+
+/* The numbers: others read them while a loop runs. Those of a scan may have several that write. */
+static inline void save_tally(uint64_t *what, uint64_t n)
+{
+    __atomic_fetch_add(what, n, __ATOMIC_RELAXED);
+}
+
+/* savescan.c */
+/* Take a page: 1, or 0 if it was sent before. Its bit is cleared now: it goes out once. The scan goes on behind it, since
+ * who touches a page touches its neighbours next. */
+int vpc_scan_take(struct vpc_scan *scan, struct host_page page);
+/* The next dirty page that is not withheld, from where the scan stands, once around: taken; block -1 if there is none. */
+struct host_page vpc_scan_next(struct vpc_scan *scan);
+/* Milliseconds until the background may send at this rate; 0: now. */
+int vpc_scan_due(struct vpc_scan *scan, uint64_t rate);
+void vpc_scan_begin(struct vpc_scan *scan);
+/* Add what a writer has made to the numbers, once a buffer: an atomic addition for each page would cost more than a zero
+ * page does. */
+void vpc_scan_tell(struct vpc_scan *scan, struct vpc_scan_stats *made);
+void vpc_scan_rewind(struct vpc_scan *scan);
+void vpc_scan_recount(struct vpc_scan *scan);
+
+static inline uint64_t scan_left(const struct vpc_scan *scan)
+{
+    return __atomic_load_n(&scan->stats.dirty_left, __ATOMIC_RELAXED);
+}
+
+/* savewriter.c */
+int vpc_writer_init(struct writer *w, int fd);
+void vpc_writer_destroy(struct writer *w);
+/* Take a host page in hand; there must be none. */
+void vpc_writer_take(struct writer *w, struct vpc_scan *scan, struct host_page page);
+/* Append records of the page in hand while there is room; returns how many bytes. */
+size_t vpc_writer_emit(struct writer *w, struct vpc_scan *scan);
+void vpc_writer_head(struct writer *w, unsigned type, uint32_t section);
+void vpc_writer_eos(struct writer *w);
+/* Write as much as the descriptor takes: 0 or -errno. */
+int vpc_writer_push(struct writer *w);
+
+static inline size_t writer_room(const struct writer *w)
+{
+    return OUT_ROOM - w->end;
+}
+
+/* Is there something to write? */
+static inline int writer_pending(const struct writer *w)
+{
+    return w->begin < w->end || (w->eos_sent && w->tail_at < w->tail_end);
+}
+
+/* saverequests.c */
+int vpc_requests_init(struct requests *r, struct vpc_ram *ram, int fd, int notify);
+void vpc_requests_destroy(struct requests *r);
+/* Read the incoming messages: 0, VPC_SAVE_PEER_CLOSED or -errno. */
+int vpc_requests_pull(struct requests *r);
+/* Take the messages that are whole, as long as the queue has room: 0, VPC_SAVE_SHUT or -EBADMSG. */
+int vpc_requests_parse(struct requests *r, struct vpc_scan *scan);
+/* Something was released: queue what was asked for in the meantime. */
+void vpc_requests_look_at_held(struct requests *r, struct vpc_scan *scan);
+
+/* May another message be read? */
+static inline int requests_room(const struct requests *r)
+{
+    return IN_ROOM - r->end > 4 + RP_MAX_LEN;
+}
+
+#endif

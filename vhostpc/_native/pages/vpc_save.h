@@ -1,0 +1,55 @@
+/* RAM records out, on one connection of a scan: its writer, the requests of its destination, and the loops that join
+ * them, requests first. */
+#ifndef VPC_SAVE_H
+#define VPC_SAVE_H
+#include <stdint.h>
+
+#include "pages/vpc_scan.h"
+
+/* cdef begin */
+struct vpc_save;
+
+#define VPC_SAVE_PEER_CLOSED 2
+#define VPC_SAVE_SHUT 3
+#define VPC_SAVE_STOPPED 4
+#define VPC_SAVE_HEARD 5 /* PONG VPC_MUST_HEAR came, for the first time: run again */
+#define VPC_MUST_HEAR 66
+
+struct vpc_save_stats {
+    uint64_t bytes;          /* sent */
+    uint64_t requests;       /* request messages read */
+    uint64_t useless;        /* requested host pages that were not dirty */
+    uint64_t held;           /* requested host pages that are being withheld now */
+    uint64_t held_ever;
+    int32_t eos_sent;
+    int32_t why;             /* VPC_BAD_* of a message that was refused */
+    uint32_t pongs;          /* a bit for each PONG value below 32 that came */
+    uint32_t shut;           /* the value of the destination's SHUT: 0 is success */
+    int32_t heard;           /* PONG VPC_MUST_HEAR came */
+};
+
+/* Serve the scan's pages on fd (a socket, a pipe or a file). in_fd: the return path, -1 for none; both may be the same.
+ * What a connection before this one was asked for and withheld is forgotten: its destination asks again. */
+int vpc_save_new(struct vpc_scan *scan, int fd, int in_fd, struct vpc_save **out);
+void vpc_save_free(struct vpc_save *save);
+/* One section of precopy, with its frames: a PART of about budget_ns at the background rate, or (last) the END with
+ * all that is dirty, without a limit. Returns 1 if pages are still dirty, 0 if none is, or as vpc_save_run; a section
+ * that was stopped is left in the middle. */
+int vpc_save_round(struct vpc_save *save, uint32_t section, int last, uint64_t budget_ns);
+/* Nothing is to be sent any more: read the return path to its end. Returns as vpc_save_run. */
+int vpc_save_wait(struct vpc_save *save);
+/* Postcopy begins: the next record names its block again, the scan begins anew. Before a run. */
+int vpc_save_switch(struct vpc_save *save);
+/* Returns VPC_SAVE_* or -errno; -EBADMSG: the peer sent a message that is none. */
+int vpc_save_run(struct vpc_save *save);
+/* Before a run: bytes that follow the EOS behind the last page (we keep a copy). */
+int vpc_save_set_tail(struct vpc_save *save, const void *from, uint64_t length);
+void vpc_save_stop(struct vpc_save *save);
+/* After changing HELD bits, the rate or hold_all: look again. */
+void vpc_save_kick(struct vpc_save *save);
+int vpc_save_stats(struct vpc_save *save, struct vpc_save_stats *out);
+/* An eventfd that counts withheld requests and the end of stream: somebody may look at the numbers. */
+int vpc_save_notify_fd(struct vpc_save *save);
+/* cdef end */
+
+#endif

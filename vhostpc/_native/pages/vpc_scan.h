@@ -1,0 +1,33 @@
+/* The next page to send, each dirty one once: it lives as long as a migration, and its connections (vpc_save.h) share
+ * it. */
+#ifndef VPC_SCAN_H
+#define VPC_SCAN_H
+#include <stdint.h>
+
+#include "pages/vpc_ram.h"
+
+/* cdef begin */
+struct vpc_scan;
+
+/* Of all connections. */
+struct vpc_scan_stats {
+    uint64_t data_pages;     /* target pages sent as PAGE */
+    uint64_t zero_pages;     /* target pages sent as ZERO */
+    uint64_t requested_pages;/* host pages sent because they were asked for */
+    uint64_t background_pages;
+    uint64_t dirty_left;     /* host pages */
+};
+
+/* The blocks' DIRTY pages, at background_rate bytes a second besides what is asked for. */
+int vpc_scan_new(struct vpc_ram *ram, uint64_t background_rate, struct vpc_scan **out);
+void vpc_scan_free(struct vpc_scan *scan);
+/* These two are looked at by a loop when it is kicked (vpc_save_kick). hold_all: withhold everything that is asked for,
+ * until called with 0. */
+int vpc_scan_set_rate(struct vpc_scan *scan, uint64_t background_rate);
+int vpc_scan_hold_all(struct vpc_scan *scan, int on);
+/* Send pages of zeros as data. Before a round or run. */
+int vpc_scan_keep_zeros(struct vpc_scan *scan, int on);
+int vpc_scan_stats(struct vpc_scan *scan, struct vpc_scan_stats *out);
+/* cdef end */
+
+#endif

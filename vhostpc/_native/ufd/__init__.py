@@ -1,0 +1,1 @@
+"""userfaultfd: what :mod:`vhostpc.ufd` has in C, and its types."""

@@ -1,0 +1,312 @@
+"""The run of ``vhostpc demo``: a machine of our own moves between two endpoints, by precopy and then by postcopy.
+
+Four other processes: a source and a destination endpoint, driven by their monitors as a user would drive them, and a
+bridge at each end. The far side of the bridges is here: a UDP socket that sends each frame back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import trio
+
+from vhostpc.cli.demo import books
+from vhostpc.cli.demo.books import Far, Frames, Pages, Phase, Requests, Result, Traffic, Waits, judge
+from vhostpc.cli.demo.processes import STEP, End, bridge, endpoint, far_side, machine
+from vhostpc.cli.demo.relay import Relay, open_relay
+from vhostpc.errors import VhostpcError
+from vhostpc.frontend import FarSide
+from vhostpc.listener import socket_folder
+from vhostpc.pages.trace import Way
+from vhostpc.ufd import Userfaultfd
+from vhostpc.units import TARGET_PAGE
+
+MIB = 1 << 20
+SIZE = 128 * MIB
+VCPUS = 2
+BEFORE, PRECOPY, AFTER = 1.0, 2.5, 1.0
+"""Seconds."""
+PRECOPY_RATE, POSTCOPY_RATE = 0.24, 0.15
+"""Shares of memory per second: precopy stops far from its end, and the background of postcopy takes a while."""
+ONLY_REQUESTS = 1
+"""Bytes per second in the background: next to nothing."""
+BRIDGE_WAITS = 10.0
+"""Seconds in which a bridge at the destination needs a page."""
+CHECKS = 3000
+"""Pages that a vCPU reads per second: not so many that it fetches all on its own."""
+SAMPLE = 0.05
+CELLS = 640
+"""Parts of memory whose pages are counted in each sample."""
+LIMIT = 120.0
+DEVICES_AREA = 4 * MIB
+STARTING, RUNNING, COPYING, FOLLOWING, THERE = (
+    "starting two endpoints and two bridges",
+    "before: the machine runs at its source",
+    "precopy: pages are sent while it runs",
+    "postcopy: it runs at the destination",
+    "after: all of its memory has arrived",
+)
+
+Show = Callable[[str, float], None]
+"""Receives the phase, and how much of it is done (0 to 1)."""
+
+
+def _silent(what: str, share: float) -> None:
+    pass
+
+
+class Sample(NamedTuple):
+    """Seconds since the traffic began, and host pages present at the destination in each part of memory."""
+
+    at: float
+    cells: list[int]
+
+    @property
+    def present(self) -> int:
+        return sum(self.cells)
+
+
+class Fault(NamedTuple):
+    """An answered fault: the client, the host page, the time from and to (seconds), and whether the page was
+    requested because of it."""
+
+    who: str
+    page: int
+    begin: float
+    end: float
+    asked: bool
+
+
+@dataclass
+class Story:
+    """The data of a report besides the numbers. Times in seconds since the traffic began."""
+
+    size: int = SIZE
+    cells: list[int] = field(default_factory=list)
+    """Host pages in each part of memory."""
+    samples: list[Sample] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    stood: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """By vCPU: its last beat at the source and its first at the destination."""
+
+
+class Demo:
+    """One run. ``size``: bytes of memory. ``harm``: damage one byte of a page in transit."""
+
+    def __init__(self, show: Show = _silent, *, size: int = SIZE, harm: bool = False) -> None:
+        self.show = show
+        self.size = size
+        self.harm = harm
+        self.result = Result()
+        self.story = Story(size)
+        self._zero_ns = 0
+        self._sampling = trio.CancelScope()
+        self._relay: Relay | None = None
+
+    async def run(self) -> Result:
+        """Raises UfdError where this computer cannot do postcopy, VhostpcError when the work failed."""
+        Userfaultfd.open().close()  # a user without the privilege is told before the run
+        started = time.monotonic()
+        with trio.move_on_after(LIMIT) as scope, socket_folder("vhostpc-demo-") as folder:
+            async with AsyncExitStack() as stack:
+                await self._story(folder, stack)
+        if scope.cancelled_caught:
+            raise VhostpcError(f"the demonstration did not end within {LIMIT:g} s")
+        self.result.seconds = time.monotonic() - started
+        return self.result
+
+    def _now(self) -> float:
+        return self._at(time.monotonic_ns())
+
+    def _at(self, ns: int) -> float:
+        return (ns - self._zero_ns) / 1e9
+
+    # --- the story
+
+    async def _story(self, folder: Path, stack: AsyncExitStack) -> None:
+        self.show(STARTING, 0)
+        far, address = await stack.enter_async_context(far_side())
+        paths = []
+        for i, name in enumerate(("source's bridge", "destination's bridge")):
+            paths.append(await stack.enter_async_context(bridge(name, folder, address)))
+            self.show(STARTING, (i + 1) / 4)
+        made = [machine(self.size, VCPUS, CHECKS, path) for path in paths]
+        source = await stack.enter_async_context(endpoint("source", folder, *made[0]))
+        self.show(STARTING, 3 / 4)
+        destination = await stack.enter_async_context(
+            endpoint("destination", folder, *made[1], "--incoming", "defer", "--trace-faults")
+        )
+        self.show(STARTING, 1)
+        self._zero_ns = time.monotonic_ns()
+        await self._pass(RUNNING, BEFORE)
+        uri = await self._wire(folder, stack, destination)
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        nursery.start_soon(self._sample, destination)
+        await self._move(source, destination, uri)
+        arrived = self._now()
+        await self._pass(THERE, AFTER)
+        self._sampling.cancel()
+        await destination.command("stop")
+        ended = self._now()
+        await self._count(source, destination, far, arrived, ended)
+        for end in (source, destination):
+            await end.command("quit")
+
+    async def _pass(self, what: str, seconds: float) -> None:
+        begin = trio.current_time()
+        while (passed := trio.current_time() - begin) < seconds:
+            self.show(what, passed / seconds)
+            await trio.sleep(STEP)
+        self.show(what, 1)
+
+    async def _wire(self, folder: Path, stack: AsyncExitStack, destination: End) -> str:
+        """The address of the destination, or of the relay before it that damages a byte."""
+        path = folder / "migration.sock"
+        await destination.set("postcopy-ram", "events")
+        await destination.command("migrate-incoming", uri=f"unix:{path}")
+        if self.harm:
+            near = folder / "relay.sock"
+            self._relay = await stack.enter_async_context(open_relay(near, path, DEVICES_AREA))
+            path = near
+        return f"unix:{path}"
+
+    async def _move(self, source: End, destination: End, uri: str) -> None:
+        await source.set(
+            "postcopy-ram",
+            "events",
+            max_bandwidth=int(self.size * PRECOPY_RATE),
+            max_postcopy_bandwidth=ONLY_REQUESTS,
+        )
+        await source.command("migrate", uri=uri)
+        begin = trio.current_time()
+        while (passed := trio.current_time() - begin) < PRECOPY:
+            self._must_go_on(await source.migration(), source, "active", "setup", "device")
+            self.show(COPYING, passed / PRECOPY)
+            await trio.sleep(STEP)
+        self.show(COPYING, 1)
+        await source.command("migrate-start-postcopy")
+        await self._until_a_bridge_waits(source, destination)
+        rate = int(self.size * POSTCOPY_RATE)
+        await source.command("migrate-set-parameters", max_postcopy_bandwidth=rate)
+        most = 0
+        for end, left in ((source, True), (destination, False)):
+            while (found := await end.migration())["status"] != "completed":
+                self._must_go_on(found, end, "active", "device", "postcopy-active")
+                if self._relay is not None:
+                    self._relay.harm = found["status"] == "postcopy-active"
+                if left:
+                    remaining = found["ram"]["remaining"]
+                    most = max(most, remaining)
+                    self.show(FOLLOWING, 1 - remaining / max(most, 1))
+                await trio.sleep(STEP)
+        self.show(FOLLOWING, 1)
+
+    async def _until_a_bridge_waits(self, source: End, destination: End) -> None:
+        """Wait for the bridge's faults, before the background can deliver all its pages on a busy computer."""
+        with trio.move_on_after(BRIDGE_WAITS):
+            while not any(device["faults"]["count"] for device in (await destination.report())["devices"]):
+                self._must_go_on(await source.migration(), source, "active", "device", "postcopy-active")
+                await trio.sleep(STEP)
+
+    @staticmethod
+    def _must_go_on(found: dict[str, Any], end: End, *statuses: str) -> None:
+        if found["status"] not in statuses:
+            why = found.get("error-desc", "")
+            raise VhostpcError(
+                f"the migration is {found['status']} at the {end.name}{': ' if why else ''}{why}"
+            )
+
+    async def _sample(self, destination: End) -> None:
+        """Sample how memory fills, until cancelled."""
+        with self._sampling:
+            while True:
+                found = await destination.command("x-vhostpc-map", cells=CELLS)
+                self.story.samples.append(Sample(self._at(found["time-ns"]), found["blocks"][0]["received"]))
+                await trio.sleep(SAMPLE)
+
+    # --- the numbers
+
+    async def _count(self, source: End, destination: End, far: FarSide, arrived: float, ended: float) -> None:
+        there, here = await source.report(), await destination.report()
+        checked = await destination.command("x-vhostpc-verify")
+        moved = await source.migration()
+        await self._faults(destination, here)
+        for old, new in zip(there["vcpus"], here["vcpus"], strict=True):
+            self.story.stood[new["name"]] = (self._at(old["last-beat-ns"]), self._at(new["first-beat-ns"]))
+        begun = source.event_ns("MIGRATION", status="setup")
+        over = source.event_ns("MIGRATION", status="completed")
+        assert begun is not None
+        assert over is not None
+        stands, runs = self._at(there["stopped-ns"]), max(end for _, end in self.story.stood.values())
+        marks = [0.0, self._at(begun), stands, runs, max(self._at(over), runs), ended]
+        names = ("before", "precopy", "switch", "postcopy", "after")
+        r = self.result
+        r.phases = [Phase(*row) for row in zip(names, marks, marks[1:], strict=False)]
+        sent, asked = there["sent"], here["asked"]
+        came = here["came"] if here["kept"] is not None else dict.fromkeys(here["came"], 0)
+        arrivals = (here["came-before"] or here["came"])["placed"]
+        kept = here["kept"] if here["kept"] is not None else here["blocks"][0]["received"]
+        r.pages = Pages(
+            total=self.size // TARGET_PAGE,
+            precopy=kept,
+            resent=arrivals - kept,
+            background=sent["background-pages"] - arrivals,
+            requested=sent["requested-pages"],
+            placed=came["placed"],
+            twice=came["already"],
+            checked=checked["pages"],
+            bad=checked["bad"],
+        )
+        r.requests = Requests(asked["events"], asked["wakes"], asked["requests"], sent["requests"])
+        ram = moved["ram"]
+        r.bytes = Traffic(
+            ram["precopy-bytes"], ram["downtime-bytes"], ram["postcopy-bytes"], ram["transferred"]
+        )
+        r.downtime_ms, r.total_ms = moved["downtime"], moved["total-time"]
+        r.waits = self._waits(here)
+        r.frames = [books.frames_of(device) for device in here["devices"]]
+        numbers = far.numbers()
+        r.far = Far(numbers.frames, far.echoed, numbers.bad, numbers.duplicates)
+        r.problems = judge(r, (there, here))
+
+    async def _faults(self, destination: End, here: dict[str, Any]) -> None:
+        """Every answered fault, with the name of the client that waited."""
+        vcpus = {vcpu["thread"]: vcpu["name"] for vcpu in here["vcpus"]}
+        backends = {device["name"] for device in here["devices"]}
+        following = 0
+        while True:
+            found = await destination.command("x-vhostpc-trace", from_=following)
+            if not found["faults"]:
+                return
+            following = found["next"]
+            for client, thread, _, page, way, read_ns, woken_ns in found["faults"]:
+                name = found["clients"][str(client)]
+                who = f"{name}'s bridge" if name in backends else vcpus.get(thread, "guest's drivers")
+                self.story.faults.append(
+                    Fault(who, page, self._at(read_ns), self._at(woken_ns), way == str(Way.ASKED))
+                )
+
+    def _waits(self, here: dict[str, Any]) -> list[Waits]:
+        rows = []
+        for vcpu in here["vcpus"]:
+            row = self._row(vcpu["name"], vcpu["faults"])
+            stood, ran = self.story.stood[vcpu["name"]]
+            row.standstill_ns = round((ran - stood) * 1e9)
+            rows.append(row)
+        drivers = [round((f.end - f.begin) * 1e9) for f in self.story.faults if f.who == "guest's drivers"]
+        rows.append(books.waits_of("guest's drivers", drivers))
+        return rows + [
+            self._row(f"{device['name']}'s bridge", device["faults"]) for device in here["devices"]
+        ]
+
+    @staticmethod
+    def _row(name: str, told: dict[str, int]) -> Waits:
+        return Waits(name, told["count"], told["p50-ns"], told["p99-ns"], told["longest-ns"])
+
+
+__all__ = ["CELLS", "Demo", "Fault", "Frames", "Result", "Sample", "Show", "Story"]

@@ -1,0 +1,63 @@
+"""The demonstration's result as tables of text, for the terminal and for the report."""
+
+from __future__ import annotations
+
+from vhostpc.cli.demo.books import Result
+from vhostpc.cli.demo.run import MIB
+
+
+def duration(ns: int) -> str:
+    return f"{ns / 1e6:.2f} ms"
+
+
+def volume(count: int) -> str:
+    return f"{count / MIB:.1f} MiB" if count >= MIB else f"{count / 1024:.0f} KiB"
+
+
+def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The tables of a run: titles, heads and rows, numbers as text. For the terminal and the report."""
+    p, b = result.pages, result.bytes
+    share = 100 / max(p.total, 1)
+    came = [
+        ["precopy", f"{p.precopy}", f"{p.precopy * share:.1f} %"],
+        ["postcopy, in the background", f"{p.background}", f"{p.background * share:.1f} %"],
+        ["postcopy, on request", f"{p.requested}", f"{p.requested * share:.1f} %"],
+        ["total", f"{p.total}", ""],
+        ["bad", f"{p.bad}", ""],
+    ]
+    waits = [
+        [
+            w.name,
+            str(w.faults),
+            *(duration(ns) if w.faults else "-" for ns in (w.p50_ns, w.p99_ns, w.longest_ns)),
+            "-" if w.standstill_ns is None else duration(w.standstill_ns),
+        ]
+        for w in result.waits
+    ]
+    frames = [
+        [f.name, *map(str, (f.sent, f.received, f.lost_at_switch, f.lost, f.flying))] for f in result.frames
+    ]
+    times = [
+        ["downtime, as QEMU counts it", f"{result.downtime_ms} ms"],
+        ["whole migration", f"{result.total_ms} ms"],
+        ["bytes by precopy", volume(b.precopy)],
+        ["bytes while the machine was stopped", volume(b.downtime)],
+        ["bytes by postcopy", volume(b.postcopy)],
+    ]
+    return [
+        ("how the pages arrived", ["path", "pages", "share"], came),
+        (
+            "waits for missing pages",
+            ["who", "faults", "p50", "p99", "longest", "stopped at the switch"],
+            waits,
+        ),
+        (
+            "network frames",
+            ["device", "sent", "returned", "lost at the switch", "lost otherwise", "in flight"],
+            frames,
+        ),
+        ("times and bytes", ["figure", "value"], times),
+    ]
+
+
+GOOD = "Every frame and every page is accounted for; each page arrived once, with the right content."

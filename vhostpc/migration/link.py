@@ -1,0 +1,175 @@
+"""A link: the life of one connection of a migration, at either end.
+
+It has the channel, what reads and writes it, and the C loops that work on it. Nothing of a link outlives it: half a
+record, half a host page, what was asked for and not answered. What was received, requested and sent belongs to the
+transfer (:class:`~vhostpc.migration.incoming.Incoming`, :class:`~vhostpc.migration.outgoing.Outgoing`), which goes on
+over another link where one is lost in postcopy. The channel stays its maker's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import trio
+
+from vhostpc.errors import ChannelLost
+from vhostpc.migration.channel import Channel
+from vhostpc.pages.pagesource import PageScan, PageSource
+from vhostpc.pages.ramchannel import LoadNumbers, RamChannel
+from vhostpc.pages.service import FaultService
+from vhostpc.wire.migration.elements import BadStream, Busy, SectionEnd, StreamEvent
+from vhostpc.wire.migration.ramrec import REASONS, BadRamStream
+from vhostpc.wire.migration.return_path import ReturnPathDecoder, ReturnPathMessage
+from vhostpc.wire.migration.stream import RamMode, StreamReader
+
+CHUNK = 64 << 10
+END_WAIT = 2.0
+"""Seconds in which more must come behind what may be the end of a precopy."""
+
+
+class IncomingLink:
+    """A destination's: elements in, with RAM records read in C; answers leave by the fault service.
+
+    ``limit``: bytes of a package. ``continues``: the link that was lost in postcopy before this one.
+    """
+
+    def __init__(
+        self, channel: Channel, service: FaultService, *, limit: int, continues: IncomingLink | None = None
+    ) -> None:
+        self.channel = channel
+        self.resumes = continues is not None
+        """It begins with a recovery: the pages come behind that."""
+        self.bitmaps_said: set[str] = set()
+        """Blocks whose bitmap it was asked for and has said."""
+        self.settled = trio.Event()
+        """The recovery it began with is complete, or the link has ended."""
+        self.ended = trio.Event()
+        self.hung_up = False
+        self.ram_ended = False
+        """The last section of RAM has begun, or has come."""
+        self._service = service
+        self._reader: StreamReader = StreamReader(
+            RamMode.PAUSE, limit=limit, continues=continues._reader if continues is not None else None
+        )
+        self._events = self._reader.feed_in_slices(b"")
+        self._pages: RamChannel | None = None
+
+    @property
+    def has_pages(self) -> bool:
+        """RAM records can be read."""
+        return self._pages is not None
+
+    @property
+    def unread(self) -> int:
+        """Bytes that came behind the end."""
+        return self._reader.unread
+
+    @property
+    def doubt(self) -> int | None:
+        """As :attr:`StreamReader.doubt`."""
+        return self._reader.doubt
+
+    @property
+    def offset(self) -> int:
+        """Byte of the stream up to which everything was read."""
+        return self._reader.offset
+
+    def open_pages(self, *, holes: bool = False) -> None:
+        """RAM records may come from now on. In the memory's current mode: written, or placed once it is armed.
+
+        ``holes``: no page will be missing later. Raises Shortage, OSError.
+        """
+        block = -1
+        if self._pages is not None:
+            block = self._pages.block
+            self._pages.close()
+            self._pages = None
+        self._pages = self._service.open_channel(self.channel.in_fd, holes=holes)
+        self._pages.block = block
+
+    def numbers(self) -> LoadNumbers | None:
+        """What its records have brought; None before there could be one."""
+        return None if self._pages is None else self._pages.numbers()
+
+    def close(self) -> None:
+        """Let go of the loader, and of a host page of which only a part has come. The channel stays."""
+        if self._pages is not None:
+            self._pages.close()
+            self._pages = None
+        self.settled.set()
+        self.ended.set()
+
+    async def next(self) -> StreamEvent | None:
+        """The next element; None at the end of the stream. Raises BadStream, ChannelLost, and as RamChannel.load."""
+        while True:
+            event = next(self._events, None)
+            if isinstance(event, Busy):
+                await trio.lowlevel.checkpoint()
+                continue
+            if event is not None:
+                self.ram_ended = self.ram_ended or isinstance(event, SectionEnd)
+                return event
+            if self._reader.ended:
+                return None
+            if self._reader.paused:
+                await self._records()
+                self._events = self._reader.feed_in_slices(b"")
+                continue
+            data = b""
+            # What could be the end may be what a guest wrote into a device's state: then more comes.
+            with trio.move_on_after(END_WAIT if self._reader.may_end else math.inf):
+                data = await self.channel.receive_some(CHUNK)
+            self.hung_up = not data
+            self._events = self._reader.feed_in_slices(data) if data else self._reader.eof_in_slices()
+
+    async def _records(self) -> None:
+        """The RAM section that begins, and what follows of it, in C."""
+        pages, section = self._pages, self._reader.ram_section
+        assert section is not None
+        begin = self._reader.offset
+        if pages is None:
+            raise BadStream(begin, "pages before the recovery was complete (POSTCOPY_RESUME)")
+        pages.feed(self._reader.hand_over())
+        before = pages.numbers().bytes
+        try:
+            numbers = await pages.load(section, last=self.ram_ended)
+        except BadRamStream as e:
+            raise BadStream(begin + e.offset - before, REASONS[e.why]) from None
+        self.ram_ended = numbers.ended
+        self._reader.resume(numbers.bytes - before, pages.take(), footer=True, ended=self.ram_ended)
+
+
+class OutgoingLink:
+    """A source's: pages out in C, by the order of ``scan``; what stands between them from Python.
+
+    ``return_path``: the destination's messages are read. Raises Shortage, OSError.
+    """
+
+    def __init__(self, channel: Channel, scan: PageScan, *, return_path: bool) -> None:
+        self.channel = channel
+        self.source = PageSource(
+            scan.ram, channel.out_fd, return_path=channel.in_fd if return_path else -1, scan=scan
+        )
+        self.said = 0
+        """Bytes that Python sent."""
+
+    async def say(self, data: bytes) -> None:
+        """Raises ChannelLost."""
+        await self.channel.send_all(data)
+        self.said += len(data)
+
+    async def hear(self, decoder: ReturnPathDecoder) -> ReturnPathMessage:
+        """One message of the destination, and not a byte of the one behind it, which may be for the page source.
+
+        Raises ChannelLost, StreamError.
+        """
+        while True:
+            data = await self.channel.receive_some(min(decoder.lacks, CHUNK))
+            if not data:
+                raise ChannelLost("the destination closed the connection")
+            for message in decoder.feed(data):
+                return message
+
+    def close(self) -> None:
+        """Let go of the copy of the channel. Not while anything of it runs."""
+        self.source.close()

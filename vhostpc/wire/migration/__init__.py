@@ -1,0 +1,1 @@
+"""QEMU's migration stream and its return path. What users need of it is exported by :mod:`vhostpc.wire`."""
