@@ -194,7 +194,7 @@ def _value(point: Point, value: str, text: str, rng: random.Random) -> int | flo
     if takes is Takes.SECONDS:
         return _seconds(value, text, rng)
     number = _number(value, text, rng)
-    if takes is Takes.COUNT and not number:
+    if takes is Takes.COUNT and not _number(value.partition("..")[0], text, rng):
         raise BadFault(f"{text!r}: {point.name} counts from 1, and {value!r} may be 0")
     return number
 
@@ -276,7 +276,7 @@ def _words(fault: Fault, what: str, options: list[str]) -> str:
         for option in options
         for key, _, given in [option.partition("=")]
     ]
-    action = f"{fault.action}={fault.amount:g}" if ".." in what else what
+    action = f"{fault.action}={_plain(fault.amount)}" if ".." in what else what
     where = fault.point.name if fault.value is None else f"{fault.point.name}={_plain(fault.value)}"
     return ",".join([f"{action}@{where}", *shown])
 
