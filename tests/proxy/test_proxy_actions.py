@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -361,3 +363,56 @@ async def test_nobody_listens_there(tmp_path: Path) -> None:
             with contextlib.suppress(trio.BrokenResourceError):
                 assert await near.receive_some() == b""
         assert proxy.connections == 0
+
+
+async def test_lost_bytes_are_told_and_break_nothing(tmp_path: Path) -> None:
+    """What passes no more is still read; it is marked, and no fault is due in it."""
+    async with stage(tmp_path, ["cut@ping=2,way=forward", "cut@run"]) as here:
+        there, _ = await play(here, POSTCOPY, BACK)
+        assert there.data == POSTCOPY[:4318]
+        told = {event.name: event.details.get("lost", False) for event in here.proxy.events}
+        assert (told["discard"], told["package"], told["run"], told["shut"]) == (False, True, True, False)
+        assert list(map(str, here.proxy.pending)) == ["cut@run"]
+
+
+@BOTH
+async def test_nothing_is_left(tcp: bool, tmp_path: Path) -> None:
+    """Neither descriptors nor tasks, of connections that ended in each way, and of a proxy that ended before them."""
+    actions = ["cut", "fin", "drop", "hold=0", "lag=0", "delay=0", "corrupt", "cut"]
+    points = ["run", "request=2", "postcopy-page", "byte=100", "eof,at=before"]
+    faults = [
+        f"{action}@{point}"
+        for action in actions
+        for point in points
+        if action != "corrupt" or "=" not in point
+    ]
+    gc.collect()
+
+    def left() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), trio.lowlevel.current_statistics().tasks_living
+
+    before = left()
+    async with contextlib.AsyncExitStack() as later, stage(tmp_path, faults, tcp=tcp) as here:
+        events = here.proxy.events
+        count = 0
+        while here.proxy.pending:
+            fault = here.proxy.pending[0]
+            if fault.action == "drop":
+                since = len(events)
+                async with here.connection() as (near, far):
+                    await give(near, POSTCOPY[:100])
+                    await here.proxy.wait("kind", since)
+                    await give(far, BACK)
+                    await give(near, POSTCOPY[100:])
+                    await here.proxy.wait("fault", since)
+            else:
+                await play(here, POSTCOPY, BACK)
+            count += 1
+            await here.proxy.wait("end", connection=count)
+        await later.enter_async_context(here.connection())
+        near, _ = await later.enter_async_context(here.connection())
+        await give(near, POSTCOPY)
+        await here.proxy.wait("eof", connection=count + 2)
+        assert here.proxy.connections == 2
+    assert [event.details["how"] for event in events if event.name == "end"][-2:] == ["left"] * 2
+    assert left() == before

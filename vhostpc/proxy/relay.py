@@ -48,7 +48,7 @@ class Pump:
         self.source, self.to = source, to
         self.watch = Watch()
         self.received = self.sent = self.passed = 0
-        self._here = b""
+        self._here = bytearray()
         """What came and was not passed on: from byte ``sent`` to ``received``."""
         self._lost = False
         self._silent = False
@@ -88,11 +88,11 @@ class Pump:
     def corrupt(self, at: int, data: bytes) -> None:
         """Replace bytes that came and were not passed on, from byte ``at`` of the direction on."""
         index = at - self.sent
-        self._here = self._here[:index] + data + self._here[index + len(data) :]
+        self._here[index : index + len(data)] = data
 
     def bytes_here(self, begin: int, end: int) -> bytes:
         """Bytes that came and were not passed on."""
-        return self._here[max(0, begin - self.sent) : end - self.sent]
+        return bytes(self._here[max(0, begin - self.sent) : end - self.sent])
 
     def _wake(self) -> None:
         self._changed.set()
@@ -103,32 +103,44 @@ class Pump:
     async def run(self) -> None:
         """To the end of the direction."""
         try:
-            while True:
-                data = b""
-                with trio.move_on_after(QUIET if self._here else math.inf) as patience:
-                    data = await self.source.receive(CHUNK if self._slow[1] < trio.current_time() else SMALL)
-                if data:
-                    await self._take(data)
-                elif patience.cancelled_caught:
-                    await self._pass(self.received)
-                else:
-                    break
-            for seen in self.watch.eof():
-                await self._meet(seen)
-            await self._pass(self.received)
-            await self.all_late_sent()
+            broke = await self._pass_all()
         except OSError as error:
-            self.relay.lost(self, error, silent=self._silent)
+            broke = error
+        if broke is not None:
+            self.relay.lost(self, broke, silent=self._silent)
             return
         self.relay.tell("closed", self.way)
         if not self._lost:
             self.to.finish()
 
+    async def _pass_all(self) -> OSError | None:
+        """Until the source's end; why it is not one in order. Raises OSError: the other end is lost."""
+        broke: OSError | None = None
+        while True:
+            data = b""
+            try:
+                with trio.move_on_after(QUIET if self._here else math.inf) as patience:
+                    data = await self.source.receive(CHUNK if self._slow[1] < trio.current_time() else SMALL)
+            except OSError as error:
+                broke = error
+                break
+            if data:
+                await self._take(data)
+            elif patience.cancelled_caught:
+                await self._pass(self.received)
+            else:
+                break
+        for seen in self.watch.eof():
+            await self._meet(seen)
+        await self._pass(self.received)
+        await self.all_late_sent()
+        return broke
+
     async def _take(self, data: bytes) -> None:
         if not self.received:
             self.relay.begins(self, data)
         self.received += len(data)
-        self._here = self._here + data if self._here else data
+        self._here += data
         self.watch.each = self.relay.home.plan.wants_pages
         for seen in self.watch.feed(data):
             await self._meet(seen)
@@ -158,7 +170,10 @@ class Pump:
         if seen.name == "blocks" and isinstance(self.watch, StreamWatch):
             relay.home.last_stream = self.watch.reader
         if seen.name:
-            relay.tell(seen.name, self.way, seen.begin, seen.details)
+            lost = {"lost": True} if self._lost else {}
+            relay.tell(seen.name, self.way, seen.begin, {**seen.details, **lost})
+        if self._lost:
+            return
         while (due := self._due(seen.end)) is not None:
             await self._stop_at(*due)
         while (fault := plan.at(relay)) is not None:
@@ -173,7 +188,7 @@ class Pump:
     def _due(self, upto: int) -> tuple[Fault, int] | None:
         """A fault at a byte of this direction up to ``upto``, and that byte."""
         fault = self.relay.home.plan.at(self.relay)
-        if fault is None or _BYTES.get(fault.point.name) is not self.way:
+        if fault is None or self._lost or _BYTES.get(fault.point.name) is not self.way:
             return None
         begin = self.relay.postcopy_from if fault.point.name == "postcopy-byte" else 0
         if begin is None:
@@ -198,7 +213,8 @@ class Pump:
         count = upto - self.sent
         if count <= 0:
             return
-        data, self._here = self._here[:count], self._here[count:]
+        data = bytes(self._here[:count])
+        del self._here[:count]
         self.sent = upto
         while not self._lost and trio.current_time() < self._held_until:
             with trio.move_on_at(self._held_until):
@@ -274,6 +290,7 @@ class Relay:
         self.back = Pump(self, Way.BACK, far, near)
         self._sides = (near, far)
         self._how = ""
+        self._ended = False
         self._opened = trio.current_time()
         self._nursery: trio.Nursery | None = None
 
@@ -298,13 +315,14 @@ class Relay:
                 async with trio.open_nursery() as pumps:
                     pumps.start_soon(self.forward.run)
                     pumps.start_soon(self.back.run)
+                self._ended = True
                 self._nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
                 await self._leave()
 
     async def _leave(self) -> None:
-        details: dict[str, Any] = {"how": self._how or "closed"}
+        details: dict[str, Any] = {"how": self._how or ("closed" if self._ended else "left")}
         if self._how:
             for side in self._sides:
                 if not await side.delivered():
