@@ -49,7 +49,7 @@ class Pump:
         self.watch = Watch()
         self.received = self.sent = self.passed = 0
         self._here = bytearray()
-        """What came and was not passed on: from byte ``sent`` to ``received``."""
+        """Received and not passed on: from byte ``sent`` to ``received``."""
         self._lost = False
         self._silent = False
         self._held_until = -math.inf
