@@ -134,6 +134,21 @@ async def test_preempt(version: str, tmp_path: Path) -> None:
     assert not [event for event in proxy.events if event.name == "unreadable"]
 
 
+@pytest.mark.parametrize("version", EACH)
+async def test_multifd(version: str, tmp_path: Path) -> None:
+    """Its channels are carried unread; the destination takes each for what it is."""
+    async with pair(version, tmp_path) as (source, destination, nonce):
+        async with between(source, destination, tmp_path, capabilities=["multifd"]) as proxy:
+            await completed(source, destination, nonce)
+            for number in (1, 2, 3):
+                await proxy.wait("end", connection=number)
+    kinds = [event.details["kind"] for event in proxy.events if event.name == "kind"]
+    assert sorted(kinds) == ["main", "multifd", "multifd"]
+    assert "eof" in passed(proxy, "forward", 1)
+    sent = {event.connection: event.details["forward"] for event in proxy.events if event.name == "end"}
+    assert min(sent[2], sent[3]) > 1 << 20
+
+
 async def recovered(source: vm.Vm, destination: vm.Vm, proxy: Proxy, folder: Path, number: int) -> None:
     """Both are paused; reconnect them, through the same proxy."""
     for side in (source, destination):
