@@ -416,3 +416,41 @@ async def test_nothing_is_left(tcp: bool, tmp_path: Path) -> None:
         assert here.proxy.connections == 2
     assert [event.details["how"] for event in events if event.name == "end"][-2:] == ["left"] * 2
     assert left() == before
+
+
+async def test_drop_while_nobody_reads(tmp_path: Path) -> None:
+    """A sender goes on although its receiver takes nothing: all is lost."""
+    async with stage(tmp_path) as here:
+        async with here.connection() as (near, _), trio.open_nursery() as nursery:
+            nursery.start_soon(near.send_all, b"x" * (4 << 20))
+            await here.proxy.wait("kind")
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            here.proxy.add("drop@time=0")
+            await here.proxy.wait("fault")
+        # Left when all of it was sent.
+
+
+async def test_an_end_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut does not wait for ever for it, and says so."""
+    monkeypatch.setattr("vhostpc.proxy.side.PATIENCE", 0.05)
+    async with stage(tmp_path, tcp=True) as here:
+        async with here.connection() as (near, _), trio.open_nursery() as nursery:
+            nursery.start_soon(give, near, b"x" * (64 << 20))
+            await here.proxy.wait("kind")
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            here.proxy.add("cut@time=0")
+            await here.proxy.wait("end", how="cut", undelivered=True)
+
+
+async def test_a_fault_that_comes_late(tmp_path: Path) -> None:
+    """Added when a part of its element had passed: done where it can be, and it says so."""
+    async with stage(tmp_path) as here:
+        async with here.connection() as (near, far):
+            await near.send_all(POSTCOPY[:4340])
+            got = b""
+            while len(got) < 4340:
+                got += await far.receive_some()
+            here.proxy.add("cut@section=clk,at=before")
+            await near.send_all(POSTCOPY[4340:RUN])
+            await here.proxy.wait("fault", late=True, byte=4340)
+            await here.proxy.wait("end", how="cut", forward=4340)

@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -60,7 +61,15 @@ class Lines:
         self._count[event.name] += 1
         self._pages.update(event.details.get("pages", {}))
 
+    async def keep_up(self) -> None:
+        """Print sums that nothing follows, too."""
+        while True:
+            await trio.sleep(FOLD)
+            if self._count and time.monotonic() - self._last.time >= FOLD:
+                self.flush()
+
     def flush(self) -> None:
+        """Print what was summed up."""
         if not self._count:
             return
         details = {
@@ -155,6 +164,7 @@ async def run(listen_at: str, target: str, faults: list[Fault], seed: int, lines
     with trio.open_signal_receiver(*ending_signals()) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(until_told, signals, nursery.cancel_scope)
+            nursery.start_soon(lines.keep_up)
             async with open_proxy(listen_at, target, faults, seed=seed, tell=lines.tell, keep=False) as proxy:
                 log.info("ready on %s", proxy.uri)
                 try:

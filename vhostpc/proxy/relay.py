@@ -58,18 +58,23 @@ class Pump:
         self._late: deque[tuple[float, bytes]] | None = None
         self._late_bytes = 0
         self._changed = trio.Event()
+        self._sending = trio.CancelScope()
 
     # --- what is done to it
 
     def end_here(self) -> None:
         """FIN to the receiver; the rest is lost."""
-        self._lost = True
+        self._lose()
         self.to.finish()
-        self._wake()
 
     def swallow(self) -> None:
         """From here on all is lost, also the end."""
-        self._lost = self._silent = True
+        self._silent = True
+        self._lose()
+
+    def _lose(self) -> None:
+        self._lost = True
+        self._sending.cancel()  # its receiver may not read
         self._wake()
 
     def hold(self, seconds: float) -> None:
@@ -229,8 +234,10 @@ class Pump:
     async def _send(self, data: bytes) -> None:
         view = memoryview(data)
         while view and not self._lost:
+            count = 0
             try:
-                count = await self.to.send(view)
+                with trio.CancelScope() as self._sending:
+                    count = await self.to.send(view)
             except OSError:
                 if self._lost:  # ended here meanwhile
                     return
