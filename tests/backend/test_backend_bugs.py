@@ -15,8 +15,8 @@ from tests.kit.hostile import Net, guest_mappings, open_fds, state
 from tests.kit.raw_front_end import Guest, RawFrontEnd
 from tests.kit.until import until
 from vhostpc.backend import Device, requests, serve_listener, session
-from vhostpc.backend.channel import BackendChannel
-from vhostpc.backend.postcopy import Postcopy
+from vhostpc.backend.backend_channel import BackendChannel
+from vhostpc.backend.postcopy_state import Postcopy
 from vhostpc.backend.vring import Vring
 from vhostpc.listener import bind
 from vhostpc.memory.mapping import Mapping

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from vhostpc.cli.endpoint import size
+from vhostpc.cli.endpoint_command import size
 from vhostpc.migration.held import HeldMachine
 from vhostpc.units import in_units, page_sizes, sizes_differ
 from vhostpc.wire.migration.elements import BlockInfo, RamBlocks

@@ -25,7 +25,7 @@ from vhostpc.errors import PeerClosed, VhostpcError
 from vhostpc.migration import channel
 from vhostpc.migration.uri import Unix
 from vhostpc.qmp import Monitor, TextMonitor
-from vhostpc.qmp.client import open_monitor
+from vhostpc.qmp.qmp_client import open_monitor
 
 ROOT = Path(__file__).resolve().parents[2]
 Served = Callable[[Path], AbstractAsyncContextManager[None]]

@@ -25,7 +25,7 @@ from tests.kit.streams import Encoded
 from tests.kit.until import until
 from tests.qemu.proc import unwrapped
 from tests.qemu.qmp import Qmp
-from vhostpc.cli import endpoint as cli
+from vhostpc.cli import endpoint_command as cli
 from vhostpc.guest.own_machine import Block, Spec, open_machine
 from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import After

@@ -19,7 +19,7 @@ from tests.kit.own_machine import STEP, WAIT, End, bridge, check, end, far_side,
 from tests.kit.until import until
 from tests.qemu.qmp import QmpError
 from vhostpc.cli.common import Failure
-from vhostpc.cli.endpoint import endpoint
+from vhostpc.cli.endpoint_command import endpoint
 from vhostpc.pages.ramblock import RamSet
 from vhostpc.pages.service import FaultService
 

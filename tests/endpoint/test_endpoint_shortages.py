@@ -15,6 +15,7 @@ from contextlib import (
     AsyncExitStack,
     ExitStack,
     asynccontextmanager,
+    nullcontext,
 )
 from functools import partial
 from pathlib import Path
@@ -208,6 +209,21 @@ async def test_no_descriptor_is_left(late: bool, postcopy: bool, tmp_path: Path)
         told = await every(spec, rounds, postcopy=postcopy, late=late)
     assert all("Too many open files" in why for why in told)
     assert {what for what in short if not any(f"{what}: Too many" in why for why in told)} == set(), told
+
+
+async def test_cont_behind_a_completed_precopy_lacks_nothing(tmp_path: Path) -> None:
+    """A person lets it run here again, as with QEMU: all that it ran with before it was sent is still there."""
+    async with bridged(tmp_path) as spec, served(spec, postcopy=False) as (here, source):
+        async with open_machine(spec, empty=True) as there:
+            completed, _ = await migrate(source, there, postcopy=False, late=False, short=nullcontext)
+            assert completed
+            await there.stop()
+            assert not here.running
+            with threads_left(0), descriptors_left(0):
+                await source.cont()
+                assert source.run_state == "running"
+                await works(here)
+            assert not there.running
 
 
 @pytest.mark.parametrize("left", [threads_left, descriptors_left])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vhostpc.errors import StreamError
 from vhostpc.frontend import Driver, GuestRegion, RingLayout, SharedLog
 from vhostpc.guest import sections
-from vhostpc.guest.own_machine import Block, Spec, open_machine
+from vhostpc.guest.own_machine import MOST_STATE, Block, Spec, open_machine
 from vhostpc.pages.ramblock import Bits, RamSet
 from vhostpc.wire.migration.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
 from vhostpc.wire.migration.vmdesc import parse, split_by
@@ -77,6 +77,20 @@ def test_the_book_of_frames_goes_with_it() -> None:
         assert [driver.unseen(n, n + 1) for n in (2, 3, 64, 65, 99, 100)] == [0, 1, 1, 0, 1, 1]
         assert driver.unseen(4, 64) == 0
         assert driver.save() == head(frames=97, next_=100, holes=[3, 64, 99])
+
+
+async def test_its_state_is_no_longer_than_it_says() -> None:
+    """The source relies on it while the machine runs. So many lost frames are listed, at most."""
+    with drivers() as (driver,):
+        driver.load(head(next_=65_536, holes=list(range(65_536))))
+        longest = len(driver.save())
+        assert longest > 4 * 65_536
+    assert 2 * longest + 4096 < MOST_STATE
+    async with open_machine(Spec([Block("pc.ram", 8 << 20)], vcpus=3)) as machine:
+        found, _ = await machine.save()
+        for section in found:
+            assert len(section.encode()) < MOST_STATE
+        assert sum(len(section.encode()) for section in found) < machine.state_size()
 
 
 @pytest.mark.parametrize(

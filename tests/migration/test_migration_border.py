@@ -28,6 +28,7 @@ from vhostpc.migration.outgoing import NeverRan, Outgoing
 from vhostpc.migration.phase import Phase
 from vhostpc.migration.status import Status
 from vhostpc.migration.uri import Fd, Unix
+from vhostpc.pages.pagesource import PageSource
 from vhostpc.pages.ramblock import RamBlock
 from vhostpc.wire.migration.elements import DeviceSection, EndOfStream, Package, StreamEvent, VmDescription
 from vhostpc.wire.migration.return_path import Shut
@@ -485,6 +486,34 @@ async def test_the_destination_pauses_whatever_fails_behind_run(
             await until(lambda: source.status is Status.POSTCOPY_PAUSED)
             assert not there.ram.lost
             assert world.running == {"destination"}
+
+
+@pytest.mark.parametrize("error", WRONG, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [(PageSource, "switch"), (PageSource, "serve"), (Channel, "keep_unsent_small")],
+    ids=["switch", "serve", "channel"],
+)
+async def test_the_source_pauses_whatever_fails_behind_the_package(
+    kind: type, where: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its machine may be running over there, so it does not run here, whoever asks."""
+    world = World()
+    with Here(world) as here, There(world) as there:
+
+        def fail(*args: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(kind, where, fail)
+        async with joined(here, there, tmp_path) as (source, destination):
+            await until(lambda: source.status is Status.POSTCOPY_PAUSED and source._sent.is_set())
+            await until(lambda: destination.status is Status.POSTCOPY_PAUSED)
+            await until(lambda: world.running == {"destination"})
+            assert source.info().error_desc
+            with pytest.raises(MigrationRefused, match="may be running at the destination"):
+                await source.cont()
+            assert not there.ram.lost
+    assert world.running == {"destination"}
 
 
 async def test_an_error_of_the_program_leaves_a_traceback(

@@ -157,6 +157,7 @@ async def test_a_discard_that_leaves_a_page_fails_the_migration(advised: None) -
             await setup.source.pages("ram", *((page, A) for page in range(HUGE // PAGE)))
             await setup.source.discard("ram", 77, 1)
             await setup.source.heard(Shut(1))
+            await setup.source.stream.aclose()
             await setup.ended.wait()
         assert isinstance(setup.raised, PageBorn)
         assert "host page 77 of 'ram' is still there after its discard" in str(setup.raised)

@@ -1,32 +1,37 @@
 """Both ends of a migration under random interleavings and cuts: where the machine runs, and where never.
 
 Two endpoints of this process are joined by a wire that lets bytes through when it is told to, and breaks where it is
-told to. Each of the machine's methods can find that something is short. Whatever is played: the machine never runs at
-both ends, and where it runs nowhere a status says why.
+told to. Each of the machine's methods can find that something is short, and so can whatever else an end allocates.
+Whatever is played: the machine never runs at both ends, and where it runs nowhere a status says why.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from unittest import mock
 
+import pytest
 import trio
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.kit.scripted_destination import LivelyMachine
+from tests.kit.scripted_destination import LivelyMachine, content
 from tests.kit.until import until
 from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.endpoint import Endpoint
 from vhostpc.errors import MigrationRefused
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.options import Options
+from vhostpc.migration.phase import Event, Phase
 from vhostpc.migration.runstate import RunState
 from vhostpc.migration.status import BUSY, Status
 from vhostpc.migration.uri import Fd
+from vhostpc.pages.pagesource import PageSource
 from vhostpc.pages.service import FaultService
 from vhostpc.wire.migration.elements import Configuration, DeviceSection, RamBlocks
 
@@ -39,21 +44,26 @@ LARGE = 1 << 20
 class World:
     """Where the machine runs: looked at with every start.
 
-    ``short``: at which end, and at which call of the machine there, something is short.
+    ``short``: at which end, and at which call of the machine or allocation there, something is short.
     """
 
     running: set[str] = field(default_factory=set)
     both: bool = False
-    short: tuple[str, int] | None = None
+    short: tuple[str, int | str] | None = None
+    """The number of the call, or the name of what is called."""
     fell_short: str = ""
-    """The method that met it."""
+    """The end and the method that met it."""
+    called: set[tuple[str, str]] = field(default_factory=set)
+    recovered: int = 0
 
     def call(self, where: str, what: str) -> None:
+        self.called.add((where, what))
         if self.short is None or self.short[0] != where or self.fell_short:
             return
-        if self.short[1]:
-            self.short = (where, self.short[1] - 1)
-        else:
+        number = self.short[1]
+        if isinstance(number, int) and number:
+            self.short = (where, number - 1)
+        elif number in (0, what):
             self.fell_short = f"{where} {what}"
             raise RuntimeError("can't start new thread")
 
@@ -63,6 +73,35 @@ class World:
 
     def stops(self, where: str) -> None:
         self.running.discard(where)
+
+
+ALLOCATIONS: tuple[tuple[str, type, str], ...] = (
+    ("source", PageSource, "__init__"),
+    ("source", PageSource, "set_tail"),
+    ("destination", FaultService, "__init__"),
+    ("destination", FaultService, "set_return_path"),
+    ("destination", FaultService, "arm"),
+    ("destination", FaultService, "open_channel"),
+)
+"""What the ends allocate themselves: threads, descriptors, mappings, memory."""
+
+
+@contextmanager
+def allocations(world: World) -> Iterator[None]:
+    """Each of them can find that something is short."""
+    with ExitStack() as stack:
+        for where, kind, name in ALLOCATIONS:
+
+            def allocate(where: str, what: str, whole: Callable[..., Any], *args: Any, **more: Any) -> Any:
+                if args[1:] != (None,):  # a return path that is taken away
+                    world.call(where, what)
+                return whole(*args, **more)
+
+            call = partial(allocate, where, f"{kind.__name__}.{name}", getattr(kind, name))
+            stack.enter_context(
+                mock.patch.object(kind, name, lambda *args, call=call, **more: call(*args, **more))
+            )
+        yield
 
 
 class Here(LivelyMachine):
@@ -99,6 +138,10 @@ class Here(LivelyMachine):
         self.stopped = False
         self.running = True
         self.world.starts("source")
+
+    def state_size(self) -> int:
+        self.world.call("source", "state_size")
+        return super().state_size()
 
     async def save(self) -> tuple[list[DeviceSection], bytes]:
         self.world.call("source", "save")
@@ -178,6 +221,13 @@ class Wire:
         for sock in (self._s, self._d):
             sock.setblocking(False)
         self.cut = False
+        self.left = {"source", "destination"}
+        """Ends that nobody has yet."""
+
+    def take(self, end: str) -> int:
+        """The descriptor of an end, which is the taker's."""
+        self.left.remove(end)
+        return (self.source_end if end == "source" else self.destination_end).detach()
 
     def _move(self, src: socket.socket, dst: socket.socket, most: int) -> bool:
         """Whether anything moved, or an end was passed on."""
@@ -207,7 +257,7 @@ class Wire:
     def break_it(self) -> None:
         if not self.cut:
             self.cut = True
-            for sock in (self._s, self._d):
+            for sock in (self._s, self._d, self.source_end, self.destination_end):
                 sock.close()
 
     def close(self) -> None:
@@ -225,6 +275,8 @@ STEPS = st.one_of(
         st.sampled_from(["source stop", "source cont", "destination cont", "destination stop"]), st.just(0)
     ),
     st.tuples(st.just("cut"), st.just(0)),
+    st.tuples(st.sampled_from(["recover here", "recover there", "recover", "recover"]), st.just(0)),
+    st.tuples(st.sampled_from(["source pause", "destination pause"]), st.just(0)),
 )
 
 
@@ -233,10 +285,10 @@ async def play(
     capability: str,
     steps: list[Step],
     state: int = 4,
-    short: tuple[str, int] | None = None,
+    short: tuple[str, int | str] | None = None,
     silent: bool = False,
-) -> None:
-    world, wire = World(short=short), Wire()
+) -> World:
+    world, wires = World(short=short), [Wire()]
     chosen = Options(compat, on={"events", capability} - {""})
     here, there = Here(world, state), There(world)
     tells = Told(), Told()
@@ -253,8 +305,21 @@ async def play(
             return False
         return True
 
+    async def recover(*ends: str) -> None:
+        """Join both ends anew, or have one of them wait for the other: over a wire that one end has already."""
+        wire = wires[-1]
+        if not wire.left.issuperset(ends):
+            wires.append(wire := Wire())
+        for end in ends:
+            waits = destination._course.allows(Event.RECOVER) or destination._course.phase is Phase.MOVED
+            if end == "destination" and waits and destination._course.side == "destination":
+                await refusable(lambda: destination.recover(Fd("in", wire.take("destination"))))
+            elif end == "source" and source.status is Status.POSTCOPY_PAUSED:
+                await refusable(lambda: source.migrate(Fd("out", wire.take("source")), resume=True))
+
     async def do(step: Step) -> None:
         name, number = step
+        wire = wires[-1]
         if name == "forward":
             wire.forward(number)
         elif name == "back":
@@ -272,22 +337,25 @@ async def play(
             await refusable(source.cancel)
         elif name == "cut":
             wire.break_it()
+        elif name.startswith("recover"):
+            end = {"recover here": ["source"], "recover there": ["destination"]}.get(name)
+            await recover(*(end or ["destination", "source"]))
         else:
             side, word = name.split()
             endpoint = source if side == "source" else destination
             if name == "source cont" and (undecided(source) or source.status is Status.COMPLETED):
                 return  # only a person can know: see test_silence_at_the_end_of_precopy, and behind it
-            if await refusable(getattr(endpoint, word)):
+            if await refusable(getattr(endpoint, word)) and word != "pause":
                 asked_to_stop[side] = word == "stop"
         # Let what was set off happen, or not quite: both ends have threads.
         await trio.sleep(0.001 if number % 2 else 0)
 
-    with trio.fail_after(60), here, there:
+    with trio.fail_after(60), here, there, allocations(world):
         async with trio.open_nursery() as nursery:
             for endpoint in (source, destination):
                 await nursery.start(endpoint.serve)
-            await destination.incoming(Fd("in", wire.destination_end.detach()), exit_on_error=False)
-            await source.migrate(Fd("out", wire.source_end.detach()), resume=False)
+            await destination.incoming(Fd("in", wires[-1].take("destination")), exit_on_error=False)
+            await source.migrate(Fd("out", wires[-1].take("source")), resume=False)
             for step in steps:
                 await do(step)
                 assert not world.both
@@ -295,32 +363,53 @@ async def play(
                 await refusable(source.cancel)
                 await trio.sleep(0.005)
                 assert not world.both
-                wire.break_it()
+                wires[-1].break_it()
             # To its end: all data still in flight gets there, or the wire breaks.
             pumping = trio.CancelScope()
 
             async def pump() -> None:
                 with pumping:
                     while True:
-                        moved = wire.forward(1 << 20) | wire.back(1 << 20)
+                        moved = any([wire.forward(1 << 20) | wire.back(1 << 20) for wire in wires])
                         await trio.sleep(0 if moved else 0.002)
 
             nursery.start_soon(pump)
             settled = BUSY - {Status.POSTCOPY_PAUSED}
-            await until(
-                lambda: source.status not in settled
-                and (destination.status not in settled or source.status is Status.CANCELLED),
-                what=f"an end of {steps}",
-                limit=30,
-            )
+
+            async def settle() -> None:
+                await until(
+                    lambda: source.status not in settled
+                    and (destination.status not in settled or source.status is Status.CANCELLED),
+                    what=f"an end of {steps}: {source.status} {destination.status}",
+                    limit=30,
+                )
+
+            for wire in wires:
+                if wire.left:  # nobody comes any more to an end that waits there
+                    wire.break_it()
+            await settle()
+            # A pause is never the end, unless the machine has run nowhere: it is recovered, and all is there.
+            for _ in range(3):
+                if source.status is Status.POSTCOPY_PAUSED and destination.status is not Status.FAILED:
+                    await recover("destination", "source")
+                    await settle()
+            if source.status is Status.POSTCOPY_PAUSED:
+                assert destination.status is Status.FAILED, (steps, destination.status)
+            if source._course.phase is Phase.MOVED:
+                assert await content(there.ram) == await content(here.ram)
+                assert destination._incoming is not None
+                assert destination._incoming.loads()[-1].already == 0
             await until(lambda: source.run_state != "finish-migrate" or not may_go_on(source))
             assert not world.both
             if world.fell_short == "source cont":
                 asked_to_stop["source"] = True  # it stands, and its status says so
+            world.recovered = getattr(source._outgoing, "resumptions", 0)
             judge(world, source, destination, asked_to_stop, tells[0].events)
             pumping.cancel()
             nursery.cancel_scope.cancel()
-        wire.close()
+        for wire in wires:
+            wire.close()
+    return world
 
 
 def undecided(source: Endpoint) -> bool:
@@ -360,7 +449,7 @@ def judge(
     capability=st.sampled_from(["postcopy-ram", "postcopy-ram", "return-path"]),
     steps=st.lists(STEPS, max_size=25),
     state=st.sampled_from([4, LARGE]),
-    short=st.none() | st.tuples(st.sampled_from(["source", "destination"]), st.integers(0, 12)),
+    short=st.none() | st.tuples(st.sampled_from(["source", "destination"]), st.integers(0, 14)),
     silent=st.booleans(),
 )
 @example("10.0", "postcopy-ram", [("postcopy", 0), ("until it runs there", 0), ("cut", 0)], 4, None, False)
@@ -368,16 +457,27 @@ def judge(
     "7.2", "postcopy-ram", [("postcopy", 0), ("all there", 0), ("cut", 0), ("source cont", 0)], 4, None, False
 )
 @example("11.1", "postcopy-ram", [("postcopy", 0), ("until it runs there", 0), ("cut", 0)], 4, None, False)
-@example("11.1", "postcopy-ram", [("postcopy", 0), ("all", 0)], 4, ("destination", 6), False)
+@example("11.1", "postcopy-ram", [("postcopy", 0), ("all", 0)], 4, ("destination", 11), False)
 @example("11.1", "postcopy-ram", [("postcopy", 0), ("forward", 400000)], LARGE, None, True)
 @example("10.0", "return-path", [("all there", 0), ("cut", 0)], 4, None, False)
 @example("10.0", "postcopy-ram", [("postcopy", 0), ("forward", 1), ("cut", 0)], 4, None, False)
 @example("10.0", "return-path", [("all there", 0), ("cancel", 0), ("source cont", 0)], 4, None, False)
 @example("10.0", "postcopy-ram", [("postcopy", 0), ("forward", 400000), ("cut", 0)], LARGE, None, False)
+@example(
+    "10.0", "postcopy-ram", [("postcopy", 0), ("all there", 0), ("cut", 0), ("recover", 0)], 4, None, False
+)
+@example(
+    "7.2",
+    "postcopy-ram",
+    [("postcopy", 0), ("until it runs there", 0), ("cut", 0), ("recover", 0), ("forward", 60), ("cut", 0)],
+    4,
+    None,
+    False,
+)
 @example("10.0", "postcopy-ram", [("postcopy", 0), ("forward", 400000)], LARGE, None, True)
 @example("7.2", "postcopy-ram", [("postcopy", 0), ("forward", 400000)], LARGE, None, True)
 @example("10.0", "return-path", [("all there", 0)], 4, None, True)
-@example("10.0", "postcopy-ram", [("postcopy", 0), ("all", 0)], 4, ("destination", 6), False)
+@example("10.0", "postcopy-ram", [("postcopy", 0), ("all", 0)], 4, ("destination", 11), False)
 @settings(suppress_health_check=[HealthCheck.too_slow])
 def test_it_never_runs_at_both_ends(
     compat: Compat,
@@ -388,3 +488,30 @@ def test_it_never_runs_at_both_ends(
     silent: bool,
 ) -> None:
     trio.run(play, compat, capability, steps, state, short, silent)
+
+
+AT_SOURCE = ["PageSource.__init__", "start_tracking", "sync_dirty", "stop", "save", "stop_tracking"]
+AT_DESTINATION = ["FaultService.__init__", "accept", "FaultService.set_return_path", "accept_blocks"]
+AT_DESTINATION += ["FaultService.open_channel", "load", "loaded", "cont"]
+IN_POSTCOPY = [("source", "state_size"), ("source", "PageSource.set_tail")]
+IN_POSTCOPY += [("destination", what) for what in ("advise", "FaultService.arm", "listen", "end")]
+CALLS = [
+    *(("return-path", "source", what) for what in AT_SOURCE),
+    *(("return-path", "destination", what) for what in AT_DESTINATION),
+    *(("postcopy-ram", "source", what) for what in AT_SOURCE),
+    *(("postcopy-ram", "destination", what) for what in AT_DESTINATION),
+    *(("postcopy-ram", where, what) for where, what in IN_POSTCOPY),
+]
+WHOLE: list[Step] = [("postcopy", 0), ("all", 0)]
+
+
+@pytest.mark.parametrize(("capability", "where", "what"), CALLS, ids="-".join)
+async def test_each_call_falls_short_once(capability: str, where: str, what: str) -> None:
+    world = await play("10.0", capability, WHOLE, short=(where, what))
+    assert world.fell_short == f"{where} {what}"
+
+
+@pytest.mark.parametrize("capability", ["return-path", "postcopy-ram"])
+async def test_no_call_is_left_out(capability: str) -> None:
+    world = await play("10.0", capability, WHOLE)
+    assert world.called == {call[1:] for call in CALLS if call[0] == capability}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 
 import trio
@@ -104,3 +105,36 @@ async def test_what_was_asked_for_and_withheld_is_asked_for_again() -> None:
                         found.append(event.offset // TARGET_PAGE)
                 nursery.cancel_scope.cancel()
             assert found == [3]
+
+
+async def test_its_last_word_stands_behind_more_requests_than_are_kept() -> None:
+    """The link is gone and nothing is served any more, so they do not hold it up."""
+    pages = 3 * 4096
+    with trio.fail_after(30), RamSet() as ram:
+        block = ram.create("ram0", pages * TARGET_PAGE)
+        block.set_bits(Bits.DIRTY)
+        ours, theirs = trio.socket.socketpair()
+        with ours, PageSource(ram, ours.fileno()) as source:
+            await theirs.send(PageRequest("ram0", 0, block.length).encode())
+            await theirs.send(PageRequest("ram0", 0, block.length).encode() + Shut(1).encode())
+            theirs.close()
+            assert await source.serve() is Ended.SHUT
+            assert source.numbers().shut == 1
+
+
+async def test_its_last_word_counts_whatever_the_error_of_a_write() -> None:
+    """Not only a closed connection: a network that is down, for example, is told in other ways."""
+    with trio.fail_after(30), ExitStack() as stack:
+        ram = stack.enter_context(RamSet())
+        ram.create("ram0", PAGES * TARGET_PAGE).set_bits(Bits.DIRTY)
+        full = os.open("/dev/full", os.O_WRONLY)
+        stack.callback(os.close, full)
+        ours, theirs = trio.socket.socketpair()
+        for end in (ours, theirs):
+            stack.enter_context(end)
+        source = stack.enter_context(
+            PageSource(ram, full, background_rate=UNLIMITED, return_path=ours.fileno())
+        )
+        await theirs.send(Shut(1).encode())
+        assert await source.serve() is Ended.SHUT
+        assert source.numbers().shut == 1

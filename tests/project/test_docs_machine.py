@@ -18,7 +18,7 @@ from tests.kit.pages import ROOT, files
 from tests.kit.terminal_wire import listens
 from tests.kit.until import until
 from tests.peers.child import Child, open_child
-from vhostpc.qmp.client import QmpClient, open_monitor
+from vhostpc.qmp.qmp_client import QmpClient, open_monitor
 
 LIMIT = 120
 PAGE = ROOT / "docs" / "machine.md"

@@ -18,6 +18,7 @@ PAGE = ROOT / "docs" / "stream.md"
 FILES = [
     *(f"wire/migration/{name}.py" for name in ("stream", "elements", "split", "devices", "ramscan")),
     *("migration/postcopy_checks.py", "migration/heads.py", "migration/incoming.py", "migration/held.py"),
+    "migration/link.py",
     *("guest/own_machine.py",),
 ]
 REFUSALS = {"BadStream", "StreamError", "PostcopyRefused"}

@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from tests.kit.c_calls import c_files, without_noise
-from vhostpc.backend.channel import BackendChannel
+from vhostpc.backend.backend_channel import BackendChannel
 from vhostpc.errors import RequestFailed
 from vhostpc.transport import MessageSocket
 from vhostpc.ufd import Userfaultfd

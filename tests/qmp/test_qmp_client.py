@@ -12,7 +12,7 @@ from tests.kit.fake_endpoint import FakeEndpoint
 from vhostpc.errors import PeerClosed, RequestFailed
 from vhostpc.migration.phase import Event
 from vhostpc.qmp import Monitor
-from vhostpc.qmp.client import open_monitor
+from vhostpc.qmp.qmp_client import open_monitor
 
 
 async def test_commands_and_events(tmp_path: Path) -> None:

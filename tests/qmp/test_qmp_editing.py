@@ -12,10 +12,10 @@ import trio
 from tests.kit.until import until
 from tests.kit.window import window
 from vhostpc.migration.options import Options
-from vhostpc.qmp.client import open_monitor
 from vhostpc.qmp.human import complete
+from vhostpc.qmp.qmp_client import open_monitor
 
-LOG = r"[-0-9]{10} [0-9:,]{12} [A-Z]+ vhostpc[.a-z]*: "
+LOG = r"[-0-9]{10} [0-9:,]{12} [A-Z]+ vhostpc[._a-z]*: "
 
 
 def endpoint(path: Path, *more: str) -> list[str]:
@@ -135,7 +135,7 @@ async def test_a_stopped_terminal_stops_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "found"),
     [
-        ("mig", 6),
+        ("mig", 8),
         ("info mig", ["migrate", "migrate_capabilities", "migrate_parameters"]),
         ("  help  info st", ["status"]),
         ("migrate u", ["unix:"]),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
@@ -233,6 +235,46 @@ async def test_a_discard_that_leaves_a_page(advised: None) -> None:  # noqa: F81
                 assert not block.test_bit(Bits.RECEIVED, 77)
             block.discard(77 * TARGET_PAGE, 2 * TARGET_PAGE)
             assert block.holes() == [(77 * TARGET_PAGE, 2 * TARGET_PAGE)]
+
+
+LEFT = """
+import sys
+import trio
+from tests.kit.confine import deny
+from vhostpc.errors import PageBorn
+from vhostpc.pages.ramblock import Bits, RamSet
+
+async def discard(size):
+    with RamSet() as ram:
+        block = ram.create("ram0", 4 * size, size)
+        await block.write(2 * size, b"stays")
+        block.set_bits(Bits.RECEIVED, 2, 1)
+        deny("fallocate", 0)
+        try:
+            block.discard(size, 3 * size)
+        except PageBorn as born:
+            print(born.block, born.page)
+        block.discard(0, 2 * size)
+        print("the holes are gone")
+
+trio.run(discard, int(sys.argv[1]))
+"""
+
+
+def discard_that_leaves_all(page_size: int) -> None:
+    """A kernel that says that it has punched, and has not: no page stays unnoticed, and no hole is taken for one."""
+    command = [sys.executable, "-c", LEFT, str(page_size)]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (child.stdout, child.stderr) == ("ram0 2\nthe holes are gone\n", "")
+
+
+def test_a_discard_that_leaves_all() -> None:
+    discard_that_leaves_all(TARGET_PAGE)
+
+
+def test_a_discard_that_leaves_a_huge_page(huge_pages: int) -> None:
+    """hugetlbfs calls its holes data, too: they are told apart in another way."""
+    discard_that_leaves_all(huge_pages)
 
 
 async def test_a_page_that_came_and_is_a_hole_is_zero() -> None:

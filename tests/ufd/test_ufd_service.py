@@ -18,6 +18,7 @@ import trio
 import trio.testing
 
 from tests.kit.until import unread_faults, until
+from vhostpc._native import lib
 from vhostpc.errors import ChannelLost, MemoryLost
 from vhostpc.pages.faultclient import Client, ClientRange
 from vhostpc.pages.pagesource import UNLIMITED, PageSource
@@ -202,7 +203,7 @@ async def test_faults_before_the_ranges_are_known() -> None:
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["", "stopped"])
 async def test_a_fault_that_is_read_after_its_page_came(stopped: bool) -> None:
-    """It finds the mark: no wake is lost, and nothing is asked for; also when the loop is told to stop at once."""
+    """It finds the mark: no wake is lost, and nothing is asked for; also when the loop was told to stop before."""
     with trio.fail_after(30), RamSet() as ram, RamSet() as original, FaultService(ram) as service:
         source, block = (r.create("ram0", 16 * TARGET_PAGE) for r in (original, ram))
         await source.fill(SEED)
@@ -224,14 +225,19 @@ async def test_a_fault_that_is_read_after_its_page_came(stopped: bool) -> None:
                     await service.load(ours.fileno())
                     nursery.cancel_scope.cancel()
                 assert unread_faults(service.place_fd()) == 3
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(service.run)
+                try:
                     if stopped:
-                        nursery.cancel_scope.cancel()  # before the loop has looked once
+                        lib.vpc_fault_stop(service.handle)  # before the loop has looked once
+                        await service.run()
                     else:
-                        await until(lambda: len(good) == 3)
-                        nursery.cancel_scope.cancel()
-                await until(lambda: len(good) == 3)
+                        async with trio.open_nursery() as nursery:
+                            nursery.start_soon(service.run)
+                            await until(lambda: len(good) == 3)
+                            nursery.cancel_scope.cancel()
+                    await until(lambda: len(good) == 3)
+                except BaseException:
+                    service.disarm()  # nobody else would let them go
+                    raise
         assert good == [(0, None)] * 3
         assert not ram.lost
         assert service.numbers().requests == 0

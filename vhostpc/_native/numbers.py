@@ -7,17 +7,13 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def _fields(cls: type) -> tuple[str, ...]:
-    names: tuple[str, ...] = cls.__match_args__  # type: ignore[attr-defined]
-    return names
-
-
 def numbers_of(cls: type[T], *structs: Any, **others: Any) -> T:
     """A ``cls``, a dataclass, of C structs: each field is the member of its name.
 
     ``others``: fields whose value is no plain number of a struct. Raises TypeError for a field that is nowhere.
     """
-    for name in _fields(cls):
+    fields: tuple[str, ...] = cls.__match_args__  # type: ignore[attr-defined]
+    for name in fields:
         if name in others:
             continue
         for raw in structs:
@@ -26,15 +22,3 @@ def numbers_of(cls: type[T], *structs: Any, **others: Any) -> T:
                 others[name] = number
                 break
     return cls(**others)
-
-
-def summed(first: T, *others: T) -> T:
-    """The sum of dataclasses of numbers, field by field; a flag is the last one's."""
-    total = first
-    for other in others:
-        sums = {}
-        for name in _fields(type(first)):
-            mine, more = getattr(total, name), getattr(other, name)
-            sums[name] = more if isinstance(more, bool) else mine + more
-        total = type(first)(**sums)
-    return total

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vhostpc.backend.device import Device, FrontEnd
     from vhostpc.backend.disk import Disk
     from vhostpc.backend.net import Bridge
-    from vhostpc.backend.options import Options
+    from vhostpc.backend.serve_options import Options
     from vhostpc.backend.server import serve, serve_connection, serve_listener
     from vhostpc.backend.tap import attach_queue, open_tap
     from vhostpc.listener import bind
@@ -46,7 +46,7 @@ if not TYPE_CHECKING:  # for a type checker it would stand for every name
             "vhostpc.backend.device": "Device FrontEnd",
             "vhostpc.backend.disk": "Disk",
             "vhostpc.backend.net": "Bridge",
-            "vhostpc.backend.options": "Options",
+            "vhostpc.backend.serve_options": "Options",
             "vhostpc.backend.server": "serve serve_connection serve_listener",
             "vhostpc.backend.tap": "attach_queue open_tap",
             "vhostpc.listener": "bind",

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import trio
 
 from vhostpc.backend.device import Device, check_device
-from vhostpc.backend.options import Options
-from vhostpc.backend.postcopy import refusal
+from vhostpc.backend.postcopy_state import refusal
+from vhostpc.backend.serve_options import Options
 from vhostpc.backend.session import Session, one_sentence
 from vhostpc.errors import VhostpcError
 from vhostpc.listener import accept, listening

@@ -17,7 +17,7 @@ from vhostpc.backend import inflight_requests, requests  # noqa: F401 - their ha
 from vhostpc.backend.answer import HANDLERS, Answer
 from vhostpc.backend.device import Device
 from vhostpc.backend.memory_requests import use_pending_memory
-from vhostpc.backend.options import Options
+from vhostpc.backend.serve_options import Options
 from vhostpc.backend.state import SessionState
 from vhostpc.errors import (
     GuestMemoryError,

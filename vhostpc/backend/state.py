@@ -10,10 +10,10 @@ from functools import partial
 
 import trio
 
-from vhostpc.backend.channel import BackendChannel
+from vhostpc.backend.backend_channel import BackendChannel
 from vhostpc.backend.device import Device
-from vhostpc.backend.options import Options
-from vhostpc.backend.postcopy import Postcopy
+from vhostpc.backend.postcopy_state import Postcopy
+from vhostpc.backend.serve_options import Options
 from vhostpc.backend.vring import Vring
 from vhostpc.errors import RemoteProtocolError, RequestFailed
 from vhostpc.logs import rationed_logger

@@ -29,7 +29,7 @@ COMMANDS = {
         "Show a postcopy migration with traffic on this computer, without QEMU.",
     ),
     "endpoint": (
-        "vhostpc.cli.endpoint:endpoint",
+        "vhostpc.cli.endpoint_command:endpoint",
         "Receive, hold and send machines as QEMU does, driven by QEMU's monitor commands.",
     ),
     "inspect": (

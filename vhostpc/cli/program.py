@@ -21,7 +21,7 @@ import click
 import trio
 
 from vhostpc.backend import Device, Options, serve, serve_connection, serve_listener
-from vhostpc.backend.options import feature_bits, protocol_feature_bits
+from vhostpc.backend.serve_options import feature_bits, protocol_feature_bits
 from vhostpc.cli.common import (
     CannotHere,
     Failure,

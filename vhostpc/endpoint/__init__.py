@@ -6,9 +6,12 @@ from vhostpc.lazy import exports
 
 if TYPE_CHECKING:
     from vhostpc.endpoint.endpoint import Endpoint, Listener
+    from vhostpc.endpoint.recovery import LINK_TIMEOUT, Links
 
 __all__ = [
+    "LINK_TIMEOUT",
     "Endpoint",
+    "Links",
     "Listener",
 ]
 
@@ -17,5 +20,6 @@ if not TYPE_CHECKING:  # for a type checker it would stand for every name
         __name__,
         {
             "vhostpc.endpoint.endpoint": "Endpoint Listener",
+            "vhostpc.endpoint.recovery": "LINK_TIMEOUT Links",
         },
     )

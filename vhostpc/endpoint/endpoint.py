@@ -9,14 +9,23 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import trio
 
+from vhostpc.endpoint.recovery import (
+    Backoff,
+    Links,
+    can_be_repeated,
+    keep_listening,
+    listened_at,
+    take_link,
+    tell_no_recovery,
+)
+from vhostpc.endpoint.reports import came, map_of, sent, trace_of
 from vhostpc.endpoint.stalls import tell_waits
 from vhostpc.errors import (
     ChannelLost,
@@ -38,7 +47,6 @@ from vhostpc.migration.phase import Course, Event, Phase, Told
 from vhostpc.migration.runstate import RunState, check_migrate
 from vhostpc.migration.status import BUSY, IN_POSTCOPY, Status
 from vhostpc.migration.uri import Address, Exec, Fd, File
-from vhostpc.pages.ramblock import Bits
 
 log = rationed_logger(__name__)
 
@@ -53,28 +61,7 @@ class Listener(Protocol):
     def resume(self) -> None: ...
 
 
-def _numbers(numbers: Any) -> dict[str, Any]:
-    """The fields of a dataclass of numbers, named as a monitor does."""
-    return {name.replace("_", "-"): value for name, value in asdict(numbers).items()}
-
-
-def came(incoming: Incoming | None) -> dict[str, Any]:
-    """What a migration to here brought: by the last channel, by the one before (precopy), and on which faults.
-
-    ``kept``: host pages of precopy that were not sent again. All None before there was such a thing.
-    """
-    loads = [] if incoming is None else incoming.loads()
-    return {
-        "came": _numbers(loads[-1]) if loads else None,
-        "came-before": _numbers(loads[-2]) if len(loads) > 1 else None,
-        "kept": None if incoming is None else incoming.kept,
-        "asked": None if incoming is None else _numbers(incoming.asked()),
-    }
-
-
 PAUSED_BY_HAND = "the recovery was paused (migrate-pause)"
-RECOVERY_PATIENCE = 30.0
-"""Seconds that a source has to recover once it has connected."""
 NOT_FINAL = "Migration is not finalized yet"
 # QEMU tells nothing but the status there.
 _WITHOUT_NUMBERS = frozenset({Status.NONE, Status.SETUP, Status.FAILING, Status.FAILED, Status.CANCELLED})
@@ -85,7 +72,8 @@ class Endpoint:
 
     ``incoming``: it waits for a machine to come. ``autostart``: a machine that came runs. ``after``: when a precopy
     switches to postcopy by itself. ``trace``: how many answered faults of a machine that comes are remembered one by
-    one. ``spin_us``: how long its fault loop and its load look on before they sleep.
+    one. ``spin_us``: how long its fault loop and its load look on before they sleep. ``links``: when one is lost, and
+    what follows.
     """
 
     def __init__(
@@ -99,6 +87,7 @@ class Endpoint:
         after: After | None = None,
         trace: int = 0,
         spin_us: int = 0,
+        links: Links | None = None,
     ) -> None:
         self.machine = machine
         self.options = options
@@ -108,6 +97,8 @@ class Endpoint:
         self._after = after
         self._trace = trace
         self._spin_us = spin_us
+        self._links = links or Links()
+        self._by_hand = False  # somebody has paused it: nothing is recovered automatically
         self._autostart = autostart
         self._quit = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -131,6 +122,9 @@ class Endpoint:
         self._incoming: Incoming | None = None
         self._recovery: trio.CancelScope | None = None
         """Listens for a source that recovers."""
+        self._retrying: trio.CancelScope | None = None
+        """As a source: connects again by itself."""
+        self._paused = trio.Event()
         self._addresses: list[dict[str, Any]] = []
         self._ends_with_it = False  # the program does, if a machine does not come, and tells why
         self.has_listened = False
@@ -196,35 +190,17 @@ class Endpoint:
         return {
             **self.machine.report(),
             "status": str(self.status),
-            "sent": None if self._outgoing is None else _numbers(self._outgoing.numbers()),
+            **sent(self._outgoing),
             **came(self._incoming),
         }
 
     def trace(self, start: int) -> dict[str, Any]:
         """Answered faults from number ``start`` on, at most some thousand; the names of their clients."""
-        incoming = self._incoming
-        following, rows = (start, []) if incoming is None else incoming.service.traced(start)
-        clients = {row.client for row in rows}
-        return {
-            "next": following,
-            "clients": {str(n): incoming.service.name_of(n) for n in clients} if incoming is not None else {},
-            "faults": [row.row() for row in rows],
-        }
+        return trace_of(self._incoming, start)
 
     def map(self, cells: int) -> dict[str, Any]:
         """Host pages that have come, in each of ``cells`` equal parts of each block."""
-        blocks = self.machine.ram.blocks
-        return {
-            "time-ns": time.monotonic_ns(),
-            "blocks": [
-                {
-                    "name": b.name,
-                    "pages": b.pages,
-                    "received": b.count_cells(Bits.RECEIVED, min(cells, b.pages)),
-                }
-                for b in blocks
-            ],
-        }
+        return map_of(self.machine, cells)
 
     async def verify(self) -> dict[str, Any]:
         """Check every page of the machine, which stands still."""
@@ -311,6 +287,10 @@ class Endpoint:
         if status is Status.FAILING:
             self._events.migration(status)
             return
+        if status is Status.POSTCOPY_PAUSED:
+            self._paused.set()
+        elif status is Status.POSTCOPY_ACTIVE:
+            self._error_desc = None  # of the pause before
         if status is Status.COMPLETED and self._course.side == "source":
             self.run_state = RunState.POSTMIGRATE
         if status not in BUSY:
@@ -349,9 +329,12 @@ class Endpoint:
                 except ChannelLost as error:
                     raise MigrationRefused(str(error)) from None
             self._sent = trio.Event()
+            self._by_hand = False
             if resume:
+                if self._retrying is not None:
+                    self._retrying.cancel()
                 self._course.move(Event.RECOVER)
-                self._start(self._send, address, channel, True)
+                self._start(self._carry_out, address, channel, True)
                 return
             self._outgoing = None
             self._to_command = isinstance(address, Exec)
@@ -360,7 +343,7 @@ class Endpoint:
             self._began = trio.current_time()
             self._early_switch = False
             self._course.move(Event.START)
-            self._start(self._send, address, channel, False)
+            self._start(self._carry_out, address, channel, False)
 
     def _check_migrate(self, resume: bool) -> None:
         if resume and self._course.side != "source":
@@ -374,6 +357,37 @@ class Endpoint:
             raise VhostpcError("the endpoint does not run")
         self._nursery.start_soon(task, *args)
 
+    async def _carry_out(self, address: Address, channel: Channel | None, resume: bool) -> None:
+        """A migration, and what is recovered of it automatically."""
+        await self._send(address, channel, resume)
+        if not (self._links.recover_for and can_be_repeated(address)):
+            return
+        while self._course.phase is Phase.PAUSED and not self._by_hand:
+            if not await self._retry(address):
+                return
+
+    async def _retry(self, address: Address) -> bool:
+        """Connect again and again, until pages move, or for so long. Whether another pause may be recovered."""
+        outgoing, backoff = self._outgoing, Backoff()
+        assert outgoing is not None
+        resumed, until = outgoing.resumptions, trio.current_time() + self._links.recover_for
+        while self._course.phase is Phase.PAUSED and not self._by_hand and outgoing.resumptions == resumed:
+            with trio.CancelScope(deadline=until) as scope:
+                self._retrying = scope
+                await backoff.wait()
+            self._retrying = None
+            if scope.cancelled_caught:
+                if trio.current_time() >= until:
+                    log.warning("migration: not recovered within %g s", self._links.recover_for)
+                return False
+            async with self._starting:
+                if self._course.phase is not Phase.PAUSED:
+                    return False
+                self._sent = trio.Event()
+                self._course.move(Event.RECOVER)
+            await self._send(address, None, True)
+        return True
+
     async def _send(self, address: Address, channel: Channel | None, resume: bool) -> None:
         """All that goes over one link, the first or another."""
         outgoing = self._outgoing if resume else None
@@ -382,6 +396,7 @@ class Endpoint:
                 if channel is None:
                     channel = await self._connect(address)
                 await stack.enter_async_context(channel)
+                channel.limit_silence(self._links.timeout)
                 if outgoing is None:
                     self._outgoing = outgoing = Outgoing(
                         channel, self.machine, self._course, self, options=self.options, after=self._after
@@ -392,6 +407,8 @@ class Endpoint:
                         outgoing.cancel()
                 nursery = await stack.enter_async_context(trio.open_nursery())
                 nursery.start_soon(tell_waits, outgoing.progress)
+                if self._links.timeout:
+                    nursery.start_soon(outgoing.watch, self._links.timeout)
                 try:
                     await (outgoing.resume(channel) if resume else outgoing.send())
                 finally:
@@ -472,6 +489,7 @@ class Endpoint:
         ) and (self._connecting is None):
             raise MigrationRefused(self.options.dialect.pause_refusal)
         end = self._outgoing if self._course.side == "source" else self._incoming
+        self._by_hand = True
         if self._connecting is not None:
             self._connecting.cancel()
         elif end is not None:
@@ -531,6 +549,10 @@ class Endpoint:
                     spin_us=self._spin_us,
                 )
                 stack.callback(incoming.close)
+                attending = trio.CancelScope()
+                stack.callback(attending.cancel)
+                again = listened_at(address, self._addresses)
+                self._start(self._attend, incoming, again, attending)
                 await incoming.receive()
         except Exception as error:
             if not begun:
@@ -544,12 +566,25 @@ class Endpoint:
                 self.quit("a machine that did not arrive")
         else:
             _free_now()
+            if self._links.recover_for and self._course.phase is Phase.MOVED and can_be_repeated(again):
+                # Whether the source has heard the last word is not known here.
+                self._start(self._listen_by_itself, incoming, again)
         finally:
             self._ends_with_it = False
 
+    async def _attend(self, incoming: Incoming, address: Address, scope: trio.CancelScope) -> None:
+        """What goes on beside a migration to here, until it ends."""
+        with scope:
+            async with trio.open_nursery() as nursery:
+                if self._links.timeout:
+                    nursery.start_soon(incoming.watch, self._links.timeout)
+                if self._links.recover_for and can_be_repeated(address):
+                    nursery.start_soon(self._recover_by_itself, incoming, address)
+
     def check_recover(self) -> None:
         """Raises MigrationRefused: nothing is paused here that came from elsewhere."""
-        if self._incoming is None or not self._course.allows(Event.RECOVER) or self._course.side == "source":
+        can = self._course.allows(Event.RECOVER) or self._course.phase is Phase.MOVED
+        if self._incoming is None or self._course.side == "source" or not can:
             raise MigrationRefused("Migrate recover can only be run when postcopy is paused.")
 
     async def recover(self, address: Address) -> None:
@@ -569,27 +604,49 @@ class Endpoint:
     async def _recover(
         self, incoming: Incoming, address: Address, task_status: trio.TaskStatus[None]
     ) -> None:
+        begun = False
+
+        def listens(told: list[dict[str, Any]]) -> None:
+            nonlocal begun
+            begun, self._recovery = True, scope
+            self._listens(told)
+            task_status.started()
+
+        def connected() -> None:
+            if self._recovery is scope:
+                self._recovery = None
+
+        self._by_hand = False
         with trio.CancelScope() as scope:
-            async with AsyncExitStack() as stack:
-                async with listen(address) as listener:
-                    self._recovery = scope
-                    self._addresses = listener.socket_address
-                    if not self.options.dialect.setup_while_listening:
-                        self._events.emit("MIGRATION", {"status": str(Status.SETUP)})
-                    task_status.started()
-                    try:
-                        channel = await stack.enter_async_context(await listener.accept())
-                    except ChannelLost as error:
-                        log.error("migration: no recovery: %s", sentence(error))
-                        return
-                    finally:
-                        if self._recovery is scope:
-                            self._recovery = None
-                try:
-                    await incoming.resume(channel, RECOVERY_PATIENCE)
-                except Exception as error:  # it stays paused
-                    log.error("migration: no recovery: %s", sentence(error))
-                    let_go(error)
+            try:
+                await take_link(incoming, address, self._links.timeout, listens, connected)
+            except Exception as error:  # it stays paused
+                if not begun:
+                    raise
+                tell_no_recovery(error)
+            finally:
+                connected()
+
+    def _listens(self, told: list[dict[str, Any]]) -> None:
+        self._addresses = told
+        if not self.options.dialect.setup_while_listening:  # the event is told in any case
+            self._events.emit("MIGRATION", {"status": str(Status.SETUP)})
+
+    async def _recover_by_itself(self, incoming: Incoming, address: Address) -> None:
+        """Listen where it listened, in each pause."""
+        while True:
+            await self._paused.wait()
+            self._paused = trio.Event()
+            if not self._by_hand and incoming.course.allows(Event.RECOVER):
+                await self._listen_by_itself(incoming, address)
+
+    async def _listen_by_itself(self, incoming: Incoming, address: Address) -> None:
+        self._recovery = scope = trio.CancelScope()
+        await keep_listening(
+            incoming, address, self._links.timeout, self._links.recover_for, scope, self._listens
+        )
+        if self._recovery is scope:
+            self._recovery = None
 
     async def let_run(self, postcopy: bool) -> None:
         """The machine may run here now."""

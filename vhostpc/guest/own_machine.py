@@ -39,7 +39,7 @@ NAME = "vhostpc-1"
 RAM_SECTION = 1
 RUN_STATES = (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH)
 """The run states in which it may be sent: prelaunch is before it first ran."""
-MOST_STATE = 64 << 10
+MOST_STATE = 1 << 20
 """Bytes of a section of this machine in the stream, at most."""
 GIB = 1 << 30
 

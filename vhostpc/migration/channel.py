@@ -84,6 +84,18 @@ class Channel:
         """From now on little may lie in the kernel unsent: urgent data must not wait behind it."""
         self._ends.keep_unsent_small()
 
+    def limit_silence(self, seconds: float) -> None:
+        """Have the kernel break a TCP connection whose peer is gone for ``seconds``. 0, or no TCP: nothing.
+
+        By keep-alive where nothing is sent, and by TCP_USER_TIMEOUT where something is (tcp(7)).
+        """
+        if seconds:
+            self._ends.limit_silence(seconds)
+
+    def unsent(self) -> int:
+        """Bytes that the peer has not taken: unacknowledged (TCP), unread (a unix socket, a pipe). 0 for a file."""
+        return self._ends.unsent()
+
     async def aclose(self) -> None:
         """Close the descriptors, which no loop may be using any more, and see a command to its end.
 

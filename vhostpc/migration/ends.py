@@ -9,6 +9,8 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
+import termios
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Literal, Protocol, TypeVar
@@ -49,12 +51,27 @@ class Ends(Protocol):
 
     def keep_unsent_small(self) -> None: ...
 
+    def limit_silence(self, seconds: float) -> None: ...
+
+    def unsent(self) -> int: ...
+
     async def aclose(self) -> None: ...
 
 
 def _lost(doing: str, what: str, why: BaseException | None) -> ChannelLost:
     text = os.strerror(why.errno) if isinstance(why, OSError) and why.errno else "the channel is closed"
     return ChannelLost(f"Unable to {doing} {what}: {text}")
+
+
+def _queued(fd: int, which: int) -> int:
+    """Bytes in the kernel, by an ioctl that tells them (tcp(7), unix(7), pipe(7)); 0 where it does not."""
+    if fd < 0:
+        return 0
+    try:
+        raw = fcntl.ioctl(fd, which, bytes(4))
+    except OSError:
+        return 0
+    return int.from_bytes(raw, sys.byteorder)
 
 
 class SocketEnds:
@@ -85,6 +102,21 @@ class SocketEnds:
                 self._stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNSENT)
             else:  # data in flight is not a queue
                 self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
+
+    def limit_silence(self, seconds: float) -> None:
+        sock = self._stream.socket
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return
+        probe = max(1, int(seconds / 4))
+        with suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+
+    def unsent(self) -> int:
+        return _queued(self._stream.socket.fileno(), termios.TIOCOUTQ)
 
     def shut_down(self) -> None:
         with suppress(OSError):
@@ -179,6 +211,12 @@ class PipeEnds:
     def keep_unsent_small(self) -> None:
         pass  # postcopy needs a socket
 
+    def limit_silence(self, seconds: float) -> None:
+        pass
+
+    def unsent(self) -> int:
+        return _queued(self.out_fd if self._fds else -1, termios.FIONREAD)
+
     def shut_down(self) -> None:
         for fd in self._fds:
             trio.lowlevel.notify_closing(fd)
@@ -226,6 +264,12 @@ class FileEnds:
 
     def keep_unsent_small(self) -> None:
         pass  # postcopy needs a socket
+
+    def limit_silence(self, seconds: float) -> None:
+        pass
+
+    def unsent(self) -> int:
+        return 0
 
     def shut_down(self) -> None:
         pass

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import reduce
+from operator import add
 
 import trio
 
-from vhostpc._native.numbers import summed
 from vhostpc.errors import ChannelLost, PageBorn, StreamError, VhostpcError, first_of, is_foreseen, sentence
 from vhostpc.logs import rationed_logger
 from vhostpc.migration.channel import Channel
@@ -24,6 +25,7 @@ from vhostpc.migration.long_waits import tell_waits
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.phase import Course, Event, Phase, WrongMove, begun
 from vhostpc.migration.postcopy_checks import check_advise, check_discard, check_page_sizes
+from vhostpc.migration.silence import Silence, watch
 from vhostpc.migration.turns import in_turns, pieces
 from vhostpc.migration.watcher import Unwatched, Watcher
 from vhostpc.pages.ramblock import Bits
@@ -50,7 +52,7 @@ from vhostpc.wire.migration.elements import (
 )
 from vhostpc.wire.migration.return_path import Pong, ReceivedBitmap, ResumeAck, Shut
 from vhostpc.wire.migration.split import Inside, split_package_in_slices
-from vhostpc.wire.migration.stream import MAX_DEVICES
+from vhostpc.wire.migration.stream import MAX_DEVICES, StreamReader
 
 log = rationed_logger(__name__)
 
@@ -103,6 +105,8 @@ class Incoming:
         self.postcopy = postcopy
         self.service = FaultService(machine.ram, spin_us=spin_us, trace=trace)
         """Over the machine's RAM; its numbers can be read until :meth:`close`."""
+        self.resumptions = 0
+        """How many links have gone on where another was lost."""
         self.kept: int | None = None
         """Host pages that had come by precopy and were not sent again, once postcopy has begun."""
         self._asked: ServiceNumbers | None = None
@@ -126,6 +130,20 @@ class Incoming:
         self._error: BaseException | None = None
         """The first trouble, which all others follow from."""
 
+    async def watch(self, limit: float) -> None:
+        """Break a link that is silent for ``limit`` seconds while a page is waited for. Runs until cancelled."""
+        await watch(self._silence, limit)
+
+    def _silence(self) -> Silence | None:
+        link = self._link
+        if link.ended.is_set() or not self.course.in_postcopy:
+            return None
+        numbers = self.service.numbers()
+        pages = link.numbers()
+        waits = bool(numbers.waiting_now or numbers.outbox_bytes) or not link.settled.is_set()
+        heard = (link.received, 0 if pages is None else pages.reads)
+        return Silence(link.channel, waits, heard)
+
     async def running(self) -> None:
         """Wait for RUN: from then on the machine may run here although most pages miss. Or for precopy's end."""
         await self._running.wait()
@@ -139,11 +157,16 @@ class Incoming:
         """That of the link, or of the last one."""
         return self._link.channel
 
+    @property
+    def reader(self) -> StreamReader:
+        """Of the link, or of the last one."""
+        return self._link.reader
+
     def loads(self) -> list[LoadNumbers]:
         """What was received: in precopy, then in postcopy, over all its links. None of what has not begun."""
         now = self._link.numbers()
         *before, last = self._loads
-        return [summed(*each) for each in (*before, last + ([] if now is None else [now])) if each]
+        return [reduce(add, each) for each in (*before, last + ([] if now is None else [now])) if each]
 
     def asked(self) -> ServiceNumbers:
         """What its fault service did, also after :meth:`close`."""
@@ -362,7 +385,16 @@ class Incoming:
             if self.machine.ram.lost:
                 await trio.sleep_forever()  # given up by the task that ends the migration, and says why
             self._error = self._error or error
-            raise
+            if not self.course.may_run:
+                raise
+            log.error(
+                "migration: the machine runs, but: %s",
+                sentence(error),
+                exc_info=None if is_foreseen(error) else error,
+            )
+            if self.missing():
+                self.channel.shut_down()  # which is a pause
+            self._loaded.set()
 
     async def _postcopy(self) -> None:
         """Pages, to the end of the stream, over as many links as that takes: one that is lost is a pause."""
@@ -387,9 +419,9 @@ class Incoming:
         while (event := await link.next()) is not None:
             if isinstance(event, Ping):
                 self._pong(event)
-            elif isinstance(event, BitmapRequest) and link.resumes:
+            elif isinstance(event, BitmapRequest) and not link.settled.is_set():
                 self._say_bitmap(link, event)
-            elif isinstance(event, PostcopyResume) and link.resumes:
+            elif isinstance(event, PostcopyResume) and not link.settled.is_set():
                 self._resume(link, event)
             else:
                 self._other(event)
@@ -398,9 +430,10 @@ class Incoming:
 
     def _say_bitmap(self, link: IncomingLink, event: BitmapRequest) -> None:
         blocks = {block.name: block for block in self.machine.ram.blocks}
-        if event.block not in blocks or event.block in link.bitmaps_said or link.has_pages:
-            why = "which is unknown" if event.block not in blocks else "again"
-            raise BadStream(event.offset, f"RECV_BITMAP for RAM block {event.block!r}, {why}")
+        if event.block not in blocks:
+            raise BadStream(event.offset, f"RECV_BITMAP of an unknown RAM block: {event.block!r}")
+        if event.block in link.bitmaps_said:
+            raise BadStream(event.offset, f"RECV_BITMAP of a RAM block again: {event.block!r}")
         link.bitmaps_said.add(event.block)
         self._send(ReceivedBitmap(event.block, blocks[event.block].received_bitmap()).encode())
 
@@ -410,14 +443,13 @@ class Incoming:
             raise BadStream(
                 event.offset, "POSTCOPY_RESUME before the bitmap of every RAM block was asked for"
             )
-        if link.has_pages:
-            raise BadStream(event.offset, "POSTCOPY_RESUME for the second time")
         link.open_pages()
         try:
             self.service.resume(ResumeAck().encode())
         except OSError as e:
             raise ChannelLost(f"the return path to the source broke: {e.strerror}") from None
         self.course.move(Event.RESUME)
+        self.resumptions += 1
         link.settled.set()
         log.info("migration: recovered, %d host pages are missing", self.missing())
 
@@ -468,7 +500,7 @@ class Incoming:
         with trio.move_on_after(patience) as limit:
             await link.settled.wait()
         if limit.cancelled_caught:
-            log.warning("migration: the source has not recovered within %.0f s: the link is broken", patience)
+            log.warning("migration: the source has not recovered within %g s: the link is broken", patience)
             channel.shut_down()
         await link.ended.wait()
 
@@ -603,8 +635,12 @@ class Incoming:
                     self._send(b"")
         except trio.TooSlowError:
             log.warning("migration: the source no longer reads the return path")
-        except ChannelLost as error:
-            log.warning("migration: the source does not know that everything has arrived: %s", error)
+        except Exception as error:
+            log.warning(
+                "migration: the source does not know that everything has arrived: %s",
+                sentence(error),
+                exc_info=None if is_foreseen(error) else error,
+            )
 
     async def _advise(self, event: PostcopyAdvise) -> None:
         check_advise(event, postcopy=self.postcopy, two_way=self.channel.two_way)

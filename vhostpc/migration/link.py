@@ -43,15 +43,19 @@ class IncomingLink:
         """Blocks whose bitmap it was asked for and has said."""
         self.settled = trio.Event()
         """The recovery it began with is complete, or the link has ended."""
+        if continues is None:
+            self.settled.set()
         self.ended = trio.Event()
+        self.received = 0
+        """Bytes that Python has received."""
         self.hung_up = False
         self.ram_ended = False
         """The last section of RAM has begun, or has come."""
         self._service = service
-        self._reader: StreamReader = StreamReader(
-            RamMode.PAUSE, limit=limit, continues=continues._reader if continues is not None else None
+        self.reader: StreamReader = StreamReader(
+            RamMode.PAUSE, limit=limit, continues=continues.reader if continues is not None else None
         )
-        self._events = self._reader.feed_in_slices(b"")
+        self._events = self.reader.feed_in_slices(b"")
         self._pages: RamChannel | None = None
 
     @property
@@ -62,17 +66,17 @@ class IncomingLink:
     @property
     def unread(self) -> int:
         """Bytes that came behind the end."""
-        return self._reader.unread
+        return self.reader.unread
 
     @property
     def doubt(self) -> int | None:
         """As :attr:`StreamReader.doubt`."""
-        return self._reader.doubt
+        return self.reader.doubt
 
     @property
     def offset(self) -> int:
         """Byte of the stream up to which everything was read."""
-        return self._reader.offset
+        return self.reader.offset
 
     def open_pages(self, *, holes: bool = False) -> None:
         """RAM records may come from now on. In the memory's current mode: written, or placed once it is armed.
@@ -109,34 +113,35 @@ class IncomingLink:
             if event is not None:
                 self.ram_ended = self.ram_ended or isinstance(event, SectionEnd)
                 return event
-            if self._reader.ended:
+            if self.reader.ended:
                 return None
-            if self._reader.paused:
+            if self.reader.paused:
                 await self._records()
-                self._events = self._reader.feed_in_slices(b"")
+                self._events = self.reader.feed_in_slices(b"")
                 continue
             data = b""
             # What could be the end may be what a guest wrote into a device's state: then more comes.
-            with trio.move_on_after(END_WAIT if self._reader.may_end else math.inf):
+            with trio.move_on_after(END_WAIT if self.reader.may_end else math.inf):
                 data = await self.channel.receive_some(CHUNK)
+            self.received += len(data)
             self.hung_up = not data
-            self._events = self._reader.feed_in_slices(data) if data else self._reader.eof_in_slices()
+            self._events = self.reader.feed_in_slices(data) if data else self.reader.eof_in_slices()
 
     async def _records(self) -> None:
         """The RAM section that begins, and what follows of it, in C."""
-        pages, section = self._pages, self._reader.ram_section
+        pages, section = self._pages, self.reader.ram_section
         assert section is not None
-        begin = self._reader.offset
+        begin = self.reader.offset
         if pages is None:
             raise BadStream(begin, "pages before the recovery was complete (POSTCOPY_RESUME)")
-        pages.feed(self._reader.hand_over())
+        pages.feed(self.reader.hand_over())
         before = pages.numbers().bytes
         try:
             numbers = await pages.load(section, last=self.ram_ended)
         except BadRamStream as e:
             raise BadStream(begin + e.offset - before, REASONS[e.why]) from None
         self.ram_ended = numbers.ended
-        self._reader.resume(numbers.bytes - before, pages.take(), footer=True, ended=self.ram_ended)
+        self.reader.resume(numbers.bytes - before, pages.take(), footer=True, ended=self.ram_ended)
 
 
 class OutgoingLink:
@@ -150,8 +155,8 @@ class OutgoingLink:
         self.source = PageSource(
             scan.ram, channel.out_fd, return_path=channel.in_fd if return_path else -1, scan=scan
         )
-        self.said = 0
-        """Bytes that Python sent."""
+        self.said = self.heard = 0
+        """Bytes that Python sent, and received."""
 
     async def say(self, data: bytes) -> None:
         """Raises ChannelLost."""
@@ -167,6 +172,7 @@ class OutgoingLink:
             data = await self.channel.receive_some(min(decoder.lacks, CHUNK))
             if not data:
                 raise ChannelLost("the destination closed the connection")
+            self.heard += len(data)
             for message in decoder.feed(data):
                 return message
 

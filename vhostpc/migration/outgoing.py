@@ -28,6 +28,7 @@ from vhostpc.migration.machine import Machine
 from vhostpc.migration.options import Options
 from vhostpc.migration.pace import Pace
 from vhostpc.migration.phase import ALL_SENT, Course, Event, Phase, begun
+from vhostpc.migration.silence import Silence, watch
 from vhostpc.migration.watcher import Unwatched, Watcher
 from vhostpc.pages.pagesource import UNLIMITED, Ended, PageScan, PageSource, SourceNumbers
 from vhostpc.pages.ramblock import Bits, total_pages
@@ -119,6 +120,8 @@ class Outgoing:
             raise
         self._before: list[SourceNumbers] = []  # of links that have ended
         self._linked = True
+        self.resumptions = 0
+        """How many links have gone on where another was lost."""
         self._by_hand = False  # somebody has broken it
         self._pongs = 0  # as SourceNumbers.pongs, heard in recoveries
         self._watcher = watcher or Unwatched(machine)
@@ -224,6 +227,22 @@ class Outgoing:
             downtime_bytes=switched - stopped,
             postcopy_bytes=total - switched,
         )
+
+    async def watch(self, limit: float) -> None:
+        """Break a link that is silent for ``limit`` seconds while something is outstanding on it.
+
+        That is: data that the peer has not accepted, an answer in a recovery, or the last word of a postcopy. Not
+        that of a precopy: what a silent destination does then only a person can find out. Runs until cancelled.
+        """
+        await watch(self._silence, limit)
+
+    def _silence(self) -> Silence | None:
+        if not self._linked or self.course.phase in (Phase.SENT, Phase.SWITCHED_SENT):
+            return None
+        numbers, phase = self._link.source.numbers(), self.course.phase
+        waits = phase is Phase.RECOVERING or (numbers.eos_sent and self.course.in_postcopy)
+        heard = (numbers.requests, numbers.pongs, self._link.heard, numbers.bytes, self._link.said)
+        return Silence(self.channel, waits, heard)
 
     # --- the migration
 
@@ -500,6 +519,7 @@ class Outgoing:
         if ack.value != RESUMED:
             raise StreamError(f"the destination answers {ack.value} to POSTCOPY_RESUME, not {RESUMED}")
         self.course.move(Event.RESUME)
+        self.resumptions += 1
         log.info("migration: recovered, %d host pages left to send", total_pages(blocks, Bits.DIRTY))
         await self._serve()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 import trio
@@ -45,6 +45,11 @@ class LoadNumbers:
     """Host pages for which there was no memory at once: they were waited for."""
     short: bool
     """There is none now: the page is tried again until there is."""
+
+    def __add__(self, later: LoadNumbers) -> LoadNumbers:
+        """Of two channels, one after the other; flags are the later one's."""
+        mine, more = astuple(self), astuple(later)
+        return LoadNumbers(*(b if isinstance(b, bool) else a + b for a, b in zip(mine, more, strict=True)))
 
 
 class Service(Protocol):

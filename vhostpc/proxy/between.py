@@ -14,7 +14,7 @@ from vhostpc.errors import ChannelLost
 from vhostpc.migration.channel import Listener, connect, listen
 from vhostpc.migration.uri import Address, Tcp, Unix, parse_address
 from vhostpc.proxy.faults import BadFault, Fault, Plan, parse_fault
-from vhostpc.proxy.relay import Relay
+from vhostpc.proxy.pumps import Relay
 from vhostpc.proxy.side import Side
 from vhostpc.proxy.timeline import Event, Tell, Timeline
 from vhostpc.wire.migration.stream import StreamReader

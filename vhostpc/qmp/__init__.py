@@ -6,10 +6,10 @@ from vhostpc.lazy import exports
 
 if TYPE_CHECKING:
     from vhostpc.migration.info import MigrationInfo, RamInfo
-    from vhostpc.qmp.client import open_monitor
     from vhostpc.qmp.events import Events
     from vhostpc.qmp.monitored import Endpoint
-    from vhostpc.qmp.server import Monitor
+    from vhostpc.qmp.qmp_client import open_monitor
+    from vhostpc.qmp.qmp_server import Monitor
     from vhostpc.qmp.terminal import TextMonitor
 
 __all__ = ["Endpoint", "Events", "MigrationInfo", "Monitor", "RamInfo", "TextMonitor", "open_monitor"]
@@ -19,10 +19,10 @@ if not TYPE_CHECKING:  # for a type checker it would stand for every name
         __name__,
         {
             "vhostpc.migration.info": "MigrationInfo RamInfo",
-            "vhostpc.qmp.client": "open_monitor",
+            "vhostpc.qmp.qmp_client": "open_monitor",
             "vhostpc.qmp.monitored": "Endpoint",
             "vhostpc.qmp.events": "Events",
-            "vhostpc.qmp.server": "Monitor",
+            "vhostpc.qmp.qmp_server": "Monitor",
             "vhostpc.qmp.terminal": "TextMonitor",
         },
     )

@@ -3,9 +3,9 @@
 Usable alone. Nothing in this package touches the memory that it serves.
 """
 
-from vhostpc.ufd.events import Event, Fork, PageFault, Remap, Remove, UnknownEvent, Unmap
 from vhostpc.ufd.flags import FaultFlags, Features, Ioctls, RegisterMode, Way, names
 from vhostpc.ufd.probe import MINIMUM_KERNEL, POSTCOPY_FEATURES, Probe, WayResult, kernel_version, probe
+from vhostpc.ufd.ufd_events import Event, Fork, PageFault, Remap, Remove, UnknownEvent, Unmap
 from vhostpc.ufd.uffd import Userfaultfd, is_userfaultfd
 
 __all__ = [

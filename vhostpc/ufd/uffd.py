@@ -18,9 +18,9 @@ from typing import Any
 
 from vhostpc._native import ffi, lib
 from vhostpc.errors import UfdError
-from vhostpc.ufd.events import Event, decode
 from vhostpc.ufd.flags import Features, Ioctls, RegisterMode, Way, names
 from vhostpc.ufd.probe import MINIMUM_KERNEL, SHORT, explain, kernel_version
+from vhostpc.ufd.ufd_events import Event, decode
 from vhostpc.units import in_units
 
 DONTWAKE = 1

@@ -28,7 +28,7 @@ uint64_t vpc_ram_bitmap_size(struct vpc_ram *ram, int block)
     return b ? words_of(b) * 8 : 0;
 }
 
-int vpc_ram_bitmap(struct vpc_ram *ram, int block, void *out, uint64_t size)
+int vpc_ram_bitmap(struct vpc_ram *ram, int block, void *to, uint64_t size)
 {
     struct vpc_block *b = ram_block(ram, block);
 
@@ -47,7 +47,7 @@ int vpc_ram_bitmap(struct vpc_ram *ram, int block, void *out, uint64_t size)
                     bits |= bits_of(each) << at;
         }
         bits = htole64(bits);
-        memcpy((unsigned char *)out + word * 8, &bits, 8);
+        memcpy((unsigned char *)to + word * 8, &bits, 8);
     }
     return 0;
 }
@@ -71,23 +71,23 @@ static int whole(const void *bitmap, uint64_t first, unsigned each)
     return 1;
 }
 
-int vpc_ram_take_bitmap(struct vpc_ram *ram, int block, const void *bitmap, uint64_t size)
+int vpc_ram_take_bitmap(struct vpc_ram *ram, int block, const void *from, uint64_t size)
 {
     struct vpc_block *b = ram_block(ram, block);
 
     if (!b || size != words_of(b) * 8)
         return -EINVAL;
     unsigned each = targets(b), last = (unsigned)(b->length >> TARGET_SHIFT) % 64;
-    if (last && word_at(bitmap, words_of(b) - 1) & ~bits_of(last))
+    if (last && word_at(from, words_of(b) - 1) & ~bits_of(last))
         return -ERANGE;
     for (uint64_t word = 0; word < (b->pages + 63) / 64; word++) {
         unsigned left = b->pages - word * 64 < 64 ? (unsigned)(b->pages - word * 64) : 64;
         uint64_t dirty = 0;
         if (each == 1) {
-            dirty = ~word_at(bitmap, word) & bits_of(left);
+            dirty = ~word_at(from, word) & bits_of(left);
         } else {
             for (unsigned at = 0; at < left; at++)
-                if (!whole(bitmap, (word * 64 + at) * each, each))
+                if (!whole(from, (word * 64 + at) * each, each))
                     dirty |= (uint64_t)1 << at;
         }
         atomic_store(&b->bits[VPC_BITS_DIRTY][word], dirty);

@@ -161,22 +161,34 @@ static int wait_ready(struct vpc_save *s, int more, int ms)
     return fds[0].revents && room ? vpc_requests_pull(&s->requests) : 0;
 }
 
-/* What the loops return: a broken pipe is a peer that is gone. Its last word may still be there to be read. */
-static int ended(struct vpc_save *s, int rc)
+/* Everything that the destination has said is read, though nothing can be sent any more: its last word may be in it. */
+static int last_word(struct vpc_save *s)
 {
     struct requests *r = &s->requests;
 
+    for (;;) {
+        size_t before = r->end;
+
+        r->head = r->tail; /* nobody gets what was asked for: that must not hold up what comes behind it */
+        r->ask_count = 0;
+        int said = vpc_requests_parse(r, s->scan);
+        if (said)
+            return said;
+        if (r->end == before && (vpc_requests_pull(r) || r->end == before))
+            return 0;
+        if (atomic_load(&s->stop)) /* one that goes on for ever */
+            return 0;
+    }
+}
+
+/* What the loops return: a broken pipe is a peer that is gone. Whatever error it was, the peer's word counts for more. */
+static int ended(struct vpc_save *s, int rc)
+{
     if (rc == -EPIPE || rc == -ECONNRESET)
         rc = VPC_SAVE_PEER_CLOSED;
-    while (rc == VPC_SAVE_PEER_CLOSED && r->fd >= 0 && requests_room(r)) {
-        size_t before = r->end;
-        int more = vpc_requests_pull(r) == 0 && r->end > before;
-        int said = vpc_requests_parse(r, s->scan);
-        if (said == VPC_SAVE_SHUT)
-            return said;
-        if (said || !more)
-            break;
-    }
+    if ((rc == VPC_SAVE_PEER_CLOSED || (rc < 0 && rc != -EBADMSG)) && s->requests.fd >= 0 &&
+        last_word(s) == VPC_SAVE_SHUT)
+        return VPC_SAVE_SHUT;
     if (rc == VPC_SAVE_STOPPED) {
         event_drain(s->control);
         atomic_store(&s->stop, 0);

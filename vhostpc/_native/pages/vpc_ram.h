@@ -71,10 +71,10 @@ int64_t vpc_ram_verify(struct vpc_ram *ram, int block, uint64_t first, uint64_t 
  * whole words of 8 bytes. */
 uint64_t vpc_ram_bitmap_size(struct vpc_ram *ram, int block);
 /* RECEIVED. -EINVAL: size is another. */
-int vpc_ram_bitmap(struct vpc_ram *ram, int block, void *out, uint64_t size);
+int vpc_ram_bitmap(struct vpc_ram *ram, int block, void *to, uint64_t size);
 /* Set DIRTY for what is not received according to the bitmap, a host page as a whole, and clear it for the rest. -EINVAL:
  * size is another; -ERANGE: bits behind the last page are set. Then nothing has changed. */
-int vpc_ram_take_bitmap(struct vpc_ram *ram, int block, const void *bitmap, uint64_t size);
+int vpc_ram_take_bitmap(struct vpc_ram *ram, int block, const void *from, uint64_t size);
 /* cdef end */
 
 #endif

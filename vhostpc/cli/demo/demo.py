@@ -26,7 +26,7 @@ from vhostpc.cli.common import (
 from vhostpc.cli.demo.books import Result
 from vhostpc.cli.demo.run import MIB, SIZE, Demo
 from vhostpc.cli.demo.tables import GOOD, tables
-from vhostpc.cli.endpoint import size as size_of
+from vhostpc.cli.endpoint_command import size as size_of
 from vhostpc.memory.available import available_memory
 from vhostpc.units import TARGET_PAGE, in_units
 

@@ -19,7 +19,7 @@ import trio
 from vhostpc.cli.demo.bridge_process import IN_ORDER
 from vhostpc.errors import VhostpcError
 from vhostpc.frontend import FarSide
-from vhostpc.qmp.client import QmpClient, open_monitor
+from vhostpc.qmp.qmp_client import QmpClient, open_monitor
 
 STARTING = 30.0  # seconds that a process may take until it says that it is ready
 ENDING = 5.0

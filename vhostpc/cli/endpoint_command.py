@@ -22,7 +22,7 @@ from vhostpc.cli.common import (
     start_logging,
 )
 from vhostpc.dialect import DEFAULT, DIALECTS, Compat
-from vhostpc.endpoint import Endpoint
+from vhostpc.endpoint import LINK_TIMEOUT, Endpoint, Links
 from vhostpc.errors import is_foreseen, sentence
 from vhostpc.guest.own_machine import Block, Spec, open_machine
 from vhostpc.logs import rationed_logger
@@ -170,6 +170,7 @@ async def run(
     after: After,
     trace: int,
     spin_us: int,
+    links: Links,
     stopped: bool,
     qmp: str | None,
     monitor: str | None,
@@ -190,6 +191,7 @@ async def run(
             after=after,
             trace=trace,
             spin_us=spin_us,
+            links=links,
         )
         await serve(served, events, qmp, monitor, incoming, screen)
         return served.error
@@ -286,6 +288,22 @@ async def run(
     metavar="N",
     help="Switch a precopy to postcopy automatically after N passes.",
 )
+@click.option(
+    "--link-timeout",
+    type=Seconds(min=0),
+    default=LINK_TIMEOUT,
+    show_default=True,
+    metavar="SECONDS",
+    help="Seconds of silence, while something is outstanding, after which a connection counts as lost; 0: never.",
+)
+@click.option(
+    "--recover-for",
+    type=Seconds(min=0),
+    default=0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Recover a paused postcopy automatically: connect again, or listen again, at the same address for this long.",
+)
 @common_options
 def endpoint(
     qmp: str | None,
@@ -304,6 +322,8 @@ def endpoint(
     stopped: bool,
     postcopy_after_seconds: float | None,
     postcopy_after_passes: int | None,
+    link_timeout: float,
+    recover_for: float,
 ) -> int:
     """Play one end of a migration: run a machine of its own, or receive one, hold it, and send it on.
 
@@ -336,7 +356,18 @@ def endpoint(
     after = After(postcopy_after_seconds, postcopy_after_passes)
     trace = TRACED_FAULTS if trace_faults else 0
     error = trio.run(
-        run, open_it, Options(compat), after, trace, spin_us, stopped, qmp, monitor, incoming, screen
+        run,
+        open_it,
+        Options(compat),
+        after,
+        trace,
+        spin_us,
+        Links(link_timeout, recover_for),
+        stopped,
+        qmp,
+        monitor,
+        incoming,
+        screen,
     )
     if error is not None:
         what = sentence(error) if is_foreseen(error) else "failed"
