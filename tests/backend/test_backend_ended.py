@@ -137,7 +137,7 @@ HARMLESS: dict[type, set[str]] = {
     Work: {"close", "pump_stats", "has_come", "may_be_pushed", "forget_frames"},
     Ring: {
         *("close", "closed", "kick", "set_kick", "kick_told", "wait_for_kick", "look_again", "resume"),
-        *("hold", "let_go", "held", "call_in_flight", "leave", "set_interrupt"),
+        *("begin_use", "end_use", "in_use", "call_in_flight", "leave", "set_interrupt"),
     },
 }
 
@@ -344,12 +344,12 @@ async def test_nothing_is_freed_while_a_call_works_on_it(guest: Guest) -> None:
             await start(guest, front)
             await until(entered.is_set)
             raw = weakref.ref(device.queue._work.ring.handle)
-        assert device.queue._work.ring._holds
+        assert device.queue._work.ring._uses
         await check_queue(device.queue)
         go.set()
         await until(lambda: device.ended)
         assert isinstance(device.ended, QueueEnded)
-        assert not device.queue._work.ring._holds
+        assert not device.queue._work.ring._uses
         assert raw() is None
 
 

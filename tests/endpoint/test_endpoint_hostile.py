@@ -26,6 +26,7 @@ from tests.kit.until import until
 from tests.qemu.proc import unwrapped
 from tests.qemu.qmp import Qmp
 from vhostpc.cli import endpoint_command as cli
+from vhostpc.endpoint import Links
 from vhostpc.guest.own_machine import Block, Spec, open_machine
 from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import After
@@ -218,7 +219,7 @@ async def in_process(machine: str, folder: Path) -> AsyncIterator[Qmp]:
     with unwrapped():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(
-                cli.run, opened, Options("10.0"), After(), 0, 0, False, str(path), None, cli.DEFER
+                cli.run, opened, Options("10.0"), After(), 0, 0, Links(), False, str(path), None, cli.DEFER
             )
             await until(path.is_socket)
             async with await trio.open_unix_socket(path) as stream, trio.open_nursery() as inner:

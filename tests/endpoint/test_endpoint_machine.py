@@ -24,6 +24,11 @@ from vhostpc.pages.ramblock import RamSet
 from vhostpc.pages.service import FaultService
 
 MIB = 1 << 20
+#: What a report says of the pages that were sent: programs read these keys, whatever our own names are.
+SENT = (
+    *("bytes", "data-pages", "zero-pages", "requests", "requested-pages", "background-pages", "useless"),
+    *("held", "held-ever", "dirty-left", "eos-sent", "pongs", "shut", "heard"),
+)
 SLOW = {"max_bandwidth": 8 * MIB, "max_postcopy_bandwidth": 24 * MIB}
 
 
@@ -41,6 +46,7 @@ async def arrived(source: End, destination: End, *, left: Sequence[str] = ()) ->
     check(there)
     check(here, without=left)
     assert not there["running"]
+    assert tuple(there["sent"]) == SENT
     assert here["running"]
     assert here["came"]["already"] == 0
     for a, b in zip(there["vcpus"], here["vcpus"], strict=True):

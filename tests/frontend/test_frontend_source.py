@@ -80,18 +80,18 @@ async def test_commands_of_a_source(ram: RamSet) -> None:
             service.set_return_path(source.sock.fileno())
             nursery.start_soon(service.run)
             nursery.start_soon(lose, service, source.sock.fileno())
-            await source.hold("ram0", 10, 2)
+            await source.withhold("ram0", 10, 2)
             nursery.start_soon(ram["ram0"].read, 10 * TARGET_PAGE, 8)
-            assert (await source.wait_held()).held == 1
+            assert (await source.wait_withheld()).withheld == 1
             await source.release("ram0", 10, 1)
             await until(lambda: ram["ram0"].test_bit(Bits.RECEIVED, 10))
-            await source.hold_all()
+            await source.withhold_all()
             nursery.start_soon(ram["ram0"].read, 20 * TARGET_PAGE, 8)
-            assert (await source.wait_held()).held == 1
-            await source.hold_all(False)
+            assert (await source.wait_withheld()).withheld == 1
+            await source.withhold_all(False)
             await until(lambda: ram["ram0"].test_bit(Bits.RECEIVED, 20))
             with pytest.raises(StreamError, match="no such"):
-                await source.hold("no such block")
+                await source.withhold("no such block")
             assert (await source.numbers()).requested_pages == 2
             source.kill()
             with pytest.raises(ChannelLost):

@@ -193,7 +193,7 @@ class Move:
         """Let the rest come."""
         for block in self.guest.ram.blocks:
             await self.source.release(block.name)
-        await self.source.hold_all(False)
+        await self.source.withhold_all(False)
         await self.source.set_rate(1 << 40)
         await self.load_ended.wait()
         assert self.loaded is not None, str(self.lost)

@@ -497,7 +497,7 @@ async def test_the_destination_pauses_whatever_fails_behind_run(
 async def test_the_source_pauses_whatever_fails_behind_the_package(
     kind: type, where: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its machine may be running over there, so it does not run here, whoever asks."""
+    """Its machine may be running over there, so it does not run here, no matter which client asks."""
     world = World()
     with Here(world) as here, There(world) as there:
 

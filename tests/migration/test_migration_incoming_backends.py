@@ -118,7 +118,7 @@ async def test_two_back_ends_and_a_local_toucher(tmp_path: Path, guest: Guest) -
                     block.set_bits(Bits.DIRTY)
                 first = tx_at.buffers % (1 << 32) // page
                 shared = FRAMES  # a page for each frame
-                pages.hold("high.ram", first, shared)
+                pages.withhold("high.ram", first, shared)
 
                 async def start(postcopy: bool) -> None:
                     for name, rings in {"bridge": {1: tx}, "net_vhost": {0: rx, 1: other_tx}}.items():
@@ -156,7 +156,7 @@ async def test_two_back_ends_and_a_local_toucher(tmp_path: Path, guest: Guest) -
                         return len(set(shared_page)) == 3
 
                     await until(all_wait, what="three wait in the shared pages")
-                    assert pages.numbers().held >= 1
+                    assert pages.numbers().withheld >= 1
                     pages.release("high.ram")
                     for driver in (tx, other_tx):
                         while driver.numbers().completed < FRAMES:

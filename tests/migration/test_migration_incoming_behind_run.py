@@ -28,7 +28,7 @@ any_error = pytest.mark.parametrize("error", WRONG, ids=lambda e: type(e).__name
 async def test_the_rest_of_the_package_fails_and_pages_miss(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pause: who waits for a page waits on, and the source is not told that it never ran."""
+    """A pause: a thread that waits for a page goes on waiting, and the source is not told that it never ran."""
 
     def fail(self: Incoming, event: Ping) -> None:
         raise error

@@ -110,13 +110,13 @@ async def test_a_lost_link_is_recovered() -> None:
                 got.append(await copy.ram["ram0"].read(page * 4096, 9))
 
             await touch(900)
-            ends.outgoing.source.hold("ram0", 1500, 1)  # in flight when the link is lost
+            ends.outgoing.source.withhold("ram0", 1500, 1)  # in flight when the link is lost
             nursery.start_soon(touch, 1500)
-            await until(lambda: ends.outgoing.numbers().held == 1)
+            await until(lambda: ends.outgoing.numbers().withheld == 1)
             await ends.cut()
             nursery.start_soon(touch, 1800)  # asked for while there is no link
             await until(lambda: ends.incoming.service.numbers().waiting_now == 2)
-            machine.ram["ram0"].set_bits(Bits.HELD, 1500, 1, value=False)
+            machine.ram["ram0"].set_bits(Bits.WITHHELD, 1500, 1, value=False)
             ends.begin()
             await until(lambda: len(got) == 3, what="both pages")
             assert sorted(got) == [b"page 1500", b"page 1800", b"page 900\0"]

@@ -19,7 +19,7 @@ PAGES = 64
 async def cut_in_the_middle(source: PageSource, theirs: trio.socket.SocketType) -> set[int]:
     """Pages 3 and 40 are asked for, 3 is withheld, then the link is cut. The pages that arrived whole."""
     decoder, arrived = RamDecoder({"ram0": PAGES * TARGET_PAGE}), set[int]()
-    source.hold("ram0", 3, 1)
+    source.withhold("ram0", 3, 1)
     async with trio.open_nursery() as nursery:
 
         async def serve() -> None:
@@ -32,7 +32,7 @@ async def cut_in_the_middle(source: PageSource, theirs: trio.socket.SocketType) 
         # Its head, its name, and half of its content: the record is never whole.
         cut = await theirs.recv(8 + 5 + TARGET_PAGE // 2)
         arrived |= {e.offset // TARGET_PAGE for e in decoder.feed(cut) if isinstance(e, RamPage)}
-        while source.numbers().held == 0:
+        while source.numbers().withheld == 0:
             await source.changed()
         theirs.close()
         await trio.sleep_forever()
@@ -52,14 +52,14 @@ async def test_a_second_connection_goes_on_with_the_scan() -> None:
         with ours, PageSource(ram, ours.fileno(), scan=scan) as first:
             assert await cut_in_the_middle(first, theirs) == set()
             before = first.numbers()
-        assert (before.requested_pages, before.held_ever, before.dirty_left) == (1, 1, PAGES - 1)
+        assert (before.requested_pages, before.withheld_ever, before.dirty_left) == (1, 1, PAGES - 1)
 
         block.set_bits(Bits.DIRTY)  # as the destination's bitmap says: nothing has arrived
         scan.set_rate(UNLIMITED)
-        block.set_bits(Bits.HELD, value=False)
+        block.set_bits(Bits.WITHHELD, value=False)
         ours, theirs = trio.socket.socketpair()
         with ours, theirs, PageSource(ram, ours.fileno(), scan=scan) as second:
-            assert second.numbers().held == 0
+            assert second.numbers().withheld == 0
             order: list[int] = []
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(second.serve)
@@ -75,7 +75,7 @@ async def test_a_second_connection_goes_on_with_the_scan() -> None:
         # The scan stands where the first connection left it, and what that one was asked for is forgotten.
         assert order == [*range(41, PAGES), *range(41)]
         assert (after.requested_pages, after.background_pages) == (1, PAGES)
-        assert (after.requests, after.held, after.dirty_left) == (0, 0, 0)
+        assert (after.requests, after.withheld, after.dirty_left) == (0, 0, 0)
 
 
 async def test_what_was_asked_for_and_withheld_is_asked_for_again() -> None:
@@ -94,7 +94,7 @@ async def test_what_was_asked_for_and_withheld_is_asked_for_again() -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(second.serve)
                 await theirs.send(PageRequest("ram0", 3 * TARGET_PAGE, TARGET_PAGE).encode())
-                while second.numbers().held == 0:
+                while second.numbers().withheld == 0:
                     await second.changed()
                 second.release("ram0")
                 decoder = RamDecoder({"ram0": block.length})

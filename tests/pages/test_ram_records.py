@@ -386,7 +386,7 @@ async def test_source_withholds_and_releases() -> None:
         block.set_bits(Bits.DIRTY)
         ours, theirs = trio.socket.socketpair()
         with ours, theirs, PageSource(ram, ours.fileno(), background_rate=UNLIMITED) as source:
-            source.hold("ram0", 2, 3)
+            source.withhold("ram0", 2, 3)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(source.serve)
                 decoder = RamDecoder({"ram0": block.length})
@@ -401,11 +401,11 @@ async def test_source_withholds_and_releases() -> None:
                 assert seen == {0, 1, 5, 6, 7}
                 await theirs.send(PageRequest("ram0", 3 * TARGET_PAGE, TARGET_PAGE).encode())
                 await source.changed()
-                assert source.numbers().held == 1
+                assert source.numbers().withheld == 1
                 source.release("ram0", 3, 1)
                 await take(6)
                 assert 3 in seen
-                assert source.numbers().held == 0
+                assert source.numbers().withheld == 0
                 source.release("ram0")
                 await take(9)  # all pages, and the end
                 assert None in seen

@@ -151,7 +151,7 @@ async def test_back_end_that_dies_is_forgotten(path: Path, guest: Guest) -> None
                 await tx.reset()
                 await tx.post(FRAMES, 1000)
                 async with moving(guest, path, mode=Mode.TABLE, hide_features=Feature.EVENT_IDX) as m:
-                    await m.source.hold_all()
+                    await m.source.withhold_all()
                     async with trio.open_nursery() as nursery:
 
                         async def start() -> None:
@@ -161,14 +161,14 @@ async def test_back_end_that_dies_is_forgotten(path: Path, guest: Guest) -> None
                                 await m.start(1, tx)
 
                         nursery.start_soon(start)
-                        await m.source.wait_held()
+                        await m.source.wait_withheld()
                         testpmd.child.process.kill()
                     client = m.postcopy.client
                     assert client is not None
                     await until(lambda: client.removed)
                     for block in guest.ram.blocks:
                         await m.source.release(block.name)
-                    await m.source.hold_all(False)
+                    await m.source.withhold_all(False)
                     await m.source.set_rate(1 << 40)
                     await m.load_ended.wait()
                     assert m.service.missing() == 0

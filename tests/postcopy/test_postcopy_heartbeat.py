@@ -47,10 +47,10 @@ def part_of(layout: RingLayout, part: str) -> list[tuple[str, int, int]]:
     return [("low.ram", start, length)]
 
 
-async def hold(m: Move, layout: RingLayout, part: str) -> None:
+async def withhold(m: Move, layout: RingLayout, part: str) -> None:
     for block, offset, length in part_of(layout, part):
         page = m.guest.page_size
-        await m.source.hold(block, offset // page, (offset % page + length + page - 1) // page)
+        await m.source.withhold(block, offset // page, (offset % page + length + page - 1) // page)
 
 
 @dataclass
@@ -154,18 +154,18 @@ async def test_bridge(tmp_path: Path, guest: Guest, queue: int, part: str, indir
     with trio.fail_after(60):
         async with bridge(tmp_path) as (backend, fars), queues(guest, indirect=indirect) as drivers:
             async with moving(guest, backend, mode=Mode.SLOTS) as m:
-                await hold(m, drivers[queue].layout, part)
+                await withhold(m, drivers[queue].layout, part)
                 await backend.gap()
                 await start_all(m, drivers)
                 # Somebody waits for what is withheld, and the second pair misses nothing for long.
-                await m.source.wait_held(1)
+                await m.source.wait_withheld(1)
                 await until(lambda: fars[1].echoed == FRAMES)
                 watch = await ask_for_seconds(m, HOLD)
                 gap = await backend.gap()
                 waiting = m.service.waiting()
                 assert waiting
                 held = await m.source.numbers()
-                assert held.held >= 1
+                assert held.withheld >= 1
                 if queue == 1 and part != "used":
                     assert fars[0].numbers().frames == 0, "a frame left the guest without its pages"
                 assert m.postcopy.client is not None
@@ -215,11 +215,11 @@ async def test_plain_python_device(tmp_path: Path, guest: Guest, part: str) -> N
                     await driver.reset()
                     assert await driver.post(FRAMES, 900) == FRAMES
                 async with moving(guest, backend, mode=Mode.TABLE) as m:
-                    await hold(m, layouts[0], part)
+                    await withhold(m, layouts[0], part)
                     await backend.gap()
                     await m.start(0, first)
                     await m.start(1, second)
-                    await m.source.wait_held(1)
+                    await m.source.wait_withheld(1)
                     await reap_until(second, FRAMES)
                     watch = await ask_for_seconds(m, HOLD)
                     assert await m.front.get_config(2, 3) == bytes([2, 3, 4])
@@ -244,10 +244,10 @@ async def test_log(tmp_path: Path, guest: Guest, queue: int) -> None:
                     await m.memory.set_log(log)
                     await m.front.set_features(m.front.features | Feature.LOG_ALL)
                     used_page = drivers[queue].layout.used // 4096
-                    await hold(m, drivers[queue].layout, "used")
+                    await withhold(m, drivers[queue].layout, "used")
                     await backend.gap()
                     await start_all(m, drivers)
-                    await m.source.wait_held(1)
+                    await m.source.wait_withheld(1)
                     await until(lambda: fars[1].echoed == FRAMES)
                     await until(lambda: drivers[3].layout.used // 4096 in log.dirty_pages())
                     watch = await ask_for_seconds(m, HOLD)
@@ -276,9 +276,9 @@ async def test_stopping_a_queue_of_64_absent_chains(tmp_path: Path) -> None:
             await tx.reset()
             assert await tx.post(count, 900) == count
             async with bridge(tmp_path) as (backend, fars), moving(guest, backend) as m:
-                await hold(m, layout, "buffers")
+                await withhold(m, layout, "buffers")
                 await m.start(1, tx)
-                await m.source.wait_held(1)
+                await m.source.wait_withheld(1)
                 await backend.gap()
                 base: list[int] = []
 
@@ -289,7 +289,7 @@ async def test_stopping_a_queue_of_64_absent_chains(tmp_path: Path) -> None:
                     nursery.start_soon(stop)
                     await trio.sleep(1)
                     gap = await backend.gap()
-                    held = (await m.source.numbers()).held
+                    held = (await m.source.numbers()).withheld
                     assert not base, "answered although a touch of the ring's memory was under way"
                     await m.source.release("high.ram")
                 # Not all buffers were touched for the sake of a stop.

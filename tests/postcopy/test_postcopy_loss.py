@@ -31,7 +31,7 @@ from vhostpc.pages.service import FaultService
 
 pytestmark = pytest.mark.ufd
 FRAMES = 16
-HELD = 6
+FIRST_WITHHELD = 6
 """Buffers from this one on are withheld."""
 
 
@@ -66,7 +66,7 @@ async def bridge(tmp_path: Path) -> AsyncIterator[tuple[BackendChild, FarSide]]:
 
 async def hold_buffers(source: SourceProcess, guest: Guest, driver: Driver) -> None:
     first = (driver.layout.buffers - HIGH) // guest.page_size
-    await source.hold("high.ram", first + HELD, FRAMES - HELD)
+    await source.withhold("high.ram", first + FIRST_WITHHELD, FRAMES - FIRST_WITHHELD)
 
 
 async def place_the_rest(guest: Guest, ram: RamSet) -> None:
@@ -127,7 +127,7 @@ def check_far(far: FarSide) -> None:
     """Nothing left the guest but frames whose pages had come."""
     numbers = far.numbers()
     assert (numbers.bad, numbers.duplicates) == (0, 0)
-    assert numbers.frames <= HELD
+    assert numbers.frames <= FIRST_WITHHELD
 
 
 # --- the front-end is this process ------------------------------------------------------------------
@@ -147,7 +147,7 @@ async def test_only_the_socket_is_closed(
                 await m.start(0, drivers[0])
                 await until(lambda: m.service.numbers().requests > before)
                 await m.start(1, drivers[1])
-                await m.source.wait_held(1)
+                await m.source.wait_withheld(1)
                 if stopping:
                     m.nursery.start_soon(ask_and_be_cut, m.front, queue)
                     await wait_all_tasks_blocked()  # it was asked
@@ -192,7 +192,7 @@ async def test_the_page_source_is_killed(tmp_path: Path, guest: Guest, stopping:
             async with moving(guest, backend) as m:
                 await hold_buffers(m.source, guest, drivers[1])
                 await m.start(1, drivers[1])
-                await m.source.wait_held(1)
+                await m.source.wait_withheld(1)
                 base: list[int] = []
 
                 async def stop() -> None:
@@ -234,7 +234,7 @@ async def test_source_killed_then_the_session_is_given_up(
             async with moving(guest, backend, mode=Mode.SLOTS) as m:
                 await hold_buffers(m.source, guest, drivers[1])
                 await m.start(1, drivers[1])
-                await m.source.wait_held(1)
+                await m.source.wait_withheld(1)
                 if stopping:
                     m.nursery.start_soon(ask_and_be_cut, m.front, 1)
                     await wait_all_tasks_blocked()  # it was asked
@@ -264,7 +264,7 @@ async def test_the_back_end_is_killed(tmp_path: Path, guest: Guest) -> None:
                     async with moving(guest, backend) as m:
                         await hold_buffers(m.source, guest, drivers[1])
                         await m.start(1, drivers[1])
-                        await m.source.wait_held(1)
+                        await m.source.wait_withheld(1)
                         assert m.postcopy.client is not None
                         assert m.postcopy.client.numbers().waiting_now
                         backend.end()
@@ -279,7 +279,7 @@ async def test_the_back_end_is_killed(tmp_path: Path, guest: Guest) -> None:
                             await m.postcopy.end()
                     # What it had taken and not given back is there to be done: the used index tells.
                     assert drivers[1].numbers().completed == 0
-                    assert far.numbers().frames <= HELD
+                    assert far.numbers().frames <= FIRST_WITHHELD
                 finally:
                     backend.end()
                     await trio.aclose_forcefully(backend.control)
@@ -338,7 +338,7 @@ async def test_the_front_end_is_killed(tmp_path: Path, guest: Guest, how: str, s
                 await hold_buffers(source, guest, drivers[1])
                 async with frontend_child(guest, backend, source, {1: drivers[1]}, tmp_path) as child:
                     process, control = child
-                    await source.wait_held(1)
+                    await source.wait_withheld(1)
                     if stopping:
                         await control.send_all(b"stop 1\n")
                         assert await control.receive_some(64) == b"asked\n"

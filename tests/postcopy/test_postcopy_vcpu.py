@@ -146,7 +146,7 @@ async def test_a_page_of_an_earlier_generation_is_found_when_it_comes() -> None:
 async def test_a_vcpu_that_waits_stops_with_its_page() -> None:
     with trio.fail_after(60):
         async with moved() as m, trio.open_nursery() as nursery:
-            m.source.hold_all()
+            m.source.withhold_all()
             nursery.start_soon(m.service.load, m.sock)
             for cpu in m.others:
                 await nursery.start(cpu.run)
@@ -163,7 +163,7 @@ async def test_a_vcpu_that_waits_stops_with_its_page() -> None:
                 await trio.lowlevel.checkpoint()
             assert not stopped.is_set()
             beats = [cpu.numbers().beats for cpu in m.others]
-            m.source.hold_all(False)
+            m.source.withhold_all(False)
             await stopped.wait()
             # What they waited for came, and no page more was looked at.
             assert all(cpu.numbers().beats <= b + 1 for cpu, b in zip(m.others, beats, strict=True))
@@ -176,7 +176,7 @@ async def test_a_vcpu_that_waits_stops_with_its_page() -> None:
 async def test_vcpus_of_memory_that_is_lost_end_and_count_nothing() -> None:
     with trio.fail_after(60):
         async with moved() as m:
-            m.source.hold_all()
+            m.source.withhold_all()
             ended = []
 
             async def run(cpu: VCpu) -> None:

@@ -128,7 +128,7 @@ CALLS: dict[type, list[str | tuple[str, Any]]] = {
             "stop",
             ("set_tail", b"x"),
         ),
-        *(("set_rate", 1), "hold_all", "changed", "numbers", ("release", "ram")),
+        *(("set_rate", 1), "withhold_all", "changed", "numbers", ("release", "ram")),
     ],
     DirtyTracker: ["handle", "sync", "numbers"],
     Driver: [

@@ -260,7 +260,7 @@ async def test_a_page_that_is_there_is_never_overwritten() -> None:
 async def test_who_waits_is_told_and_a_removed_client_is_forgotten() -> None:
     with trio.fail_after(30):
         async with machine({"ram0": (8 * 4096, 4096)}) as m:
-            m.source.hold_all()
+            m.source.withhold_all()
             async with toucher(m, "first", [1, 2]) as first, toucher(m, "second", [3]) as second:
                 before = time.monotonic_ns()
                 first.sock.send(b"go")
@@ -272,7 +272,7 @@ async def test_who_waits_is_told_and_a_removed_client_is_forgotten() -> None:
                 assert m.service.numbers().waiting_now == len(waiters)
                 second.client.remove()
                 assert {w.client for w in m.service.waiting()} == {first.client.number}
-                m.source.hold_all(False)
+                m.source.withhold_all(False)
                 m.source.set_rate(UNLIMITED)
                 await m.service.load(m.sock.fileno())
                 assert (await result_of(first.sock))["bad"] == 0
@@ -321,7 +321,7 @@ async def test_the_source_is_lost() -> None:
     """The loader says so; waiting threads go on waiting, and another source can bring the rest."""
     with trio.fail_after(30):
         async with machine({"ram0": (32 * 4096, 4096)}) as m:
-            m.source.hold("ram0", 5, 3)
+            m.source.withhold("ram0", 5, 3)
             async with toucher(m, "waiting", [1]) as child:
                 child.sock.send(b"go")
                 async with trio.open_nursery() as nursery:
@@ -352,7 +352,7 @@ async def background_when_done(child: Child, source: PageSource) -> None:
 
 
 async def lose(m: Machine) -> None:
-    while m.source.numbers().held == 0:
+    while m.source.numbers().withheld == 0:
         await m.source.changed()
     m.peer.shutdown(socket.SHUT_RDWR)
 

@@ -90,7 +90,7 @@ async def test_a_thread_that_signals_interrupt_waits_once(told: bool) -> None:
 
             async with trio.open_nursery() as nursery, released(ufd, mapped):
                 nursery.start_soon(service.run)
-                pages.hold("ram0")
+                pages.withhold("ram0")
                 nursery.start_soon(pages.serve)
                 for page in (5, 5, 2):
                     nursery.start_soon(touch, page)

@@ -91,7 +91,7 @@ async def set_mem_table(session: SessionState, frame: Frame) -> Answer | None:
         return None
     # Postcopy: our addresses first; nothing is registered nor touched before the front-end has stored them. With
     # them it forgets those of the table before: a fault that is under way there must be served before it does.
-    await session.hold_vrings()
+    await session.pause_vrings()
     await_exchange(session, memory)
     session.postcopy.await_ack([r.mapping for r in regions])
     own = [
@@ -128,7 +128,7 @@ async def use_pending_memory(session: SessionState) -> None:
     memory, session.pending_memory = session.pending_memory, None
     if memory is not None:
         await use_memory(session, memory)
-    session.release_vrings()
+    session.resume_vrings()
 
 
 @handles(Request.GET_MAX_MEM_SLOTS)
@@ -193,7 +193,7 @@ async def rem_mem_reg(session: SessionState, frame: Frame) -> Answer | None:
         return None if armed else FAILED
     memory = GuestMemory(session.supply, [r for r in regions if r not in gone])
     if armed:
-        await session.hold_vrings()
+        await session.pause_vrings()
         await_exchange(session, memory)
     else:
         await use_memory(session, memory)

@@ -358,4 +358,4 @@ async def postcopy_end(session: SessionState, frame: Frame) -> None:
     session.postcopy.end()
     # If the word for the last table never came: its mappings allow no access, and no word is listened for any more.
     drop_pending(session)
-    session.release_vrings()
+    session.resume_vrings()

@@ -53,7 +53,7 @@ class SessionState:
         #: In postcopy: the next table, until the front-end has stored our addresses of it.
         self.pending_memory: GuestMemory | None = None
         #: Rings touch nothing between our answer to a table in postcopy and the front-end's word for it.
-        self.held = False
+        self.vrings_paused = False
         #: All that are mapped, in force or not.
         self.mappings: set[Mapping] = set()
         self.dirty_log: DirtyLog | None = None
@@ -155,16 +155,16 @@ class SessionState:
         for vring in self.vrings:
             await vring.update()
 
-    async def hold_vrings(self) -> None:
-        """Let no ring touch memory until :meth:`release_vrings`; return when none does. Waits for pages in hand."""
-        if not self.held:
-            self.held = True
+    async def pause_vrings(self) -> None:
+        """Let no ring touch memory until :meth:`resume_vrings`; return when none does. Waits for pages in hand."""
+        if not self.vrings_paused:
+            self.vrings_paused = True
             for vring in self.vrings:
                 await vring.ring.pause()
 
-    def release_vrings(self) -> None:
-        if self.held:
-            self.held = False
+    def resume_vrings(self) -> None:
+        if self.vrings_paused:
+            self.vrings_paused = False
             for vring in self.vrings:
                 vring.ring.resume()
 

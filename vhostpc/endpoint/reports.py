@@ -11,10 +11,13 @@ from vhostpc.migration.machine import Machine
 from vhostpc.migration.outgoing import Outgoing
 from vhostpc.pages.ramblock import Bits
 
+_KEYS = {"withheld": "held", "withheld_ever": "held-ever"}
+"""Keys of the report that differ from the names of their fields: programs read them."""
+
 
 def _numbers(numbers: Any) -> dict[str, Any]:
     """The fields of a dataclass of numbers, named as a monitor does."""
-    return {name.replace("_", "-"): value for name, value in asdict(numbers).items()}
+    return {_KEYS.get(name, name.replace("_", "-")): value for name, value in asdict(numbers).items()}
 
 
 def sent(outgoing: Outgoing | None) -> dict[str, Any]:

@@ -84,16 +84,16 @@ class SourceProcess:
             raise StreamError(answer["error"])
         return answer.get("value")
 
-    async def hold(self, block: str, first: int = 0, count: int | None = None) -> None:
+    async def withhold(self, block: str, first: int = 0, count: int | None = None) -> None:
         """Withhold host pages until :meth:`release`."""
-        await self._ask("hold", block=block, first=first, count=count)
+        await self._ask("withhold", block=block, first=first, count=count)
 
     async def release(self, block: str, first: int = 0, count: int | None = None) -> None:
         await self._ask("release", block=block, first=first, count=count)
 
-    async def hold_all(self, on: bool = True) -> None:
+    async def withhold_all(self, on: bool = True) -> None:
         """Withhold every page requested from now on, and the background."""
-        await self._ask("hold_all", on=on)
+        await self._ask("withhold_all", on=on)
 
     async def set_rate(self, background_rate: int) -> None:
         await self._ask("rate", rate=background_rate)
@@ -101,9 +101,9 @@ class SourceProcess:
     async def numbers(self) -> SourceNumbers:
         return SourceNumbers(**await self._ask("numbers"))
 
-    async def wait_held(self, count: int = 1) -> SourceNumbers:
+    async def wait_withheld(self, count: int = 1) -> SourceNumbers:
         """Wait until at least ``count`` host pages are requested and withheld."""
-        return SourceNumbers(**await self._ask("wait_held", count=count))
+        return SourceNumbers(**await self._ask("wait_withheld", count=count))
 
     def kill(self) -> None:
         """SIGKILL: simulates a crash of the source's machine."""
@@ -237,19 +237,19 @@ class _Server:
 
     async def _do(self, command: dict[str, Any]) -> Any:
         source, do = self._source, command["do"]
-        if do == "hold":
-            source.hold(command["block"], command["first"], command["count"])
+        if do == "withhold":
+            source.withhold(command["block"], command["first"], command["count"])
         elif do == "release":
             source.release(command["block"], command["first"], command["count"])
-        elif do == "hold_all":
-            source.hold_all(command["on"])
+        elif do == "withhold_all":
+            source.withhold_all(command["on"])
         elif do == "rate":
             source.set_rate(command["rate"])
-        elif do == "wait_held":
-            while source.numbers().held < command["count"]:
+        elif do == "wait_withheld":
+            while source.numbers().withheld < command["count"]:
                 # Take the event before looking once more: it may be set in between.
                 changed = self._changed
-                if source.numbers().held < command["count"]:
+                if source.numbers().withheld < command["count"]:
                     await changed.wait()
         elif do != "numbers":
             raise ValueError("no such command")

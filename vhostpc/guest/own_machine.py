@@ -212,23 +212,23 @@ class OwnMachine:
             await vcpu.fill()
         for device in self.devices:
             await device.reset()
-        await self._hold_vcpus()
+        await self._park_vcpus()
         self._whole = True
 
     # --- running or not
 
-    async def _hold_vcpus(self) -> None:
+    async def _park_vcpus(self) -> None:
         """From here on each has its thread, for life: :meth:`cont` only lets them go. Raises Shortage."""
         for vcpu in self.vcpus:
-            if not vcpu.held:
+            if not vcpu.has_thread:
                 try:
-                    await self._nursery.start(self._hold, vcpu)
+                    await self._nursery.start(self._park, vcpu)
                 except Shortage as error:
                     raise Shortage(f"this machine cannot run here: {error}") from None
 
-    async def _hold(self, vcpu: VCpu, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _park(self, vcpu: VCpu, *, task_status: trio.TaskStatus[None]) -> None:
         try:
-            await vcpu.hold(task_status=task_status)
+            await vcpu.park(task_status=task_status)
         except MemoryLost as error:
             self._problem(f"{vcpu.name} stopped: {error}")
 
@@ -369,7 +369,7 @@ class OwnMachine:
 
     async def advise(self, service: FaultService) -> None:
         self._service = service
-        await self._hold_vcpus()  # before it is waited for
+        await self._park_vcpus()  # before it is waited for
         for backend in self.backends:
             await backend.advise(service)
 
@@ -440,7 +440,7 @@ class OwnMachine:
             if (idstr, instance) not in self._came:
                 raise StreamError(f"the state of {idstr!r} (instance {instance}) does not come")
         try:
-            await self._hold_vcpus()
+            await self._park_vcpus()
         except Shortage as error:
             raise StreamError(str(error)) from None
         self._whole = True

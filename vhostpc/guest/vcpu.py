@@ -104,11 +104,11 @@ class VCpu(Owner):
     Use::
 
         await vcpu.fill()                   # all of them, before any runs
-        await nursery.start(vcpu.hold)      # its thread is there, and parked
+        await nursery.start(vcpu.park)      # its thread is there, and parked
         vcpu.go()                           # this cannot fail for lack of anything
         ...
         await vcpu.stop()                   # parked again: it touches no memory any more
-        state = vcpu.save()                 # ... at the destination: restore(state), hold, go
+        state = vcpu.save()                 # ... at the destination: restore(state), park, go
 
     Raises ValueError for areas with fewer pages than vCPUs, OSError. Close it before the RAM set.
     """
@@ -130,7 +130,7 @@ class VCpu(Owner):
         self.index, self.count = index, count
         self._limiter = trio.CapacityLimiter(1)
         self._look = trio.Lock()
-        self.held = False
+        self.has_thread = False
         """Whether it has a thread."""
         self._run: trio.Event | None = None  # the end of a run that has a thread for itself
         if not 0 <= index < count:
@@ -166,7 +166,7 @@ class VCpu(Owner):
         """Write its own pages in generation 0. Raises OSError (EINVAL) when it has rewritten some already."""
         await self._hop(lambda: lib.vpc_vcpu_fill(self.handle))
 
-    async def hold(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def park(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Have its thread until cancelled: one C call, parked but from :meth:`go` to :meth:`stop`, when it may wait
         for a page, which then holds up both.
 
@@ -176,14 +176,16 @@ class VCpu(Owner):
         await self._live(False, task_status)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """:meth:`hold` for one run that begins at once, until :meth:`stop` or cancelled. Raises as that does."""
+        """:meth:`park` for one run that begins at once, until :meth:`stop` or cancelled. Raises as that does."""
         await self._live(True, task_status)
 
     async def _live(self, once: bool, task_status: trio.TaskStatus[None]) -> None:
         handle = self.handle
-        check(-errno.EBUSY if self.held else lib.vpc_vcpu_arm(handle), f"{self.name} is running already")
+        check(
+            -errno.EBUSY if self.has_thread else lib.vpc_vcpu_arm(handle), f"{self.name} is running already"
+        )
         thread = KeptThread(Thread.VCPU, self.name)
-        self.held = True
+        self.has_thread = True
         self._run = trio.Event() if once else None
         try:
             if once:
@@ -193,7 +195,7 @@ class VCpu(Owner):
                 lambda: lib.vpc_vcpu_run(handle, once), lambda: lib.vpc_vcpu_end(handle), thread
             )
         finally:
-            self.held = False
+            self.has_thread = False
             thread.close()
             if self._run is not None:
                 self._run.set()
@@ -201,8 +203,8 @@ class VCpu(Owner):
 
     def go(self) -> None:
         """Let its thread run. Raises ValueError when it has none, OSError (EBUSY) when it runs."""
-        if not self.held:
-            raise ValueError(f"{self.name} has no thread: call hold first")
+        if not self.has_thread:
+            raise ValueError(f"{self.name} has no thread: call park first")
         check(lib.vpc_vcpu_go(self.handle), self.name)
 
     async def stop(self) -> None:
@@ -312,7 +314,7 @@ class VCpu(Owner):
         """Free it. It must not be running, nor have a thread."""
         if not self.closed:
             self._must_stand()
-            if self.held:
+            if self.has_thread:
                 raise ValueError(f"{self.name} still has its thread")
             self._native.close(idle=not self._limiter.borrowed_tokens)
 

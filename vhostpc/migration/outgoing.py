@@ -635,7 +635,7 @@ def _over_links(numbers: list[SourceNumbers]) -> SourceNumbers:
         bytes=sum(link.bytes for link in numbers),
         requests=sum(link.requests for link in numbers),
         useless=sum(link.useless for link in numbers),
-        held_ever=sum(link.held_ever for link in numbers),
+        withheld_ever=sum(link.withheld_ever for link in numbers),
         pongs=reduce(or_, (link.pongs for link in numbers)),
         heard=any(link.heard for link in numbers),
     )

@@ -52,9 +52,9 @@ class SourceNumbers:
     background_pages: int
     useless: int
     """Requested, but sent before."""
-    held: int
+    withheld: int
     """Requested and currently withheld."""
-    held_ever: int
+    withheld_ever: int
     dirty_left: int
     eos_sent: bool
     pongs: int
@@ -187,28 +187,28 @@ class PageSource(Owner):
         lib.vpc_scan_set_rate(self._scan.handle, background_rate)
         lib.vpc_save_kick(self.handle)
 
-    def hold(self, block: str, first: int = 0, count: int | None = None) -> None:
+    def withhold(self, block: str, first: int = 0, count: int | None = None) -> None:
         """Withhold host pages until :meth:`release`, even when they are requested."""
-        self.ram[block].set_bits(Bits.HELD, first, count)
+        self.ram[block].set_bits(Bits.WITHHELD, first, count)
 
     def release(self, block: str, first: int = 0, count: int | None = None) -> None:
         """Send them again; pages requested in the meantime go at once."""
-        self.ram[block].set_bits(Bits.HELD, first, count, value=False)
+        self.ram[block].set_bits(Bits.WITHHELD, first, count, value=False)
         lib.vpc_save_kick(self.handle)
 
-    def hold_all(self, on: bool = True) -> None:
+    def withhold_all(self, on: bool = True) -> None:
         """Withhold every page requested from now on, and the background; False releases them."""
-        lib.vpc_scan_hold_all(self._scan.handle, on)
+        lib.vpc_scan_withhold_all(self._scan.handle, on)
         lib.vpc_save_kick(self.handle)
 
     @contextmanager
-    def holding_all(self) -> Iterator[None]:
-        """:meth:`hold_all` for the time of a block."""
-        self.hold_all()
+    def withholding_all(self) -> Iterator[None]:
+        """:meth:`withhold_all` for the time of a block."""
+        self.withhold_all()
         try:
             yield
         finally:
-            self.hold_all(False)
+            self.withhold_all(False)
 
     async def changed(self) -> None:
         """Wait until a request was withheld or the end was sent since the last call."""

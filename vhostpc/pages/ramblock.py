@@ -35,7 +35,7 @@ class Bits(WordEnum):
     RECEIVED = 0
     REQUESTED = 1
     DIRTY = 2
-    HELD = 3
+    WITHHELD = 3
     ASKED = 4
     DISCARDED = 5
     """The stream's RAM_DISCARD cleared it, or a part of it has arrived: its source will send it."""

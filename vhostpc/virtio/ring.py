@@ -23,7 +23,7 @@ AT_ONCE = 0.0005
 ENDED = "the session of this queue has ended"
 
 
-class _Held:
+class _Use:
     """A piece of work on a ring. No generator: there are several for each batch of a device."""
 
     __slots__ = ("_calls", "_ring")
@@ -33,10 +33,10 @@ class _Held:
         self._calls = calls
 
     def __enter__(self) -> None:
-        self._ring.hold(self._calls)
+        self._ring.begin_use(self._calls)
 
     def __exit__(self, *_: object) -> None:
-        self._ring.let_go(self._calls)
+        self._ring.end_use(self._calls)
 
 
 class Ring(Owner):
@@ -65,7 +65,7 @@ class Ring(Owner):
         self._resumed = trio.Event()
         self._resumed.set()
         self._busy = 0  # C calls in flight
-        self._holds = 0  # they, and who takes over what they did
+        self._uses = 0  # they, and who takes over what they did
         self._idle = trio.Event()  # set when the last of them returns
 
     def must_live(self) -> None:
@@ -103,26 +103,26 @@ class Ring(Owner):
         """A C call on it will not return."""
         self.left = True
 
-    def call_in_flight(self) -> _Held:
-        """As :meth:`held`, and a pause waits for its end."""
-        return _Held(self, 1)
+    def call_in_flight(self) -> _Use:
+        """As :meth:`in_use`, and a pause waits for its end."""
+        return _Use(self, 1)
 
-    def held(self) -> _Held:
+    def in_use(self) -> _Use:
         """Keep the objects that C works on, even after :meth:`close`."""
-        return _Held(self, 0)
+        return _Use(self, 0)
 
-    def hold(self, calls: int) -> None:
+    def begin_use(self, calls: int) -> None:
         """A piece of work begins, with so many C calls."""
-        self._holds += 1
+        self._uses += 1
         self._busy += calls
 
-    def let_go(self, calls: int) -> None:
+    def end_use(self, calls: int) -> None:
         """It has ended."""
         self._busy -= calls
         if calls and not self._busy:
             self._idle.set()
-        self._holds -= 1
-        if not self._holds and self.closed:
+        self._uses -= 1
+        if not self._uses and self.closed:
             self._freed()
 
     def set_interrupt(self, interrupt: Callable[[], None] | None) -> None:
@@ -267,5 +267,5 @@ class Ring(Owner):
         self.end()
         self._native.close()
         self.memory = None
-        if not self._holds:
+        if not self._uses:
             self._freed()

@@ -95,7 +95,7 @@ class Work:
                 await ring.until_resumed()
                 await self._wait_for_kick()
                 continue
-            with ring.held():
+            with ring.in_use():
                 rc = await ring.touch(self._pop)
                 if rc > 0:
                     self._popped(rc)
@@ -156,7 +156,7 @@ class Work:
             def push(flags: int, array: Any = array, n: int = len(batch)) -> int:
                 return lib.vpc_vq_push(ring.handle, array, n, flags)
 
-            with ring.held():
+            with ring.in_use():
                 check(await ring.touch(push), f"queue {ring.index}: push")
                 del keep
                 for chain in batch:
@@ -199,7 +199,7 @@ class Work:
     async def _pop_again(self) -> None:
         """Take what is to be done again, though the ring is stopping; what has absent pages stays in the region."""
         while lib.vpc_vq_again(self.ring.handle):
-            with self.ring.held():
+            with self.ring.in_use():
                 rc = await self.ring.touch(self._pop)
                 if rc > 0:
                     self._popped(rc)

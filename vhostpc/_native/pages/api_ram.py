@@ -10,7 +10,7 @@ class RamLib(Protocol):
     VPC_BITS_RECEIVED: int
     VPC_BITS_REQUESTED: int
     VPC_BITS_DIRTY: int
-    VPC_BITS_HELD: int
+    VPC_BITS_WITHHELD: int
     VPC_BITS_ASKED: int
     VPC_BITS_DISCARDED: int
 

@@ -136,7 +136,7 @@ static int place_some(struct vpc_load *l, struct vpc_block *b, uint64_t first, u
     int rc;
 
     if (shared)
-        vpc_fault_hold(shared);
+        vpc_fault_lock(shared);
     if (l->run_zero && b->page_size == TARGET_PAGE)
         rc = vpc_uffd_zero(l->place, to, count << b->shift, DONTWAKE, &done);
     else
@@ -145,7 +145,7 @@ static int place_some(struct vpc_load *l, struct vpc_block *b, uint64_t first, u
     if (shared) {
         for (uint64_t page = first; page < first + *made; page++)
             bit_set(b, VPC_BITS_RECEIVED, page);
-        vpc_fault_let_go(shared);
+        vpc_fault_unlock(shared);
     }
     tally(&l->stats.runs, 1);
     if (*made) {

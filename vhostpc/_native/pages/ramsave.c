@@ -111,7 +111,7 @@ static int fill(struct vpc_save *s, uint64_t rate)
         }
         if (r->ask_count)
             return PRODUCE_ROOM;
-        if (rate == 0 || atomic_load(&scan->hold_all) || scan_left(scan) == 0)
+        if (rate == 0 || atomic_load(&scan->withhold_all) || scan_left(scan) == 0)
             return PRODUCE_NOTHING;
         /* Only a little of the background at a time: a request must not wait behind much of it. */
         if (w->end - w->begin > OUT_ROOM / 2)
@@ -169,7 +169,7 @@ static int last_word(struct vpc_save *s)
     for (;;) {
         size_t before = r->end;
 
-        r->head = r->tail; /* nobody gets what was asked for: that must not hold up what comes behind it */
+        r->head = r->tail; /* nobody gets what was asked for: it must not hold up the bytes behind it */
         r->ask_count = 0;
         int said = vpc_requests_parse(r, s->scan);
         if (said)
@@ -272,7 +272,7 @@ int vpc_save_run(struct vpc_save *s)
             rc = VPC_SAVE_STOPPED;
             break;
         }
-        vpc_requests_look_at_held(&s->requests, scan);
+        vpc_requests_look_at_withheld(&s->requests, scan);
         rc = vpc_requests_parse(&s->requests, scan);
         if (rc)
             break;
@@ -309,8 +309,8 @@ int vpc_save_stats(struct vpc_save *s, struct vpc_save_stats *out)
     const struct requests *r = &s->requests;
 #define N(of) __atomic_load_n(&(of), __ATOMIC_RELAXED)
     *out = (struct vpc_save_stats){
-        .bytes = N(w->bytes), .requests = N(r->count), .useless = N(r->useless), .held = N(r->held),
-        .held_ever = N(r->held_ever), .eos_sent = N(w->eos_sent), .why = N(r->why), .pongs = N(r->pongs),
+        .bytes = N(w->bytes), .requests = N(r->count), .useless = N(r->useless), .withheld = N(r->withheld),
+        .withheld_ever = N(r->withheld_ever), .eos_sent = N(w->eos_sent), .why = N(r->why), .pongs = N(r->pongs),
         .shut = N(r->shut), .heard = N(r->heard)};
 #undef N
     return 0;

@@ -23,7 +23,7 @@ struct host_page {
 struct vpc_scan {
     struct vpc_ram *ram;
     int keep_zeros; /* send zero pages as data */
-    _Atomic int hold_all;
+    _Atomic int withhold_all;
     _Atomic uint64_t rate;
     _Atomic uint64_t place; /* where the scan goes on: see place_of */
     /* Bytes that the background may send; below 0 it owes them. Of the one loop that sends it. */
@@ -67,7 +67,7 @@ struct requests {
     struct host_page queue[QUEUE];
     unsigned head, tail; /* free-running */
     int notify;          /* an eventfd to signal withheld pages on; not ours */
-    uint64_t count, useless, held, held_ever;
+    uint64_t count, useless, withheld, withheld_ever;
     uint32_t pongs, shut;
     int why, heard;
 };
@@ -139,7 +139,7 @@ int vpc_requests_pull(struct requests *r);
 /* Take the messages that are whole, as long as the queue has room: 0, VPC_SAVE_SHUT or -EBADMSG. */
 int vpc_requests_parse(struct requests *r, struct vpc_scan *scan);
 /* Something was released: queue what was asked for in the meantime. */
-void vpc_requests_look_at_held(struct requests *r, struct vpc_scan *scan);
+void vpc_requests_look_at_withheld(struct requests *r, struct vpc_scan *scan);
 
 /* May another message be read? */
 static inline int requests_room(const struct requests *r)

@@ -46,9 +46,9 @@ int vpc_requests_pull(struct requests *r)
     return 0;
 }
 
-static int withheld(struct vpc_scan *scan, struct vpc_block *b, uint64_t page)
+static int is_withheld(struct vpc_scan *scan, struct vpc_block *b, uint64_t page)
 {
-    return atomic_load(&scan->hold_all) || bit_test(b, VPC_BITS_HELD, page);
+    return atomic_load(&scan->withhold_all) || bit_test(b, VPC_BITS_WITHHELD, page);
 }
 
 /* Move host pages of the request in hand to the queue, or note them as asked for and withheld. */
@@ -61,10 +61,10 @@ static void spread_request(struct requests *r, struct vpc_scan *scan)
         r->ask_count--;
         if (!bit_test(b, VPC_BITS_DIRTY, page)) {
             save_tally(&r->useless, 1);
-        } else if (withheld(scan, b, page)) {
+        } else if (is_withheld(scan, b, page)) {
             if (!bit_set(b, VPC_BITS_ASKED, page)) {
-                save_tally(&r->held, 1);
-                save_tally(&r->held_ever, 1);
+                save_tally(&r->withheld, 1);
+                save_tally(&r->withheld_ever, 1);
                 event_poke(r->notify);
             }
         } else {
@@ -75,18 +75,18 @@ static void spread_request(struct requests *r, struct vpc_scan *scan)
 }
 
 /* What finds no room now is found by the next look, since its bit stays. */
-void vpc_requests_look_at_held(struct requests *r, struct vpc_scan *scan)
+void vpc_requests_look_at_withheld(struct requests *r, struct vpc_scan *scan)
 {
-    if (r->held == 0 || atomic_load(&scan->hold_all))
+    if (r->withheld == 0 || atomic_load(&scan->withhold_all))
         return;
     for (int i = 0; i < scan->ram->count; i++) {
         struct vpc_block *b = scan->ram->blocks[i];
         for (uint64_t word = 0; word < (b->pages + 63) / 64; word++) {
-            uint64_t asked = atomic_load(&b->bits[VPC_BITS_ASKED][word]) & ~atomic_load(&b->bits[VPC_BITS_HELD][word]);
+            uint64_t asked = atomic_load(&b->bits[VPC_BITS_ASKED][word]) & ~atomic_load(&b->bits[VPC_BITS_WITHHELD][word]);
             for (; asked && r->tail - r->head < QUEUE; asked &= asked - 1) {
                 uint64_t page = word * 64 + (uint64_t)__builtin_ctzll(asked);
                 bit_clear(b, VPC_BITS_ASKED, page);
-                save_tally(&r->held, (uint64_t)-1);
+                save_tally(&r->withheld, (uint64_t)-1);
                 r->queue[r->tail % QUEUE].block = i;
                 r->queue[r->tail++ % QUEUE].number = page;
             }

@@ -31,9 +31,9 @@ int vpc_scan_set_rate(struct vpc_scan *scan, uint64_t background_rate)
     return 0;
 }
 
-int vpc_scan_hold_all(struct vpc_scan *scan, int on)
+int vpc_scan_withhold_all(struct vpc_scan *scan, int on)
 {
-    atomic_store(&scan->hold_all, on != 0);
+    atomic_store(&scan->withhold_all, on != 0);
     return 0;
 }
 
@@ -74,7 +74,7 @@ struct host_page vpc_scan_next(struct vpc_scan *scan)
 
         while (page.number < b->pages) {
             uint64_t word = atomic_load(&b->bits[VPC_BITS_DIRTY][page.number >> 6]) &
-                            ~atomic_load(&b->bits[VPC_BITS_HELD][page.number >> 6]);
+                            ~atomic_load(&b->bits[VPC_BITS_WITHHELD][page.number >> 6]);
             word &= ~(uint64_t)0 << (page.number & 63);
             if (!word) {
                 page.number = (page.number | 63) + 1;

@@ -133,8 +133,9 @@ uint64_t vpc_histogram_floor(uint32_t i);
 
 /* The pages were made: mark, then wake their waiters. */
 void vpc_fault_placed(struct vpc_fault *service, int block, uint64_t first, uint64_t count);
-/* For a block that the loop places pages of, too: keep it from looking between the placing of a page and its mark. */
-void vpc_fault_hold(struct vpc_fault *service);
-void vpc_fault_let_go(struct vpc_fault *service);
+/* The service's lock, for a block whose pages the fault loop places too: so it never looks between the placing of a page
+ * and its mark. */
+void vpc_fault_lock(struct vpc_fault *service);
+void vpc_fault_unlock(struct vpc_fault *service);
 
 #endif

@@ -17,7 +17,7 @@ struct vpc_ram;
 #define VPC_BITS_RECEIVED 0
 #define VPC_BITS_REQUESTED 1
 #define VPC_BITS_DIRTY 2
-#define VPC_BITS_HELD 3
+#define VPC_BITS_WITHHELD 3
 #define VPC_BITS_ASKED 4
 #define VPC_BITS_DISCARDED 5 /* the stream's RAM_DISCARD took it, or a part of it has come: it will be sent */
 

@@ -19,8 +19,8 @@ struct vpc_save_stats {
     uint64_t bytes;          /* sent */
     uint64_t requests;       /* request messages read */
     uint64_t useless;        /* requested host pages that were not dirty */
-    uint64_t held;           /* requested host pages that are being withheld now */
-    uint64_t held_ever;
+    uint64_t withheld;       /* requested host pages that are being withheld now */
+    uint64_t withheld_ever;
     int32_t eos_sent;
     int32_t why;             /* VPC_BAD_* of a message that was refused */
     uint32_t pongs;          /* a bit for each PONG value below 32 that came */
@@ -45,7 +45,7 @@ int vpc_save_run(struct vpc_save *save);
 /* Before a run: bytes that follow the EOS behind the last page (we keep a copy). */
 int vpc_save_set_tail(struct vpc_save *save, const void *from, uint64_t length);
 void vpc_save_stop(struct vpc_save *save);
-/* After changing HELD bits, the rate or hold_all: look again. */
+/* After changing WITHHELD bits, the rate or withhold_all: look again. */
 void vpc_save_kick(struct vpc_save *save);
 int vpc_save_stats(struct vpc_save *save, struct vpc_save_stats *out);
 /* An eventfd that counts withheld requests and the end of stream: somebody may look at the numbers. */

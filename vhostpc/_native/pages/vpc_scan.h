@@ -21,10 +21,10 @@ struct vpc_scan_stats {
 /* The blocks' DIRTY pages, at background_rate bytes a second besides what is asked for. */
 int vpc_scan_new(struct vpc_ram *ram, uint64_t background_rate, struct vpc_scan **out);
 void vpc_scan_free(struct vpc_scan *scan);
-/* These two are looked at by a loop when it is kicked (vpc_save_kick). hold_all: withhold everything that is asked for,
- * until called with 0. */
+/* A loop looks at these two when it is kicked (vpc_save_kick). withhold_all: withhold every page that is requested, and
+ * the background, until called with 0. */
 int vpc_scan_set_rate(struct vpc_scan *scan, uint64_t background_rate);
-int vpc_scan_hold_all(struct vpc_scan *scan, int on);
+int vpc_scan_withhold_all(struct vpc_scan *scan, int on);
 /* Send pages of zeros as data. Before a round or run. */
 int vpc_scan_keep_zeros(struct vpc_scan *scan, int on);
 int vpc_scan_stats(struct vpc_scan *scan, struct vpc_scan_stats *out);

@@ -429,12 +429,12 @@ void vpc_fault_placed(struct vpc_fault *s, int block, uint64_t first, uint64_t c
     pthread_mutex_unlock(&s->lock);
 }
 
-void vpc_fault_hold(struct vpc_fault *s)
+void vpc_fault_lock(struct vpc_fault *s)
 {
     pthread_mutex_lock(&s->lock);
 }
 
-void vpc_fault_let_go(struct vpc_fault *s)
+void vpc_fault_unlock(struct vpc_fault *s)
 {
     pthread_mutex_unlock(&s->lock);
 }
