@@ -454,3 +454,11 @@ async def test_a_fault_that_comes_late(tmp_path: Path) -> None:
             await near.send_all(POSTCOPY[4340:RUN])
             await here.proxy.wait("fault", late=True, byte=4340)
             await here.proxy.wait("end", how="cut", forward=4340)
+
+
+async def test_a_stream_that_ends_early(tmp_path: Path) -> None:
+    async with stage(tmp_path) as here:
+        there, _ = await play(here, POSTCOPY[:4340], b"")
+        assert there.data == POSTCOPY[:4340]
+        told = await here.proxy.wait("truncated")
+        assert told.details["reason"].endswith("the stream ends inside the package at byte 4318")

@@ -88,11 +88,11 @@ class Proxy:
                 try:
                     far = await Side.of(await connect(self._target))
                 except ChannelLost as error:
-                    near.reset()
+                    near.end(abruptly=True)
                     self._say("refused", number, reason=str(error))
                     continue
                 except BaseException:
-                    near.close()
+                    near.end(abruptly=False)
                     raise
                 relay = Relay(self, number, near, far)
                 self.open.append(relay)

@@ -157,7 +157,7 @@ class Pump:
         if fault is None or self.watch.blind:
             return False
         if fault.point.name == "postcopy-byte":
-            return self.way is Way.FORWARD and self.relay.postcopy_from is None
+            return self.way is Way.FORWARD and self.relay.postcopy_from is None and not self.watch.tail
         wanted = fault.point.way is self.way and (fault.whole or self._is_early(fault))
         # Where the device sections of a precopy end is known only when all have come.
         return wanted and (not self.watch.tail or fault.point.name == "eof")
@@ -331,13 +331,13 @@ class Relay:
     async def _leave(self) -> None:
         details: dict[str, Any] = {"how": self._how or ("closed" if self._ended else "left")}
         if self._how:
-            for side in self._sides:
-                if not await side.delivered():
-                    details["undelivered"] = True
-                side.reset()
-        else:
-            for side in self._sides:
-                side.close()
+            async with trio.open_nursery() as both:
+                for side in self._sides:
+                    both.start_soon(side.deliver)
+            if not all(side.delivered for side in self._sides):
+                details["undelivered"] = True
+        for side in self._sides:
+            side.end(abruptly=bool(self._how))
         with suppress(ValueError):
             self.home.open.remove(self)
         details |= {"forward": self.forward.passed, "back": self.back.passed}

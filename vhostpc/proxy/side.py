@@ -26,6 +26,7 @@ class Side:
     def __init__(self, sock: trio.socket.SocketType) -> None:
         self._sock = sock
         self._tcp = sock.family != socket.AF_UNIX
+        self.delivered = True
 
     @classmethod
     async def of(cls, channel: Channel) -> Side:
@@ -50,17 +51,16 @@ class Side:
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
 
-    async def delivered(self) -> bool:
-        """Wait until the other end's kernel has all that was sent; False if it does not take it.
+    async def deliver(self) -> None:
+        """Wait until the other end's kernel has all that was sent, or does not take it; :attr:`delivered` says which.
 
         A reset throws away what is still here. What the kernel there has acknowledged its process can read, also after
         the reset, as long as it reads. On a unix socket sent is delivered.
         """
-        with trio.move_on_after(PATIENCE):
+        with trio.move_on_after(PATIENCE) as patience:
             while self._tcp and self._unacknowledged():
                 await trio.sleep(_LOOK)
-            return True
-        return False
+        self.delivered = not patience.cancelled_caught
 
     def _unacknowledged(self) -> int:
         count = bytearray(4)
@@ -72,14 +72,13 @@ class Side:
             return 0
         return int.from_bytes(count, "little")
 
-    def reset(self) -> None:
-        """End it abruptly: RST on TCP. On a unix socket the other end reads what is left and the end, or ECONNRESET if
-        it had sent what was not read here; its next write fails with EPIPE."""
-        with suppress(OSError):
-            if self._tcp:
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
-        self._sock.close()
+    def end(self, *, abruptly: bool) -> None:
+        """Close it, as the end of a process would; abruptly: RST on TCP.
 
-    def close(self) -> None:
-        """Close it as the end of a process would."""
+        On a unix socket the other end reads what is left and then the end, or ECONNRESET if it had sent what was not
+        read here; its next write fails with EPIPE.
+        """
+        with suppress(OSError):
+            if self._tcp and abruptly:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
         self._sock.close()

@@ -131,7 +131,8 @@ class StreamWatch(_Reading):
             for event in self.reader.eof():
                 yield from self._take(event)
         except StreamError as error:
-            yield self._unreadable(error)
+            self.blind = True
+            yield Seen("truncated", self.reader.offset, self.reader.offset, (), {"reason": str(error)})
 
     def _commands(self, head: bytearray, data: bytes) -> Generator[Seen, None, bytes]:
         """The commands before the first page of an unknown stream; returns what the reader has to read."""
