@@ -94,6 +94,23 @@ async def test_sockets_go_both_ways(uri: str, tmp_path: Path) -> None:
     assert not (tmp_path / "socket").exists()
 
 
+@pytest.mark.parametrize("uri", ["tcp:127.0.0.1:0", "unix:{}/socket"])
+async def test_many_connections(uri: str, tmp_path: Path) -> None:
+    """All that are made during the block, in their order; without being asked it is the first one only."""
+    address = parse_address(uri.format(tmp_path))
+    async with AsyncExitStack() as stack:
+        listener = await stack.enter_async_context(listen(address, many=True))
+        there = address_of(listener.socket_address[0])
+        near = [await stack.enter_async_context(await connect(there)) for _ in range(20)]
+        for number, channel in enumerate(near):
+            await channel.send_all(bytes([number]))
+        for number in range(20):
+            async with await listener.accept() as far:
+                assert await far.receive_some(10) == bytes([number])
+    with pytest.raises(ChannelLost, match="was closed"):
+        await listener.accept()
+
+
 @pytest.mark.parametrize(("uri", "both"), [("tcp::0", True), ("tcp::0,ipv6", False), ("tcp:[::]:0", True)])
 async def test_a_wildcard_of_ipv6_stands_for_ipv4_too(uri: str, both: bool) -> None:
     async with listen(parse_address(uri, DIALECTS["10.0"], incoming=True)) as listener:

@@ -68,6 +68,7 @@ def test_there_is_a_recipe_for_each_kind_of_change() -> None:
         "A migration capability",
         "A device",
         "A device of our own machine",
+        "A point of the proxy",
         "A monitor command",
         "A C function",
     }

@@ -289,7 +289,7 @@ def test_options_of_the_pages_exist(page: Path) -> None:
     """Of ``vhostpc`` commands: those in ``code`` and in blocks."""
     helps: dict[str, str] = {}
     for name, rest in re.findall(
-        r"vhostpc (demo|endpoint|doctor|inspect|bridge|blk)\b([^\n`]*)", page.read_text()
+        r"vhostpc (demo|endpoint|doctor|inspect|proxy|bridge|blk)\b([^\n`]*)", page.read_text()
     ):
         if name not in helps:
             done = subprocess.run(

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "vhostpc"
 ORDER = [
     *(
         "cli",
+        "proxy",
         "qmp",
         "endpoint",
         "guest",

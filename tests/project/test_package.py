@@ -222,7 +222,7 @@ def call(installed: Path, folder: Path, *arguments: str) -> str:
 def test_the_wheel_demonstrates_itself(installed: Path, tmp_path: Path) -> None:
     said = call(installed, tmp_path, "demo", "--size", "64M")
     assert "Every frame and every page is accounted for" in said
-    for name in ("bridge", "blk", "backend", "doctor", "endpoint", "inspect", "completion"):
+    for name in ("bridge", "blk", "backend", "doctor", "endpoint", "inspect", "proxy", "completion"):
         assert call(installed, tmp_path, name, "--help").startswith(f"Usage: vhostpc {name} ")
     assert call(installed, tmp_path, "--version").startswith("vhostpc 0.")
 

@@ -15,7 +15,7 @@ from tests.project.test_layers import loaded_by
 
 ROOMS = (
     *("vhostpc", "vhostpc.backend", "vhostpc.endpoint", "vhostpc.frontend", "vhostpc.guest"),
-    *("vhostpc.migration", "vhostpc.pages", "vhostpc.qmp", "vhostpc.ufd", "vhostpc.wire"),
+    *("vhostpc.migration", "vhostpc.pages", "vhostpc.proxy", "vhostpc.qmp", "vhostpc.ufd", "vhostpc.wire"),
 )
 # ``vhostpc blk`` and ``vhostpc bridge`` as programs of their own.
 PROGRAMS = {"vhostpc.cli": {"run_only"}}

@@ -63,11 +63,13 @@ class Qmp:
             raise QmpClosed(f"{self.name} closed its monitor")
         await self._changed.wait()
 
-    async def handshake(self) -> None:
+    async def handshake(self, *, oob: bool = False) -> None:
+        """``oob``: commands may then be given out of band."""
         with trio.fail_after(WAIT):
             while not self._greeted:
                 await self._changed_or_closed()
-        await self.command("qmp_capabilities")
+        enable = ["oob"] if oob else []
+        await self.command("qmp_capabilities", enable=enable)
 
     @property
     def closed(self) -> bool:
@@ -75,17 +77,25 @@ class Qmp:
 
     async def command(self, name: str, limit: float = WAIT, **arguments: Any) -> Any:
         """Execute a command; underscores in argument names become dashes. Raises QmpError."""
-        reply = await self.reply(name, limit, **arguments)
+        return self._result(name, await self.reply(name, limit, **arguments))
+
+    async def out_of_band(self, name: str, limit: float = WAIT, **arguments: Any) -> Any:
+        """The same, executed at once by QEMU, also while its main loop waits for a page. Raises QmpError."""
+        return self._result(name, await self.reply(name, limit, execute="exec-oob", **arguments))
+
+    def _result(self, name: str, reply: dict[str, Any]) -> Any:
         if "error" in reply:
             raise QmpError(f"{self.name}: {name}: {reply['error']['desc']}")
         return reply["return"]
 
-    async def reply(self, name: str, limit: float = WAIT, **arguments: Any) -> dict[str, Any]:
+    async def reply(
+        self, name: str, limit: float = WAIT, *, execute: str = "execute", **arguments: Any
+    ) -> dict[str, Any]:
         """The whole reply to a command, be it an error."""
         self._count += 1
         number = self._count
         text = {
-            "execute": name,
+            execute: name,
             "id": number,
             "arguments": {k.replace("_", "-"): v for k, v in arguments.items()},
         }

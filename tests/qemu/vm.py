@@ -208,9 +208,16 @@ class Vm:
 
 @contextlib.asynccontextmanager
 async def vm(
-    spec: Spec, name: str, device: VhostUser | Tap | Disk | Bare, tmp_path: Path, *, incoming: bool = False
+    spec: Spec,
+    name: str,
+    device: VhostUser | Tap | Disk | Bare,
+    tmp_path: Path,
+    *,
+    incoming: bool = False,
+    oob: bool = False,
 ) -> AsyncIterator[Vm]:
-    """Start a QEMU for the length of a block; with ``incoming`` it waits for ``migrate-incoming``."""
+    """Start a QEMU for the length of a block; with ``incoming`` it waits for ``migrate-incoming``, with ``oob`` it
+    takes commands out of band."""
     kernel = peers.kernel()
     ours, theirs = socket.socketpair()
     trace_file = tmp_path / f"{name}.trace"
@@ -234,7 +241,7 @@ async def vm(
             with unwrapped():
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(qmp.run)
-                    await qmp.handshake()
+                    await qmp.handshake(oob=oob)
                     yield Vm(name, process, qmp, trace_file, spec)
                     nursery.cancel_scope.cancel()
 

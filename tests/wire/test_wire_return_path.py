@@ -56,6 +56,17 @@ def test_known_bytes(name: str) -> None:
         assert b"".join(m.encode() for m in expected) == data
 
 
+@pytest.mark.parametrize("name", KNOWN)
+def test_where_messages_end(name: str) -> None:
+    """At the moment when one is yielded, however the bytes came."""
+    data, _ = KNOWN[name]
+    ends = {"postcopy": [8, 16, 24, 45, 53, 69, 77], "recovery": [33, 66, 74, 82]}[name]
+    for step in (1, 3, len(data)):
+        decoder = ReturnPathDecoder()
+        pieces = [data[i : i + step] for i in range(0, len(data), step)]
+        assert [decoder.offset for piece in pieces for _ in decoder.feed(piece)] == ends
+
+
 def test_readiness_for_the_switch() -> None:
     assert list(ReturnPathDecoder().feed(SwitchoverAck().encode())) == [SwitchoverAck()]
     assert SwitchoverAck().encode() == h("0007 0000")

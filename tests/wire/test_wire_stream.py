@@ -478,6 +478,37 @@ def test_runs_end_where_pages_differ() -> None:
     ]
 
 
+@pytest.mark.parametrize("step", [1, 7, 1 << 20])
+def test_each_page_by_itself(step: int) -> None:
+    """With the byte where it begins, and at that moment the byte where it ends."""
+    reader = StreamReader(RamMode.EACH)
+    found = []
+    for at in range(0, len(streams.POSTCOPY), step):
+        for event in reader.feed(streams.POSTCOPY[at : at + step]):
+            if isinstance(event, el.RamRun):
+                found.append((event.block, event.start, event.pages, event.offset, reader.offset))
+    assert found == [
+        ("ram0", 0, 1, 122, 4231),
+        ("ram0", 0x1000, 1, 4231, 4240),
+        ("ram0", 0x2000, 1, 4386, 8495),
+        ("ram0", 0x1000, 1, 8513, 12617),
+        ("rom0", 0, 1, 12617, 12631),
+    ]
+
+
+def test_the_form_of_pages_may_be_changed() -> None:
+    """From the next section on."""
+    reader = StreamReader()
+    pages = h("0000000000000022 00") + h("0000000000001022 00")
+    first = h("02 00000007 0000000000002002 04 72616d30 00") + pages + streams.END_OF_PART
+    second = h("02 00000007") + pages + streams.END_OF_PART
+    list(reader.feed(streams.HEADER + streams.CONFIGURATION + streams.SETUP))
+    runs = [event.pages for event in reader.feed(first) if isinstance(event, el.RamRun)]
+    reader.ram = RamMode.EACH
+    each = [event.pages for event in reader.feed(second) if isinstance(event, el.RamRun)]
+    assert (runs, each) == ([1, 2], [1, 1])
+
+
 def test_a_run_ends_with_its_block() -> None:
     data = zeros(0, 0x1000, 0x2000, 0x3000, fills=bytes(4))
     with pytest.raises(BadStream, match="at 0x3000 of block 'ram0', which has 0x3000 bytes") as wrong:

@@ -36,6 +36,10 @@ COMMANDS = {
         "vhostpc.cli.inspect:inspect",
         "Describe a migration stream of QEMU; name its first wrong byte.",
     ),
+    "proxy": (
+        "vhostpc.cli.proxy:proxy",
+        "Stand between the two ends of a migration, tell what passes, and break it where told.",
+    ),
     "doctor": (
         "vhostpc.cli.doctor:doctor",
         "Say whether postcopy can work on this computer, and what to change if not.",

@@ -23,6 +23,8 @@ from vhostpc.listener import connect as connect_unix
 from vhostpc.migration import ends
 from vhostpc.migration.uri import Address, Exec, Fd, File, Tcp, Unix
 
+MANY = 128
+"""Connections that wait to be accepted, where many are expected: one by one they are connected to somewhere else."""
 UNIX_PATH = 107
 """Bytes of the longest path of a unix socket."""
 
@@ -139,8 +141,9 @@ class Listener:
     ``socket_address``: where it listens, as query-migrate reports it; empty if it is no socket.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, many: bool = False) -> None:
         self.socket_address: list[dict[str, Any]] = []
+        self.backlog = MANY if many else 1
         self._channel: Channel | None = None
         self._accepted = 0
         self._sockets: list[socket.socket] = []
@@ -196,12 +199,12 @@ class Listener:
 
 
 @asynccontextmanager
-async def listen(address: Address) -> AsyncIterator[Listener]:
-    """Listen for the length of a block. Owns an ``Fd`` from the call on.
+async def listen(address: Address, *, many: bool = False) -> AsyncIterator[Listener]:
+    """Listen for the length of a block. Owns an ``Fd`` from the call on. ``many``: a few may wait to be accepted.
 
     Raises MigrationRefused at the block's beginning, with the answer of ``migrate-incoming``.
     """
-    listener = Listener()
+    listener = Listener(many)
     try:
         try:
             await _begin(listener, address)
@@ -315,7 +318,7 @@ async def _listen_tcp(listener: Listener, address: Tcp) -> None:
     first: ChannelLost | None = None
     for family, kind, proto, _, where in await _resolve(address, passive=True):
         try:
-            sock = _bound(address, family, kind, proto, where)
+            sock = _bound(address, family, kind, proto, where, listener.backlog)
         except ChannelLost as e:
             first = first or e
             continue
@@ -328,7 +331,7 @@ async def _listen_tcp(listener: Listener, address: Tcp) -> None:
         raise first
 
 
-def _bound(address: Tcp, family: int, kind: int, proto: int, where: Any) -> socket.socket:
+def _bound(address: Tcp, family: int, kind: int, proto: int, where: Any, backlog: int) -> socket.socket:
     port = where[1]
     last = min(address.to, 65535) if address.to is not None else port
     # An IPv6 wildcard covers IPv4 too, unless just one of them was requested.
@@ -344,7 +347,7 @@ def _bound(address: Tcp, family: int, kind: int, proto: int, where: Any) -> sock
                         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
                     _keep_alive(sock, address)  # its connections inherit it
                     sock.bind((where[0], number, *where[2:]))
-                    sock.listen(1)
+                    sock.listen(backlog)
                 except OSError as e:
                     if e.errno != errno.EADDRINUSE:
                         raise ChannelLost(f"Failed to bind socket: {_why(e)}") from None
@@ -393,7 +396,7 @@ def _listen_unix(listener: Listener, address: Unix) -> None:
             sock.bind(name)
             if not address.abstract:
                 unless_bound.callback(remove, name, bound_file(name))
-            sock.listen(1)
+            sock.listen(listener.backlog)
         except OSError as e:
             raise ChannelLost(f"Failed to bind socket to {address.path}: {_why(e)}") from None
         listener._stack.enter_context(unless_bound.pop_all())

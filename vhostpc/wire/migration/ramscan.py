@@ -123,8 +123,9 @@ class RamScanner:
         self.lengths = {block.name: block.length for block in blocks}
         self._block: str | None = None
 
-    def records(self, buffer: Buffer, pages: bool, postcopy: bool) -> Records:
-        """The records of one section; returns its end. ``pages``: each page with its content."""
+    def records(self, buffer: Buffer, pages: bool, postcopy: bool, each: bool = False) -> Records:
+        """The records of one section; returns its end. ``pages``: each page with its content; ``each``: each page as
+        a run."""
         run: RamRun | None = None
         unpack = _WORD.unpack_from
         while True:
@@ -198,6 +199,8 @@ class RamScanner:
                     )
                 data = bytes(buffer.data[at + need : at + whole]) if kind is RunKind.DATA else None
                 yield RamPage(block, start, data, fill)
+            elif each:
+                yield RamRun(block, start, 1, kind, fill, offset=begin)
             elif run is None:
                 run = RamRun(block, start, 1, kind, fill, offset=begin)
             else:

@@ -119,8 +119,14 @@ class ReturnPathDecoder:
 
     def __init__(self, max_bitmap: int = MAX_BITMAP) -> None:
         self._max_bitmap = max_bitmap
+        self._fed = 0
         self._buffer = bytearray()
         self._block: str | None = None
+
+    @property
+    def offset(self) -> int:
+        """Byte of the return path up to which messages were completed: behind the one that was yielded last."""
+        return self._fed - len(self._buffer)
 
     @property
     def lacks(self) -> int:
@@ -138,6 +144,7 @@ class ReturnPathDecoder:
 
     def feed(self, data: bytes) -> Iterator[ReturnPathMessage]:
         """Take bytes; yields completed messages."""
+        self._fed += len(data)
         self._buffer += data
         while len(self._buffer) >= _HEAD.size:
             kind, length = _HEAD.unpack_from(self._buffer)

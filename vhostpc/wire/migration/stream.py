@@ -74,6 +74,8 @@ class RamMode(enum.Enum):
 
     RUNS = "runs"
     """:class:`~vhostpc.wire.migration.elements.RamRun`, without the content."""
+    EACH = "each"
+    """The same, each page as a run of its own: :attr:`StreamReader.offset` is then the byte behind it."""
     PAGES = "pages"
     """:class:`~vhostpc.wire.migration.ramrec.RamPage`, each with its content."""
     PAUSE = "pause"
@@ -107,7 +109,8 @@ class StreamReader:
         self.ended = False
         """The whole stream was read, its description too if it has one."""
         self.paused = False
-        self._mode = ram
+        self.ram = ram
+        """May be changed: it holds from the next section on."""
         self._limit = limit
         self._buffer = Buffer()
         self._scanner = RamScanner()
@@ -409,7 +412,7 @@ class StreamReader:
             raise BadStream(at, f"a part of section {section_id}, which never started")
         self._ram_ended = self._ram_ended or last  # QEMU reads parts after the last one, too
         yield (SectionEnd if last else SectionPart)(section_id, offset=at)
-        if self._mode is RamMode.PAUSE:
+        if self.ram is RamMode.PAUSE:
             self.paused, self._footer_taken = True, False
             yield RamData(section_id, offset=self._buffer.offset)
             while self.paused:
@@ -417,7 +420,11 @@ class StreamReader:
             if self._footer_taken:
                 return
         else:
-            yield (yield from self._scanner.records(self._buffer, self._mode is RamMode.PAGES, self.postcopy))
+            yield (
+                yield from self._scanner.records(
+                    self._buffer, self.ram is RamMode.PAGES, self.postcopy, self.ram is RamMode.EACH
+                )
+            )
         yield from self._footer(section_id)
 
     def _footer(self, section_id: int) -> Steps[None]:
