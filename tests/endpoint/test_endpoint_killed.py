@@ -140,3 +140,25 @@ async def test_a_failure_leaves_no_note(tmp_path: Path, shm: Path) -> None:
             await source.qmp.command("quit")
             assert await source.process.wait() == 0
         assert [path.name for path in shm.iterdir()] == [".lock"]
+
+
+async def test_others_are_killed_in_the_pause(tmp_path: Path, shm: Path) -> None:
+    """A back-end of the destination, and a client of its monitor: neither has a part in the recovery of the rest."""
+    with trio.fail_after(120):
+        async with moving(tmp_path, shm) as (source, there):
+            await source.qmp.command("migrate-pause")
+            for side in (source, there):
+                await side.until_status("postcopy-paused")
+            client = await trio.open_unix_socket(tmp_path / "destination.qmp")
+            await client.receive_some(1)
+            await client.aclose()
+            os.kill(there.bridges[0].pid, signal.SIGKILL)
+            await there.bridges[0].wait()
+            uri = f"unix:{tmp_path}/again"
+            await there.qmp.command("migrate-recover", uri=uri)
+            await source.set(max_postcopy_bandwidth=0)
+            await source.qmp.command("migrate", uri=uri, resume=True)
+            for side in (source, there):
+                await side.until_status("completed")
+            report = await there.until_works(without=["net0"])
+            assert [vcpu["bad"] for vcpu in report["vcpus"]] == [0]

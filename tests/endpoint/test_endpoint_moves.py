@@ -20,19 +20,22 @@ from vhostpc.errors import ChannelLost, GuestMemoryError, StreamError
 from vhostpc.guest.own_machine import Block, OwnMachine, Spec, open_machine
 from vhostpc.guest.sections import NET, globalstate
 from vhostpc.migration.channel import Channel
+from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import NeverRan, Outgoing
-from vhostpc.migration.phase import Course, Event
+from vhostpc.migration.phase import Course, Event, Phase
 from vhostpc.migration.watcher import Unwatched
 from vhostpc.wire.migration.elements import DeviceSection
 
 MIB = 1 << 20
 
 
-async def move(source: OwnMachine, destination: OwnMachine, *, postcopy: bool) -> None:
-    """All of it; the destination runs. Raises what the source does."""
+async def move(source: OwnMachine, destination: OwnMachine, *, postcopy: bool, cut: bool = False) -> None:
+    """All of it; the destination runs. Raises what the source does. ``cut``: its link is lost, and recovered."""
     there, here = pair()
     options = Options(on={"postcopy-ram"} if postcopy else {"return-path"})
+    if cut:
+        options.set_parameters({"max-postcopy-bandwidth": 4 * MIB})
 
     async def run(_: bool) -> None:
         await destination.cont()
@@ -47,10 +50,28 @@ async def move(source: OwnMachine, destination: OwnMachine, *, postcopy: bool) -
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(incoming.receive)
-                await outgoing.send()
+                if not cut:
+                    await outgoing.send()
+                    return
+                nursery.start_soon(cut_it, incoming, into)
+                with pytest.raises(ChannelLost):
+                    await outgoing.send()
+                await until(lambda: incoming.course.phase is Phase.PAUSED)
+                options.set_parameters({"max-postcopy-bandwidth": 0})
+                there, here = pair()
+                async with Channel(there) as out_again, Channel(here) as into_again:
+                    nursery.start_soon(incoming.resume, into_again)
+                    course.move(Event.RECOVER)
+                    await outgoing.resume(out_again)
         finally:
             incoming.close()
             outgoing.close()
+
+
+async def cut_it(incoming: Incoming, link: Channel) -> None:
+    """In the middle of its pages."""
+    await until(lambda: incoming.course.phase is Phase.POSTCOPY and incoming.loads()[-1].placed >= 100)
+    link.shut_down()
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -133,7 +154,7 @@ async def back_and_forth(folder: Path, times: int) -> None:
         for turn in range(1, times + 1):
             other_life = Life()
             other: OwnMachine = await nursery.start(other_life.run, spec(sockets[turn % 2], vcpus=2), True)
-            await move(machine, other, postcopy=turn % 3 != 0)
+            await move(machine, other, postcopy=turn % 3 != 0, cut=turn % 5 == 0 and turn % 3 != 0)
             await life.end()
             life, machine = other_life, other
             await works(machine)

@@ -16,7 +16,7 @@ from tests.sequences.nodes import endpoint_node
 from vhostpc.dialect import Compat
 
 pytestmark = pytest.mark.qemu
-TIMES = 3
+TIMES = [pytest.param(3, id="few"), pytest.param(15, id="many", marks=pytest.mark.long)]
 LOST = (
     "Detected IO failure for postcopy",
     "error while loading state section id",
@@ -40,18 +40,21 @@ async def recover(source: Any, destination: Any, path: Path) -> None:
         await side.qmp.event("MIGRATION", start, status="postcopy-active")
 
 
-async def lost_and_recovered(source: Any, destination: Any, folder: Path, *, pauses: Any, seed: int) -> None:
-    """The link breaks at moments of a dice; ``pauses`` is the end that is told to break it."""
+async def lost_and_recovered(
+    source: Any, destination: Any, folder: Path, *, pauses: Any, times: int, seed: int
+) -> None:
+    """The link breaks at random moments; ``pauses`` is the end that is told to break it."""
     rng = random.Random(seed)
-    for number in range(TIMES):
+    for number in range(times):
         await trio.sleep(rng.random() / 5)
         await pauses.qmp.command("migrate-pause")
         await paused(source, destination)
         await recover(source, destination, folder / f"again{number}")
 
 
+@pytest.mark.parametrize("times", TIMES)
 @pytest.mark.parametrize("version", EACH)
-async def test_from_qemu(version: Compat, tmp_path: Path) -> None:
+async def test_from_qemu(version: Compat, times: int, tmp_path: Path) -> None:
     """The endpoint is the destination. What it holds behind it is the guest, whole: it goes on elsewhere."""
     spec = vm.Spec(peers.qemu(version))
     with trio.fail_after(200):
@@ -67,7 +70,7 @@ async def test_from_qemu(version: Compat, tmp_path: Path) -> None:
                 await source.qmp.command("migrate-start-postcopy")
                 for side in (source, node):
                     await side.qmp.event("MIGRATION", 0, status="postcopy-active")
-                await lost_and_recovered(source, node, tmp_path, pauses=source, seed=1)
+                await lost_and_recovered(source, node, tmp_path, pauses=source, times=times, seed=1)
                 since = len(source.qmp.events)
                 await source.qmp.command("migrate-set-parameters", max_postcopy_bandwidth=0)
                 await completed(source, since)
@@ -76,8 +79,9 @@ async def test_from_qemu(version: Compat, tmp_path: Path) -> None:
                 await send(node, target, tmp_path / "out", "precopy", nonce)
 
 
+@pytest.mark.parametrize("times", TIMES)
 @pytest.mark.parametrize("version", EACH)
-async def test_to_qemu(version: Compat, tmp_path: Path) -> None:
+async def test_to_qemu(version: Compat, times: int, tmp_path: Path) -> None:
     """The endpoint is the source; the guest asks for pages of its own."""
     spec = vm.Spec(peers.qemu(version))
     with trio.fail_after(200):
@@ -93,7 +97,7 @@ async def test_to_qemu(version: Compat, tmp_path: Path) -> None:
             await node.qmp.command("migrate-start-postcopy")
             await node.qmp.event("MIGRATION", since, status="postcopy-active")
             await target.qmp.event("RESUME", 0)
-            await lost_and_recovered(node, target, tmp_path, pauses=node, seed=2)
+            await lost_and_recovered(node, target, tmp_path, pauses=node, times=times, seed=2)
             await target.beat(nonce)
             assert (await node.qmp.command("query-migrate"))["ram"]["remaining"] > 0
             since = len(node.qmp.events)
