@@ -41,6 +41,8 @@ EVERYWHERE: tuple[Play, ...] = (
     plays.second_migrate,
     plays.again_after_cancel,
     plays.after_completion,
+    plays.recovered,
+    plays.recovered_at_the_second_attempt,
 )
 # Where the other end has no part, or dies in it.
 SOURCE: tuple[Play, ...] = (

@@ -286,6 +286,58 @@ async def another_size_outlived(stage: Stage) -> None:
     await stage.look()
 
 
+# --- paused and recovered
+
+
+async def recovered(stage: Stage) -> None:
+    """A person breaks the link, and recovers it; each command is tried where it has no place, too."""
+    again = f"unix:{stage.folder}/again"
+    await stage.flowing("postcopy-ram")
+    for node in (stage.src, stage.dst):
+        await stage.take("migrate-pause", node)
+        await stage.take("migrate-recover", node, uri=again)
+    await stage.take("migrate", uri=again, resume=True)
+    await stage.switch()
+    for node in (stage.src, stage.dst):
+        await stage.take("migrate-recover", node, uri=again)
+    assert await stage.take("migrate-pause")
+    await stage.ended()
+    for node in (stage.src, stage.dst):
+        await stage.take("migrate-pause", node)
+        await stage.take("migrate-start-postcopy", node)
+    await stage.take("migrate-recover", uri=again)
+    await stage.take("migrate", uri=again)
+    assert await stage.take("migrate-recover", stage.dst, uri=again)
+    assert await stage.take("migrate", uri=again, resume=True)
+    for node in (stage.src, stage.dst):
+        await node.until_status("postcopy-active")
+    await stage.more()
+    await stage.look()
+    await stage.fast()
+    await stage.ended()
+    for node in (stage.src, stage.dst):
+        await stage.take("migrate-pause", node)
+
+
+async def recovered_at_the_second_attempt(stage: Stage) -> None:
+    """The first finds nobody."""
+    again = f"unix:{stage.folder}/again"
+    await stage.flowing("postcopy-ram")
+    await stage.switch()
+    assert await stage.take("migrate-pause")
+    await stage.ended()
+    assert await stage.take("migrate", uri=again, resume=True)
+    while (await stage.src.statuses())[1]["status"] != "postcopy-paused":
+        await trio.sleep(0.01)
+    await stage.look()
+    assert await stage.take("migrate-recover", stage.dst, uri=again)
+    assert await stage.take("migrate", uri=again, resume=True)
+    for node in (stage.src, stage.dst):
+        await node.until_status("postcopy-active")
+    await stage.fast()
+    await stage.ended()
+
+
 # --- one after the other
 
 

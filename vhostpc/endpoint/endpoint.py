@@ -530,6 +530,8 @@ class Endpoint:
             end.pause()
 
     async def start_postcopy(self) -> None:
+        if self._course.side == "destination":
+            raise MigrationRefused("Postcopy must be started after migration has been started")
         self._early_switch = True
         if self._outgoing is not None:
             self._outgoing.start_postcopy()
