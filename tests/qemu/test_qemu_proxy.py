@@ -207,14 +207,14 @@ async def test_a_cut_on_tcp(tmp_path: Path) -> None:
     async with pair("10.0", tmp_path) as (source, destination, nonce):
         await source.qmp.command("migrate-set-parameters", max_bandwidth=4 << 20)
         async with between(
-            source, destination, tmp_path, ["cut@request=20"], ["postcopy-ram"], tcp=True
+            source, destination, tmp_path, ["cut@request"], ["postcopy-ram"], tcp=True
         ) as proxy:
             await switch(source)
             end = await proxy.wait("end", connection=1, how="cut")
             assert "undelivered" not in end.details
             await recovered(source, destination, proxy, 1)
             await completed(source, destination, nonce)
-            assert (await source.qmp.command("query-migrate"))["ram"]["postcopy-requests"] >= 20
+            assert (await source.qmp.command("query-migrate"))["ram"]["postcopy-requests"] > 0
 
 
 async def test_a_recovery_is_broken_too(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ async def test_a_recovery_is_broken_too(tmp_path: Path) -> None:
     (7.2 stays in recover for ever at the source, and ends with a signal at the destination.)
     """
     faults = [
-        "cut@request=5,on=main",
+        "cut@postcopy-page=1000,on=main",
         "cut@bitmap,at=middle,on=recovery-1",
         "cut@resume,at=before,on=recovery-2",
         "cut@resume-ack,on=recovery-3",
