@@ -9,7 +9,7 @@ destination's network device, the vCPU does nothing. Peers: a pair of QEMU 10.0,
 vhost-user-net; their guest halts at its first instruction, the device is started by a few port writes over QEMU's test
 socket at the source. And what the machine adds: our front-end with its fault service in one process, our page source in
 another, and nothing else. With postcopy-preempt a QEMU answers
-the faults of a back-end, but then never ends its migration: who has back-ends must run without. So both are measured
+the faults of a back-end, but then never ends its migration: with back-ends it must be off. So both are measured
 while pages flow, and the goal is held against preempt.
 
 *Idle*: next to nothing is sent unasked (QEMU: ``max-postcopy-bandwidth`` 4096). Without preempt a QEMU has no such

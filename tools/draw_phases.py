@@ -22,9 +22,9 @@ Each end is in one phase, and an event leads to the next one. An arrow that is n
 QEMU's status, whether the machine may run at this end, and whether the migration can be cancelled follow from the phase
 and from the version of QEMU (`--compat`) whose behaviour is followed.
 
-One arrow crosses the border: `package` in a postcopy, `sent` in a precopy. From there on the destination may run the
-machine. Before it any failure is `fail`, and the machine runs on at its source. Behind it a failure is `lose`, and only
-the destination's word `never-ran` gives the machine back.
+One arrow crosses the point of no return: `package` in a postcopy, `sent` in a precopy. From there on the destination
+may run the machine. Before it any failure is `fail`, and the machine runs on at its source. Behind it a failure is
+`lose`, and only the destination's word `never-ran` gives the machine back.
 """
 TITLES: dict[Side, str] = {"source": "The source", "destination": "The destination"}
 

@@ -1,8 +1,8 @@
 """vhostpc: vhost-user back-ends that survive postcopy migration, and the front-end that drives them.
 
-The names of a device author are here: ``from vhostpc import Device, serve``. They are looked up when asked for, so
-that ``import vhostpc`` costs nothing. The other halves: ``vhostpc.frontend``, ``memory``, ``ufd``, ``wire``,
-``migration``, ``endpoint`` and ``qmp``, each with what a user of it needs.
+The names that the author of a device needs are here: ``from vhostpc import Device, serve``. They are looked up on first
+use, so that ``import vhostpc`` costs nothing. The other packages, each with the names that its users need:
+``vhostpc.frontend``, ``guest``, ``ufd``, ``pages``, ``wire``, ``migration``, ``endpoint`` and ``qmp``.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
 """The differences between QEMU's versions, as far as we follow them: one :class:`Dialect` for each.
 
-Nothing else compares versions: who has to know asks for the field that says what differs. What follows the machine
-type, and not the program, is in :meth:`Dialect.of_machine`.
+Nothing else compares versions: other code reads the field that describes a difference. Behaviour that depends on the
+machine type instead of the program is in :meth:`Dialect.of_machine`.
 Source: QEMU, docs/devel/migration and its QMP reference; all as recorded from 7.2.22, 10.0.2 and 11.1.3.
 """
 
@@ -121,7 +121,7 @@ class Dialect:
     def of_machine(self, machine: str) -> Dialect:
         """The same with a machine type, which keeps QEMU's behaviour of its time.
 
-        For a type without a version nothing is sent that an older QEMU does not know: it may go to one.
+        For a type without a version nothing is sent that an older QEMU does not know: the stream may go to one.
         """
         found = _MACHINE_VERSION.search(machine)
         made_by = int(found[1]) if found else 0

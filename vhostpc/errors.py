@@ -1,7 +1,7 @@
 """The exceptions of vhostpc, one tree.
 
 Codecs raise :class:`LocalProtocolError`; a caller that fed them bytes from a peer turns that into
-:class:`RemoteProtocolError`, because only there it is known who was wrong.
+:class:`RemoteProtocolError`, because only the caller knows which side was wrong.
 """
 
 from __future__ import annotations
@@ -103,13 +103,13 @@ class MemoryLost(GuestMemoryError):
 
 
 class LeftAsleep(MemoryLost):
-    """The same, and a thread that waits for one of its pages could not be released: all that it uses has to stay."""
+    """The same, and a thread that waits for one of its pages could not be released: the objects that it uses stay."""
 
 
 class PageBorn(GuestMemoryError):
     """A page that nobody sent is where another is expected, or was discarded: it would be mistaken for that one.
 
-    ``block``: name; ``page``: number of the host page in it. The text names who could have made it.
+    ``block``: name; ``page``: number of the host page in it. The text names the clients that could have made it.
     """
 
     def __init__(self, message: str, block: str, page: int) -> None:
@@ -139,7 +139,7 @@ class LinkLost(VhostpcError):
 class UfdError(VhostpcError):
     """A userfaultfd operation failed.
 
-    ``errno`` is the kernel's number; the text says what was asked and how to allow it.
+    ``errno`` is the kernel's number; the text names the operation and says how to allow it.
     """
 
     def __init__(self, message: str, errno: int = 0) -> None:

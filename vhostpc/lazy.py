@@ -12,8 +12,8 @@ def exports(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
     """The ``__getattr__`` (PEP 562) of ``package``: for each module the names, in a string, that come from there; a
     module's own name is the module.
 
-    For type checkers the package imports the same names under ``TYPE_CHECKING``, and keeps this out of their sight, or
-    they would take it for any name. AttributeError for any other name.
+    For type checkers the package imports the same names under ``TYPE_CHECKING``, and hides this function from them,
+    because with it they would accept any name. Raises AttributeError for any other name.
     """
     where = {name: module for module, names in modules.items() for name in names.split()}
 
@@ -22,7 +22,7 @@ def exports(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module = importlib.import_module(where[name])
         found = module if where[name] == f"{package}.{name}" else getattr(module, name)
-        setattr(sys.modules[package], name, found)  # asked for once
+        setattr(sys.modules[package], name, found)  # looked up once
         return found
 
     return look_up

@@ -22,7 +22,7 @@ from vhostpc.logs import rationed_logger
 
 log = rationed_logger(__name__)
 
-#: What accepting may fail with that passes: sessions end, and give back what they have.
+#: Temporary errors of accepting: they pass when sessions end and release their resources.
 ACCEPT_LATER = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED})
 #: Seconds until it is tried again.
 ACCEPT_INTERVAL = 0.1
@@ -48,7 +48,7 @@ def must_fit(path: str | bytes | os.PathLike[str]) -> None:
 def socket_folder(prefix: str) -> Iterator[Path]:
     """A new folder for sockets, removed at the end: in ``TMPDIR``, or elsewhere if that name is too long for a socket.
 
-    Raises VhostpcError where there is no place for one.
+    Raises VhostpcError where none can be made.
     """
     wanted = tempfile.gettempdir()
     name = f"/{prefix}12345678/"
@@ -147,7 +147,7 @@ def bound_file(path: str | bytes | os.PathLike[str]) -> int:
 def remove(path: str | bytes | os.PathLike[str], file: int) -> None:
     """Remove the file at ``path`` if it is still that of the descriptor, which is closed.
 
-    As long as the descriptor is open no other file gets that one's inode number.
+    As long as the descriptor is open, no other file gets the same inode number.
     """
     with suppress(OSError):
         if os.path.samestat(os.lstat(path), os.fstat(file)):
@@ -156,7 +156,7 @@ def remove(path: str | bytes | os.PathLike[str], file: int) -> None:
 
 
 def _through(fd: int) -> str:
-    """A name that leads to the file of a descriptor, whatever is at its path now."""
+    """A name for the file of a descriptor, whatever is at its path now."""
     return f"/proc/self/fd/{fd}"
 
 
@@ -171,7 +171,7 @@ def _clear(path: Path) -> None:
     taken = VhostpcError(f"{path}: another process is listening there")
     if is_bound(path):
         raise taken
-    # Another process may be at the same: what was looked at is what is removed.
+    # Another process may be doing the same: exactly the file that was examined is removed.
     aside = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}")
     os.rename(path, aside)
     if is_bound(aside) or not os.path.samestat(os.lstat(aside), found):
@@ -185,8 +185,9 @@ def _clear(path: Path) -> None:
 def is_bound(path: str | os.PathLike[str]) -> bool:
     """Whether a process has the socket at ``path``. Never waits, and that process does not notice.
 
-    A connection would be noticed, and one waits where the queue is full. A datagram socket gets none with a stream
-    socket: EPROTOTYPE if somebody has that, ECONNREFUSED if nobody has. Raises OSError where it may not be asked.
+    A connection would be noticed, and would wait where the queue is full. A datagram socket cannot connect to a stream
+    socket: the error is EPROTOTYPE if a process has that one, ECONNREFUSED if none has. Raises OSError where this
+    process may not ask.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         probe.setblocking(False)
@@ -212,7 +213,7 @@ async def connect_to(sock: socket.socket, path: str | bytes | os.PathLike[str]) 
     must_fit(path)
     sock.setblocking(False)
     await trio.lowlevel.checkpoint()
-    # EAGAIN: too many wait to be let in there already. That this is over is told by nothing but an attempt
+    # EAGAIN: the queue there is full. Only another attempt shows that it no longer is
     # (trio's own connect would take the socket, which is writable, for connected).
     while code := sock.connect_ex(os.fspath(path)):
         if code != errno.EAGAIN:

@@ -8,7 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-#: How many lines of one kind are written within an interval (s); those behind them are counted.
+#: How many lines of one kind are written within an interval (s); further ones are counted.
 BURST = 10
 INTERVAL = 10.0
 
@@ -30,8 +30,8 @@ class _Kind:
 class Ration(logging.Filter):
     """Passes the first :data:`BURST` lines of a template in each :data:`INTERVAL`, and counts the rest.
 
-    The count is told with the first line of any kind behind the interval, and by :meth:`settle`. Lines for
-    debugging always pass: they were asked for.
+    The count is reported with the first line of any kind after the interval, and by :meth:`settle`. Lines for
+    debugging always pass: somebody has switched them on.
     """
 
     def __init__(self) -> None:

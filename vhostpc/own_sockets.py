@@ -1,6 +1,6 @@
 """Detecting a socket that is the other end of one of our own connections.
 
-Who is passed such a socket must not keep it: the connection would never be seen to end.
+A process that is passed such a socket must not keep it: it would never see the end of the connection.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
-#: Names (unix(7)) of our ends of the connections that are open, and how many have it.
+#: Names (unix(7)) of our ends of the open connections, and how many ends have each.
 _names: Counter[str | bytes] = Counter()
 
 
@@ -30,7 +30,7 @@ def known(connection: _HasDescriptor) -> Iterator[None]:
     with socket.socket(fileno=os.dup(connection.fileno())) as ours:
         name = ours.getsockname()
         if not name:
-            with suppress(OSError):  # not allowed to: then it is not known
+            with suppress(OSError):  # not allowed: then its name is unknown
                 ours.bind(b"")
             name = ours.getsockname()
     if name:
@@ -50,7 +50,7 @@ def leads_to_us(fd: int) -> bool:
         return False
     try:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=fd)
-    except OSError:  # it is only a place (O_PATH)
+    except OSError:  # it only names a place (O_PATH)
         return False
     try:
         return sock.getpeername() in _names

@@ -20,7 +20,7 @@ _CONTROL = socket.CMSG_SPACE(4 * (MAX_FDS + 1))
 class MessageSocket:
     """Frames in and out of one connected socket. One reader and one writer at a time.
 
-    The peer may have made the socket, and hold this end of it too: so each call says itself that it does not wait.
+    The peer may have made the socket, and have this end of it too, so each call asks for no waiting by a flag.
     """
 
     def __init__(self, sock: trio.socket.SocketType) -> None:
@@ -31,7 +31,7 @@ class MessageSocket:
         """The next frame, which owns its descriptors; None at the end of the connection.
 
         Never receives more than the current message: the descriptors of the next one could come with it.
-        Raises RemoteProtocolError for anything that is no frame, also half a one.
+        Raises RemoteProtocolError for anything that is not a frame, including an incomplete one.
         """
         reader = self._reader
         while True:
@@ -47,7 +47,7 @@ class MessageSocket:
                     numbers = array.array("i")
                     numbers.frombytes(value[: len(value) - len(value) % numbers.itemsize])
                     fds.extend(numbers)
-            # Before anything can wait: while we hold it, the end of the connection is not seen.
+            # Before anything can wait: while we have such a descriptor, the end of the connection is not seen.
             if any(map(leads_to_us, fds)):
                 for fd in fds:
                     os.close(fd)
@@ -71,7 +71,7 @@ class MessageSocket:
 
     async def hung_up(self) -> None:
         """Return when the peer has closed its end, also while bytes that it sent before are still unread."""
-        # A set of its own, which becomes readable by nothing else: to trio unread bytes hide the end.
+        # An epoll set of its own, which only the end makes readable: unread bytes would hide the end from trio.
         with select.epoll() as end:
             end.register(self._sock.fileno(), select.EPOLLRDHUP)
             await trio.lowlevel.wait_readable(end.fileno())

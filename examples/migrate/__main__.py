@@ -21,9 +21,10 @@ from vhostpc.migration import HeldMachine, Incoming, Options, Outgoing, connect,
 async def take(machine: HeldMachine, address: str) -> None:
     async with listen(parse_address(address, incoming=True)) as listener:
         print(f"waiting for a machine at {address}", flush=True)
-        async with await listener.accept() as channel:
-            with closing(Incoming(channel, machine, postcopy=True)) as incoming:
-                await incoming.receive()  # to its last page, whichever way it comes
+        channel = await listener.accept()
+    async with channel:
+        with closing(Incoming(channel, machine, postcopy=True)) as incoming:
+            await incoming.receive()  # to its last page, whichever way it comes
 
 
 def show(machine: HeldMachine) -> None:

@@ -325,7 +325,7 @@ async def test_out_in_postcopy(absent: AbsentGuest, far: Far) -> None:
 
 @pytest.mark.ufd
 async def test_stop_in_postcopy(absent: AbsentGuest, far: Far) -> None:
-    """Chains whose pages are absent: the pump stops after the page in hand, nothing is sent twice later."""
+    """Chains whose pages are absent: the pump stops after the page that it waits for, nothing is sent twice later."""
     ring = absent.ring(TX, 64)
     ring.offer(*put_frames(absent, FRAMES, stride=8192))
     async with connected(far.bridge) as front, trio.open_nursery() as nursery:

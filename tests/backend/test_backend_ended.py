@@ -288,7 +288,7 @@ async def test_a_task_that_works_the_queue_beyond_its_session(
 @pytest.mark.ufd
 @pytest.mark.parametrize("take", ["one by one", "unordered"])
 async def test_a_page_is_waited_for_when_the_session_ends(take: str) -> None:
-    """By a task of the program's; and in hand are chains that have come, and ones that are still late."""
+    """By a task of the program's; some of its chains have arrived, and others are still late."""
 
     async def work(queue: Queue) -> None:
         async for chain in queue if take == "one by one" else queue.unordered():

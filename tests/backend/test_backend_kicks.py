@@ -1,4 +1,4 @@
-"""Kicks that tell of nothing: a counter that does not empty must not keep a core busy."""
+"""Kicks that bring no work: a counter that does not empty must not keep a core busy."""
 
 from __future__ import annotations
 

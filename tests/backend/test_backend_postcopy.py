@@ -141,7 +141,7 @@ async def test_front_end_lost_while_a_touch_waits(
 
 
 async def test_stop_while_a_page_is_absent(guest: AbsentGuest) -> None:
-    """Twenty chains whose pages are absent: the stop waits for the page in hand only, the rest stays."""
+    """Twenty chains whose pages are absent: the stop waits only for the page that is awaited, the rest stays."""
     texts = prepare(guest, 0, 20)
     device = Echo()
     async with connected(device) as front, trio.open_nursery() as nursery:
@@ -155,7 +155,7 @@ async def test_stop_while_a_page_is_absent(guest: AbsentGuest) -> None:
             guest.place(page)
         await front.send(Request.GET_VRING_BASE, vu.VringState(0, 0).pack())
         await trio.testing.wait_all_tasks_blocked(0.05)
-        guest.place(page)  # the page in hand
+        guest.place(page)  # the page that is awaited
         nursery.start_soon(guest.serve)
         reply = await front.receive()
         assert reply is not None
@@ -206,7 +206,7 @@ async def test_ring_moves_to_absent_pages_with_an_answer_waiting(guest: AbsentGu
         await ring.send_setup(front, base=done)
         while (page := await guest.next_fault()) != text // PAGE:
             guest.place(page)
-        # One chain is in hand, the next one's page is awaited, and the front-end moves the ring.
+        # The device has one chain, the next one's page is awaited, and the front-end moves the ring.
         u = guest.user
         addr = vu.VringAddr(0, 0, u(ring.desc), u(moved), u(ring.avail), 0)
         await front.send(Request.SET_VRING_ADDR, addr.pack())

@@ -125,7 +125,7 @@ async def test_other_features_after_a_reset(guest: Guest, request_: Request) -> 
 
 
 async def test_other_features_while_a_ring_is_at_work(guest: Guest, caplog: pytest.LogCaptureFixture) -> None:
-    """Without a word that the ring is to stop: what is in hand would be done by wrong rules."""
+    """Without a message that stops the ring: chains in flight would be served by wrong rules."""
     async with connected(Echo()) as front:
         await started(front, guest)
         features = vu.unpack_u64((await front.ask(Request.GET_FEATURES)).payload)

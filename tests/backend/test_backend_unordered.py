@@ -198,7 +198,7 @@ async def test_stop_waits_for_what_is_older_than_an_answer(guest: AbsentGuest, h
 
 
 async def test_stop_gives_back_what_is_younger(guest: AbsentGuest) -> None:
-    """The last three chains wait: the stop lasts until the pages in hand come, and the three come again."""
+    """The last three chains wait: the stop lasts until the awaited pages arrive, and the three come again."""
     texts = prepare(guest, 0, CHAINS)
     held = {TEXT + 2 * (CHAINS - i) for i in (1, 2, 3)}
     device = Echo()

@@ -26,10 +26,8 @@ from tests.kit.until import until
 from tests.qemu.proc import unwrapped
 from tests.qemu.qmp import Qmp
 from vhostpc.cli import endpoint_command as cli
-from vhostpc.endpoint import Links
 from vhostpc.guest.own_machine import Block, Spec, open_machine
 from vhostpc.migration.options import Options
-from vhostpc.migration.outgoing import After
 from vhostpc.wire.migration.elements import (
     BlockInfo,
     Configuration,
@@ -218,9 +216,7 @@ async def in_process(machine: str, folder: Path) -> AsyncIterator[Qmp]:
     path.unlink(missing_ok=True)
     with unwrapped():
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(
-                cli.run, opened, Options("10.0"), After(), 0, 0, Links(), False, str(path), None, cli.DEFER
-            )
+            nursery.start_soon(cli.run, opened, cli.Given(Options("10.0"), str(path), incoming=cli.DEFER))
             await until(path.is_socket)
             async with await trio.open_unix_socket(path) as stream, trio.open_nursery() as inner:
                 qmp = Qmp(stream, "one")

@@ -70,6 +70,29 @@ async def test_stop_and_cont_during_the_switch(tmp_path: Path) -> None:
     assert not world.both
 
 
+async def test_a_stop_that_fails() -> None:
+    """It runs on, and its run state says so: otherwise a migration that fails would leave it standing."""
+
+    class Stuck(Here):
+        async def stop(self) -> None:
+            if self.world.fell_short:
+                await super().stop()
+            else:
+                self.world.fell_short = "stop"
+                raise RuntimeError("can't start new thread")
+
+    world = World()
+    with Stuck(world) as here:
+        async with serving(here) as source:
+            with pytest.raises(RuntimeError):
+                await source.stop()
+            assert world.running == {"source"}
+            assert source.run_state == "running"
+            await source.stop()
+            assert world.running == set()
+            assert source.run_state == "paused"
+
+
 async def test_completed_and_its_command_still_runs(tmp_path: Path) -> None:
     """The command that took the stream goes on for a while: the machine stays where it went."""
     world = World()
@@ -85,7 +108,7 @@ async def test_completed_and_its_command_still_runs(tmp_path: Path) -> None:
                 assert endpoint.run_state == "postmigrate"
                 with pytest.raises(MigrationRefused):
                     await endpoint.cont()
-                wait.write_bytes(b"")
+                await trio.to_thread.run_sync(wait.write_bytes, b"")  # which waits for its reader
                 await endpoint._sent.wait()
                 assert endpoint.run_state == "postmigrate"
                 assert world.running == set()

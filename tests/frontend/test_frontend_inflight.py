@@ -42,7 +42,7 @@ KILLS = 6
 
 
 async def test_killed_again_and_again(guest: Guest, tmp_path: Path) -> None:
-    """The device answers in any order and is killed with requests in hand: each comes back once, whole."""
+    """The device answers in any order and is killed with requests in flight: each comes back once, whole."""
     await guest.fill()
     region: tuple[Inflight, int] | None = None
     layout = guest.layout(0, num=NUM, slots=NUM // 4, buffer_len=512, answer_len=256)

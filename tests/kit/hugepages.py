@@ -32,7 +32,7 @@ def hugepages(mib: int) -> Iterator[None]:
     """``mib`` MiB more of 2 MiB pages for the length of a block.
 
     Added to what is there and taken off again, so that others who do the same keep theirs: a page that is free
-    now may be somebody's who has not touched it yet. An ordinary user's test is skipped, but not where CI is set.
+    now may belong to a process that has not touched it. An ordinary user's test is skipped, but not where CI is set.
     """
     if not os.access(POOL, os.W_OK):
         why = f"needs {mib} MiB of huge pages, and {POOL} may not be written"

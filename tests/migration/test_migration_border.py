@@ -1,10 +1,11 @@
-"""The border between a machine that may run on at its source and one that may not: the package's last byte."""
+"""The point of no return, up to which a machine may run on at its source: the package's last byte."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -514,6 +515,69 @@ async def test_the_source_pauses_whatever_fails_behind_the_package(
                 await source.cont()
             assert not there.ram.lost
     assert world.running == {"destination"}
+
+
+class Deaf(Told):
+    """A listener whose every method fails."""
+
+    error = MemoryError()
+
+    def emit(self, name: str, data: dict[str, Any] | None = None) -> None:
+        raise self.error
+
+    def migration(self, status: Status) -> None:
+        raise self.error
+
+    def migration_pass(self, number: int) -> None:
+        raise self.error
+
+    def stop(self) -> None:
+        raise self.error
+
+    def resume(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("compat", ALL)
+@pytest.mark.parametrize("capability", ["return-path", "postcopy-ram"])
+async def test_telling_of_it_fails(capability: str, compat: Compat, caplog: pytest.LogCaptureFixture) -> None:
+    """Events and lines of the log change nothing about where the machine runs."""
+    ours, theirs = socket.socketpair()
+    world = World()
+    with Here(world) as here, There(world) as there, trio.fail_after(30):
+        options = [Options(compat, on={capability, "events"}) for _ in range(2)]
+        source = Endpoint(here, options[0], Deaf())
+        destination = Endpoint(there, options[1], Deaf(), incoming=True)
+        async with trio.open_nursery() as nursery:
+            for endpoint in (source, destination):
+                await nursery.start(endpoint.serve)
+            await destination.incoming(Fd("in", theirs.detach()), exit_on_error=False)
+            await source.migrate(Fd("out", ours.detach()), resume=False)
+            if capability == "postcopy-ram":
+                await source.start_postcopy()
+            await until(lambda: source.status is Status.COMPLETED)
+            await until(lambda: destination.status is Status.COMPLETED)
+            assert destination.run_state == "running"
+            nursery.cancel_scope.cancel()
+    assert world.running == {"destination"}
+    assert not world.both
+    assert any("an event cannot be told" in message for message in caplog.messages)
+
+
+async def test_telling_who_is_waited_for_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: Outgoing) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(Outgoing, "progress", fail)
+    world = World()
+    with Here(world) as here, There(world) as there:
+        async with joined(here, there, tmp_path) as (source, destination):
+            await until(lambda: source.status is Status.COMPLETED)
+            await until(lambda: destination.status is Status.COMPLETED)
+    assert world.running == {"destination"}
+    assert any("no longer reported" in message for message in caplog.messages)
 
 
 async def test_an_error_of_the_program_leaves_a_traceback(

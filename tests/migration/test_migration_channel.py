@@ -81,12 +81,16 @@ async def test_sockets_go_both_ways(uri: str, tmp_path: Path) -> None:
                     while len(found) < len(BYTES):
                         found += await channel.receive_some(1 << 16)
                     assert found == BYTES
-            # The first connection is the only one.
-            for where in told:
-                with pytest.raises(ChannelLost, match="Connection refused|No such file"):
-                    await connect(address_of(where))
-            with pytest.raises(ChannelLost, match="had its one connection"):
-                await listener.accept()
+            assert here.number == 0
+            # As many as are wanted, and none behind the block.
+            for number, where in enumerate(told, 1):
+                async with await connect(address_of(where)), await listener.accept() as other:
+                    assert other.number == number
+    for where in told:
+        with pytest.raises(ChannelLost, match="Connection refused|No such file"):
+            await connect(address_of(where))
+    with pytest.raises(ChannelLost, match="No other connection"):
+        await listener.accept()
     assert not (tmp_path / "socket").exists()
 
 

@@ -537,6 +537,8 @@ async def test_a_part_of_a_huge_page_cannot_be_discarded() -> None:
             async def send() -> None:
                 await source.begin()
                 await source.send(RamDiscard("ram", ((0, 4096),)).encode())
+                await source.heard(Shut(1))
+                await source.stream.send_eof()
 
             nursery.start_soon(source.listen)
             nursery.start_soon(send)

@@ -236,6 +236,8 @@ async def test_a_device_that_cannot_be_loaded() -> None:
     machine.broken = True
     async with receiving(received, wanted=machine) as setup:
         await setup.source.switch()
+        await setup.source.heard(Shut(1))
+        await setup.source.stream.send_eof()
         await setup.ended.wait()
         assert str(setup.raised) == "the state of 'clk' is not of this version"
         await until(lambda: setup.source.closed)

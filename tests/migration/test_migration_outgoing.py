@@ -328,7 +328,7 @@ async def test_requested_pages_are_the_next() -> None:
     assert sent.outgoing.numbers().requests == 5
 
 
-# --- failures, by the border
+# --- failures, before and after the point of no return
 
 
 @pytest.mark.parametrize("compat", ALL)

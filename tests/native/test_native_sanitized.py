@@ -27,7 +27,7 @@ def test_descriptors_flip_while_they_are_read(flip: Path, mode: str, count: int)
 
 
 def test_files_shrink_while_they_are_read(tmp_path: Path) -> None:
-    """Who is not lost has read its own bytes; who is, was shrunk; a handler that was there first goes on working."""
+    """A session that is not lost has read its own bytes; a lost one was shrunk; an earlier handler goes on working."""
     numbers = run(GUARD.build(tmp_path), 50)
     assert numbers["lost"] == 50
     assert min(numbers.values()) >= 50

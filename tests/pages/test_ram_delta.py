@@ -63,7 +63,7 @@ def test_loader_and_model_agree(delta: bytes, cut: int) -> None:
             with loader(BLOCKS) as (ram, service):
                 assert (await load_cut(service, stream, [cut])).startswith(verdict)
                 assert await ram["ram0"].read(TARGET_PAGE, TARGET_PAGE) == expected
-                # The run in hand was written before the page was read.
+                # The current run was written before the page was read.
                 assert await ram["ram0"].read(2 * TARGET_PAGE, TARGET_PAGE) == PAGE_A
 
     with_limit(run)

@@ -266,7 +266,7 @@ async def test_log(tmp_path: Path, guest: Guest, queue: int) -> None:
 
 
 async def test_stopping_a_queue_of_64_absent_chains(tmp_path: Path) -> None:
-    """GET_VRING_BASE comes while a queue waits: it ends after the page in hand, with the truth."""
+    """GET_VRING_BASE comes while a queue waits: it ends after the awaited page, with the truth."""
     count, guest = 64, Guest()
     try:
         await guest.fill()

@@ -148,7 +148,7 @@ DOORS = {
     # The driver's loops belong to no session: its short calls and its long ones run on its own threads.
     Use.HOP: {"_hop"},
 }
-#: Methods that hold such a call for somebody else: who calls them must be inside a door.
+#: Methods with such a call on behalf of others: their callers must be inside a door.
 HELD = {("virtio/pump.py", "run"): "pump.run"}
 
 

@@ -212,11 +212,26 @@ PYTHON = {
 }
 
 
+#: Those that somebody else is to call.
+PASSED_ON = {
+    ("backend/medium.py", "os.pread, self.fd"): "a disk's file, on a thread",
+    (
+        "migration/ends.py",
+        "os.read, self.in_fd",
+    ): "a migration's pipe: our end is nobody else's (docs/threads.md)",
+    ("migration/ends.py", "os.write, self.out_fd"): "the same",
+}
+
+
 def test_no_file_of_python_reads_or_writes_otherwise() -> None:
     found = set()
+    passed_on = set()
     for path in sorted(PACKAGE.rglob("*.py")):
         here, text = str(path.relative_to(PACKAGE)), path.read_text()
         for call in re.findall(r"\bos\.(?:p?readv?|p?writev?|eventfd_\w+)\([\w.\[\]]+(?:\(\))?", text):
             found.add((here, call))
+        for function in re.findall(r"\bos\.(?:p?readv?|p?writev?)\b(?!\()[\w., ]*(?=,)", text):
+            passed_on.add((here, ", ".join(function.split(", ")[:2])))
         assert not re.search(r"\beventfd_(read|write)\b", text), here
     assert found == set(PYTHON)
+    assert passed_on == set(PASSED_ON)

@@ -1,4 +1,4 @@
-"""The package as somebody gets it who has no checkout: what is refused, what is in it, and that it works."""
+"""The package without a checkout: what is refused, what is in it, and that it works."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -300,6 +301,37 @@ async def test_what_is_no_ufd_is_not_read() -> None:
                 client = m.service.add_client(ours.fileno(), "a socket")
             theirs.close()
             await until(lambda: client.numbers().error)
+
+
+async def test_a_client_that_makes_its_ufd_blocking() -> None:
+    """While the loop runs. A read of it could wait, with the lock held: it is given up, and all others are served."""
+    with trio.fail_after(30), RamSet() as ram, RamSet() as original, RamSet() as theirs:
+        source, block = (r.create("ram0", 16 * TARGET_PAGE) for r in (original, ram))
+        await source.fill(SEED)
+        source.set_bits(Bits.DIRTY)
+        mapped = theirs.add("ram0", block.fd, block.length)
+        ours, far = socket.socketpair()
+        with ours, far, FaultService(ram) as service, PageSource(original, far.fileno()) as pages:
+            service.arm()
+            service.set_return_path(ours.fileno())
+            with Userfaultfd.open() as ufd:
+                ufd.register(mapped.base, mapped.length)
+                client = service.add_client(ufd, "net0")
+                client.set_ranges([ClientRange(mapped.base, mapped.length, block, 0)])
+                async with trio.open_nursery() as touching, trio.open_nursery() as nursery:
+                    nursery.start_soon(service.run)
+                    nursery.start_soon(pages.serve)
+                    nursery.start_soon(service.load, ours.fileno())
+                    assert await block.verify(SEED, 7, 1) == (0, None)  # it runs
+                    os.set_blocking(ufd.fileno(), True)
+                    touching.start_soon(mapped.read, 3 * TARGET_PAGE, 1)
+                    try:
+                        await until(lambda: client.numbers().error == errno.EINVAL)
+                        assert await block.verify(SEED, 5, 1) == (0, None)
+                        assert client.numbers().faults == 0
+                    finally:
+                        ufd.unregister(mapped.base, mapped.length)
+                    nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ async def test_pages_that_have_come_wait_for_memory(fit: int, zeros: bool) -> No
 
 
 async def test_a_load_that_waits_for_memory_can_be_stopped_and_goes_on() -> None:
-    """At once, though there is none; nothing of what it had in hand is lost, the end of the section neither."""
+    """At once, though there is none; nothing that it had received is lost, nor is the end of the section."""
     async with short(4, zeros=True) as s:
         for fit in (4, 5, 11):
             s.disk.resize(fit)

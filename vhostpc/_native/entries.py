@@ -1,8 +1,8 @@
 """The one table of C entry points and of threads: which touch guest memory, which may wait, and where they may run.
 
 It names the entries that touch or wait; all others may be called anywhere. ``docs/threads.md`` is this table as a page.
-``tests/project/test_docs_threads.py`` holds it against the C sources, by their call graph, so that none is left out,
-and against every call in Python.
+``tests/project/test_docs_threads.py`` compares it with the call graph of the C sources, so that no entry is left out,
+and with every call in Python.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Thread(StrEnum):
     VCPU = "vpc-vcpu"
     DIRTY = "vpc-dirty"
     TERMINAL = "vpc-terminal"
-    #: One that was borrowed and waits to be borrowed again.
+    #: A thread that was borrowed and waits to be borrowed again.
     IDLE = "vpc-idle"
 
 
@@ -76,7 +76,7 @@ _TABLE = {
     Use.CALM_LOOP: "vpc_save_run vpc_save_round vpc_load_run",
 }
 
-#: What is not named here touches nothing and waits for nothing (PLAIN).
+#: An entry that is not named here touches nothing and waits for nothing (PLAIN).
 ENTRIES = {name: use for use, names in _TABLE.items() for name in names.split()}
 
 

@@ -1,4 +1,4 @@
-/* See vpc_event.h. The one place where a descriptor that others hold too is read or written. */
+/* See vpc_event.h. The one place where a descriptor that others have too is read or written. */
 #define _GNU_SOURCE
 #include "event_internal.h"
 
@@ -38,10 +38,10 @@ void event_drain(int fd)
     (void)!read(fd, &count, sizeof count);
 }
 
-/* ---- reading and writing what is shared */
+/* ---- reading and writing shared descriptors */
 
-/* Kernels that cannot be asked not to wait: before 6.10 for a userfaultfd, before 6.5 for a pipe. Then a look is all
- * there is; who else holds the file can still empty or fill it behind the look. */
+/* Kernels that do not offer a read or write without waiting: before 6.10 for a userfaultfd, before 6.5 for a pipe.
+ * There we can only poll first; another process with the file can still empty or fill it after the poll. */
 static int ready(int fd, short what)
 {
     struct pollfd p = {.fd = fd, .events = what};
@@ -94,8 +94,8 @@ int vpc_event_clear(int fd)
 /* ---- signalling
  *
  * No flag keeps a write to an eventfd from waiting (RWF_NOWAIT is refused there). But the kernel itself signals
- * eventfds, and never waits for it: here with the completion of an asynchronous read of no bytes, which is done at
- * once. One system call, where a look and a write would be two. */
+ * eventfds without waiting: here with the completion of an asynchronous read of no bytes, which is done at once. It is
+ * one system call, where a poll and a write would be two. */
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static aio_context_t signals; /* 0: this kernel, or a filter of system calls, does not let us */
@@ -116,7 +116,8 @@ static void forget_completed(void)
 
 static int submit(int fd)
 {
-    /* Of the eventfd itself, so that no other descriptor is needed; less than 8 bytes are refused, which is done too. */
+    /* The read is of the eventfd itself, so that no other descriptor is needed; a refused one (under 8 bytes) completes
+     * too. */
     struct iocb read = {.aio_lio_opcode = IOCB_CMD_PREAD,
                         .aio_fildes = (uint32_t)fd,
                         .aio_flags = IOCB_FLAG_RESFD,
@@ -134,7 +135,7 @@ static int is_pipe(int fd)
     return fstat(fd, &st) == 0 && S_ISFIFO(st.st_mode);
 }
 
-/* Nobody reads it any more, perhaps: that raises SIGPIPE, which no flag keeps a write to a pipe from. */
+/* If nobody reads it any more, the write raises SIGPIPE, which no flag prevents for a pipe. */
 static ssize_t write_pipe(int fd, const void *from, size_t length)
 {
     struct timespec now = {0, 0};

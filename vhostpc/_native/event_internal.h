@@ -6,14 +6,14 @@
 
 #include "vpc_event.h"
 
-/* An eventfd of our own, which no peer ever holds: non-blocking, close-on-exec. -1 and errno. */
+/* An eventfd of our own, which no peer ever gets: non-blocking, close-on-exec. -1 and errno. */
 int event_new(void);
 /* Write and read such a one: one plain system call each, also in a signal handler. */
 void event_poke(int fd);
 void event_drain(int fd);
 
-/* read(2) and write(2) of what others may have made blocking; -1 and EAGAIN where they would wait. Not for files on a
- * disk: those know no readiness to wait for, and may answer EAGAIN for ever. */
+/* read(2) and write(2) of a descriptor that others may have made blocking; -1 and EAGAIN where they would wait. Not for
+ * files on a disk: those have no readiness to wait for, and may answer EAGAIN for ever. */
 ssize_t read_now(int fd, void *to, size_t length);
 ssize_t write_now(int fd, const void *from, size_t length);
 

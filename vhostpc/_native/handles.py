@@ -30,8 +30,8 @@ def made(kind: str, what: str, make: Callable[..., int], *args: Any) -> Any:
 class Handle:
     """Owns ``raw``, a pointer to a C object, until :meth:`close`; after that using it raises.
 
-    The object itself is freed, by ``free``, when nobody refers to it any more: a call that is under way does, so it
-    keeps what it works on. ``needs``: pointers of other handles that the object uses; those objects live as long as
+    The object itself is freed, by ``free``, when nothing refers to it any more. A call in progress does, so the objects
+    that it works on stay. ``needs``: pointers of other handles that the object uses; those objects live as long as
     it does, even if others close theirs.
 
     ``ended``: what ``error`` says.
@@ -73,8 +73,8 @@ class Handle:
     def close(self, *, idle: bool = False) -> None:
         """Release it, and the objects that it needs: a call in progress still holds both. May be repeated.
 
-        ``idle``: no call is under way, so it is freed at once, unless another object needs it, and not when the last
-        traceback that has it in a frame is collected.
+        ``idle``: no call is in progress, so it is freed at once (unless another object needs it) instead of when the
+        last traceback with a reference to it is collected.
         """
         raw, self._raw = self._raw, None
         self._needs = []

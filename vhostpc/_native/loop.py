@@ -18,7 +18,7 @@ async def run_loop(call: Callable[[], int], poke: Callable[[], None], thread: Ca
     """Run ``call`` (one C call that releases the GIL for its whole life) on ``thread`` and return its value.
 
     When the caller is cancelled, ``poke`` is called on the trio thread: it must make the loop return
-    soon (write its stop eventfd). The cancellation goes on only after the loop has returned, so memory
+    soon (write its stop eventfd). The cancellation is delivered only after the loop has returned, so memory
     that the loop uses may be freed right after.
     """
     finished = False
@@ -32,7 +32,7 @@ async def run_loop(call: Callable[[], int], poke: Callable[[], None], thread: Ca
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch)
-        # Let the watcher reach its sleep: a cancel from here on is seen by it.
+        # Let the watcher reach its sleep: from here on it sees a cancellation.
         with trio.CancelScope(shield=True):
             await trio.lowlevel.checkpoint()
             result = await thread.call(call)

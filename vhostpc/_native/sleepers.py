@@ -16,8 +16,8 @@ from vhostpc.errors import LeftAsleep
 class Sleepers:
     """One session's calls that may wait for a page: each returns with the page, or when its memory is given up.
 
-    Where memory cannot be given up, because there is nothing to put in its place, they would hold up a task that waits
-    for them, for ever: then :meth:`leave` lets go of the threads instead.
+    Where memory cannot be given up, because nothing can be mapped in its place, a task that waits for them would wait
+    for ever. Then :meth:`leave` abandons the threads instead.
     """
 
     def __init__(self) -> None:
@@ -34,8 +34,8 @@ class Sleepers:
     ) -> int:
         """Run ``call`` on a borrowed thread and return its value; the arguments are those of ``borrow``.
 
-        Not cancelled once the thread has begun, but by :meth:`leave`: then ``left`` is called and LeftAsleep raised.
-        The thread goes on if its page comes after all, so what the call uses must stay. Raises Shortage.
+        Once the thread has begun, only :meth:`leave` ends the wait: then ``left`` is called and LeftAsleep is raised.
+        The thread goes on if its page arrives after all, so everything that the call uses must stay. Raises Shortage.
         """
         with self._leavable() as scope:
             shielding = cast(trio.CapacityLimiter, _Shielding(limiter, scope))

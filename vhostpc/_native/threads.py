@@ -1,10 +1,10 @@
 """Threads: borrowed for one call, or kept. The one place that raises :class:`Shortage` where none can be started.
 
-A thread that has done its work waits a while for more, and that is no promise to anybody. What may not fail for lack of
-a thread, because it comes behind a point of no return, has a :class:`KeptThread` from before that point.
+A thread that has done its work waits a while for more, but nobody can rely on that. Work that must not fail for lack of
+a thread, because it follows a point of no return, has a :class:`KeptThread` from before that point.
 
-They are not trio's: ``threading.Thread.start`` waits for ever, and the trio loop with it, for a thread that comes up
-without the memory for its first frame.
+They are not trio's threads: ``threading.Thread.start`` waits for ever, and the trio loop with it, for a thread that
+starts without the memory for its first frame.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _be_borrowed(calls: Calls) -> None:
         lib.vpc_thread_name(call.name.encode())
         call.make()
         lib.vpc_thread_name(Thread.IDLE.encode())
-        # First this, so that a task that is told and wants a thread can have this one.
+        # First this, so that a task that is woken and needs a thread can have this one.
         try:
             _idle[calls] = None
         finally:  # without memory for that it ends here

@@ -1,8 +1,8 @@
-/* eventfds whose other holder is not trusted, and pipes and sockets in their place: neither call waits, whatever its
- * flags and its counter are.
+/* eventfds that an untrusted peer has too, and pipes and sockets in their place: neither call waits, whatever the flags
+ * and the counter are.
  *
- * A holder of the same open file may clear O_NONBLOCK, fill the counter or empty it at any moment, also between a look
- * and a call. So each call here says itself that it does not wait.
+ * The peer may clear O_NONBLOCK, fill the counter or empty it at any moment, also between a poll and a call. So each
+ * call here asks by itself not to wait.
  */
 #ifndef VPC_EVENT_H
 #define VPC_EVENT_H

@@ -1,4 +1,4 @@
-/* Threads: Python makes them, here they get their names. */
+/* Threads: Python makes them, C names them. */
 #ifndef VPC_THREAD_H
 #define VPC_THREAD_H
 

@@ -13,7 +13,7 @@ from vhostpc.wire.vhost_user import Frame, Request, pack_u64
 class Answer:
     """A reply: payload and descriptors (which stay the handler's).
 
-    ``failed``: the request could not be done. ``always``: to be sent also when no ack was asked for.
+    ``failed``: the request could not be done. ``always``: sent even if no ack was requested.
     """
 
     payload: bytes = b""

@@ -19,8 +19,9 @@ CLOSED = "the front-end closed the back-end channel"
 class BackendChannel:
     """One request at a time. A reply on the main socket must never wait for this channel.
 
-    (QEMU does not read it while it waits for a reply on the main one.) While :meth:`run` runs it is always read:
-    descriptors that nobody takes out could keep the front-end's own connection open, and with it the session, for ever.
+    (QEMU does not read it while it waits for a reply on the main one.) While :meth:`run` runs, the channel is always
+    read: descriptors that stay in its socket could keep the front-end's own connection, and so the session, open for
+    ever.
     """
 
     def __init__(self, sock: socket.socket, *, reply_ack: bool, name: str) -> None:
@@ -56,7 +57,7 @@ class BackendChannel:
         """Send a request; wait for its ack if REPLY_ACK was negotiated.
 
         Raises RequestFailed when the front-end refuses, does not answer within ``timeout`` seconds, or has closed the
-        channel, RemoteProtocolError when the answer is none.
+        channel, RemoteProtocolError when its message is not an answer to the request.
         """
         async with self._turn:
             if self._end is not None:

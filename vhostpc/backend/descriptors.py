@@ -12,7 +12,7 @@ from vhostpc.virtio.event import EventKind, event_kind
 
 _PIECE = 64 << 10
 _EMPTY = 4096
-"""More messages without a byte than a socket holds (net.unix.max_dgram_qlen)."""
+"""More empty messages than a socket holds (net.unix.max_dgram_qlen)."""
 
 
 def event_descriptor(fd: int, name: str) -> EventKind:
@@ -32,9 +32,9 @@ def only_written(fd: int, kind: EventKind) -> None:
         return
     sock = socket.socket(fileno=fd)
     try:
-        with suppress(OSError):  # not connected: then it carries nothing
+        with suppress(OSError):  # not connected: it carries nothing
             sock.shutdown(socket.SHUT_RD)
-            # A message without a byte reads as the end does, and others may wait behind it.
+            # An empty message reads like the end of the connection, and others may wait behind it.
             empty = 0
             while empty < (1 if sock.type == socket.SOCK_STREAM else _EMPTY):
                 empty += not sock.recv(_PIECE, socket.MSG_DONTWAIT)

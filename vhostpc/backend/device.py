@@ -34,19 +34,19 @@ class Device:
     Locks: never hold one of your own across an ``await`` on a queue. That await may wait for a guest page,
     and a task that waits for your lock would wait for it too.
 
-    One instance may serve several sessions, one after the other or at a time. Then keep what belongs to one session
-    in local variables of :meth:`handle_queue` and :meth:`handle_session`; or give :func:`~vhostpc.backend.serve` the
-    class, or a function, in place of an instance, and each session gets a device of its own.
+    One instance may serve several sessions, one after the other or at the same time. Then keep the state of a session
+    in local variables of :meth:`handle_queue` and :meth:`handle_session`. Or give :func:`~vhostpc.backend.serve` the
+    class, or a function, in place of an instance: then each session gets a device of its own.
     """
 
-    #: virtio device type (virtio 1.2, section 5); told in the log and by --print-capabilities.
+    #: virtio device type (virtio 1.2, section 5); shown in the log and by --print-capabilities.
     device_id: int = 0
     #: Virtqueues that the back-end serves, 1 to 256.
     num_queues: int = 1
     #: Largest ring, a power of two up to 32768.
     queue_size: int = 32768
-    #: Feature bits of the device type that are offered (the framework adds the transport's, and leaves out those that
-    #: need others which are not here).
+    #: Feature bits of the device type that are offered. The framework adds the transport's, and leaves out bits that
+    #: need others which are not offered.
     features: int = 0
     #: Bytes of config space; 0: none (the CONFIG protocol feature is not offered).
     config_size: int = 0
@@ -59,8 +59,8 @@ class Device:
 
         Iterate over ``queue``, ``queue.unordered()`` or ``queue.batches()``, or await ``queue.pump_out`` or
         ``queue.pump_in``; all of them end by themselves when the ring stops. A handler that waits for
-        something else is cancelled a short while after that, and chains that it did not complete are given
-        back to the driver.
+        something else is cancelled a short while later, and chains that it did not complete are given back to
+        the driver.
         """
         raise NotImplementedError
 

@@ -25,12 +25,12 @@ from vhostpc.wire.vhost_user import Feature
 log = rationed_logger(__name__)
 
 HEADER = struct.Struct("<IIQ")  # type, reserved, sector
-#: Segments of a request, where the ring does not say less.
+#: Most segments of a request, unless the ring allows fewer.
 MOST_SEGMENTS = 126
-#: Requests of one queue that are at work at a time; one of up to SHORT bytes is in memory as a whole.
+#: Requests of one queue that are served at the same time; one of up to SHORT bytes is in memory as a whole.
 AT_WORK = 64
 SHORT = (256 << 10) - HEADER.size
-#: Longer requests are done in pieces of so many bytes, as many of one queue at a time.
+#: Longer requests are served in pieces of this many bytes, and this many of one queue at the same time.
 PIECE, PIECES = 1 << 20, 8
 #: Seconds between two looks at the medium's size.
 LOOK_INTERVAL = 1.0
@@ -76,8 +76,8 @@ class Disk(Device):
     """``blk_file``: a file or block device; or ``memory``: the size of a disk that vanishes with the process.
 
     ``read_only``: the guest cannot write. ``queues``: how many. ``ring_size``: entries of the smallest ring without
-    indirect descriptors, for front-ends that ask for the configuration before they tell. Texts, as options give them,
-    will do.
+    indirect descriptors, for front-ends that read the configuration before they set up a ring. Each may be a string, as
+    on a command line.
     """
 
     device_id = 2
@@ -109,7 +109,7 @@ class Disk(Device):
         config = bytearray(self.config_size)
         most = MOST_SEGMENTS
         if not front_end.features & Feature.INDIRECT_DESC:
-            # Or it is not known yet. A request takes two descriptors more, and one that never fits hangs its guest.
+            # Or it is not known yet. A request takes two more descriptors; one that never fits hangs its guest.
             most = max(1, min(most, (front_end.smallest_ring or self.ring_size) - 2))
         struct.pack_into("<QII", config, 0, self.medium.size // SECTOR, 0, most)
         struct.pack_into("<I", config, 20, SECTOR)
@@ -127,12 +127,12 @@ class Disk(Device):
                 await front_end.config_changed()
 
     async def handle_queue(self, queue: Queue) -> None:
-        # Without a region only the ring tells the next process what was done: up to the used index, and no more.
+        # Without a region only the ring tells the next process which requests were done: those up to the used index.
         queue.in_order = not queue.inflight
         slots, pieces = trio.CapacityLimiter(AT_WORK), trio.CapacityLimiter(PIECES)
         flushes = bool(queue.features & BlkFeature.FLUSH)
         async with trio.open_nursery() as nursery:
-            # A disk's requests may be done in any order; a driver that minds waits for one before the next.
+            # A disk's requests may be served in any order; a driver that needs an order waits between them.
             async for chain in queue.unordered():
                 request = self.parse(chain)
                 if isinstance(request, Status):
@@ -202,7 +202,7 @@ class Disk(Device):
         chain.complete()
 
     async def do_whole(self, chain: Chain, request: Request, flushes: bool) -> bytes:
-        """A short request, with what it reads as the result. Raises OSError."""
+        """Serve a short request; the result is the data read. Raises OSError."""
         if request.kind == Type.IN:
             return await self.medium.read(request.offset, request.size)
         if request.kind == Type.OUT:
@@ -215,10 +215,10 @@ class Disk(Device):
     async def do_in_pieces(
         self, chain: Chain, request: Request, pieces: trio.CapacityLimiter, flushes: bool
     ) -> None:
-        """A long request, of which a piece at a time is in memory. Raises OSError.
+        """Serve a long request, of which one piece at a time is in memory. Raises OSError.
 
-        Between two pieces it may be cancelled, and is given back whole: a read or a write can be repeated. Behind the
-        last it is not, so what was done is answered.
+        Between two pieces it may be cancelled, and is given back whole: a read or a write can be repeated. After the
+        last piece it is not cancelled, so work that was done is answered.
         """
         kind, offset, size = request
         for done in range(0, size, PIECE):

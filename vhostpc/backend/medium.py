@@ -10,7 +10,7 @@ import trio
 from vhostpc.errors import VhostpcError
 
 SECTOR = 512
-#: Reads and writes of one disk that may wait for its medium at a time, each on a thread.
+#: Reads and writes of one disk that may wait for its medium at the same time, each on a thread.
 DEPTH = 16
 
 
@@ -51,7 +51,7 @@ class Medium:
 
     def look(self) -> int:
         """Adopt the medium's current size, in bytes, and return it."""
-        # Also right for a block device, of which fstat says no size.
+        # Right for a block device too, whose size fstat does not give.
         self.size = os.lseek(self.fd, 0, os.SEEK_END) // SECTOR * SECTOR
         return self.size
 
@@ -67,7 +67,7 @@ class Medium:
 
     async def read(self, offset: int, length: int) -> bytes:
         found = await trio.to_thread.run_sync(os.pread, self.fd, length, offset, limiter=self._limiter)
-        return found.ljust(length, b"\0")  # the file became shorter: its end reads as zeros
+        return found.ljust(length, b"\0")  # the file has become shorter: beyond its end there are zeros
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         """Write to memory; False if the write may wait."""
@@ -86,6 +86,6 @@ class Medium:
         await trio.to_thread.run_sync(work, limiter=self._limiter)
 
     async def flush(self) -> None:
-        """Return when all that was written before is on the medium."""
+        """Return when all earlier writes are on the medium."""
         if not self.in_memory:
             await trio.to_thread.run_sync(os.fdatasync, self.fd, limiter=self._limiter)

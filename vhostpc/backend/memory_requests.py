@@ -27,7 +27,7 @@ from vhostpc.wire.vhost_user import (
 
 log = rationed_logger(__name__)
 
-#: How long (s) a message that takes memory away waits for chains in hand.
+#: How long (s) a message that removes memory waits for chains in flight.
 TAKE_AWAY_LIMIT = 10.0
 
 
@@ -38,7 +38,7 @@ def map_region(session: SessionState, region: MemoryRegion, fd: int, *, armed: b
 
 
 async def use_memory(session: SessionState, memory: GuestMemory) -> None:
-    """Make rings look things up in another table; return when the old one has no users left."""
+    """Make rings use another table; return when the old one has no users left."""
     old, session.memory = session.memory, memory
     session.gate.slow = session.options.slow or memory.slow
     try:
@@ -49,7 +49,7 @@ async def use_memory(session: SessionState, memory: GuestMemory) -> None:
             await vring.changed(vring.configure)
         await session.update_vrings()
     except BaseException:
-        # The session ends, and knows only the new one; the old one is not left to the garbage collector either.
+        # The session ends, and knows only the new table; the old one is not left to the garbage collector.
         if old is not None:
             old.close()
         raise
@@ -57,8 +57,8 @@ async def use_memory(session: SessionState, memory: GuestMemory) -> None:
         return
     gone = old.mappings - memory.mappings
     if gone:
-        # Memory is taken away: answer when no chain in hand uses it. A device that keeps chains for long (it
-        # waits for input, say) holds the mapping by them; the front-end must not wait for ever for that.
+        # Memory is removed: answer when no chain in flight uses it. Chains that a device keeps for long (while it
+        # waits for input, say) keep the mapping alive; the front-end must not wait for ever for them.
         with trio.move_on_after(TAKE_AWAY_LIMIT):
             while old.users:
                 await trio.sleep(0.005)
@@ -89,8 +89,8 @@ async def set_mem_table(session: SessionState, frame: Frame) -> Answer | None:
     if not armed:
         await use_memory(session, memory)
         return None
-    # Postcopy: our addresses first; nothing is registered nor touched before the front-end has stored them. With
-    # them it forgets those of the table before: a fault that is under way there must be served before it does.
+    # Postcopy: our addresses first; nothing is registered or touched before the front-end has stored them. When it
+    # stores them it forgets those of the table before, so a fault in progress there must be served first.
     await session.pause_vrings()
     await_exchange(session, memory)
     session.postcopy.await_ack([r.mapping for r in regions])
@@ -102,9 +102,9 @@ async def set_mem_table(session: SessionState, frame: Frame) -> Answer | None:
 
 
 def await_exchange(session: SessionState, memory: GuestMemory) -> None:
-    """The next table, when the front-end has stored our addresses of it. What only the last one had is unmapped.
+    """Let a table take effect when the front-end has stored our addresses. Regions of the last one alone are unmapped.
 
-    A front-end that never says so, but sends table after table, must not make us hold them all.
+    A front-end that sends table after table without an acknowledgement must not make us keep them all.
     """
     drop_pending(session, memory.mappings)
     session.pending_memory = memory

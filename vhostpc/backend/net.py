@@ -34,7 +34,7 @@ class Bridge(Device):
     """
 
     device_id = DeviceId.NET
-    # The control queue comes with the last of them. QEMU serves it itself, but takes it that we offer the others.
+    # GUEST_ANNOUNCE needs the control queue. QEMU serves that itself, but relies on us to offer both bits.
     features = NetFeature.MRG_RXBUF | NetFeature.CTRL_VQ | NetFeature.GUEST_ANNOUNCE
 
     def __init__(
@@ -60,7 +60,7 @@ class Bridge(Device):
         self._totals = [PumpStats() for _ in range(2 * pairs)]
 
     def _is_control(self, queue: Queue) -> bool:
-        """It follows the pairs, of which a driver without MQ knows one."""
+        """Whether it is the control queue: it follows the pairs, of which a driver without MQ knows one."""
         last = 2 * self._pairs if queue.features & NetFeature.MQ else 2
         return queue.index >= 2 * self._pairs or (
             bool(queue.features & NetFeature.CTRL_VQ) and queue.index == last
@@ -72,7 +72,7 @@ class Bridge(Device):
             return
         link = self._links[queue.index // 2]
         mergeable = bool(queue.features & NetFeature.MRG_RXBUF)
-        # virtio 1.2, 5.1.6.1: num_buffers is there with either of the two.
+        # virtio 1.2, 5.1.6.1: num_buffers is present with either of the two.
         header = 12 if mergeable or queue.features & Feature.VERSION_1 else 10
         before = queue.pump_stats
         self._running[id(queue)] = queue, before
@@ -91,13 +91,13 @@ class Bridge(Device):
     async def handle_disabled_queue(self, queue: Queue) -> None:
         if self._is_control(queue):
             return
-        if queue.index % 2:  # what the guest sends into a disabled queue is dropped
+        if queue.index % 2:  # frames that the guest sends into a disabled queue are dropped
             await queue.pump_out(self._links[queue.index // 2], to=self._to, discard=True)
         else:
             self._give(self._links[queue.index // 2], False)
 
     def send_rarp(self, mac: bytes) -> None:
-        """The network learns where the guest is now from a frame that it seems to have sent."""
+        """From a frame that the guest seems to have sent the network learns where it is now."""
         frame = rarp(mac)
         try:
             if self._to is None:
@@ -115,13 +115,13 @@ class Bridge(Device):
             self._let_go()
 
     def _give(self, link: int, attached: bool) -> None:
-        """Let a further pair's link have frames, or not. A ring that is stopped and started again keeps it."""
+        """Attach a further pair's link, or detach it. It stays attached while a ring is stopped and started again."""
         if self._attach is not None and link != self._links[0] and (link in self._attached) != attached:
             self._attach(link, attached)
             self._attached ^= {link}
 
     def _let_go(self) -> None:
-        """No pair but the first is enabled when a front-end comes."""
+        """When a front-end connects, only the first pair is enabled."""
         for link in self._links:
             self._give(link, False)
 

@@ -31,7 +31,7 @@ async def serve_control(queue: Queue, pairs: int) -> None:
 
 
 def is_done(command: bytes, pairs: int) -> bool:
-    """Whether it needs nothing more: a pair that the driver does not use has no buffers, so there is nothing to set."""
+    """Whether a command is done: a pair that the driver does not use has no buffers, so nothing is to be set."""
     kind = tuple(command[:2])
     if kind == Command.ANNOUNCE_ACK.value:
         return True

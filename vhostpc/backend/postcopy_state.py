@@ -54,8 +54,8 @@ class Postcopy:
     def advise(self) -> int:
         """POSTCOPY_ADVISE: a userfaultfd for the front-end; the descriptor stays ours.
 
-        It may come again (QEMU sends one for each queue pair): memory will be registered with the last one,
-        the others stay open, since the front-end polls them. Raises PostcopyRefused, UfdError.
+        May be repeated (QEMU sends one for each queue pair): memory will be registered with the last ufd; the
+        others stay open, because the front-end polls them. Raises PostcopyRefused, UfdError.
         """
         if mlock_future_in_force():
             raise PostcopyRefused(
@@ -102,7 +102,7 @@ class Postcopy:
     def acknowledged(self) -> int:
         """The front-end has stored our addresses: register the new mappings. Returns how many.
 
-        None is right too: QEMU says it after each stop and continue. Raises PostcopyRefused.
+        There may be none: QEMU sends an acknowledgement after each stop and continue. Raises PostcopyRefused.
         """
         new, self._awaiting = self._awaiting, []
         for mapping in new:
@@ -118,11 +118,11 @@ class Postcopy:
         return len(new)
 
     def forget(self, mappings: set[int]) -> None:
-        """Regions that were taken back before their addresses were acknowledged."""
+        """Forget regions that were removed before their addresses were acknowledged."""
         self._awaiting = [m for m in self._awaiting if id(m) not in mappings]
 
     def end(self) -> None:
-        """POSTCOPY_END: every page is here. May be repeated."""
+        """POSTCOPY_END: every page has arrived. May be repeated."""
         if self.phase is PostcopyPhase.ENDED:
             return
         was_listening = self.listening

@@ -77,7 +77,7 @@ async def get_protocol_features(session: SessionState, frame: Frame) -> Answer:
 async def set_protocol_features(session: SessionState, frame: Frame) -> None:
     P = ProtocolFeature
     wanted = P(unpack_u64(frame.payload))
-    # QEMU acknowledges every bit whose number it knows; what is not offered is simply not in force.
+    # QEMU acknowledges every bit whose number it knows; bits that were not offered have no effect.
     wanted &= session.offered_protocol_features
     if P.INBAND_NOTIFICATIONS in wanted and not (P.REPLY_ACK in wanted and P.BACKEND_REQ in wanted):
         raise RemoteProtocolError("INBAND_NOTIFICATIONS without REPLY_ACK and BACKEND_REQ")
@@ -151,7 +151,7 @@ async def set_vring_num(session: SessionState, frame: Frame) -> None:
     if vring.running:
         await vring.set_up_anew()
     vring.size = state.num
-    await vring.update()  # it may be the last that was missing
+    await vring.update()  # it may be the last setting that was missing
 
 
 @handles(Request.SET_VRING_ADDR)
@@ -201,7 +201,7 @@ def ring_and_fd(session: SessionState, frame: Frame) -> tuple[Vring, int, EventK
 def is_of_no_ring(session: SessionState, request: int, index: int) -> bool:
     """Whether a descriptor, or a disable request, is for a ring that does not exist: that does no harm yet.
 
-    QEMU says so much of all queues of its command line, also of queues that it will not use with what is offered.
+    QEMU sends these for all queues of its command line, also for those that it will not use with the features offered.
     """
     if index < len(session.vrings):
         return False
@@ -316,7 +316,7 @@ async def get_config(session: SessionState, frame: Frame) -> Answer:
     size = session.device.config_size
     if asked.offset >= size:
         return Answer(b"")  # specification: an empty payload is the error
-    # A driver of a newer specification asks for more than there is: the rest reads as zeros.
+    # A driver of a newer specification reads more than there is: the rest is zeros.
     there = min(len(asked.data), size - asked.offset)
     data = session.device.config_for(session, asked.offset, there)
     return Answer(ConfigSpace(asked.offset, asked.flags, data.ljust(len(asked.data), b"\0")).pack())
@@ -356,6 +356,6 @@ async def postcopy_listen(session: SessionState, frame: Frame) -> Answer | None:
 @handles(Request.POSTCOPY_END)
 async def postcopy_end(session: SessionState, frame: Frame) -> None:
     session.postcopy.end()
-    # If the word for the last table never came: its mappings allow no access, and no word is listened for any more.
+    # If the last table was never acknowledged: its mappings allow no access, and no acknowledgement is expected.
     drop_pending(session)
     session.resume_vrings()

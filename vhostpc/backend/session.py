@@ -1,9 +1,9 @@
 """One front-end's session: the message loop.
 
 Two tasks: one always reads, so that the end of the connection is seen whatever a handler waits for; one
-handles strictly in order. The moment the front-end is gone, memory whose pages it would have brought is given
-up, which lets every waiter go. A third task waits for the word that a touch met a page which the front-end had taken
-away from under it (SIGBUS, see ``memory.strike``): that ends the session too.
+handles strictly in order. The moment the front-end is gone, memory whose pages it would have delivered is given
+up, which releases every waiter. A third task waits for the report that a touch met a page which the front-end had
+removed (SIGBUS, see ``memory.strike``): that ends the session too.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ log = rationed_logger(__name__)
 SLOW_MESSAGE = 0.5
 #: Whole messages read ahead of the one being handled.
 READ_AHEAD = 16
-#: How often (s), and how many times, giving up memory is tried again where there is none to put in its place.
+#: How often (s), and how many times, giving up memory is tried again where nothing can be mapped in its place.
 GIVE_UP_AGAIN = 0.1
 GIVE_UP_TRIES = 50
 
@@ -72,8 +72,8 @@ class Session:
         """Serve until the front-end closes the connection.
 
         Raises RemoteProtocolError, GuestMemoryError, PostcopyRefused with one sentence for the log, or what
-        the device raised. All descriptors, mappings and threads of the session are gone when it returns; what could
-        not be given up is told in the log.
+        the device raised. All descriptors, mappings and threads of the session are gone when it returns; the log names
+        those that could not be given up.
         """
         try:
             with known(self._connection):
@@ -124,7 +124,7 @@ class Session:
                 frame = await self.socket.receive()
                 if frame is None:
                     return
-                # The handler may wait for a page of this very front-end, or its reply may have found nobody.
+                # The handler may wait for a page of this very front-end, or its reply may have met a closed connection.
                 if not await self.socket.hand_on(frame, self._frames_in):
                     return
 
@@ -140,7 +140,7 @@ class Session:
                 if took > SLOW_MESSAGE:
                     log.warning("%s: %s took %.1f s", self.name, request_name(frame.request), took)
         except (BrokenPipeError, ConnectionResetError):
-            # The reply found nobody; the reader sees the same.
+            # The connection is closed; the reader sees the same.
             await trio.sleep_forever()
 
     async def _handle(self, frame: Frame) -> None:
@@ -156,7 +156,7 @@ class Session:
             return
         spec = REQUESTS.get(frame.request)
         if spec is None or (spec.gate is not None and spec.gate not in state.protocol_features):
-            # Not offered, so not ours: decline, do not exit.
+            # Not offered: decline it, do not end the session.
             log.warning("%s: %s is not offered and was declined", self.name, name)
             await self._acknowledge(frame, 1)
             return
@@ -172,7 +172,7 @@ class Session:
         elif spec.reply is Reply.U64:
             await self._reply(frame.request, answer or Answer(pack_u64(0)))
         elif answer is not None and answer.failed and not self._wants_ack(frame):
-            # Without an ack a failure can only be told by hanging up.
+            # Without an ack only the end of the connection can report a failure.
             raise RemoteProtocolError(f"{name} failed, and the front-end did not request an ack")
         else:
             await self._acknowledge(frame, 1 if answer is not None and answer.failed else 0)

@@ -28,7 +28,7 @@ from vhostpc.wire.vhost_user import Feature, ProtocolFeature
 
 log = rationed_logger(__name__)
 
-#: A ring whose front-end gave no kick descriptor is looked at this often (s).
+#: A ring whose front-end gave no kick descriptor is polled this often (s).
 POLL_INTERVAL = 0.001
 
 
@@ -52,7 +52,7 @@ class SessionState:
         self.memory: GuestMemory | None = None
         #: In postcopy: the next table, until the front-end has stored our addresses of it.
         self.pending_memory: GuestMemory | None = None
-        #: Rings touch nothing between our answer to a table in postcopy and the front-end's word for it.
+        #: Rings touch nothing between our answer to a table in postcopy and the front-end's acknowledgement.
         self.vrings_paused = False
         #: All that are mapped, in force or not.
         self.mappings: set[Mapping] = set()
@@ -65,7 +65,7 @@ class SessionState:
         self.status = 0
         self.owned = False
         self._forwarders: dict[int, trio.CancelScope] = {}
-        #: Rings whose error is being told, and whether it is to be told once more.
+        #: Rings whose error is being reported, and whether it is to be reported once more.
         self._errors: dict[int, bool] = {}
         self.vrings = [Vring(self, i) for i in range(device.num_queues)]
 
@@ -133,7 +133,7 @@ class SessionState:
 
     @property
     def may_run(self) -> bool:
-        """May rings run? Not before features are known, nor while writes should be logged and cannot be."""
+        """Whether rings may run: not before features are known, nor while writes should be logged and cannot be."""
         if not self.features_set:
             return False
         waits_for_log = (
@@ -156,7 +156,7 @@ class SessionState:
             await vring.update()
 
     async def pause_vrings(self) -> None:
-        """Let no ring touch memory until :meth:`resume_vrings`; return when none does. Waits for pages in hand."""
+        """Let no ring touch memory until :meth:`resume_vrings`; return when none does. Waits for touches in flight."""
         if not self.vrings_paused:
             self.vrings_paused = True
             for vring in self.vrings:
@@ -187,7 +187,7 @@ class SessionState:
     def own_kick(self) -> tuple[int, trio.CancelScope | None]:
         """A kick eventfd of our own: written by VRING_KICK, or at intervals where the front-end wants polling.
 
-        The scope, if any, is round the task that writes it, which must be cancelled before the eventfd is closed.
+        The scope, if any, is that of the task that writes it; cancel it before the eventfd is closed.
         """
         fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         if self.inband:
@@ -205,7 +205,7 @@ class SessionState:
     def kick_from(self, fd: int, index: int) -> tuple[int, trio.CancelScope]:
         """A kick eventfd of our own, written for each input from a pipe or socket, which is ours from now on.
 
-        The scope is round the task that writes it, as above.
+        The scope is that of the task that writes it, as above.
         """
         own = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         scope = trio.CancelScope()
@@ -218,9 +218,9 @@ class SessionState:
                 while True:
                     await trio.lowlevel.wait_readable(fd)
                     if scope.cancel_called:
-                        return  # just as something came: the number of our own may be another descriptor's by now
+                        return  # just as input arrived: the number of our own may belong to another descriptor by now
                     if not clear_event(fd):
-                        # Else it would be readable for ever.
+                        # Otherwise it would be readable for ever.
                         log.warning(
                             "%s: ring %d: it gets no more kicks: its descriptor has ended",
                             self.name,
@@ -255,7 +255,7 @@ class SessionState:
     async def _tell_inband(
         self, index: int, request: Callable[[BackendChannel, int], Awaitable[None]]
     ) -> None:
-        """Messages about a ring before the channel exists are sent when it comes: it may follow the set-up."""
+        """Messages about a ring from before the channel exists are sent when it does: it may follow the set-up."""
         while self.channel is None:
             await self.channel_came.wait()
         await self._tell(partial(request, self.channel, index))
@@ -272,7 +272,7 @@ class SessionState:
         if vring.err >= 0:
             signal_event(vring.err)
         if self.inband and not self._errors.get(index):
-            # One task a ring: a front-end that does not answer may break its rings as often as it likes.
+            # One task for each ring: a front-end that does not answer may break its rings any number of times.
             waiting, self._errors[index] = index in self._errors, True
             if not waiting:
                 self.nursery.start_soon(self._tell_errors, index)

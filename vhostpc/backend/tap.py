@@ -20,13 +20,13 @@ _IFF_ATTACH_QUEUE, _IFF_DETACH_QUEUE = 0x0200, 0x0400
 def open_tap(name: str, *, multi_queue: bool = False, make: bool = False) -> int:
     """A non-blocking descriptor of tap device ``name``.
 
-    ``multi_queue``: one queue of several, one call each. ``make``: if there is none, make one (CAP_NET_ADMIN), which
-    goes with its last descriptor. Raises VhostpcError that says what to do.
+    ``multi_queue``: one queue of several, one call each. ``make``: create the device if it does not exist
+    (CAP_NET_ADMIN); it is deleted with its last descriptor. Raises VhostpcError, with the remedy.
     """
     if not 0 < len(name.encode()) < 16:
         raise VhostpcError(f"tap {name!r}: a name must have 1 to 15 bytes")
     if not make:
-        # TUNSETIFF would make one of a name that was only mistyped.
+        # TUNSETIFF would create a device for a name that was only mistyped.
         try:
             socket.if_nametoindex(name)
         except OSError:
@@ -56,7 +56,7 @@ def may_open_any_tap() -> bool:
     """
     fd = _open_tun()
     try:
-        # The kernel looks at the rights first, then it refuses a device that is neither tun nor tap (tun_set_iff).
+        # The kernel checks the privilege first, then it refuses a device that is neither tun nor tap (tun_set_iff).
         fcntl.ioctl(fd, _TUNSETIFF, struct.pack("=16sH22x", b"", 0))
     except OSError as e:
         return e.errno != errno.EPERM
@@ -75,16 +75,16 @@ def _open_tun() -> int:
 
 
 def attach_queue(fd: int, attached: bool) -> None:
-    """Give one queue of several frames of the network, or give them all to the others (TUNSETQUEUE).
+    """Attach one of several queues, so that it gets frames of the network, or detach it (TUNSETQUEUE).
 
-    What waits in a queue that is let go is dropped. Raises OSError, EINVAL if the queue is so already.
+    Frames that wait in a queue are dropped when it is detached. Raises OSError, EINVAL if the queue is in that state.
     """
     flag = _IFF_ATTACH_QUEUE if attached else _IFF_DETACH_QUEUE
     fcntl.ioctl(fd, _TUNSETQUEUE, struct.pack("=16sH22x", b"", flag))
 
 
-#: Seconds between two looks whether a tap device is there. Its descriptor says nothing by itself when it is not, but to
-#: who wants to know of each frame too.
+#: Seconds between two checks that a tap device still exists. On its descriptor only a poll that also reports each frame
+#: would report its end.
 LOOK_INTERVAL = 1.0
 
 

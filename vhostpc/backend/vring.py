@@ -23,12 +23,12 @@ from vhostpc.wire.vhost_user import VringAddr
 
 log = rationed_logger(__name__)
 
-#: Seconds that a handler which waits for the outside world gets to end by itself when its ring stops.
+#: Seconds that a handler waiting for the outside world has to end by itself when its ring stops.
 GRACE = 0.2
 #: Seconds for which a ring that is started and not enabled is left alone. Front-ends enable a moment after they
 #: start; a device that drops the input of a disabled queue would drop data that the guest sends in between.
 ENABLE_SOON = 0.1
-#: Seconds after which a stop that waits for the device is told in the log.
+#: Seconds after which a stop that waits for the device is logged.
 GAP_WARNING = 5.0
 
 
@@ -74,10 +74,10 @@ class Vring:
         self.err = -1
         self.broken = False
         self._call_known = False
-        #: Round the task that writes our own kick descriptor at intervals, where the front-end gave none.
+        #: The scope of the task that writes our own kick descriptor at intervals, where the front-end gave none.
         self.poller: trio.CancelScope | None = None
         self._scope: trio.CancelScope | None = None
-        self._expecting: trio.CancelScope | None = None  # round the time in which an enable is expected
+        self._expecting: trio.CancelScope | None = None  # the scope of the wait for an enable
         self._done = trio.Event()
         self._done.set()
         self._with_enabled = False
@@ -139,7 +139,7 @@ class Vring:
             self.ring.resume()
 
     def set_kick(self, fd: int, poller: trio.CancelScope | None = None) -> None:
-        """Own another kick descriptor, and the task that writes it if there is one; only while paused or stopped."""
+        """Take over another kick descriptor, and the task that writes it, if any; only while paused or stopped."""
         old, self.kick = self.kick, fd
         old_poller, self.poller = self.poller, poller
         self.ring.set_kick(fd)
@@ -182,7 +182,7 @@ class Vring:
         self.configure()
         self.ring.set_inflight(self._session.inflight)
         if not self._call_known:
-            self.set_call(-1)  # who is called in-band need not say so of each ring
+            self.set_call(-1)  # a driver that is called in-band need not say so for each ring
         self._session.ring_starts()
         self.work.start(self.kick)
         self._with_enabled = self.enabled
@@ -218,7 +218,7 @@ class Vring:
             self._done.set()
 
     def _break(self, why: str) -> None:
-        """The driver broke the ring: say so once, signal the error descriptor, stay stopped."""
+        """The driver broke the ring: log it once, signal the error descriptor, stay stopped."""
         self.broken = True
         log.error("%s: ring %d stopped: %s", self._session.name, self.index, why)
         self._session.ring_failed(self.index)
@@ -237,7 +237,7 @@ class Vring:
                 self._scope.cancel()
                 await self._done.wait()
             elif self.running and waited >= GAP_WARNING:
-                # Something younger is answered already: only the device can close the gap, so it is not cancelled.
+                # A younger chain is answered already: only the device can close the gap, so it is not cancelled.
                 log.warning(
                     "%s: ring %d: the stop waits for a request that is older than one already answered",
                     self._session.name,
@@ -248,14 +248,14 @@ class Vring:
     async def set_up_anew(self) -> None:
         """The front-end sets the ring up again instead of changing it while it runs: the next KICK starts it.
 
-        Some front-ends do so after a reset, without GET_VRING_BASE. Waits for a page only if a touch in hand does.
+        Some front-ends do so after a reset, without GET_VRING_BASE. Waits for a page only if a touch in progress does.
         """
         self.started = False
         await self.update()
         self.broken = False
 
     async def stop(self) -> int:
-        """GET_VRING_BASE: stop, and return the next avail index. Waits for a page only if a touch in hand does."""
+        """GET_VRING_BASE: stop, and return the next avail index. Waits for a page only if a touch in progress does."""
         await self.set_up_anew()
         base = self.ring.base
         self.set_kick(-1)

@@ -75,7 +75,7 @@ def check_userfaultfd(found: Probe) -> Check:
     }
     assert found.best is not None
     text = words[found.best]
-    # What else could be needed: QEMU and other back-ends want the full form.
+    # Peers may need more: QEMU and other back-ends want the full form.
     if found.best is Way.USER_MODE_ONLY:
         refused = {w.way: w.errno for w in found.ways if not w.works}
         mend = explain(refused).rpartition("to fix it, ")[2]

@@ -19,7 +19,7 @@ from click.shell_completion import CompletionItem
 DONE, FAILED, USAGE, CANNOT = 0, 1, 2, 3
 """Exit codes: done; the work failed; wrong usage; this machine cannot do it."""
 
-#: What a session of a device with two queues, a migration and a few monitors take together.
+#: Descriptors that a session of a device with two queues, a migration and a few monitors need together.
 LEAST_DESCRIPTORS = 32
 LEVELS = ["debug", "info", "warning", "error"]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -59,7 +59,7 @@ def ended_in_order() -> Iterator[None]:
     """A block whose clean-up is done when one of :func:`ending_signals` ends it. For a program without tasks."""
 
     def end(number: int, _: object) -> None:
-        sys.exit(128 + number)  # as a shell tells of one that a signal has ended
+        sys.exit(128 + number)  # as a shell reports a program that a signal has ended
 
     before = {number: signal.signal(number, end) for number in ending_signals() if number != signal.SIGINT}
     try:
@@ -138,7 +138,7 @@ def few_descriptors() -> str:
         used = len(os.listdir("/proc/self/fd"))
     except OSError as e:
         if e.errno not in (errno.EMFILE, errno.ENFILE):
-            return ""  # without /proc nobody counts them
+            return ""  # without /proc they cannot be counted
         used = limit  # not one more
     if limit == resource.RLIM_INFINITY or limit - used >= LEAST_DESCRIPTORS:
         return ""

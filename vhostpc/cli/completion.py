@@ -24,6 +24,6 @@ def completion(shell: str) -> int:
     """
     kind = get_completion_class(shell)
     assert kind is not None
-    # Not the class's own source(): bash's would start a bash to look at its version.
+    # Not the class's own source(): bash's would start a bash to find its version.
     click.echo(ShellComplete.source(kind(click.Command(NAME), {}, NAME, VARIABLE)))
     return 0

@@ -8,6 +8,8 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import click
@@ -23,15 +25,19 @@ from vhostpc.cli.common import (
 )
 from vhostpc.dialect import DEFAULT, DIALECTS, Compat
 from vhostpc.endpoint import LINK_TIMEOUT, Endpoint, Links
-from vhostpc.errors import is_foreseen, sentence
+from vhostpc.endpoint.recovery import advice
+from vhostpc.errors import GuestMemoryError, is_foreseen, sentence
 from vhostpc.guest.own_machine import Block, Spec, open_machine
 from vhostpc.logs import rationed_logger
 from vhostpc.migration import uri
 from vhostpc.migration.held import HeldMachine
+from vhostpc.migration.left import NAME as NOTE
+from vhostpc.migration.left import LeftMachine, Note, Notes
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import After
 from vhostpc.pages.dirty import DirtyWay
+from vhostpc.pages.ramfiles import RamFiles
 from vhostpc.qmp import Events, Monitor, sizes
 from vhostpc.qmp.screen import Screen, shared
 from vhostpc.qmp.terminal import TextMonitor
@@ -154,47 +160,102 @@ async def serve(
             nursery.cancel_scope.cancel()
 
 
+@dataclass
+class RamDir:
+    """``--ram-dir``: the memory's files, and the note that a killed process has left there."""
+
+    files: RamFiles
+    notes: Notes
+    note: Note | None
+
+    @classmethod
+    def at(cls, folder: Path, ram: Sequence[Block]) -> RamDir:
+        """Raises GuestMemoryError."""
+        files = RamFiles(folder)
+        try:
+            notes = Notes(files)
+            note = notes.read()
+            if note is not None and ram:
+                wanted = [(b.name, b.length, b.page_size) for b in ram]
+                if wanted != [(b.name, b.length, b.page_size) for b in note.blocks]:
+                    raise GuestMemoryError(
+                        f"{folder} holds the memory of another machine: its RAM is not as in --ram"
+                    )
+        except BaseException:
+            files.close()
+            raise
+        return cls(files, notes, note)
+
+
 @contextlib.asynccontextmanager
-async def held(ram: Sequence[Block]) -> AsyncIterator[Machine]:
+async def left(note: Note, files: RamFiles) -> AsyncIterator[Machine]:
+    """What another process has left of a machine."""
+    with LeftMachine(note, files) as machine:
+        yield machine
+
+
+@contextlib.asynccontextmanager
+async def held(ram: Sequence[Block], files: RamFiles | None = None) -> AsyncIterator[Machine]:
     """The expected machine, whose named blocks must have the given sizes."""
     with HeldMachine(
         page_sizes={block.name: block.page_size for block in ram},
         lengths={block.name: block.length for block in ram},
+        files=files,
     ) as machine:
         yield machine
 
 
-async def run(
-    open_it: contextlib.AbstractAsyncContextManager[Machine],
-    options: Options,
-    after: After,
-    trace: int,
-    spin_us: int,
-    links: Links,
-    stopped: bool,
-    qmp: str | None,
-    monitor: str | None,
-    incoming: str | None,
-    screen: Screen | None = None,
-) -> BaseException | None:
+@dataclass(frozen=True)
+class Given:
+    """What the command line says of an endpoint, whose machine is made apart from it."""
+
+    options: Options
+    qmp: str | None = None
+    monitor: str | None = None
+    incoming: str | None = None
+    stopped: bool = False
+    after: After = field(default_factory=After)
+    trace: int = 0
+    spin_us: int = 0
+    links: Links = field(default_factory=Links)
+    ram_dir: RamDir | None = None
+    screen: Screen | None = None
+
+
+async def run(open_it: contextlib.AbstractAsyncContextManager[Machine], given: Given) -> BaseException | None:
     """Create the machine and serve it; returns why an expected machine did not arrive, None if all is well."""
-    events = Events(options)
+    events, ram_dir, incoming = Events(given.options), given.ram_dir, given.incoming
+    is_left = ram_dir is not None and ram_dir.note is not None
     async with open_it as machine:
-        if incoming is None and not stopped:
+        if is_left:
+            log.warning(
+                "postcopy-paused: this process has the memory of a machine whose process was killed in postcopy; "
+                "nothing else of it: %s",
+                advice("source"),
+            )
+        elif incoming is None and not given.stopped:
             await machine.cont()
         served = Endpoint(
             machine,
-            options,
+            given.options,
             events,
-            incoming=incoming is not None,
-            autostart=not stopped,
-            after=after,
-            trace=trace,
-            spin_us=spin_us,
-            links=links,
+            incoming=incoming is not None and not is_left,
+            autostart=not given.stopped,
+            after=given.after,
+            trace=given.trace,
+            spin_us=given.spin_us,
+            links=given.links,
+            notes=None if ram_dir is None else ram_dir.notes,
+            left=is_left,
         )
-        await serve(served, events, qmp, monitor, incoming, screen)
-        return served.error
+        await serve(served, events, given.qmp, given.monitor, None if is_left else incoming, given.screen)
+    if ram_dir is not None:
+        if served.owes_pages:
+            log.warning("the memory stays in %s: a destination needs it", ram_dir.files.folder)
+        else:
+            ram_dir.files.remove()
+            ram_dir.notes.remove()
+    return served.error
 
 
 @click.command()
@@ -304,6 +365,13 @@ async def run(
     metavar="SECONDS",
     help="Recover a paused postcopy automatically: connect again, or listen again, at the same address for this long.",
 )
+@click.option(
+    "--ram-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Keep guest memory in files there (tmpfs, hugetlbfs): a source that is killed in postcopy can be replaced by "
+    "another process with the same folder.",
+)
 @common_options
 def endpoint(
     qmp: str | None,
@@ -324,6 +392,7 @@ def endpoint(
     postcopy_after_passes: int | None,
     link_timeout: float,
     recover_for: float,
+    ram_dir: Path | None,
 ) -> int:
     """Play one end of a migration: run a machine of its own, or receive one, hold it, and send it on.
 
@@ -335,7 +404,7 @@ def endpoint(
     if qmp is None and monitor is None:
         raise click.UsageError("give --qmp or --monitor: without one, nobody can control it")
     own = incoming is None or vcpus is not None or bool(backend)
-    if own and not ram:
+    if own and not ram and not (ram_dir and (ram_dir / NOTE).exists()):
         raise click.UsageError(
             "give --ram for a machine of its own, or --incoming alone to hold one that arrives"
         )
@@ -352,23 +421,33 @@ def endpoint(
     start_logging(screen)
     need_descriptors()
     open_it: contextlib.AbstractAsyncContextManager[Machine]
-    open_it = open_machine(spec, empty=incoming is not None) if own else held(ram)
-    after = After(postcopy_after_seconds, postcopy_after_passes)
-    trace = TRACED_FAULTS if trace_faults else 0
-    error = trio.run(
-        run,
-        open_it,
+    try:
+        kept = RamDir.at(ram_dir, ram) if ram_dir is not None else None
+    except GuestMemoryError as e:
+        raise Failure(str(e)) from None
+    files = None if kept is None else kept.files
+    if kept is not None and kept.note is not None:
+        open_it = left(kept.note, kept.files)
+    else:
+        open_it = open_machine(spec, empty=incoming is not None, files=files) if own else held(ram, files)
+    given = Given(
         Options(compat),
-        after,
-        trace,
-        spin_us,
-        Links(link_timeout, recover_for),
-        stopped,
         qmp,
         monitor,
         incoming,
+        stopped,
+        After(postcopy_after_seconds, postcopy_after_passes),
+        TRACED_FAULTS if trace_faults else 0,
+        spin_us,
+        Links(link_timeout, recover_for),
+        kept,
         screen,
     )
+    try:
+        error = trio.run(run, open_it, given)
+    finally:
+        if kept is not None:
+            kept.files.close()
     if error is not None:
         what = sentence(error) if is_foreseen(error) else "failed"
         raise Failure(f"the machine did not arrive: {what}")

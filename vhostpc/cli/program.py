@@ -37,7 +37,7 @@ from vhostpc.ufd import probe
 log = rationed_logger(__name__)
 
 MODE = 0o600
-#: -1 of a gid_t: chown(2) takes it for "leave the group as it is".
+#: -1 of a gid_t: for chown(2), "leave the group as it is".
 NO_GROUP = 0xFFFFFFFF
 
 
@@ -312,7 +312,7 @@ async def run(
 ) -> None:
     """Run ``work`` to its end, or until SIGTERM, SIGINT or SIGHUP, which are a clean end."""
     for number in heard:
-        signal.signal(number, signal.SIG_IGN)  # one that comes with the end must not be the end
+        signal.signal(number, signal.SIG_IGN)  # a signal that arrives during the end must not cut it short
     with trio.open_signal_receiver(*ending_signals(), *heard) as signals:
         async with trio.open_nursery() as nursery:
 

@@ -1,6 +1,6 @@
 """The standard streams of a program: some may be closed, and some may have lost their reader.
 
-The exit code tells of the work. A line for people on stderr that reaches nobody is no failure of it.
+The exit code reports the work. A line for people on stderr that reaches nobody is no failure of the work.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Unheard(io.FileIO):
 def hold_streams() -> None:
     """Make stdin, stdout and stderr usable for the life of this process, and let writing to stderr never fail.
 
-    A number that is closed gets ``/dev/null``: else the next file or socket that is opened would get it, and with it
-    what is meant for a person.
+    A closed descriptor number gets ``/dev/null``. Otherwise the next file or socket that is opened would get the
+    number, and with it output that is meant for a person.
     """
     for number in range(3):
         try:
@@ -48,8 +48,8 @@ def hold_streams() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process. Nothing is flushed where a stopped terminal holds a thread with the lock of a stream: Python
-    would wait for it, or abort."""
+    """End the process. Nothing is flushed if a stopped terminal blocks a thread that has the lock of a stream: Python
+    would wait for the lock, or abort."""
     # Only an endpoint loads this, and it is not worth loading for the others.
     screen = sys.modules.get("vhostpc.qmp.screen")
     if screen is not None and screen.held_threads:

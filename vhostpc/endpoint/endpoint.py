@@ -19,6 +19,7 @@ import trio
 from vhostpc.endpoint.recovery import (
     Backoff,
     Links,
+    advice,
     can_be_repeated,
     keep_listening,
     listened_at,
@@ -27,6 +28,7 @@ from vhostpc.endpoint.recovery import (
 )
 from vhostpc.endpoint.reports import came, map_of, sent, trace_of
 from vhostpc.endpoint.stalls import tell_waits
+from vhostpc.endpoint.unfailing import Unfailing
 from vhostpc.errors import (
     ChannelLost,
     MigrationRefused,
@@ -40,10 +42,11 @@ from vhostpc.logs import rationed_logger
 from vhostpc.migration.channel import Channel, connect, listen
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.info import MigrationInfo
+from vhostpc.migration.left import Notes
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.options import Options
 from vhostpc.migration.outgoing import After, Outgoing
-from vhostpc.migration.phase import Course, Event, Phase, Told
+from vhostpc.migration.phase import LEFT, Course, Event, Phase, Told, begun
 from vhostpc.migration.runstate import RunState, check_migrate
 from vhostpc.migration.status import BUSY, IN_POSTCOPY, Status
 from vhostpc.migration.uri import Address, Exec, Fd, File
@@ -73,7 +76,8 @@ class Endpoint:
     ``incoming``: it waits for a machine to come. ``autostart``: a machine that came runs. ``after``: when a precopy
     switches to postcopy by itself. ``trace``: how many answered faults of a machine that comes are remembered one by
     one. ``spin_us``: how long its fault loop and its load look on before they sleep. ``links``: when one is lost, and
-    what follows.
+    what follows. ``notes``: where it is noted that a postcopy from here goes on; ``left``: one did, and the machine is
+    what its process has left.
     """
 
     def __init__(
@@ -88,12 +92,14 @@ class Endpoint:
         trace: int = 0,
         spin_us: int = 0,
         links: Links | None = None,
+        notes: Notes | None = None,
+        left: bool = False,
     ) -> None:
         self.machine = machine
         self.options = options
         self.error: BaseException | None = None
         """Why the program ends, where an expected machine did not arrive."""
-        self._events = events
+        self._events = Unfailing(events)
         self._after = after
         self._trace = trace
         self._spin_us = spin_us
@@ -118,6 +124,12 @@ class Endpoint:
         self._starting = trio.Lock()  # one migrate at a time
         self._sent = trio.Event()  # nothing of the last one is under way any more
         self._sent.set()
+        self._notes = notes
+        if left:
+            self._course = begun("source", *LEFT, dialect=options.dialect, tell=self._moved)
+            self.run_state = RunState.FINISH_MIGRATE
+            self._began = trio.current_time()
+            self._outgoing = Outgoing(None, machine, self._course, self, options=options, notes=notes)
         # As a destination.
         self._incoming: Incoming | None = None
         self._recovery: trio.CancelScope | None = None
@@ -156,13 +168,23 @@ class Endpoint:
     def status(self) -> Status:
         return self._course.status
 
+    @property
+    def owes_pages(self) -> bool:
+        """A destination needs the memory that is here."""
+        return self._course.side == "source" and self._course.in_postcopy
+
     def info(self) -> MigrationInfo:
         status, dialect = self.status, self.options.dialect
         came = self._course.side == "destination"
         # Why a postcopy is paused is told by a source only, and not by all; the log has it always.
         told_early = dialect.error_before_failed and not came
         error = self._error_desc if status is Status.FAILED or told_early else None
-        told_always = MigrationInfo(status, error_desc=error, blocked_reasons=[*self.machine.blocked()])
+        told_always = MigrationInfo(
+            status,
+            error_desc=error,
+            blocked_reasons=[*self.machine.blocked()],
+            advice=advice(self._course.side) if status is Status.POSTCOPY_PAUSED else None,
+        )
         if came:
             told = self._addresses if dialect.address_after_listening or status in BUSY else []
             return replace(told_always, socket_address=told)
@@ -261,9 +283,13 @@ class Endpoint:
 
     async def _stand(self, run_state: RunState) -> None:
         """Stop the machine, if it runs."""
-        ran = self.machine.running
+        ran, before = self.machine.running, self.run_state
         self.run_state = run_state
-        await self.machine.stop()
+        try:
+            await self.machine.stop()
+        except Exception:
+            self.run_state = before
+            raise
         if ran:
             self._events.stop()
 
@@ -304,6 +330,8 @@ class Endpoint:
             f"migration: {status}%s",  # each status is a line of its own kind, of which not too many come
             why,
         )
+        if status is Status.POSTCOPY_PAUSED and (not self._links.recover_for or self._by_hand):
+            log.warning("migration: %s", advice(self._course.side))
         self._events.migration(status)
 
     def passed(self, number: int) -> None:
@@ -399,7 +427,13 @@ class Endpoint:
                 channel.limit_silence(self._links.timeout)
                 if outgoing is None:
                     self._outgoing = outgoing = Outgoing(
-                        channel, self.machine, self._course, self, options=self.options, after=self._after
+                        channel,
+                        self.machine,
+                        self._course,
+                        self,
+                        options=self.options,
+                        after=self._after,
+                        notes=self._notes,
                     )
                     if self._early_switch:
                         outgoing.start_postcopy()

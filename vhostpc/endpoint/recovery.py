@@ -14,7 +14,7 @@ from vhostpc.logs import rationed_logger
 from vhostpc.migration.channel import listen
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.last_word import say_again
-from vhostpc.migration.phase import Phase
+from vhostpc.migration.phase import Phase, Side
 from vhostpc.migration.uri import Address, Tcp, Unix
 
 log = rationed_logger(__name__)
@@ -36,6 +36,12 @@ class Links:
     """Of silence that end a link while something is outstanding; 0: never."""
     recover_for: float = 0
     """For which a paused postcopy connects, or listens, again; 0: it waits for a person."""
+
+
+def advice(side: Side) -> str:
+    """The commands that recover a paused migration."""
+    here, there = ("here", "at the source") if side == "destination" else ("at the destination", "here")
+    return f"to recover, enter migrate_recover URI {here}, then migrate -r URI {there}"
 
 
 def can_be_repeated(address: Address) -> bool:

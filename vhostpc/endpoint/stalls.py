@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import trio
 
+from vhostpc.errors import sentence
 from vhostpc.logs import rationed_logger
 
 log = rationed_logger(__name__)
@@ -17,8 +18,16 @@ FIRST, LONGEST = 1.0, 60.0
 async def tell_waits(progress: Callable[[], tuple[object, str]]) -> None:
     """Log a line when there is no progress for a while, and again at growing intervals, until cancelled.
 
-    ``progress``: something that changes while it goes on, and what to say when it does not.
+    ``progress``: something that changes while it goes on, and what to say when it does not. What goes wrong here stops
+    nothing but the telling.
     """
+    try:
+        await _tell(progress)
+    except Exception as error:
+        log.error("migration: what it waits for is no longer reported: %s", sentence(error), exc_info=error)
+
+
+async def _tell(progress: Callable[[], tuple[object, str]]) -> None:
     seen, _ = progress()
     since = trio.current_time()
     told_at = FIRST

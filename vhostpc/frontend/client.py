@@ -39,7 +39,7 @@ from vhostpc.wire.vhost_user import (
     unpack_u64,
 )
 
-#: What this front-end understands; bits beyond these are never acknowledged.
+#: The bits that this front-end understands; others are never acknowledged.
 KNOWN_PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
     | ProtocolFeature.LOG_SHMFD
@@ -98,7 +98,7 @@ class FrontEnd:
         try:
             with self._frames_in:
                 while (frame := await self._stream.receive()) is not None:
-                    # Of a back-end that sends what nobody asked for the end is seen all the same.
+                    # The end is seen also of a back-end that sends messages which nobody requested.
                     if not await self._stream.hand_on(frame, self._frames_in):
                         break
         except (OSError, trio.ClosedResourceError):
@@ -148,7 +148,7 @@ class FrontEnd:
         await self.send_bytes(encode(request, payload, flags=flags), fds, request_name(request))
 
     async def send_bytes(self, data: bytes, fds: Sequence[int] = (), what: str = "bytes") -> None:
-        """Send bytes that need not be a message. After a RequestFailed half of them may have been sent."""
+        """Send bytes that need not be a message. After a RequestFailed some of them may have been sent."""
         with trio.move_on_after(self.timeout):
             try:
                 await self._stream.send(data, fds)
@@ -181,7 +181,7 @@ class FrontEnd:
     ) -> Frame:
         """Send a request and return its verified reply; the caller owns the reply's descriptors.
 
-        ``size``: what the payload must have, in bytes. Raises RemoteProtocolError for a reply with another
+        ``size``: of the payload, in bytes. Raises RemoteProtocolError for a reply with another
         number, with flags other than 0x5 or another size; RequestFailed when it is late; PeerClosed.
         """
         async with self._one:
@@ -216,7 +216,7 @@ class FrontEnd:
     ) -> list[Frame]:
         """Send several requests at once and return their verified replies, in order; as :meth:`request` for each.
 
-        The back-end does one after the other; what is saved is a way there and back for each.
+        The back-end serves one after the other; a round trip is saved for each.
         """
         frames: list[Frame] = []
         async with self._one:
@@ -388,8 +388,8 @@ class FrontEnd:
     async def get_inflight_fd(self, queues: int, queue_size: int) -> tuple[Inflight, int] | None:
         """Have the back-end create an inflight region; its descriptor is the caller's. None: it creates none.
 
-        Who acknowledges INFLIGHT_SHMFD (``negotiate`` does where it is asked to) also sends :meth:`set_inflight_fd`
-        before a ring starts: libvhost-user ends without it.
+        A front-end that acknowledges INFLIGHT_SHMFD (``negotiate`` does on request) must also call
+        :meth:`set_inflight_fd` before a ring starts: libvhost-user ends without it.
         """
         frame = await self.request(
             Request.GET_INFLIGHT_FD, Inflight(0, 0, queues, queue_size).pack(), size=24
@@ -489,7 +489,7 @@ async def connect(path: str | os.PathLike[str], *, timeout: float = 10) -> Async
                 problem = e
                 attempt.close()
                 if e.errno == errno.ENAMETOOLONG:
-                    break  # that does not pass
+                    break  # an error that does not pass
                 await trio.sleep(0.02)
             except BaseException:
                 attempt.close()

@@ -107,7 +107,7 @@ class DriverNumbers:
     """Used entries that name no chain in flight, or too many bytes."""
     in_flight: int
     avail_index: int
-    """Free running, 16 bits: what SET_VRING_BASE continues from is the device's own."""
+    """Free running, 16 bits. SET_VRING_BASE continues from the device's own index."""
     used_index: int
     received: FrameNumbers
 
@@ -124,8 +124,8 @@ class Driver(Owner):
     """One queue. ``kick`` and ``call`` are its eventfds, for SET_VRING_KICK and SET_VRING_CALL.
 
     One call at a time; each raises MemoryLost when the RAM set was given up. ``event_idx`` says that
-    VIRTIO_F_EVENT_IDX was negotiated, ``header`` how many bytes of device header stand before a frame (net:
-    12), ``receive`` that the device writes. Raises ValueError for a layout that cannot be, Shortage, OSError.
+    VIRTIO_F_EVENT_IDX was negotiated, ``header`` how many bytes of device header precede a frame (net: 12),
+    ``receive`` that the device writes. Raises ValueError for an impossible layout, Shortage, OSError.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Driver(Owner):
         for name in RingLayout.__dataclass_fields__:
             setattr(raw, name, getattr(layout, name))
         raw.header, raw.receive, raw.event_idx, raw.stream = header, receive, event_idx, stream
-        # All that its calls and its loop need is allocated here: they cannot fail for lack of a thread.
+        # Everything that its calls and its loop need is allocated here: they cannot fail for lack of a thread.
         with ExitStack() as stack:
             self._thread = KeptThread(Thread.DRIVER, "the driver of a ring")
             stack.callback(self._thread.close)
@@ -206,14 +206,14 @@ class Driver(Owner):
         return lib.vpc_driver_unseen(self.handle, first, end)
 
     def save(self) -> bytes:
-        """The state with which a driver of the same layout goes on elsewhere. Touches nothing; no call may run."""
+        """The state with which a driver of the same layout continues elsewhere. Touches nothing; no call may run."""
         room = check(lib.vpc_driver_save(self.handle, ffi.NULL, 0), "state of a driver")
         buffer = ffi.new("unsigned char[]", room)
         check(lib.vpc_driver_save(self.handle, buffer, room), "state of a driver")
         return bytes(ffi.buffer(buffer, room))
 
     def load(self, state: bytes) -> None:
-        """Go on where another driver was when it was saved. Raises StreamError, having changed nothing."""
+        """Continue where another driver was when it was saved. Raises StreamError, having changed nothing."""
         rc = lib.vpc_driver_load(self.handle, ffi.from_buffer(state), len(state))
         if rc == -errno.EINVAL:
             raise StreamError(

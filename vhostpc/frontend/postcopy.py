@@ -1,7 +1,7 @@
 """QEMU's part in the postcopy of one back-end: ADVISE, LISTEN, addresses, END.
 
-Its userfaultfd becomes a client of the fault service; a back-end that dies is taken out of it. Nothing here
-serves a fault: that is the fault loop's, which needs no turn of this task.
+Its userfaultfd becomes a client of the fault service; the client of a back-end that ends is removed. Nothing here
+serves a fault: the fault loop does, which needs no turn of this task.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class BackendPostcopy:
     async def advise(self) -> Client:
         """POSTCOPY_ADVISE: get the back-end's ufd and read its faults from now on. May be repeated.
 
-        The client of the last ADVISE is the one whose faults come. Raises PostcopyRefused when the back-end
-        gives no ufd, UfdError and OSError when we cannot read it.
+        The client of the last ADVISE receives the faults. Raises PostcopyRefused when the back-end gives no
+        ufd, UfdError and OSError when we cannot read it.
         """
         if ProtocolFeature.PAGEFAULT not in self.front.protocol_features:
             raise PostcopyRefused(f"postcopy refused: {self.name} did not offer it (PAGEFAULT)")

@@ -26,7 +26,7 @@ async def start_ring(
 ) -> None:
     """ENABLE, NUM, BASE, ADDR, KICK, CALL: QEMU's order for net. Touches nothing.
 
-    Enabled first, because a net back-end drops what the guest sends into a ring that is started and disabled.
+    Enabled first, because a net back-end drops frames that the guest sends into a ring that is started and disabled.
     """
     if enable and front.features & Feature.PROTOCOL_FEATURES:
         await front.set_vring_enable(index, True)
@@ -38,5 +38,5 @@ async def start_ring(
 
 
 async def stop_ring(front: FrontEnd, index: int, *, timeout: float | None = None) -> int:
-    """GET_VRING_BASE: returns the next available index, where another back-end goes on."""
+    """GET_VRING_BASE: returns the next available index, from which another back-end continues."""
     return await front.get_vring_base(index, timeout=timeout)

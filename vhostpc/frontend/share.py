@@ -127,7 +127,7 @@ class MemoryShare:
             built, self.bases = await self._exchange_slots()
         self.sent = list(self.regions)
         store(self.bases)
-        # No descriptor, eight bytes of zero: that is how it differs from a table.
+        # No descriptor, eight bytes of zero: so it differs from a table.
         await self.front.send(built if ack is None else ack, pack_u64(0))
         return self.bases
 
@@ -234,7 +234,7 @@ class SharedLog:
             self.fd = os.memfd_create("vhostpc-log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, self.size)
-            # A back-end that cut it short would make our next look at it fatal.
+            # If a back-end could truncate it, our next access would be fatal.
             fcntl.fcntl(
                 self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             )
@@ -245,7 +245,7 @@ class SharedLog:
     def merge(self, regions: Sequence[GuestRegion]) -> int:
         """Move the marks to the DIRTY bits of the regions' blocks; how many of those were not set before.
 
-        Each region is a whole block. What back-ends mark meanwhile is found by the next call.
+        Each region is a whole block. The next call finds marks that back-ends set meanwhile.
         """
         return sum(r.block.merge_log(self.fd, self.size, r.guest_addr) for r in regions)
 

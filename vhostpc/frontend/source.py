@@ -3,8 +3,8 @@
 FD is a unix socket for control, inherited from the parent process; when it closes, the process ends. Its first
 message is one JSON line (``{"rate": bytes a second, "blocks": [{"name", "length", "page_size"}, ...]}``) that
 carries the socket for pages and then one memfd for each block; a block with a ``"seed"`` has no memfd and is
-made and filled here. Every page is dirty: it is sent once. After that come commands, a JSON line each with an
-``id``, and answers with the same ``id``.
+made and filled here. Every page is dirty: it is sent once. Commands follow, each a JSON line with an ``id``;
+answers have the same ``id``.
 
 :func:`start_source` does all of this for a front-end. :class:`CallableSource` is for tests.
 """
@@ -31,7 +31,7 @@ from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.migration.ramrec import RamEncoder
 from vhostpc.wire.migration.return_path import PageRequest, ReturnPathDecoder, Shut
 
-#: A small send buffer: what is asked for must not wait behind much of the background.
+#: A small send buffer: requested pages must not wait behind many of the background.
 SEND_BUFFER = 32 << 10
 MAX_BLOCKS = 16
 
@@ -125,7 +125,7 @@ async def start_source(
     """A source process with the content of ``blocks`` (their memfds), all of it dirty.
 
     With ``seed`` it makes blocks of the same names and sizes itself and fills them (``RamBlock.fill``).
-    ``background_rate``: bytes a second besides what is asked for. The process ends with the context.
+    ``background_rate``: bytes a second besides requested pages. The process ends with the context.
     """
     ours, theirs = socket.socketpair()
     pages, their_pages = socket.socketpair()
@@ -276,7 +276,7 @@ async def _serve(control: trio.SocketStream, rest: bytes, spec: dict[str, Any], 
                     nursery.start_soon(server.watch)
                     nursery.start_soon(server.commands, nursery, rest)
                     await source.serve()
-                    # The peer has all it wants, or is gone; stay for the last questions about numbers.
+                    # The peer is done, or is gone; stay for the last requests for numbers.
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """A vhost-user back-end of our own machine, for the machine's life: one connection, in QEMU's order of messages.
 
-A back-end that is killed, breaks the protocol, lies or answers too late is left: it is named in the log and among the
-machine's problems, its userfaultfd is no longer read, and the machine goes on without it. So it does where we fail with
-it in an unexpected way; then the log has the traceback.
+A back-end that is killed, breaks the protocol, lies or answers too late is abandoned: it is named in the log and among
+the machine's problems, its userfaultfd is no longer read, and the machine goes on without it. The same happens after an
+unexpected error of our own in dealing with it; then the log has the traceback.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ async def open_backend(
 ) -> AsyncIterator[BackEnd]:
     """Connect to the socket and negotiate. Raises PeerClosed, RequestFailed, RemoteProtocolError.
 
-    Tells in the log whom it waits for, and until when.
+    The log names the back-end that it waits for, and says until when.
     """
     wait = trio.CancelScope()
-    # Of nobody's nursery: the connection made meanwhile lives longer.
+    # Not in a nursery here: the connection made meanwhile lives longer.
     trio.lowlevel.spawn_system_task(_tell_wait, wait, f"{name}: waiting for the back-end at {path}", timeout)
     try:
         async with connect(path, timeout=timeout) as front:
@@ -79,7 +79,7 @@ async def _tell_wait(wait: trio.CancelScope, what: str, timeout: float) -> None:
 
 
 class BackEnd:
-    """Made by :func:`open_backend`. No method raises for what the back-end does, but where that is said."""
+    """Made by :func:`open_backend`. No method raises for an error of the back-end, unless its docstring says so."""
 
     def __init__(
         self, front: FrontEnd, name: str, path: str, regions: Sequence[GuestRegion], timeout: float
@@ -169,7 +169,7 @@ class BackEnd:
     # --- rings
 
     def acknowledge(self, features: int) -> bool:
-        """The driver has acknowledged these; False if the back-end does not offer all of them, or we know them not."""
+        """The driver has acknowledged these; False if the back-end does not offer all of them, or some are unknown."""
         if features & ~(self.front.offered_features & WANTED):
             return False
         self.features = features
@@ -187,14 +187,14 @@ class BackEnd:
                 await front.set_vring_enable(index, True)
         await self._set_features()
         await self._set_status(_FEATURES_OK)
-        if self.postcopy is None:  # else it has the memory since LISTEN
+        if self.postcopy is None:  # otherwise it has had the memory since LISTEN
             await self._memory.share()
         if self._log is not None:
-            # QEMU says this behind the rings; before them no write can be made that is not noted.
+            # QEMU sends this after the rings; sent before them, no write can be missed.
             await self._memory.set_log(self._log)
         for index, driver in enumerate(self._rings):
             await start_ring(front, self._memory, index, driver, base=bases[index], enable=False)
-            # In order: what one ring sends must find the others started.
+            # In order: frames that one ring sends must find the others started.
             await front.barrier()
         await self._set_status(_DRIVER_OK)
 
@@ -208,7 +208,7 @@ class BackEnd:
     async def stop(self) -> list[int] | None:
         """Stop its rings; the next index of each, None if it reports none. May wait for a page that the back-end needs.
 
-        It writes no guest memory when this returns, unless it was left.
+        It writes no guest memory when this returns, unless it was abandoned.
         """
         bases: list[int] = []
 
@@ -233,7 +233,7 @@ class BackEnd:
         async def wait() -> None:
             try:
                 answers.append(await ask())
-            except Exception as error:  # by itself: a nursery would put it into a group
+            except Exception as error:  # raised by itself: a nursery would put it into a group
                 errors.append(error)
             nursery.cancel_scope.cancel()
 
@@ -257,11 +257,11 @@ class BackEnd:
     # --- dirty log
 
     async def set_log(self, area: SharedLog | None) -> None:
-        """From now on it marks what it writes in ``area``; None: no more."""
+        """From now on it marks its writes in ``area``; None: no more."""
         if area is self._log:
             return
         self._log = area
-        if self._rings:  # else when it starts
+        if self._rings:  # otherwise when it starts
             await self._try("dirty log", self._switch_log)
 
     async def _switch_log(self) -> None:
@@ -282,7 +282,7 @@ class BackEnd:
             await postcopy.advise()
         except PostcopyRefused:
             raise
-        except (OSError, UfdError) as error:  # trouble of ours, with what it answered
+        except (OSError, UfdError) as error:  # an error of ours, with its answer
             raise PostcopyRefused(
                 f"postcopy refused: the faults of {self.name} cannot be read here: {sentence(error)}"
             ) from None
@@ -312,7 +312,7 @@ class BackEnd:
             self._numbers = self.numbers()
             await postcopy.end()
 
-        await self._try("POSTCOPY_END", end)  # who is left has been forgotten before
+        await self._try("POSTCOPY_END", end)  # an abandoned back-end was forgotten before
         self.postcopy = None
 
     def _client(self) -> Client | None:

@@ -1,11 +1,11 @@
 """A virtio-net device of our own machine: its driver, a back-end, and traffic whose counts must agree.
 
 The driver sends frames that name themselves; the far side of the back-end sends each of them back. A frame is in
-flight, or back, or lost. When the machine moves, frames that come back while nobody has a ring are dropped by the
-network: of those that were in flight just then, or were sent before the first one came back to the new place, the
-ones that never come count as lost at the switch. One of any other time is a failure.
+flight, or has returned, or is lost. When the machine moves, the network drops frames that return while neither end has
+a ring. Of the frames that were in flight then, or were sent before the first one returned to the destination, those
+that never return count as lost at the switch. A frame lost at any other time is a failure.
 
-Frames keep their order, so a frame that came says of all before it whether they still will.
+Frames keep their order: once a frame has returned, earlier ones that have not are lost.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class NetDevice:
         self._idle.set()
         # Numbers of the frames that were in flight at the last switch, and the losses of those before.
         self._flying = (0, 0)
-        self._settled = False  # a frame that was sent at this place has come back to it
+        self._settled = False  # a frame that was sent at this end has returned to it
         self._lost_before = 0
 
     @property
@@ -93,7 +93,7 @@ class NetDevice:
     # --- life
 
     def make_drivers(self) -> list[Driver]:
-        """For the features that the back-end's driver has acknowledged. Those before are freed.
+        """Make the drivers for the features that were acknowledged. Earlier ones are freed.
 
         All that they need until :meth:`close` is allocated here. Raises Shortage, OSError.
         """
@@ -123,7 +123,7 @@ class NetDevice:
     async def start(self, nursery: trio.Nursery) -> None:
         """Start the back-end's rings and the traffic, which runs in ``nursery`` until :meth:`stop`."""
         await self.backend.start(self._drivers, self._bases)
-        for driver in self._drivers:  # what waits in the rings since they were stopped
+        for driver in self._drivers:  # frames in the rings since they were stopped
             signal_event(driver.kick)
         self._idle = trio.Event()
         self._scope = trio.CancelScope()
@@ -158,13 +158,13 @@ class NetDevice:
             if waiting <= behind <= (numbers.avail_index - numbers.used_index) & 0xFFFF:
                 return said
             self._lies(f"it says that ring {index} continues at {said}, which it cannot have reached")
-        # As QEMU does where the back-end is gone: go on behind what it has used.
+        # As QEMU does where the back-end is gone: continue behind the entries that it has used.
         return (numbers.used_index + waiting) & 0xFFFF
 
     def _lies(self, what: str) -> None:
         if self.backend.works:
             self.backend.leave(what)
-        else:  # what it left behind
+        else:  # entries that it left behind
             self._problem(f"{self.name}: its back-end: {what}")
 
     def close(self) -> None:
@@ -247,7 +247,7 @@ class NetDevice:
     # --- state
 
     def save(self, number: int) -> DeviceSection:
-        """Of the stopped device; it may go on here afterwards."""
+        """The stopped device's state; it may continue here afterwards."""
         rx, tx = self._drivers
         sent = tx.numbers().posted
         return NET.pack(

@@ -1,8 +1,8 @@
 """Our own machine: RAM, vCPUs that check it, network devices with vhost-user back-ends; it runs and migrates.
 
 Guest addresses: the RAM blocks one after the other, each from a multiple of 1 GiB. The devices' rings and buffers
-lie at the beginning of the first block; the vCPUs work on all the rest, and look at the devices' pages now and then,
-so that both wait for the same ones.
+lie at the beginning of the first block; the vCPUs work on the rest, and now and then read the devices' pages, so that
+vCPUs and back-ends wait for the same pages.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from vhostpc.migration.runstate import RunState
 from vhostpc.pages.dirty import DirtyTracker, DirtyWay
 from vhostpc.pages.faultclient import ClientNumbers
 from vhostpc.pages.ramblock import Bits, RamSet, refusal
+from vhostpc.pages.ramfiles import RamFiles
 from vhostpc.pages.service import FaultService
 from vhostpc.pages.waits import Waits
 from vhostpc.units import TARGET_PAGE, in_units, sizes_differ
@@ -72,13 +73,16 @@ class Spec:
 
 
 @asynccontextmanager
-async def open_machine(spec: Spec, *, empty: bool = False) -> AsyncIterator[OwnMachine]:
-    """Create the machine, stopped. ``empty``: its memory and its devices' state come from elsewhere.
+async def open_machine(
+    spec: Spec, *, empty: bool = False, files: RamFiles | None = None
+) -> AsyncIterator[OwnMachine]:
+    """Create the machine, stopped. ``empty``: its memory and its devices' state come from elsewhere. ``files``: where
+    its memory lies.
 
     Raises GuestMemoryError for memory that cannot be allocated, PeerClosed and others for back-ends.
     """
     async with AsyncExitStack() as stack:
-        ram = stack.enter_context(RamSet())
+        ram = stack.enter_context(RamSet(files=files))
         regions = make_blocks(ram, spec.blocks, len(spec.backends), spec.vcpus)
         devices: list[NetDevice] = []
         for i, path in enumerate(spec.backends):
@@ -176,14 +180,14 @@ class OwnMachine:
         self._log = dirty_log
         self._nursery = nursery
         self._whole = False
-        """Whether there is a machine to run: it was filled, or it has arrived."""
+        """Whether there is a whole machine to run: it was filled, or it has arrived."""
         self._leaves_as = RunState.PRELAUNCH
         """Its run state before the last stop."""
         self._changing: trio.Event | None = None
         self._tracked = trio.Event()
         self._stopped_ns = 0
         self._left_ns = 0
-        """When it stood at the source that it came from."""
+        """When it stopped at the source that it came from."""
         self._came: set[tuple[str, int]] = set()
         self._service: FaultService | None = None
         self._threads: dict[int, Waits] = {}
@@ -218,7 +222,7 @@ class OwnMachine:
     # --- running or not
 
     async def _park_vcpus(self) -> None:
-        """From here on each has its thread, for life: :meth:`cont` only lets them go. Raises Shortage."""
+        """From here on each has its thread, for life: :meth:`cont` only releases them. Raises Shortage."""
         for vcpu in self.vcpus:
             if not vcpu.has_thread:
                 try:
@@ -237,7 +241,7 @@ class OwnMachine:
         log.error("%s", text)
 
     async def cont(self) -> None:
-        """All that running needs is there since :meth:`fill` or :meth:`loaded`: nothing can be wanting here."""
+        """Everything that running needs exists since :meth:`fill` or :meth:`loaded`: no shortage can occur here."""
         async with self._change():
             if self.running:
                 return
@@ -251,7 +255,7 @@ class OwnMachine:
                 async with trio.open_nursery() as nursery:
                     for device in self.devices:
                         nursery.start_soon(device.start, self._nursery)
-            except BaseException:  # it does not run half: the caller may let it run elsewhere
+            except BaseException:  # it must not run in part: the caller may let it run elsewhere
                 with trio.CancelScope(shield=True):
                     await self._stand()
                 raise
@@ -369,7 +373,7 @@ class OwnMachine:
 
     async def advise(self, service: FaultService) -> None:
         self._service = service
-        await self._park_vcpus()  # before it is waited for
+        await self._park_vcpus()  # before the wait for it
         for backend in self.backends:
             await backend.advise(service)
 
@@ -395,7 +399,7 @@ class OwnMachine:
         self._came.clear()
         self._whole = False
         for block in self.ram.blocks:
-            block.discard()  # what it was before it left, or came of a migration that failed
+            block.discard()  # its state before it left, or the result of a migration that failed
 
     async def listen(self) -> None:
         for backend in self.backends:

@@ -20,7 +20,7 @@ _BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8}
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """``kind``: an unsigned integer of QEMU's name, or ``buffer``: ``size`` bytes, or as many as ``counted`` said."""
+    """``kind``: an unsigned integer of QEMU's name, or ``buffer``: ``size`` bytes, or as many as ``counted`` says."""
 
     name: str
     kind: str
@@ -30,7 +30,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The fields of a section of this name. Written by this program in ``version``; older ones are unknown."""
+    """The fields of a section of this name. This program writes ``version``; it knows no older ones."""
 
     idstr: str
     version: int
@@ -86,7 +86,7 @@ MACHINE = Layout(
     (
         Field("vcpus", "uint32"),
         Field("net_devices", "uint32"),
-        # CLOCK_MONOTONIC of the source when the machine stood: means something on the same computer only.
+        # CLOCK_MONOTONIC of the source when the machine stopped: meaningful on the same computer only.
         Field("stopped_ns", "uint64"),
     ),
 )
@@ -98,7 +98,7 @@ NET = Layout(
         Field("rx_base", "uint16"),
         Field("tx_base", "uint16"),
         Field("lost_at_switch", "uint64"),
-        # Numbers of the frames that were in flight when the machine stood.
+        # Numbers of the frames that were in flight when the machine stopped.
         Field("flying_first", "uint64"),
         Field("flying_end", "uint64"),
         Field("rx_size", "uint32"),

@@ -1,8 +1,8 @@
 """vCPUs: threads that read, check and rewrite RAM as a guest's processors do, and detect wrong pages.
 
-Each target page of the areas says its number, its owner, its generation and the seed, and every word of it follows
-from these. Which generation each page must have follows from one number, the step, which moves with the machine's
-state: so at the destination a page that is stale, torn, doubled, lost or in another's place is found and named.
+Each target page of the areas contains its number, its owner, its generation and the seed, and every word of it follows
+from these. The generation that each page must have follows from one number, the step, which is part of the machine's
+state. So the destination finds and names a page that is stale, torn, doubled, lost or in the wrong place.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class VCpuNumbers:
     thread: int
     """Kernel thread id of the last run, as ``FaultService.threads`` knows it; 0 before the first."""
     stalls: Waits
-    """The first touch of each page: waiting for it happens there."""
+    """The first touch of each page, which is the one that may wait for it."""
 
 
 class VCpu(Owner):
@@ -99,12 +99,12 @@ class VCpu(Owner):
 
     ``touch`` are pages that belong to others (to devices): one byte of one of them is read now and then. Per
     second ``writes`` own pages are rewritten and ``reads`` pages read, most of them own ones that are checked;
-    each may be 0 or UNLIMITED. After a stall what was missed is not made up for.
+    each may be 0 or UNLIMITED. A vCPU does not make up for work missed in a stall.
 
     Use::
 
         await vcpu.fill()                   # all of them, before any runs
-        await nursery.start(vcpu.park)      # its thread is there, and parked
+        await nursery.start(vcpu.park)      # it has its thread, parked
         vcpu.go()                           # this cannot fail for lack of anything
         ...
         await vcpu.stop()                   # parked again: it touches no memory any more
@@ -167,11 +167,11 @@ class VCpu(Owner):
         await self._hop(lambda: lib.vpc_vcpu_fill(self.handle))
 
     async def park(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Have its thread until cancelled: one C call, parked but from :meth:`go` to :meth:`stop`, when it may wait
-        for a page, which then holds up both.
+        """Keep its thread until cancelled: one C call, parked except from :meth:`go` to :meth:`stop`. In between it may
+        wait for a page, which delays a stop or a cancellation too.
 
-        Started when there is a thread. Raises Shortage, naming the vCPU; MemoryLost when the RAM set is given up,
-        and nothing read after that has counted.
+        Started once there is a thread. Raises Shortage, naming the vCPU; MemoryLost when the RAM set is given up: then
+        no data read after that has counted.
         """
         await self._live(False, task_status)
 
@@ -241,7 +241,7 @@ class VCpu(Owner):
     # --- state
 
     def save(self) -> bytes:
-        """The state that the destination needs to go on: version, place, seed, step, draws and areas, big-endian.
+        """The state that the destination needs to continue: version, place, seed, step, draws and areas, big-endian.
 
         Raises ValueError while it runs.
         """
@@ -251,7 +251,7 @@ class VCpu(Owner):
         return self._head(raw.seed, raw.step, raw.draws) + self._layout()
 
     def restore(self, data: bytes) -> None:
-        """Go on where another vCPU was when it was saved. Raises StreamError, ValueError while it runs."""
+        """Continue where another vCPU was when it was saved. Raises StreamError, ValueError while it runs."""
         self._must_stand()
         version = int.from_bytes(data[:4], "big")
         if len(data) >= 4 and version != STATE_VERSION:

@@ -40,7 +40,7 @@ class Gate:
     def __init__(self, supply: Supply, threads: int) -> None:
         self.supply = supply
         self.slow = False
-        #: The calls that may be asleep, those of pumps among them.
+        #: The calls that may be asleep, including those of pumps.
         self.sleepers = Sleepers()
         self._limiter = trio.CapacityLimiter(threads)
 
@@ -54,9 +54,9 @@ class Gate:
     ) -> int:
         """Run ``touch(flags)``, a C call that returns >= 0 or -errno, and return that value.
 
-        May wait for a page, without holding up the trio loop; a waiting call cannot be cancelled, it ends
-        with the page, or with MemoryLost when :meth:`Supply.fail` is called. Where that could not let it go and
-        ``sleepers.leave`` was called, LeftAsleep: what the call uses must stay then. ``waiting_room``: threads other
+        May wait for a page, without delaying the trio loop. A waiting call cannot be cancelled: it ends with the page,
+        or with MemoryLost when :meth:`Supply.fail` is called. Where that could not release it and ``sleepers.leave``
+        was called, it raises LeftAsleep; then everything that the call uses must stay. ``waiting_room``: threads other
         than the session's few, for a call that is known to wait, or (``try_first``) for one of many that may. Raises
         Shortage, with nothing touched.
         """
@@ -64,7 +64,7 @@ class Gate:
             await trio.lowlevel.checkpoint_if_cancelled()
             rc = touch(lib.VPC_TRY)
             if rc != -errno.EAGAIN:
-                # Never cancelled after the call: what it did must not be forgotten.
+                # Never cancelled after the call: its effects must not be forgotten.
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 return self.checked(rc)
         if waiting_room is not None:

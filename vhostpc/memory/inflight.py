@@ -1,6 +1,6 @@
 """The inflight region: which chains of each queue are taken and not answered, in a file that outlives the back-end.
 
-The back-end makes the file, the front-end keeps it and hands it to the back-end that comes next. A queue's part is
+The back-end makes the file, the front-end keeps it and passes it to the next back-end. A queue's part is
 ``struct QueueRegionSplit`` of the vhost-user specification: 16 bytes and 16 for each entry.
 """
 
@@ -46,8 +46,8 @@ class InflightRegion(Owner):
     """Maps ``size`` bytes at ``offset`` of ``fd``, parts for ``queues`` rings of at most ``queue_size`` entries.
 
     The descriptor may be closed afterwards. A file that is shrunk ends ``supply``'s session. Nothing here touches a
-    page. Raises GuestMemoryError when the parts do not lie in it, or it not in its file, or when the file is one whose
-    pages others might have to bring.
+    page. Raises GuestMemoryError when the parts do not fit into it, or it does not fit into its file, or when another
+    process might have to deliver the file's pages.
     """
 
     def __init__(self, supply: Supply, fd: int, offset: int, size: int, queues: int, queue_size: int) -> None:
@@ -58,7 +58,7 @@ class InflightRegion(Owner):
         )
         self.stride = stride_of(queue_size)
         if size == queues * part_size(queue_size):
-            self.stride = part_size(queue_size)  # of a back-end that aligns nothing
+            self.stride = part_size(queue_size)  # a region of a back-end that aligns nothing
         if not queues or not queue_size or size < queues * self.stride:
             raise GuestMemoryError(f"{where} are too few")
         try:

@@ -14,7 +14,7 @@ from vhostpc.units import TARGET_PAGE, in_units
 class DirtyLog(Owner):
     """Maps ``size`` bytes at ``offset`` of ``fd``; the descriptor may be closed afterwards.
 
-    A page of it that goes, because the front-end shrinks the file, makes ``supply`` lost. Raises GuestMemoryError
+    If a page of it goes, because the front-end shrinks the file, ``supply`` is lost. Raises GuestMemoryError
     when the area is empty or longer than its file.
     """
 

@@ -33,7 +33,7 @@ class WaitStats:
 
 
 class Supply(Owner):
-    """The provider of a session's missing pages: a userfaultfd lent to the front-end, or none (all pages are here).
+    """The provider of a session's missing pages: a userfaultfd lent to the front-end, or none (no page is missing).
 
     Armed memory is memory that may miss pages, from POSTCOPY_LISTEN to POSTCOPY_END.
     """
@@ -53,10 +53,9 @@ class Supply(Owner):
     def fail(self) -> str | None:
         """No more pages will come: release every waiter, so that nothing is read, sent or created.
 
-        Each armed mapping is replaced by private memory and its waiters are woken; they see
-        :class:`MemoryLost`. The shared file stays as it was, also for a guest that lives on. Returns None, or why
-        there is no memory to replace all of them with: waiters in the others sleep on (:attr:`asleep`). It may
-        be tried again.
+        Each armed mapping is replaced by private memory and its waiters are woken; they raise :class:`MemoryLost`.
+        The shared file stays as it was, also for a guest that lives on. Returns None, or the reason why not all
+        mappings could be replaced: waiters in the others sleep on (:attr:`asleep`). May be called again.
         """
         rc = lib.vpc_supply_fail(self.handle)
         return os.strerror(-rc) if rc < 0 else None

@@ -24,10 +24,10 @@ class Use(WordEnum):
 
 @dataclass(frozen=True)
 class Strike:
-    """The first such page of a session; the session's supply is lost since.
+    """The first such page of a session, whose supply has been lost since then.
 
     ``address``: of the touch, in our process. ``offset``: the same in the file, whose size was ``size`` just then;
-    bytes. ``use``: what it is mapped for. ``poisoned``: the page is there, and may not be read.
+    bytes. ``use``: the purpose of the mapping. ``poisoned``: the page is present, and must not be read.
     """
 
     address: int
@@ -49,7 +49,7 @@ class Strike:
             return f"a page of {whose} is poisoned, by UFFDIO_POISON or because the machine's memory fails ({where})"
         if self.offset >= self.size:
             return f"the front-end shrank the file of its {what} ({where}, which now ends at {self.size:#x})"
-        # Not to be told apart: kernels without memory failure report poison in the same way.
+        # The two cannot be told apart: kernels without memory failure report poison in the same way.
         also = {
             Backing.TMPFS: "its file system is full",
             Backing.HUGETLB: "no huge page is free",

@@ -28,7 +28,7 @@ class Region:
 class GuestMemory(Owner):
     """An immutable region table over ``struct vpc_gm``.
 
-    Rings and chains in hand count as users; the memory is unmapped with the last of them. Raises
+    Rings and chains in flight count as users; the memory is unmapped with the last of them. Raises
     GuestMemoryError for regions that wrap, or overlap in guest or front-end addresses, and for armed ones that are
     unaligned (4096).
     """

@@ -1,6 +1,6 @@
 """The connection that a migration goes over: to connect, to listen for one, to use.
 
-What can be wrong is said in QEMU's words, as recorded from 7.2 and 10.0, which say the same.
+Errors are in QEMU's words, as recorded from 7.2 and 10.0, which say the same.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ UNIX_PATH = 107
 
 
 class Channel:
-    """A connected transport: Python sends and receives what is small, C loops take the descriptors.
+    """A connected transport: Python sends and receives small pieces, C loops use the descriptors.
 
     ``in_fd`` and ``out_fd`` are the descriptors to read from and to write to, the same one for a socket; -1 where
-    the channel goes one way only. They belong to the channel, and are non-blocking where their kind can be: a
-    regular file cannot, and poll() always calls it ready. Python reads and writes a file on a thread, ``vpc-file``.
+    the channel goes one way only. They belong to the channel, and are non-blocking if their kind can be: a regular
+    file cannot, and poll() always reports it ready. Python reads and writes a file on a thread, ``vpc-file``.
     """
 
     def __init__(self, stream: trio.SocketStream | ends.Ends) -> None:
         self._ends: ends.Ends = ends.SocketEnds(stream) if isinstance(stream, trio.SocketStream) else stream
         self._shut = False
+        self.number = 0
+        """Which connection of its listener it is: 0 is the main one."""
         self.in_fd = self._ends.in_fd
         self.out_fd = self._ends.out_fd
 
@@ -72,16 +74,16 @@ class Channel:
     def shut_down(self) -> None:
         """Break both directions. Never waits; a task that waits in a method here gets ChannelLost.
 
-        A C loop that polls a descriptor is woken if it is a socket's, or a command's: that is killed with its process
-        group, so its ends of the pipes close (unless something that it started has left the group). At a pipe that
-        was passed to us it sleeps on until the peer moves, and a file lets nobody sleep: its stop eventfd must be
-        written, too.
+        A C loop that polls a descriptor is woken if the descriptor is a socket's or a command's. (A command is killed
+        with its process group, so its ends of the pipes close, unless one of its children has left the group.) At a
+        pipe that was passed to us the loop sleeps on until the peer acts, and a file never makes it sleep. So write the
+        loop's stop eventfd, too.
         """
         self._shut = True
         self._ends.shut_down()
 
     def keep_unsent_small(self) -> None:
-        """From now on little may lie in the kernel unsent: urgent data must not wait behind it."""
+        """From now on keep little unsent data in the kernel: urgent data must not wait behind it."""
         self._ends.keep_unsent_small()
 
     def limit_silence(self, seconds: float) -> None:
@@ -99,8 +101,9 @@ class Channel:
     async def aclose(self) -> None:
         """Close the descriptors, which no loop may be using any more, and see a command to its end.
 
-        A command that was sent a stream is waited for as long as it takes; cancelled, or shut down, it is killed. One
-        that brought a stream has 10 seconds. In the end nothing of the channel is left, cancelled or not.
+        A command to which a stream was sent may take any time to end; after a cancellation or :meth:`shut_down` it is
+        killed. A command from which a stream was read has 10 seconds. In the end nothing of the channel is left,
+        cancelled or not.
         """
         await self._ends.aclose()
 
@@ -133,23 +136,25 @@ async def connect(address: Address) -> Channel:
 
 
 class Listener:
-    """Waits for the first connection, for the only one: then the sockets are closed. See :func:`listen`.
+    """Waits for connections, for as many as its caller takes, until its block ends. See :func:`listen`.
 
-    ``socket_address``: where it listens, as query-migrate tells it; empty for what is no socket.
+    ``socket_address``: where it listens, as query-migrate reports it; empty if it is no socket.
     """
 
     def __init__(self, many: bool = False) -> None:
         self.socket_address: list[dict[str, Any]] = []
         self.backlog = MANY if many else 1
-        self._many = many
         self._channel: Channel | None = None
+        self._accepted = 0
         self._sockets: list[socket.socket] = []
         self._stack = ExitStack()
         self._poll: select.epoll | None = None
 
     async def accept(self) -> Channel:
-        """The channel; the caller's to close. Raises ChannelLost, also after the block, and after the first call unless
-        it listens for many."""
+        """The next channel; the caller's to close. A descriptor, a command or a file makes one only.
+
+        The first one is the main one, as with QEMU (:attr:`Channel.number`). Raises ChannelLost, also after the block.
+        """
         await trio.lowlevel.checkpoint()
         if self._channel is not None:
             channel, self._channel = self._channel, None
@@ -162,14 +167,14 @@ class Listener:
                     continue
                 except OSError as e:
                     raise ChannelLost(f"Unable to accept connection: {e.strerror or e}") from None
-                if not self._many:
-                    self._close()
                 sock.setblocking(False)
-                return Channel(trio.SocketStream(trio.socket.from_stdlib_socket(sock)))
+                channel = Channel(trio.SocketStream(trio.socket.from_stdlib_socket(sock)))
+                channel.number, self._accepted = self._accepted, self._accepted + 1
+                return channel
             # One set for all of them: its readiness is that of any.
             with suppress(trio.ClosedResourceError):
                 await trio.lowlevel.wait_readable(self._poll.fileno())
-        raise ChannelLost("The listener has had its one connection, or was closed")
+        raise ChannelLost("No other connection comes from there, or the listener was closed")
 
     def _listen_at(self, sock: socket.socket) -> None:
         if self._poll is None:
@@ -195,10 +200,9 @@ class Listener:
 
 @asynccontextmanager
 async def listen(address: Address, *, many: bool = False) -> AsyncIterator[Listener]:
-    """Listen for the length of a block, or until the first connection; for ``many`` connections to the block's end.
-    Owns an ``Fd`` from the call on.
+    """Listen for the length of a block. Owns an ``Fd`` from the call on. ``many``: a few may wait to be accepted.
 
-    Raises MigrationRefused at the block's begin, with what ``migrate-incoming`` answers.
+    Raises MigrationRefused at the block's beginning, with the answer of ``migrate-incoming``.
     """
     listener = Listener(many)
     try:
@@ -310,7 +314,7 @@ def _why(error: OSError | None) -> str:
 
 
 async def _listen_tcp(listener: Listener, address: Tcp) -> None:
-    """Listen at each address of the name at which that can be; one is enough."""
+    """Listen at each possible address of the name; one is enough."""
     first: ChannelLost | None = None
     for family, kind, proto, _, where in await _resolve(address, passive=True):
         try:
@@ -330,7 +334,7 @@ async def _listen_tcp(listener: Listener, address: Tcp) -> None:
 def _bound(address: Tcp, family: int, kind: int, proto: int, where: Any, backlog: int) -> socket.socket:
     port = where[1]
     last = min(address.to, 65535) if address.to is not None else port
-    # A wildcard of IPv6 stands for IPv4, too, unless just one of them was asked for.
+    # An IPv6 wildcard covers IPv4 too, unless just one of them was requested.
     both = (address.ipv4, address.ipv6) in ((None, None), (True, True))
     error: OSError | None = OSError(errno.EINVAL, "")
     for number in range(port, last + 1):

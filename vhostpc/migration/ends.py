@@ -34,11 +34,11 @@ log = rationed_logger(__name__)
 
 
 UNSENT = 32 << 10
-"""Bytes that may lie in the kernel before a page that is asked for."""
+"""Bytes that may lie in the kernel before a requested page."""
 
 
 class Ends(Protocol):
-    """Descriptors, -1 for a way that there is not; ``receive`` and ``send`` raise ChannelLost."""
+    """Descriptors, -1 for a direction that does not exist; ``receive`` and ``send`` raise ChannelLost."""
 
     in_fd: int
     out_fd: int
@@ -80,7 +80,7 @@ class SocketEnds:
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self.in_fd = self.out_fd = stream.socket.fileno()
-        # trio keeps little unsent data in the kernel; the C loop that fills the socket needs all its room.
+        # trio keeps little unsent data in the kernel; the C loop that fills the socket needs its whole buffer.
         with suppress(OSError):
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)
 
@@ -141,7 +141,7 @@ class Command:
             raise
 
     def kill(self) -> None:
-        """Kill the whole group. Until it is reaped its number can be nobody else's."""
+        """Kill the whole group. Until the child is reaped, no other group can have its number."""
         if not self._reaped:
             with suppress(ProcessLookupError):
                 os.killpg(self._popen.pid, signal.SIGKILL)
@@ -234,10 +234,10 @@ class PipeEnds:
 
 
 class FileEnds:
-    """A file, or what else cannot be polled; one way. Read and written on a thread, which no peer can hold up."""
+    """A file, or anything else that cannot be polled; one way. Used on a thread, which no peer can block."""
 
     def __init__(self, fd: int, way: Way, thread: KeptThread) -> None:
-        """Takes both over: the last word of a stream must not be wanting for a thread."""
+        """Takes both over: the last word of a stream must not fail for lack of a thread."""
         self.in_fd, self.out_fd = (fd, -1) if way == "in" else (-1, fd)
         self._fd = fd
         self._thread = thread
@@ -275,7 +275,7 @@ class FileEnds:
         pass
 
     async def aclose(self) -> None:
-        """Waits for a thread that is still at it."""
+        """Waits for the thread's current call."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             with trio.CancelScope(shield=True):
@@ -286,8 +286,8 @@ class FileEnds:
 def run(args: Sequence[str], way: Way) -> PipeEnds:
     """Start a command; its standard input and output are the channel. Raises ChannelLost.
 
-    A command that takes a stream may take its time to end, also after its pipes were closed: what it holds is the
-    machine. One that brought a stream gets :data:`LAST_WORD`.
+    A command that receives a stream may take any time to end, also after its pipes were closed: it has the machine. A
+    command that sent one has :data:`LAST_WORD` seconds.
     """
     if not args:
         raise ChannelLost("A command to execute has at least one word")
@@ -308,11 +308,11 @@ def run(args: Sequence[str], way: Way) -> PipeEnds:
 
 
 async def open_file(path: str, offset: int, way: Way) -> FileEnds:
-    """Open a file at an offset; one that is written to ends there. Raises ChannelLost."""
+    """Open a file at an offset; a file to be written is truncated there. Raises ChannelLost."""
     flags = (os.O_RDONLY if way == "in" else os.O_CREAT | os.O_WRONLY) | os.O_CLOEXEC
 
     def open_it() -> int:
-        # Not to wait for the other end of a pipe, which is refused.
+        # Do not wait for the other end of a pipe, which is refused.
         fd = os.open(path, flags | os.O_NONBLOCK, 0o600)
         try:
             kind = os.fstat(fd).st_mode
@@ -354,7 +354,7 @@ def file_thread() -> KeptThread:
 def inherited(name: str) -> int:
     """A descriptor that this process was started with, by its number: taken over. Raises ChannelLost.
 
-    None of those that this process opened: they would be closed at an exec, those that came with it were not.
+    Not one that this process opened: such a descriptor would be closed at an exec; inherited ones were not.
     """
     number = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else -1
     try:
@@ -365,7 +365,7 @@ def inherited(name: str) -> int:
         raise ChannelLost(f"Invalid file descriptor number '{name}'") from None
     if number > 2:
         os.close(number)
-    else:  # The next file that is opened must not become a standard one.
+    else:  # The next file that is opened must not become a standard stream.
         with open(os.devnull, "r+b", buffering=0) as null:
             os.dup2(null.fileno(), number)
     return fd

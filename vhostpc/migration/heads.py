@@ -1,7 +1,7 @@
-"""What the head of a stream asks of its destination beside memory and devices: held against what there is here.
+"""The demands of a stream's head on its destination, beside memory and devices, compared with what this one has.
 
-All in QEMU's sentences, as recorded from 7.2 and 10.0. Nothing here raises but :func:`check_head`, so that a reader
-that is no destination can tell them, too.
+The sentences are QEMU's, as recorded from 7.2 and 10.0. Only :func:`check_head` raises, so that a reader that is no
+destination can report them, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _KNOWN = frozenset().union(*(dialect.capabilities for dialect in DIALECTS.values
 
 
 def refusals(event: Configuration | RamBlocks) -> list[str]:
-    """Why a destination here does not take a stream with this element, a sentence for each fact."""
+    """Why a destination here refuses a stream with this element, a sentence for each reason."""
     if isinstance(event, RamBlocks):
         if event.flush:
             return ["Capability multifd is off, but the source sends RAM over further channels"]

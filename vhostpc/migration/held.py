@@ -10,20 +10,21 @@ from vhostpc.errors import MigrationRefused, StreamError
 from vhostpc.memory.available import available_memory
 from vhostpc.migration.runstate import RunState
 from vhostpc.pages.ramblock import Bits, RamSet, refusal
+from vhostpc.pages.ramfiles import RamFiles
 from vhostpc.pages.service import FaultService
 from vhostpc.units import TARGET_PAGE, in_units, sizes_differ
 from vhostpc.wire.migration.elements import BlockInfo, Configuration, DeviceSection, RamBlocks
 
 MOST_RAM = 1 << 42
-"""Bytes of a block, at most: its bitmaps take a part in five thousand, whether anything has come or not."""
+"""Bytes of a block, at most: its bitmaps take a five-thousandth of that, whether any page has arrived or not."""
 
 
 class HeldMachine:
-    """RAM blocks in memfds, device sections as bytes, in the order in which they came.
+    """RAM blocks in memfds, device sections as bytes, in the order in which they arrived.
 
     ``page_sizes``: bytes of a host page by name of a block. A source says them only where postcopy may follow, so
     a machine of huge pages that comes by precopy needs them said, or it is held in small ones. ``lengths``: bytes by
-    name of a block; one that comes with another length, or not at all, is refused.
+    name of a block; one that comes with another length, or not at all, is refused. ``files``: where its memory lies.
     """
 
     def __init__(
@@ -32,16 +33,17 @@ class HeldMachine:
         *,
         page_sizes: Mapping[str, int] | None = None,
         lengths: Mapping[str, int] | None = None,
+        files: RamFiles | None = None,
     ) -> None:
         self._configuration = configuration
         self.page_sizes = dict(page_sizes or {})
         self.lengths = dict(lengths or {})
-        self.ram = RamSet()
+        self.ram = RamSet(files=files)
         self.early: list[DeviceSection] = []
-        """Device sections that came before the pages, and go before them."""
+        """Device sections that arrived before the pages, and are sent before them."""
         self.devices: list[DeviceSection] = []
         self.description = b""
-        """JSON about the device sections; a machine that came by postcopy has none."""
+        """JSON about the device sections; a machine that arrived by postcopy has none."""
         self.running = self.runnable = False
         self.came_as = RunState.PAUSED
 
@@ -52,7 +54,7 @@ class HeldMachine:
         return self._configuration
 
     def device(self, idstr: str, instance: int = 0) -> DeviceSection:
-        """The first of that name and number: a QEMU may send several. Raises KeyError."""
+        """The first section of that name and number: QEMU may send several. Raises KeyError."""
         for section in (*self.early, *self.devices):
             if (section.idstr, section.instance) == (idstr, instance):
                 return section
@@ -76,7 +78,7 @@ class HeldMachine:
     async def verify(self) -> dict[str, Any]:
         raise MigrationRefused("This machine is held: nobody here knows what its pages should be")
 
-    # --- leaving: it does not run, so nothing of it changes
+    # --- leaving: it does not run, so nothing in it changes
 
     @property
     def ram_section(self) -> int:
@@ -136,7 +138,7 @@ class HeldMachine:
                 ) from None
 
     def _must_fit(self, listed: RamBlocks, postcopy: bool) -> None:
-        """Blocks that were not said to come cost bitmaps and time for their length, whether anything comes or not."""
+        """Blocks that were not announced cost bitmaps and time for their length, whether any page arrives or not."""
         for block in listed.blocks:
             if block.length > MOST_RAM:
                 raise StreamError(
@@ -172,7 +174,7 @@ class HeldMachine:
         pass
 
     def close(self) -> None:
-        """Let go of its memory. Nobody may be using it."""
+        """Release its memory. Nobody may be using it."""
         self.ram.close()
 
     def __enter__(self) -> Self:
@@ -185,5 +187,5 @@ class HeldMachine:
 
 
 def page_size_of(block: BlockInfo) -> int:
-    """Bytes of a host page at the source: it says them only where they are not a target page."""
+    """Bytes of a host page at the source, which sends them only if they differ from a target page."""
     return block.page_size or TARGET_PAGE

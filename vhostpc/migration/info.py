@@ -1,4 +1,4 @@
-"""A look at a migration: the numbers that ``query-migrate`` tells."""
+"""A snapshot of a migration: the numbers that ``query-migrate`` reports."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class RamInfo:
 
 @dataclass(frozen=True)
 class MigrationInfo:
-    """A look at a migration: what ``query-migrate`` tells. Times in milliseconds; None is not told.
+    """A snapshot of a migration, for ``query-migrate``. Times in milliseconds; None is not reported.
 
     A destination fills ``status``, ``error_desc``, ``blocked_reasons`` and ``socket_address`` only.
     """
@@ -71,6 +71,8 @@ class MigrationInfo:
     error_desc: str | None = None
     socket_address: list[dict[str, Any]] = field(default_factory=list)
     blocked_reasons: list[str] = field(default_factory=list)
+    advice: str | None = None
+    """What a person can do next; not part of QEMU's answer."""
 
     def as_qmp(self, dialect: Dialect) -> dict[str, Any]:
         told: dict[str, Any] = {}

@@ -14,11 +14,11 @@ from vhostpc.pages.service import FaultService
 log = rationed_logger(__name__)
 
 FIRST = 1.0
-"""Seconds of a wait after which it is told; then each time it has become twice as long."""
+"""Seconds of a wait after which it is logged; then again each time its length has doubled."""
 
 
 class Shortage:
-    """No memory for pages that have come: one line when it begins, one when it is over."""
+    """No memory for pages that have arrived: one line when it begins, one when it is over."""
 
     def __init__(self) -> None:
         self._since: float | None = None
@@ -42,7 +42,7 @@ async def tell_waits(
 ) -> None:
     """Watch until cancelled: long waits, and whether there is memory for arriving pages.
 
-    ``loads``: the numbers of the channels, the last one's last. ``lost`` is called when requests can no longer be sent:
+    ``loads``: the numbers of the channels, the newest last. ``lost`` is called when requests can no longer be sent:
     nobody else would notice.
     """
     told: tuple[int, int] | None = None  # client and since when

@@ -18,9 +18,9 @@ class Machine(Protocol):
     ``save``, and at the end ``stop_tracking``. After a failure it may call ``cont`` again.
 
     Arriving, the destination calls ``accept``; in a stream that may switch to postcopy ``advise``;
-    ``accept_blocks``; then pages come. By precopy: ``load`` for each section, ``loaded``. By postcopy: ``listen``,
-    then, while pages come, ``load`` for each section and ``loaded``; behind the last page ``end``. Whether it is
-    to run is decided by the caller of :meth:`Incoming.receive`, who calls ``cont``.
+    ``accept_blocks``; then pages arrive. By precopy: ``load`` for each section, ``loaded``. By postcopy: ``listen``,
+    then, while pages arrive, ``load`` for each section and ``loaded``; after the last page ``end``. The caller of
+    :meth:`Incoming.receive` decides whether it is to run, and calls ``cont``.
     """
 
     @property
@@ -43,8 +43,8 @@ class Machine(Protocol):
 
     @property
     def came_as(self) -> RunState:
-        """Of a machine that came: its run state at its source until it was stopped to be sent; ``running``, or how
-        it stands here too."""
+        """Of a machine that arrived: its run state at its source before it was stopped to be sent; ``running``, or the
+        state that it has here too."""
         ...
 
     def report(self) -> dict[str, Any]:
@@ -52,8 +52,8 @@ class Machine(Protocol):
         ...
 
     async def verify(self) -> dict[str, Any]:
-        """Check every page of the machine, which stands and of which all has come: ``pages``, how many are ``bad``,
-        and the ``first-bad``. Raises MigrationRefused where nothing is known about its pages."""
+        """Check every page of the machine, which is stopped and complete: ``pages``, how many are ``bad``, and the
+        ``first-bad``. Raises MigrationRefused where nothing is known about its pages."""
         ...
 
     # --- leaving
@@ -74,8 +74,8 @@ class Machine(Protocol):
     async def cont(self) -> None:
         """Run. Raises MigrationRefused if it cannot run here (it is held).
 
-        It asks for nothing that may be short, threads or descriptors or maps: all it needs was allocated before
-        the machine ran for the first time, or by :meth:`loaded`, and is kept over a :meth:`stop`.
+        It allocates nothing that may be short, such as threads, descriptors or maps: they were allocated before the
+        machine first ran, or by :meth:`loaded`, and are kept over a :meth:`stop`.
         """
         ...
 
@@ -85,7 +85,7 @@ class Machine(Protocol):
 
     @property
     def early(self) -> Sequence[DeviceSection]:
-        """Device sections that go before the pages: what a destination must know of a device to take them."""
+        """Device sections that are sent before the pages: a destination needs them to accept the pages."""
         ...
 
     async def save(self) -> tuple[Sequence[DeviceSection], bytes]:
@@ -93,12 +93,12 @@ class Machine(Protocol):
         ...
 
     async def start_tracking(self) -> None:
-        """From now on each write to its memory is found by ``sync_dirty``. If it raises, it has undone itself, and
-        what ``sync_dirty`` and ``stop_tracking`` need is allocated here."""
+        """From now on ``sync_dirty`` finds each write to its memory. Everything that ``sync_dirty`` and
+        ``stop_tracking`` need is allocated here. If it raises, it has undone itself."""
         ...
 
     async def sync_dirty(self) -> int:
-        """Set the DIRTY bits of what was written since the last call; how many host pages became dirty."""
+        """Set the DIRTY bits of pages written since the last call; how many host pages became dirty."""
         ...
 
     async def stop_tracking(self) -> None: ...
@@ -106,22 +106,22 @@ class Machine(Protocol):
     # --- arriving
 
     def postcopy_refusal(self) -> str | None:
-        """Why it cannot come by postcopy, one sentence that names the back-end; None: it can."""
+        """Why it cannot arrive by postcopy, one sentence that names the back-end; None: it can."""
         ...
 
     def accept(self, configuration: Configuration) -> None:
-        """The machine that comes. Raises StreamError, one sentence, if it is not this one."""
+        """Check the machine that arrives. Raises StreamError, one sentence, if it is not this one."""
         ...
 
     async def advise(self, service: FaultService) -> None:
-        """POSTCOPY_ADVISE: get the userfaultfd of each back-end, and allocate what else postcopy needs.
+        """POSTCOPY_ADVISE: get the userfaultfd of each back-end, and allocate everything else that postcopy needs.
 
         Raises PostcopyRefused naming the back-end, Shortage.
         """
         ...
 
     def accept_blocks(self, listed: RamBlocks, *, postcopy: bool) -> None:
-        """Make or check the blocks; from here on they are in ``ram``. ``postcopy``: sizes of pages were said.
+        """Make or check the blocks; from here on they are in ``ram``. ``postcopy``: the source has sent page sizes.
 
         Raises StreamError, one sentence, for blocks that do not match or cannot be created.
         """
@@ -132,18 +132,18 @@ class Machine(Protocol):
         ...
 
     async def load(self, section: DeviceSection) -> None:
-        """Take one device section; one may come twice. May wait for a page, on a thread of its own, unless it is
-        ``early``, from before the pages. Raises StreamError."""
+        """Load one device section; a section may arrive twice. May wait for a page, on a thread of its own, unless it
+        is ``early``, from before the pages. Raises StreamError."""
         ...
 
     async def loaded(self, description: bytes) -> None:
-        """All sections have come, and all it needs is allocated. Raises StreamError if a section is missing, or
-        something is not available: the machine has not run here.
+        """All sections have arrived: allocate everything that running needs. Raises StreamError if a section is
+        missing or a resource is unavailable: the machine has not run here.
 
         ``description``: the JSON about the sections, b"" in postcopy.
         """
         ...
 
     async def end(self) -> None:
-        """POSTCOPY_END: every page has come; tell the back-ends. One that is gone is named in the log only."""
+        """POSTCOPY_END: every page has arrived; tell the back-ends. One that is gone is only logged."""
         ...

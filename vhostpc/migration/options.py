@@ -1,6 +1,6 @@
 """Capabilities and parameters of a migration: QEMU's names, defaults, ranges, and its words of refusal.
 
-What the table names and this package does not do cannot be switched on: it is refused, never ignored.
+Options in the table that this package does not implement are refused, never ignored.
 (The parameters announce-* and block-bitmap-mapping are about devices that no machine here has.)
 Source: QEMU, docs/devel/migration and its QMP reference; defaults and sentences as recorded from 7.2, 10.0 and 11.1.
 """
@@ -38,7 +38,7 @@ def unknown_value(name: str, value: str) -> str:
 
 
 def check_capabilities(wanted: set[str], before: set[str], dialect: Dialect) -> None:
-    """Refuse a set of capabilities that QEMU refuses, or that has one that we do not do."""
+    """Refuse a set of capabilities that QEMU refuses, or that includes one that is not implemented here."""
     _check_needs(dialect.needs, wanted)
     if "background-snapshot" in wanted:
         for name in dialect.capabilities:
@@ -69,10 +69,10 @@ Check = Callable[[Any, Mapping[str, Any]], str | None]
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter. ``kind``: how its value is read; ``check``: what it expects where a value is wrong, as
-    QEMU says.
+    """One parameter. ``kind``: how its value is read; ``check``: the expected values, as QEMU names them in a
+    refusal.
 
-    ``accepted``: the values of an enumeration (or of a switch) that we do; others of ``values`` are refused.
+    ``accepted``: the values of an enumeration (or of a switch) that are implemented; others of ``values`` are refused.
     """
 
     name: str
@@ -177,7 +177,7 @@ _PARAMETERS = (
     ),
     Parameter("zero-page-detection", "enum", "multifd", values=("none", "legacy", "multifd")),
     Parameter("direct-io", "bool", False, accepted=(False,)),
-    # For the mode cpr-exec alone, which we do not do.
+    # For the mode cpr-exec alone, which is not implemented.
     Parameter("cpr-exec-command", "words", []),
     Parameter("x-rdma-chunk-size", "size", 1 << 20, _chunk, "bytes", unstable=True),
 )
@@ -222,7 +222,7 @@ class Options:
         return [(name, name in self.on) for name in self.dialect.capabilities]
 
     def set_capabilities(self, changes: Iterable[tuple[str, bool]], *, busy: bool) -> None:
-        """All of them or none. ``busy``: a migration is under way. Raises MigrationRefused."""
+        """Set all of them or none. ``busy``: a migration is in progress. Raises MigrationRefused."""
         if busy:
             raise MigrationRefused(IN_PROGRESS)
         wanted = set(self.on)
@@ -234,7 +234,7 @@ class Options:
         self.on = wanted
 
     def set_parameters(self, changes: Mapping[str, Any]) -> None:
-        """All of them or none; also while a migration runs. Raises MigrationRefused."""
+        """Set all of them or none; also while a migration runs. Raises MigrationRefused."""
         known = parameters(self.dialect)
         ignored = self.dialect.ignored_parameters
         changes = {name: value for name, value in changes.items() if name not in ignored}
@@ -252,7 +252,7 @@ class Options:
         self.values = now
 
     def check_start(self) -> None:
-        """What QEMU looks at when a migration starts. Raises MigrationRefused."""
+        """The checks that QEMU makes when a migration starts. Raises MigrationRefused."""
         if self.values["tls-creds"]:
             raise MigrationRefused(f"No TLS credentials with id '{self.values['tls-creds']}'")
 

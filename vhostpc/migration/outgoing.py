@@ -23,6 +23,7 @@ from vhostpc.errors import ChannelLost, MigrationRefused, StreamError, sentence
 from vhostpc.logs import rationed_logger
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.info import RamInfo
+from vhostpc.migration.left import Notes
 from vhostpc.migration.link import OutgoingLink
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.options import Options
@@ -89,19 +90,22 @@ class After:
 class Outgoing:
     """Sends ``machine`` over ``channel``, which stays the caller's. For one migration, whose phase is ``course``.
 
+    None as a channel: another process has sent it, and was killed in postcopy; :meth:`resume` goes on from there.
+    ``notes``: where that is noted, as long as it can happen.
     One at a time: what is still to be sent is marked in the machine's blocks. ``options``: QEMU's defaults if left
     out. Without a ``watcher`` the machine is stopped when it has to be.
     """
 
     def __init__(
         self,
-        channel: Channel,
+        channel: Channel | None,
         machine: Machine,
         course: Course | None = None,
         watcher: Watcher | None = None,
         *,
         options: Options | None = None,
         after: After | None = None,
+        notes: Notes | None = None,
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
         self.machine = machine
@@ -112,14 +116,19 @@ class Outgoing:
         self._postcopy = "postcopy-ram" in options
         self._return_path = self._postcopy or "return-path" in options
         self.scan = PageScan(machine.ram)
-        try:
-            self._link = OutgoingLink(channel, self.scan, return_path=self._return_path)
-            """The last one, while there is none."""
-        except BaseException:
-            self.scan.close()
-            raise
+        self._notes = notes
         self._before: list[SourceNumbers] = []  # of links that have ended
-        self._linked = True
+        self._linked = channel is not None
+        self._link: OutgoingLink
+        """The last one, while there is none."""
+        if channel is None:
+            self._before.append(SourceNumbers.nothing())
+        else:
+            try:
+                self._link = OutgoingLink(channel, self.scan, return_path=self._return_path)
+            except BaseException:
+                self.scan.close()
+                raise
         self.resumptions = 0
         """How many links have gone on where another was lost."""
         self._by_hand = False  # somebody has broken it
@@ -290,6 +299,8 @@ class Outgoing:
         self._end_link()
         self._mark("ended")
         event = Event.NEVER_RAN if isinstance(error, NeverRan) else self.course.trouble()
+        if self._notes is not None and (error is None or event is not Event.LOSE):
+            self._notes.remove()
         self.course.move(event if error is not None else Event.FINISH, error)
         if error is not None:
             raise error
@@ -461,6 +472,8 @@ class Outgoing:
             await self._last()
             return
         log.info("migration: postcopy, %d MiB left to send", self._remaining >> 20)
+        if self._notes is not None:
+            self._notes.write(machine)
         for block in machine.ram.blocks:
             for commands in block.discards():
                 await self._say(commands)

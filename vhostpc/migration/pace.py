@@ -1,7 +1,7 @@
-"""When a precopy may end: what is left, how fast it goes, how long the machine may stand still.
+"""When a precopy may end: how much is left, how fast it is sent, how long the machine may stop.
 
-The rule is QEMU's: the bandwidth is measured over windows of a tenth of a second or more, and what may be left is
-what goes over in ``downtime-limit`` milliseconds at that bandwidth. Before the first window nothing may be left.
+The rule is QEMU's: the bandwidth is measured over windows of a tenth of a second or more, and as many bytes may be left
+as can be sent in ``downtime-limit`` milliseconds at that bandwidth. Before the end of the first window none may be.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Pace:
     """Bytes a second of the last window, 0 before the first."""
     pages_per_second: int = 0
     dirty_rate: int = 0
-    """Target pages that got dirty in a second, between the last two looks."""
+    """Target pages that became dirty per second, between the last two syncs."""
     _begin: float = field(init=False)
     _bytes: int = 0
     _pages: int = 0
@@ -32,7 +32,7 @@ class Pace:
         self._begin = self._synced = self.now()
 
     def sent(self, total_bytes: int, total_pages: int) -> None:
-        """So much has been sent since the beginning."""
+        """Note how much has been sent since the beginning."""
         passed = self.now() - self._begin
         if passed < WINDOW:
             return
@@ -41,14 +41,14 @@ class Pace:
         self._begin, self._bytes, self._pages = self.now(), total_bytes, total_pages
 
     def synced(self, dirty_pages: int) -> None:
-        """``dirty_pages`` target pages have become dirty since the last call."""
+        """Note that ``dirty_pages`` target pages have become dirty since the last call."""
         passed = self.now() - self._synced
         if passed > 0:
             self.dirty_rate = int(dirty_pages / passed)
         self._synced = self.now()
 
     def threshold(self, downtime_ms: int, switchover_bandwidth: int) -> float:
-        """What may be left when the machine stops. ``switchover_bandwidth``: bytes a second, 0 as measured."""
+        """Bytes that may be left when the machine stops. ``switchover_bandwidth``: bytes a second, 0 as measured."""
         return (switchover_bandwidth or self.bandwidth) * downtime_ms / 1000
 
     def expected_downtime(self, remaining: int, downtime_ms: int, switchover_bandwidth: int) -> int:

@@ -341,9 +341,19 @@ class Course:
         return self.phase in PACKAGE_GONE
 
 
-def begun(side: Side, *events: Event) -> Course:
-    """The course of a migration that nobody follows, behind these events."""
-    course = Course(side, DIALECTS[DEFAULT])
+def begun(
+    side: Side,
+    *events: Event,
+    dialect: Dialect = DIALECTS[DEFAULT],
+    tell: Callable[[Told], None] = _nobody,
+) -> Course:
+    """The course of a migration behind these events, of which nobody was told. ``tell``: of those that follow."""
+    course = Course(side, dialect)
     for event in events:
         course.move(event)
+    course._tell = tell
     return course
+
+
+LEFT = (Event.START, Event.CONNECT, Event.SWITCH, Event.STOP, Event.PACKAGE, Event.LOSE)
+"""The events behind which a source stands that was killed in postcopy."""

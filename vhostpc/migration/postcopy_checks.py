@@ -1,4 +1,4 @@
-"""Whether postcopy can be done: what a source advises against what there is here."""
+"""Whether postcopy can be done: the source's advice, compared with the capabilities and memory here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_advise(event: PostcopyAdvise, *, postcopy: bool, two_way: bool) -> Non
     """``postcopy``: the capability here; ``two_way``: the channel. Raises BadStream: why not, and what to change."""
     why = None
     if event.page_sizes is None and not postcopy:
-        return  # for dirty bitmaps, and they would be sections of their own
+        return  # for dirty bitmaps, which would be sections of their own
     if event.page_sizes is None:
         why = "RAM postcopy is enabled but have 0 byte advise"
     elif not postcopy:

@@ -26,10 +26,10 @@ class Status(StrEnum):
 
 
 FINAL = frozenset({Status.NONE, Status.COMPLETED, Status.FAILED, Status.CANCELLED})
-"""Nothing is under way."""
+"""No migration is in progress."""
 
 BUSY = frozenset(Status) - FINAL
-"""Statuses of a migration that is under way."""
+"""Statuses of a migration in progress."""
 
 IN_POSTCOPY = frozenset(
     {
@@ -40,4 +40,4 @@ IN_POSTCOPY = frozenset(
         Status.POSTCOPY_RECOVER,
     }
 )
-"""Statuses of a migration whose pages may come after the machine runs."""
+"""Statuses of a migration whose pages may arrive after the machine runs."""

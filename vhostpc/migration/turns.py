@@ -24,7 +24,7 @@ async def in_turns(work: Slices[T]) -> T:
 
 
 def pieces(ranges: Iterable[tuple[int, int]], most: int) -> Iterator[tuple[int, int]]:
-    """Ranges (start, length) as disjoint ones in order, none longer than ``most``; what they cover twice comes once."""
+    """Ranges (start, length) as disjoint ones in order, none longer than ``most``; parts covered twice occur once."""
     done = 0
     for start, length in sorted(ranges):
         at, end = max(start, done), start + length

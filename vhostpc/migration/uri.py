@@ -15,8 +15,8 @@ from vhostpc.errors import MigrationRefused
 
 @dataclass(frozen=True)
 class Tcp:
-    """``port`` is text: a number or a service's name. ``ipv4``, ``ipv6``: None if not said. ``numeric``: the host is
-    no name."""
+    """``port`` is a string: a number or a service's name. ``ipv4``, ``ipv6``: None if not given. ``numeric``: the host
+    is no name."""
 
     host: str
     port: str
@@ -127,7 +127,7 @@ def _tcp(text: str, dialect: Dialect) -> Tcp:
 
 
 def _with_options(address: Tcp, text: str | None, dialect: Dialect) -> Tcp:
-    """The address with the flags and numbers that stand behind it, which are checked by name."""
+    """The address with the flags and numbers that follow it, which are checked by name."""
     found: dict[str, Any] = {}
     for option in filter(None, (text or "").split(",")):
         name, equals, value = option.partition("=")
@@ -162,7 +162,7 @@ def _file(text: str) -> File:
 
 
 def from_channels(channels: list[dict[str, Any]]) -> Address:
-    """The address in a ``channels`` argument that the schema has let pass. Raises MigrationRefused."""
+    """The address in a ``channels`` argument that the schema has accepted. Raises MigrationRefused."""
     if len(channels) > 1:
         raise MigrationRefused("Channel list has more than one entries")
     channel = channels[0]

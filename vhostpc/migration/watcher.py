@@ -1,4 +1,4 @@
-"""What the two ends of a migration ask of their caller."""
+"""The interface that the two ends of a migration need from their caller."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Watcher(Protocol):
         ...
 
     async def stop_to_send(self) -> None:
-        """The source: stop the machine now: what is left fits, or postcopy begins."""
+        """The source: stop the machine now, because the rest fits into the downtime or postcopy begins."""
         ...
 
     async def let_run(self, postcopy: bool) -> None:

@@ -1,6 +1,6 @@
 """Dirty tracking: which host pages were written through a RAM set's own mapping, without stopping the writers.
 
-Writes of other processes (back-ends) are not seen; those say themselves what they write, in the dirty log.
+Writes of other processes (back-ends) are not seen; those mark their writes themselves, in the dirty log.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ class DirtyTracker(Owner):
         count = await tracker.sync()        # sets Bits.DIRTY
         await tracker.stop()
 
-    It is started once. ``way``: one of DirtyWay, None for the best that the kernel has. Absent pages are not made
-    by it. Blocks that are added later are not tracked; no page may be discarded meanwhile; and the memory may not be
-    armed for postcopy, which is another userfaultfd. Raises UfdError, saying what the kernel lacks or what is short;
-    OSError and Shortage for what is short. What it needs until its end is allocated here.
+    It is started once. ``way``: one of DirtyWay, None for the best that the kernel has. It creates no absent pages.
+    Blocks that are added later are not tracked; no page may be discarded meanwhile; and the memory may not be armed for
+    postcopy, which uses another userfaultfd. Raises UfdError, saying what the kernel lacks, and OSError and Shortage
+    for lack of a resource. Everything that it needs until its end is allocated here.
     """
 
     def __init__(self, ram: RamSet, way: DirtyWay | None = None) -> None:
@@ -95,7 +95,7 @@ class DirtyTracker(Owner):
     async def start(self, nursery: trio.Nursery) -> None:
         """Protect all blocks; writes from here on are detected.
 
-        The thread of WP_SYNC runs in ``nursery``; when that ends, tracking ends, and nobody waits for it. Raises
+        The thread of WP_SYNC runs in ``nursery``; when that ends, tracking ends, and no writer waits any more. Raises
         UfdError.
         """
         if self._started:
@@ -115,8 +115,8 @@ class DirtyTracker(Owner):
     async def sync(self) -> int:
         """Set Bits.DIRTY of pages written since the last call, protect them again; returns how many bits were new.
 
-        No write is lost: whatever is written later than its page was looked at is found by the next call. Raises
-        UfdError when tracking has not begun or has ended.
+        No write is lost: the next call finds a write to a page that was already examined. Raises UfdError when
+        tracking has not begun or has ended.
         """
         rc = await self._hop(lib.vpc_dirty_sync) if self._started else -errno.ESHUTDOWN
         if rc < 0:
@@ -197,7 +197,7 @@ def _try(way: DirtyWay) -> None:
 
 
 def _best() -> DirtyWay:
-    """Test what the kernel supports: a shortage is raised, and is no reason for a lesser way."""
+    """Test what the kernel supports. A shortage is raised; it is no reason to choose a lesser way."""
     last: UfdError | None = None
     for way in DirtyWay:
         try:

@@ -44,11 +44,11 @@ class ClientNumbers:
     """Faults on pages that were already requested."""
     repeated: int
     """Faults of a thread that waited for that page already, and returned to it after a signal: they do not count as
-    waits. A ufd without THREAD_ID tells no thread from another: there it is also that of another thread."""
+    waits. A ufd without THREAD_ID does not distinguish threads: there this includes faults of other threads."""
     other_events: int
     waiting_now: int
     waiting_for_page: int
-    """Of those, the ones at addresses of a range: only their pages are sure to come."""
+    """Of those, the faults at addresses of a range: only their pages are sure to arrive."""
     last_unknown: int
     """Address of the last fault that found nothing, 0 if there was none."""
     error: int
@@ -79,8 +79,8 @@ class Client:
     def set_ranges(self, ranges: Iterable[ClientRange]) -> None:
         """Set where the client's addresses lie, replacing earlier ranges.
 
-        Faults that found nothing until now are looked at again. Raises OSError EINVAL for ranges that
-        overlap, are no whole host pages or leave their block.
+        Earlier faults that found nothing are examined again. Raises OSError EINVAL for ranges that overlap, are
+        not whole host pages or exceed their block.
         """
         rows = list(ranges)
         raw = ffi.new("struct vpc_client_range[]", max(len(rows), 1))
@@ -107,7 +107,7 @@ class Client:
     def threads(self) -> dict[int, Waits]:
         """The waits of each of its threads, by kernel thread id; none for a ufd without THREAD_ID.
 
-        Under 0 stand the threads that came when the table was full (256 rows).
+        Threads that came when the table was full (256 rows) are counted under 0.
         """
         raw = ffi.new("struct vpc_thread_waits[]", MOST_THREADS)
         rc = lib.vpc_fault_threads(self._service.handle, self.number, raw, MOST_THREADS)

@@ -1,7 +1,7 @@
 """The other end of a fault service: serves the pages of RAM blocks on a socket, each once.
 
-What is asked for goes first, the background scan goes on from there. The blocks are this process's own
-memory, whole and never armed.
+Requested pages go first, and the background scan continues behind them. The blocks are this process's own
+memory, complete and never armed.
 """
 
 from __future__ import annotations
@@ -64,12 +64,17 @@ class SourceNumbers:
     heard: bool
     """Whether the PONG of MUST_HEAR arrived."""
 
+    @classmethod
+    def nothing(cls) -> SourceNumbers:
+        """Of a source that has sent nothing."""
+        return cls(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, False, 0, 0, False)
+
 
 class PageScan(Owner):
     """The order in which pages of ``ram`` are sent, for the life of a migration, over all its connections.
 
-    The DIRTY bits of its blocks say what is to be sent. ``background_rate`` is in bytes a second besides what is
-    asked for; 0 sends only what is asked for.
+    The DIRTY bits of its blocks mark the pages to send. ``background_rate`` is in bytes a second besides requested
+    pages; 0 sends only those.
     """
 
     def __init__(self, ram: RamSet, background_rate: int = 0) -> None:
@@ -85,11 +90,11 @@ class PageScan(Owner):
 class PageSource(Owner):
     """Serves all blocks of ``ram`` on ``sock``: give it a RamSet whose DIRTY bits mark the pages to send.
 
-    ``background_rate`` is in bytes a second besides what is asked for; 0 sends only what is asked for. A
-    small send buffer keeps requested pages from waiting behind others.
+    ``background_rate`` is in bytes a second besides requested pages; 0 sends only those. A small send buffer
+    keeps requested pages from waiting behind others.
 
-    With ``scan``, that of an earlier connection, its pages, rate and numbers of pages go on; the numbers of bytes and
-    requests are this connection's.
+    With ``scan``, that of an earlier connection, its pages, rate and numbers of pages continue; the numbers of bytes
+    and requests are this connection's.
     """
 
     def __init__(
@@ -103,14 +108,14 @@ class PageSource(Owner):
     ) -> None:
         """``return_path``: the descriptor to read requests from, -1 for none; None: ``sock`` itself.
 
-        Raises Shortage, OSError: all that sending needs is allocated here.
+        Raises Shortage, OSError: everything that sending needs is allocated here.
         """
         fd = sock if isinstance(sock, int) else sock.socket.fileno()
         self.ram = ram
         self._scan = scan or PageScan(ram, background_rate)
         self._own_scan = scan is None
         back = fd if return_path is None else return_path
-        # From the first page to the last: there is a place in the stream from which on none may be lacking.
+        # Kept from the first page to the last: behind the point of no return there may be no thread to borrow.
         try:
             with keeping(Thread.SOURCE, "the page source") as self._thread:
                 raw = made("save", "page source", lib.vpc_save_new, self._scan.handle, fd, back)
@@ -125,7 +130,7 @@ class PageSource(Owner):
         """One C call on its thread until the peer closes or says that it is done, or cancelled.
 
         ``heard`` is called on the trio thread when the PONG of MUST_HEAR comes before that; it must not raise.
-        Raises :class:`~vhostpc.errors.StreamError` for a request that is none, OSError when sending fails.
+        Raises :class:`~vhostpc.errors.StreamError` for a malformed request, OSError when sending fails.
         """
         handle = self.handle
         while True:

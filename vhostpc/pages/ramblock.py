@@ -21,6 +21,7 @@ from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.threads import borrow
 from vhostpc.enums import WordEnum
 from vhostpc.errors import BadAddress, MemoryLost, PageBorn, StreamError, naming
+from vhostpc.pages.ramfiles import RamFiles
 from vhostpc.units import TARGET_PAGE
 
 MEMFD_NAME = 200
@@ -50,13 +51,13 @@ def make_memfd(name: str, length: int, page_size: int = TARGET_PAGE) -> int:
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     if page_size > mmap.PAGESIZE:
         flags |= _MFD_HUGETLB | (page_size.bit_length() - 1) << _HUGE_SHIFT
-    # The name is for people who look into /proc: a peer's may be longer than the kernel takes, or be no text.
+    # The name is for people who look into /proc: a peer's may be too long for the kernel, or not be text.
     label = name.encode("utf-8", "surrogateescape").replace(b"\0", b"?")[:MEMFD_NAME]
     with naming(f"memory file {name}"):
         fd = os.memfd_create(os.fsdecode(label), flags)
     try:
         os.ftruncate(fd, length)
-        # The last one, so that nobody seals it against our own writes.
+        # The last seal, so that nobody seals it against our own writes.
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     except BaseException:
         os.close(fd)
@@ -67,8 +68,8 @@ def make_memfd(name: str, length: int, page_size: int = TARGET_PAGE) -> int:
 def shared_copy(fd: int) -> int:
     """A descriptor of the same file for a peer: an open file of its own.
 
-    So whatever flags a peer sets on it (O_APPEND makes each write go to the file's end) are not ours. Where the file
-    cannot be opened again, a copy of ``fd``. Raises OSError without descriptors.
+    So flags that a peer sets on it (with O_APPEND each write goes to the file's end) do not affect ours. Where the file
+    cannot be opened again, it is a copy of ``fd``. Raises OSError without descriptors.
     """
     flags = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
     try:
@@ -96,7 +97,7 @@ def touched(rc: int, what: str) -> int:
 class RamBlock:
     """One block of a :class:`RamSet`: its name, index in the set, length and host page size in bytes.
 
-    ``fd`` is for peers, for back-ends to map: what is written here goes another way.
+    ``fd`` is for peers, such as back-ends that map it; our own writes go another way.
     """
 
     def __init__(
@@ -147,17 +148,17 @@ class RamBlock:
         return lib.vpc_ram_bitmap_size(self._ram.handle, self.index)
 
     def received_bitmap(self) -> bytes:
-        """The RECEIVED pages as a recovery says them: a bit for each target page, the lowest of a byte first."""
+        """The RECEIVED pages as a recovery sends them: a bit for each target page, the lowest of a byte first."""
         size = self.bitmap_size
         out = ffi.new("unsigned char[]", size)
         check(lib.vpc_ram_bitmap(self._ram.handle, self.index, out, size), f"bitmap of {self.name}")
         return bytes(ffi.buffer(out, size))
 
     def take_bitmap(self, bitmap: bytes) -> None:
-        """Set DIRTY for what is missing according to a :meth:`received_bitmap`, and clear it for all the rest.
+        """Set DIRTY for the pages that are missing according to a :meth:`received_bitmap`, and clear it for all others.
 
-        A host page of which a part is missing is DIRTY. Raises StreamError: its size is another, or it has bits behind
-        the last page; nothing has changed then.
+        A host page of which a part is missing is DIRTY. Raises StreamError, with nothing changed, for a bitmap of
+        another size or with bits behind the last page.
         """
         rc = lib.vpc_ram_take_bitmap(self._ram.handle, self.index, bitmap, len(bitmap))
         if rc == -errno.EINVAL:
@@ -187,9 +188,9 @@ class RamBlock:
         check(rc, f"discard in {self.name}")
 
     def born(self, first: int = 0, count: int | None = None) -> int | None:
-        """The first of these host pages (default: all to the end) that is there and was not received. Touches nothing.
+        """The first of these host pages (default: all to the end) that exists and was not received. Touches nothing.
 
-        None also where the kernel does not tell: huge pages, before Linux 5.13.
+        None also where the kernel cannot tell: huge pages, before Linux 5.13.
         """
         count = self.pages - first if count is None else count
         page = ffi.new("uint64_t *")
@@ -208,7 +209,7 @@ class RamBlock:
                 yield bytes(ffi.buffer(buffer, count))
 
     def merge_log(self, fd: int, size: int, guest_addr: int) -> int:
-        """Set DIRTY for what a dirty log of ``size`` bytes says of this block and clear it there, atomically.
+        """Set DIRTY for this block's pages that a dirty log of ``size`` bytes marks, and clear the marks, atomically.
 
         The block's guest address is a multiple of 256 KiB, and nobody can shrink the log. Returns how many bits were
         not set before.
@@ -264,12 +265,14 @@ class RamBlock:
 class RamSet(Owner):
     """All RAM blocks of a machine. Close it after everything that uses it."""
 
-    def __init__(self, threads: int = 16) -> None:
+    def __init__(self, threads: int = 16, *, files: RamFiles | None = None) -> None:
+        """``files``: where new blocks lie, in place of memfds."""
         raw = made("ram", "RAM set", lib.vpc_ram_new)
         self._native = Handle(raw, lib.vpc_ram_free, "this RAM set is closed")
         self.limiter = trio.CapacityLimiter(threads)
         """For copies that may wait for a page: never trio's default."""
         self.blocks: list[RamBlock] = []
+        self._files = files
 
     @property
     def lost(self) -> bool:
@@ -283,8 +286,9 @@ class RamSet(Owner):
         raise KeyError(name)
 
     def create(self, name: str, length: int, page_size: int = TARGET_PAGE) -> RamBlock:
-        """A new block on a new memfd, all holes."""
-        fd = make_memfd(name, length, page_size)
+        """A new block on a new memfd, or in a new file, all holes. Raises OSError."""
+        make = self._files.create if self._files is not None else make_memfd
+        fd = make(name, length, page_size)
         try:
             return self.add(name, fd, length, page_size)
         finally:
@@ -295,7 +299,7 @@ class RamSet(Owner):
     ) -> RamBlock:
         """A block on ``length`` bytes of ``fd`` from ``fd_offset``; we keep a copy of ``fd``, and one for peers.
 
-        A process that can shrink that file can end this one by it: :func:`make_memfd` makes one that nobody can.
+        A process that can shrink the file can so end this one; nobody can shrink one from :func:`make_memfd`.
         Raises OSError: EINVAL (not whole pages), ERANGE (longer than the file), EEXIST (name taken).
         """
         raw = name.encode("utf-8", "surrogateescape")
@@ -321,7 +325,7 @@ class RamSet(Owner):
         raise BadAddress(f"{address:#x} is in no RAM block")
 
     def close(self) -> None:
-        """Unmap everything, as soon as no call uses it and no object of C: close those first."""
+        """Unmap everything, as soon as no call and no C object uses it: close those first."""
         self._native.close(idle=not self.limiter.borrowed_tokens)
         for block in self.blocks:
             if block.fd >= 0:

@@ -44,7 +44,7 @@ class LoadNumbers:
     shortages: int
     """Host pages for which there was no memory at once: they were waited for."""
     short: bool
-    """There is none now: the page is tried again until there is."""
+    """There is no memory now: the page is tried again until there is."""
 
     def __add__(self, later: LoadNumbers) -> LoadNumbers:
         """Of two channels, one after the other; flags are the later one's."""
@@ -73,7 +73,7 @@ class RamChannel(Owner):
     def __init__(self, service: Service, sock: trio.SocketStream | int, *, holes: bool = False) -> None:
         """``holes``: no page will be missing later (no postcopy), so a zero page may stay a hole of the file.
 
-        Raises Shortage, OSError: all that loading needs is allocated here.
+        Raises Shortage, OSError: everything that loading needs is allocated here.
         """
         fd = sock if isinstance(sock, int) else sock.socket.fileno()
         self._service = service
@@ -107,15 +107,15 @@ class RamChannel(Owner):
         """Load records until the end of the section; pages are placed and waiters woken meanwhile.
 
         ``section``: the number of the RAM section, whose header has just been read (``last``: that of its END).
-        Then its footers and the headers of its further parts are read too, and it ends before anything else, or
+        Then its footers and the headers of its further parts are read too; loading ends before anything else, or
         behind the END's footer.
 
-        One C call on its thread, which never waits for a page. Where there is no memory for a page that is
-        missing it waits for memory. Raises
+        One C call on its thread, which never waits for a page. Where there is no memory for a missing page it
+        waits for memory. Raises
         :class:`~vhostpc.wire.migration.ramrec.BadRamStream` (what is malformed, and at which byte),
         :class:`~vhostpc.errors.ChannelLost` at the end of the file before the end of the section,
-        :class:`~vhostpc.errors.PageBorn` when a page comes and one that nobody sent is there, and OSError when a page
-        cannot be placed. After Cancelled the channel can be used again.
+        :class:`~vhostpc.errors.PageBorn` when a page arrives where there is one that nobody sent, and OSError
+        when a page cannot be placed. After Cancelled the channel can be used again.
         """
         handle, spin = self.handle, self._service.spin_ns
         if section is not None:
@@ -143,7 +143,7 @@ class RamChannel(Owner):
                 raw.bad_block,
                 raw.bad_page,
                 "arrived, but a page that nobody sent is there",
-                "; the page that arrived is not placed, and cannot be recovered, because no source sends a page twice",
+                "; the page that arrived is not placed, and cannot be recovered: a recovery would end here, too",
             )
         if self._service.ram.lost:
             raise MemoryLost("the memory was given up while its pages were still arriving")

@@ -1,7 +1,7 @@
 """The fault service: serves the faults of any number of clients from a source of pages behind a socket.
 
-The whole way of a page runs in C on threads of their own without the GIL: fault, request, records, placing,
-wake. Each page is placed once, through our own ufd into our own mapping; every waiter is woken.
+The whole path of a page is in C, on threads of its own without the GIL: fault, request, records, placing, wake.
+Each page is placed once, through our own ufd into our own mapping; every waiter is woken.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ class FaultService(Owner):
                 client = service.add_client(ufd, "bridge")
                 await service.load(sock)            # records until the end of the section
 
-    ``spin_us`` keeps both loops polling so many microseconds after their last event instead of sleeping:
-    faults are answered faster, a core is burnt. ``trace``: how many answered faults to remember one by one, the last
+    ``spin_us`` keeps both loops polling so many microseconds after their last event instead of sleeping: faults
+    are answered faster, at the cost of a core. ``trace``: how many answered faults to remember one by one, the last
     ones (:meth:`traced`); 0 for none. Closing it ends its loops. Raises Shortage, OSError.
     """
 
     def __init__(self, ram: RamSet, *, spin_us: int = 0, trace: int = 0) -> None:
         self.ram = ram
-        # Had at once: the loop begins where there is a way back, and what it serves may be behind it.
+        # Allocated at once: the loop begins before the point of no return, and may serve faults behind it.
         with keeping(Thread.FAULT, "the fault loop") as self._thread:
             raw = made("fault", "fault service", lib.vpc_fault_new, ram.handle)
         self._native = Handle(raw, lib.vpc_fault_free, "this fault service is closed", needs=[ram.handle])
@@ -122,7 +122,7 @@ class FaultService(Owner):
         """Register all RAM blocks: from now on our own touches of missing pages are faults like any other.
 
         Opens our own ufd, through which pages are placed. Raises UfdError where that is not possible, and PageBorn
-        where a page is there that was not received: the expected page could not be placed, or would never be missed.
+        where there is a page that was not received: the expected page could not be placed, or would never be missed.
         """
         ufd = Userfaultfd.open(optional=Features.THREAD_ID)
         own: Client | None = None
@@ -144,8 +144,8 @@ class FaultService(Owner):
     def answer_from(self, block: RamBlock, fd: int, offset: int = 0) -> None:
         """Answer the block's faults from ``fd`` (its bytes from ``offset``), without requests.
 
-        After :meth:`arm` and before :meth:`run`. The file is read in now, which may take as long as reading
-        it does; from then on it may not change. Raises OSError: ERANGE when it is shorter than the block.
+        After :meth:`arm` and before :meth:`run`. The file is read in now, which takes as long as reading it does;
+        from then on it may not change. Raises OSError: ERANGE when it is shorter than the block.
         """
         rc = lib.vpc_ram_set_local(self.ram.handle, block.index, fd, offset, self.place_fd())
         check(rc, f"pages of {block.name}")
@@ -172,8 +172,8 @@ class FaultService(Owner):
     def add_client(self, ufd: Userfaultfd | int, name: str) -> Client:
         """Read the faults of ``ufd`` from now on; we keep a copy of the descriptor.
 
-        The ufd must be non-blocking (a blocking one is not read: ``ClientNumbers.error``). Say its ranges
-        with ``Client.set_ranges``.
+        The ufd must be non-blocking (a blocking one is not read: ``ClientNumbers.error``). Set its ranges with
+        ``Client.set_ranges``.
         """
         fd = ufd if isinstance(ufd, int) else ufd.fileno()
         number = check(lib.vpc_fault_add_client(self.handle, fd), f"fault client {name}")
@@ -191,22 +191,22 @@ class FaultService(Owner):
     def set_return_path(self, sock: trio.SocketStream | int | None) -> None:
         """Set where page requests go; None: they wait until there is a return path.
 
-        Set again it is another source: what was asked for and has not come is asked for again.
+        When it is set again there is another source: requested pages that have not arrived are requested again.
         """
         fd = -1 if sock is None else sock if isinstance(sock, int) else sock.socket.fileno()
         check(lib.vpc_fault_set_return_path(self.handle, fd), "return path")
 
     def mute(self, sock: trio.SocketStream | int | None) -> None:
-        """Send nothing but what :meth:`send` is given, over another return path; None: nothing at all.
+        """Send only the messages given to :meth:`send`, over another return path; None: nothing at all.
 
-        What waited to be sent is dropped, and requests are only noted, until :meth:`resume`. Raises OSError: nothing
-        has changed.
+        Unsent messages are dropped, and requests are only noted, until :meth:`resume`. Raises OSError, with nothing
+        changed.
         """
         fd = -1 if sock is None else sock if isinstance(sock, int) else sock.socket.fileno()
         check(lib.vpc_fault_mute(self.handle, fd), "return path")
 
     def resume(self, message: bytes) -> None:
-        """Append ``message`` and, behind it, a request for each page that was requested and has not come. Then go on.
+        """Append ``message`` and then a request for each requested page that has not arrived. Then continue.
 
         Never waits. Raises OSError where the return path is broken.
         """
@@ -220,9 +220,8 @@ class FaultService(Owner):
         """The fault loop: one C call on its thread until cancelled.
 
         Cancelled while pages are missing, it gives our own mapping up (:meth:`give_up`): nobody serves its
-        faults any more, and a touch that waits in it could not end. What had faulted until then and has come is
-        answered first. Raises PageBorn where a page that lies ready here (:meth:`answer_from`) was made by somebody
-        else.
+        faults any more, and a touch that waits in it could not end. Earlier faults whose pages have arrived are
+        answered first. Raises PageBorn where somebody else made a page that lies ready here (:meth:`answer_from`).
         """
         handle = self.handle
         try:
@@ -234,7 +233,7 @@ class FaultService(Owner):
                 )
                 raw = ffi.new("struct vpc_fault_stats *")
                 lib.vpc_fault_stats(handle, raw)
-        finally:  # whatever ended it
+        finally:  # whatever has ended it
             self.give_up()
         if rc == -errno.EEXIST:
             raise self.born(raw.born_block, raw.born_page, "lies ready here, but a page is there already")
@@ -244,8 +243,8 @@ class FaultService(Owner):
         """Missing pages will never come. Does nothing if none is missing, or before :meth:`arm`.
 
         Every touch of our own mapping that waits returns and raises MemoryLost, as do all later ones. No page
-        is made in the files: what is missing there stays missing, for later users of them. Where no other memory
-        can be put in the mapping's place, waiters go on waiting, which the log says; called again it tries again.
+        is made in the files: missing pages stay missing, for later users of the files. Where no other memory can be
+        mapped in the mapping's place, waiters go on waiting, and the log says so; another call tries again.
         """
         if self._ufd is None or not (self._stays or (not self.ram.lost and self.missing())):
             return
@@ -310,8 +309,8 @@ class FaultService(Owner):
     def settle(self) -> int:
         """The source has sent everything: pages still missing are zero, and count as received. Returns their number.
 
-        They stay holes of the files. Who touches one before :meth:`disarm`, or waits for it already, gets a page of
-        zeros. Raises OSError.
+        They stay holes of the files. A thread that touches one before :meth:`disarm`, or waits for it already, gets a
+        page of zeros. Raises OSError.
         """
         missing = self.missing()
         if missing:

@@ -24,7 +24,7 @@ class Way(WordEnum):
 class Traced(NamedTuple):
     """One answered fault. Times: CLOCK_MONOTONIC in nanoseconds, when it was read and when its thread was woken.
 
-    ``client``: its number in the fault service; ``thread``: kernel thread id, 0 where the ufd does not tell;
+    ``client``: its number in the fault service; ``thread``: kernel thread id, 0 where the ufd does not report it;
     ``block``: index; ``page``: host page in it.
     """
 
@@ -51,7 +51,7 @@ class Trace:
         self._kept: tuple[int, list[Traced]] = (0, [])
 
     def read(self, start: int, most: int) -> tuple[int, list[Traced]]:
-        """Entries from number ``start`` on that are still there, oldest first, and the number of the next one."""
+        """Entries from number ``start`` on that are still kept, oldest first, and the number of the next one."""
         if self._handle is None:
             end, rows = self._kept
             first = end - len(rows)
@@ -61,7 +61,7 @@ class Trace:
         following = ffi.new("uint64_t *", start)
         raw = ffi.new("struct vpc_traced[]", max(most, 1))
         count = lib.vpc_fault_traced(self._handle, following, raw, most)
-        # Thousands at once: without numbers_of, which takes its time.
+        # Thousands at once: without numbers_of, which is slow.
         return following[0], [
             Traced(t.client, t.thread, t.block, t.page, Way(t.way), t.read_ns, t.woken_ns)
             for t in raw[0:count]

@@ -1,7 +1,7 @@
 """A person's terminal with editing, history and completion, by prompt_toolkit, which is optional.
 
-It runs on a thread of its own with asyncio, where a terminal that is stopped (Ctrl-S) holds up nobody else. It draws
-the last line and knows what was typed there, so log lines are written above it.
+It runs on a thread of its own with asyncio, where a stopped terminal (Ctrl-S) blocks nobody else. It draws the last
+line and knows the text that was typed there, so log lines are written above it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Completer(Completer):
         before = document.text_before_cursor
         word = before.split(" ")[-1]
         found = list(self._complete(before))
-        if len(found) == 1 and not found[0].endswith(":"):  # else an address goes on
+        if len(found) == 1 and not found[0].endswith(":"):  # otherwise an address goes on
             return [Completion(f"{found[0]} ", -len(word))]
         return [Completion(text, -len(word)) for text in found]
 
@@ -56,7 +56,7 @@ class Editor:
 
     newline = "\n"
 
-    # Raises Shortage, and whatever the library makes of a terminal that it does not know.
+    # Raises Shortage, and the library's errors for a terminal that it does not know.
     def __init__(self, prompt: str, complete: Complete, screen: Screen | None) -> None:
         self._prompt = prompt
         self._screen = screen
@@ -69,7 +69,7 @@ class Editor:
         self._ended = trio.Event()
         self._task: asyncio.Task[None] | None = None
         output = Vt100_Output.from_pty(sys.stdout, term=os.environ.get("TERM"))
-        output.enable_cpr = False  # one row, wherever it is: nobody needs to ask where the cursor is
+        output.enable_cpr = False  # one row, wherever it is: the cursor's position need not be known
         self._session: PromptSession[str] = PromptSession(
             history=InMemoryHistory(),
             completer=_Completer(complete),
@@ -146,7 +146,7 @@ class Editor:
             found = line.encode(errors="surrogateescape") + b"\n"
         except EOFError:  # the key for the end of a file: a new prompt
             found = b"" if _hung_up() else b"\n"
-        except KeyboardInterrupt:  # no signal comes of the key while a line is edited
+        except KeyboardInterrupt:  # the key sends no signal while a line is edited
             found = b"\n"
             os.kill(os.getpid(), signal.SIGINT)
         except OSError:

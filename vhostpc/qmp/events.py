@@ -35,7 +35,7 @@ class Events:
             listener(message)
 
     def migration(self, status: Status) -> None:
-        """Set the status. MIGRATION, if the capability ``events`` is on. (7.2 tells of an incoming
+        """Set the status. MIGRATION, if the capability ``events`` is on. (7.2 reports an incoming
         ``setup`` in any case: there the endpoint calls ``emit`` itself.)"""
         self._moved.set()
         self._moved = trio.Event()

@@ -117,6 +117,12 @@ async def _migrate(session: Session, given: Arguments) -> str:
 
 
 async def _info_migrate(session: Session, given: Arguments) -> str:
+    """QEMU's lines; behind them what a person can do next, where there is something."""
+    advice = session.endpoint.info().advice
+    return await _migrate_lines(session, given) + (f"{advice}\n" if advice else "")
+
+
+async def _migrate_lines(session: Session, given: Arguments) -> str:
     info = await call(session, "query-migrate", {})
     if session.dialect.grouped_info:
         settings = session.dialect.globals if given.options else ()

@@ -1,7 +1,7 @@
 """A line of the text monitor, parsed as QEMU parses it: names, options, strings with their escapes.
 
-A command says what arguments it has by their types, in order: ``-d`` is an option of that letter, ``s`` a string, ``b``
-the words on or off, ``S`` all that is left, ``S?`` also if there is nothing.
+A command declares its arguments by their types, in order: ``-d`` is an option of that letter, ``s`` a string, ``b`` one
+of the words on and off, ``S`` the rest of the line, ``S?`` the same, even if it is empty.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Line:
 
     @property
     def read(self) -> str:
-        """All up to here."""
+        """The line up to here."""
         return self.text[: self.at]
 
     @property

@@ -17,7 +17,7 @@ TIMEOUT = 30.0
 
 
 class QmpClient:
-    """Made by :func:`open_monitor`. ``events``: (CLOCK_MONOTONIC in nanoseconds, event), as they came."""
+    """Made by :func:`open_monitor`. ``events``: (CLOCK_MONOTONIC in nanoseconds, event), in order of arrival."""
 
     def __init__(self, stream: trio.SocketStream, name: str) -> None:
         self.name = name

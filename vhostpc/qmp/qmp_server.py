@@ -1,9 +1,9 @@
 """The monitor's server: QMP for any number of clients on a unix socket.
 
-Each client has a reader, a worker that runs its commands one after the other, and a writer. What a client can
-make this process hold is bounded: commands that wait (:data:`QUEUED`, :data:`QUEUED_BYTES`), one that is being read,
-one that is run, and messages that it does not read (``unsent.py``); a client that leaves too many events unread is cut
-off. Out-of-band commands, once agreed on, are run by the reader.
+Each client has a reader, a worker that runs its commands one after the other, and a writer. The memory that a client
+can occupy is bounded: waiting commands (:data:`QUEUED`, :data:`QUEUED_BYTES`), the one that is being read, the one that
+is running, and messages that it does not read (``unsent.py``). A client that leaves too many events unread is
+disconnected. Out-of-band commands, once negotiated, are run by the reader.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Client:
         self._session.events.listen(self._event)
         try:
             with self._scope:
-                # Before a nursery, so a client that is gone already is an OSError and no group of them.
+                # Before a nursery, so that a client that is gone already is an OSError and not a group of errors.
                 greeting = qmp.greeting(commands.version(self._session.dialect))
                 await self._send(qmp.encode(greeting))
                 async with trio.open_nursery() as nursery:
@@ -86,7 +86,7 @@ class _Client:
 
     async def _read(self) -> None:
         reader = qmp.Reader()
-        # After ``quit`` nobody takes commands any more.
+        # After ``quit`` no commands are taken any more.
         async with self._queue:
             with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 while data := await self._receive():
@@ -126,7 +126,7 @@ class _Client:
                     self._fewer = trio.Event()
                     await self._unsent.reply(await self._reply(item))
                     if self._session.leaving:
-                        return  # what is unsent still goes out
+                        return  # unsent messages still go out
         finally:
             self._queued = 0
             self._fewer.set()
@@ -148,7 +148,7 @@ class _Client:
     async def _write(self) -> None:
         with contextlib.suppress(OSError):
             await self._unsent.drain(self._send)
-        self._scope.cancel()  # all is said, or nobody listens
+        self._scope.cancel()  # all is sent, or nobody reads it
 
     async def _send(self, data: bytes) -> None:
         view = memoryview(data)

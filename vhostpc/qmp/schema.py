@@ -18,7 +18,7 @@ def _wrong(path: str, expected: str) -> QmpError:
 
 @dataclass(frozen=True)
 class Builtin:
-    """A type of JSON. ``name`` and ``json`` as introspection has them, ``expected`` as errors say it."""
+    """A type of JSON. ``name`` and ``json``: its names in introspection; ``expected``: in error messages."""
 
     name: str
     json: str
@@ -128,7 +128,7 @@ class Struct:
         return found
 
     def collect(self, value: dict[str, Any], prefix: str, found: dict[str, Any]) -> set[str]:
-        """Check members into ``found``; the names that were known."""
+        """Check members and put them into ``found``; returns the names that were known."""
         used = set()
         for member in self.members:
             used.add(member.name)

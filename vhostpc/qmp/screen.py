@@ -9,14 +9,14 @@ from typing import TextIO
 _CLEAR = "\r\x1b[K"
 
 held_threads: list[str] = []
-"""Threads that a stopped terminal holds for good. Each has the lock of a stream, which Python needs at its exit."""
+"""Threads that a stopped terminal blocks for good. Each has the lock of a stream, which Python needs at its exit."""
 
 
 class Screen:
-    """Stands for a text file to write to. ``prompt``: what its last line is now, if that is no line of a log.
+    """Stands for a text file to write to. ``prompt``: its last line, if that is not a log line.
 
-    ``dumb``: the terminal knows no control sequences. ``above``: takes lines where an editor draws the last line; it
-    must not wait.
+    ``dumb``: the terminal knows no control sequences. ``above``: receives lines while an editor draws the last line;
+    it must not wait.
     """
 
     def __init__(self, stream: TextIO, *, dumb: bool = False) -> None:
@@ -48,7 +48,7 @@ def shared(log: TextIO, out_fd: int = 1) -> Screen | None:
     """The screen of a log that goes to the same terminal as ``out_fd``; None where it does not."""
     try:
         same = os.path.samestat(os.fstat(log.fileno()), os.fstat(out_fd))
-    except (OSError, ValueError):  # closed, or no file
+    except (OSError, ValueError):  # closed, or not a file
         return None
     if not same or not os.isatty(out_fd):
         return None

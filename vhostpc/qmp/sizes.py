@@ -21,10 +21,10 @@ class TooLarge(ValueError):
 
 
 def size(text: str, unit: str = "b") -> int:
-    """Bytes; ``unit``: the suffix where there is none. Raises TooLarge; ValueError for what is no size.
+    """Bytes; ``unit``: the suffix where there is none. Raises TooLarge, and ValueError for text that is not a size.
 
-    What is behind a point is cut off at whole bytes, and must not be there where the unit is a byte. Hexadecimal
-    numbers have no suffix.
+    A fraction is cut off at whole bytes, and not allowed where the unit is a byte. Hexadecimal numbers have no
+    suffix.
     """
     found = _SIZE.fullmatch(text)
     if found is None or len(text) > MOST_DIGITS:

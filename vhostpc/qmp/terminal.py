@@ -1,11 +1,11 @@
 """The text monitor as a server of its own: on a unix socket, or on this program's standard input and output.
 
-A line in, its text and a prompt out, for people with ``nc -U``, ``socat`` or a terminal. Two things are not QEMU's.
-It echoes nothing: QEMU edits lines itself and echoes each character with escape codes, here that is left to the
-terminal, or to ``rlwrap``; on this program's own terminal to prompt_toolkit, if it is there (``editing.py``). And a
-line that is too long is refused, where QEMU runs the part that fits.
+A line in, its text and a prompt out, for people with ``nc -U``, ``socat`` or a terminal. It differs from QEMU in two
+ways. It echoes nothing: QEMU edits lines itself and echoes each character with escape codes; here that is left to the
+terminal, to ``rlwrap``, or, on this program's own terminal, to prompt_toolkit if it is installed (``editing.py``). And
+a line that is too long is refused, where QEMU runs the part that fits.
 
-A client has one task and at most one line and its answer in memory. One that does not read waits in its own.
+A client has one task and at most one line and its answer in memory. A client that does not read delays only its task.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_LINE = 4095
 """Bytes of the longest line, as with QEMU."""
 PROMPT = "(qemu) "
 CHUNK = 4096
-_SURE = 512  # bytes that every pipe or socket takes that is ready to be written to
+_SURE = 512  # bytes that every pipe or socket accepts when it is ready for writing
 
 _CONTROL = bytes(set(range(32)) - set(b"\t\r\n")) + b"\x7f"
 
@@ -53,8 +53,8 @@ class Lines:
         self._after_cr = False
 
     def feed(self, data: bytes) -> Iterator[str | None]:
-        """The lines that are whole by now, None for one that was too long. Bytes that are no UTF-8 stay what they are
-        (surrogates)."""
+        """The lines that are complete, None for one that was too long. Bytes that are not UTF-8 are kept (as
+        surrogates)."""
         if self._after_cr and data:
             data = data.removeprefix(b"\n")
             self._after_cr = False
@@ -76,7 +76,7 @@ class Lines:
 
 
 def _bytes(text: str) -> bytes:
-    """Write bytes that were not UTF-8 as they came."""
+    """Encode; bytes that were not UTF-8 become the same bytes again."""
     try:
         return text.encode(errors="surrogateescape")
     except UnicodeEncodeError:
@@ -97,7 +97,7 @@ class _Wire(Protocol):
         ...
 
     async def ask(self) -> None:
-        """Show the prompt: what is received is the answer to it. Raises OSError."""
+        """Show the prompt: the next input is the answer to it. Raises OSError."""
         ...
 
 
@@ -122,9 +122,9 @@ class TextMonitor(SocketServer):
     async def serve_stdio(self, in_fd: int = 0, out_fd: int = 1, screen: Screen | None = None) -> None:
         """Serve two descriptors, which stay the caller's and stay as they are (blocking, most likely).
 
-        ``screen``: where the log goes, if that is the same terminal.
+        ``screen``: the log's screen, if that is the same terminal.
         Returns when the input ends: the program goes on, as QEMU does. A terminal's end-of-file key ends nothing.
-        Raises VhostpcError where they are no open descriptors.
+        Raises VhostpcError if they are not open descriptors.
         """
         async with self._opened(in_fd, out_fd, screen) as stdio:
             leaving = await self._run(stdio)
@@ -216,8 +216,8 @@ class _Socket:
 
 class _Stdio:
     """Standard input and output. Their modes are shared with other programs, so they are opened anew, non-blocking,
-    where that can be; elsewhere no more is written at a time than surely fits (but for another user's terminal,
-    which may hold us up while it is stopped)."""
+    where that is possible. Elsewhere each write is so short that it surely fits (except on another user's terminal,
+    which may block us while it is stopped)."""
 
     def __init__(self, in_fd: int, out_fd: int, screen: Screen | None) -> None:
         self._screen = screen
@@ -241,7 +241,7 @@ class _Stdio:
             except BlockingIOError:
                 continue
             if self._screen is not None:
-                self._screen.prompt = ""  # who typed has ended the line
+                self._screen.prompt = ""  # the person has ended the line
             if not data and self._terminal and not self._hung_up():
                 return b"\n"  # the key for the end of a file: a new prompt
             return data

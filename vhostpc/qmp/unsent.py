@@ -11,7 +11,7 @@ import trio
 from vhostpc.wire import qmp
 
 ROOM = 64 << 10
-"""Bytes that may be unsent when one more reply is added. So one that is longer waits alone."""
+"""Bytes that may be unsent when one more reply is added, so a longer reply waits alone."""
 EVENTS = 1024
 """Most unsent events. They are short, and cannot be made to wait."""
 

@@ -89,7 +89,7 @@ def explain(failures: Mapping[Way, int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class WayResult:
-    """The result of one way of opening: ``errno`` 0 when it works, else the number and ``reason``."""
+    """The result of one way of opening: ``errno`` 0 when it works, otherwise the number and ``reason``."""
 
     way: Way
     errno: int

@@ -54,7 +54,7 @@ def _range(start: int, length: int) -> str:
 
 
 def is_userfaultfd(fd: int) -> bool:
-    """Whether ``fd`` is a userfaultfd: a peer can hand over anything."""
+    """Whether ``fd`` is a userfaultfd: a peer can pass any descriptor."""
     try:
         return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"
     except OSError:
@@ -80,7 +80,7 @@ class Userfaultfd:
         """Features that are enabled."""
         self.offered = offered
         """Every feature the kernel knows. Those that only announce an ability, such as MISSING_SHMEM,
-        work without being asked for."""
+        work without being requested."""
         self.ioctls = ioctls
         """The ioctls of the ufd as a whole; :meth:`register` returns those of a range."""
         self.way = way
@@ -96,7 +96,7 @@ class Userfaultfd:
     ) -> Userfaultfd:
         """Open by the first of ``ways`` that works and complete the handshake.
 
-        ``features`` must be granted; of ``optional`` is taken what the kernel knows.
+        ``features`` must be granted; of ``optional``, those that the kernel knows are enabled.
 
         Raises :class:`~vhostpc.errors.UfdError` whose text says what to change: no way works, the kernel is
         older than the minimum, or a needed feature is missing.
@@ -117,8 +117,8 @@ class Userfaultfd:
 
     @classmethod
     def _negotiate(cls, way: Way, features: Features, optional: Features) -> Userfaultfd:
-        # A handshake is made once per ufd, and one that asks for an unknown bit fails: so a first ufd
-        # asks for nothing and learns what there is.
+        # A ufd has one handshake, which fails if it requests an unknown bit. So a first ufd requests nothing,
+        # and learns the features.
         _, offered, ioctls = cls._handshake(way, Features(0), keep=False)
         if missing := int(features) & ~int(offered):
             text = ", ".join(names(Features(missing)))
@@ -149,7 +149,7 @@ class Userfaultfd:
         """Take over ``fd``, a ufd that another process opened and completed the handshake on.
 
         Makes it non-blocking: poll(2) reports an error on a blocking ufd, because a fault can be resolved
-        between poll and read. Raises :class:`UfdError` (and leaves ``fd`` open) when ``fd`` is no
+        between poll and read. Raises :class:`UfdError` (and leaves ``fd`` open) when ``fd`` is not a
         userfaultfd or has no handshake yet.
         """
         if not is_userfaultfd(fd):
@@ -192,7 +192,7 @@ class Userfaultfd:
         return fd
 
     def close(self) -> None:
-        """Close. With the last copy gone all ranges are unregistered and waiters go on, onto zeros."""
+        """Close. With the last copy gone, all ranges are unregistered and waiters go on and read zeros."""
         if self._fd >= 0:
             os.close(self.detach())
 
@@ -220,7 +220,7 @@ class Userfaultfd:
         return Ioctls(ioctls[0])
 
     def unregister(self, start: int, length: int) -> None:
-        """Stop reporting faults of the range; its waiters go on, onto zeros (see the class)."""
+        """Stop reporting faults of the range; its waiters go on and read zeros (see the class)."""
         rc = lib.vpc_uffd_unregister(self.fileno(), start, length)
         if rc < 0:
             raise _failure("unregister", -rc, _range(start, length))
@@ -235,7 +235,7 @@ class Userfaultfd:
         """Place ``data`` (bytes-like, whole pages, private memory) at ``address`` and return the bytes.
 
         Each page appears whole or not at all. A count smaller than ``len(data)`` means that the page there
-        could not be placed: asked again from there, the call says why. Raises :class:`UfdError` when not
+        could not be placed: another call, from that page on, reports the reason. Raises :class:`UfdError` when not
         even the first page was placed: errno EEXIST (a page is there, it was left alone), EAGAIN (try
         again), ENOENT (not registered), ESRCH (process gone), ENOSPC or ENOMEM. Never pass guest memory as
         ``data``: that would be touched here.
@@ -266,7 +266,7 @@ class Userfaultfd:
     def events(self, limit: int = MAX_EVENTS) -> list[Event]:
         """Up to ``limit`` (at most 64) waiting events, an empty list when there is none.
 
-        A fault is reported once; its thread waits until the page is there and the range is woken.
+        A fault is reported once; its thread waits until the page exists and the range is woken.
         """
         raw = ffi.new("struct vpc_uffd_event[]", min(limit, MAX_EVENTS))
         count = lib.vpc_uffd_read(self.fileno(), raw, len(raw))

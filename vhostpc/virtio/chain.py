@@ -17,9 +17,9 @@ LOADED: int = lib.VPC_LOADED
 class Chain:
     """A request of the driver.
 
-    The first readable bytes (all, up to 256 KiB) were copied by C when the chain was popped, and what :meth:`write`
-    is given reaches the guest when the queue pushes it: neither waits for a page. Longer requests are read and
-    answered in pieces, by :meth:`read_at` and :meth:`write_at`, which may wait. Lengths and offsets are in bytes.
+    The first readable bytes (all, up to 256 KiB) were copied by C when the chain was popped, and data given to
+    :meth:`write` reach the guest when the queue pushes the chain: neither waits for a page. Longer requests are read
+    and answered in pieces, by :meth:`read_at` and :meth:`write_at`, which may wait. Lengths and offsets are in bytes.
 
     A chain is completed when the device asks its queue for the next one, or by :meth:`complete`. After
     :meth:`keep` only by :meth:`complete`, from any task, in any order.
@@ -53,13 +53,13 @@ class Chain:
         self._why = ""
         self.again = bool(popped.again)
         self.loaded(popped)
-        #: Where in the writable bytes begins what the queue will push, and how much that is.
+        #: The part of the writable bytes that the queue will push: where it begins, and its length.
         self.begun = self.appended = 0
         self.kept = False
         self.completed = False
 
     def loaded(self, popped: Any) -> None:
-        """Take over what is known of the chain (``struct vpc_popped``)."""
+        """Take over the chain's data (``struct vpc_popped``)."""
         self.late = bool(popped.late)
         self.readable: int = popped.readable
         self.writable: int = popped.writable
@@ -83,7 +83,7 @@ class Chain:
         return self._data
 
     def peek(self, length: int) -> bytes:
-        """Up to ``length`` of the first readable bytes, of those that are here: all, up to 256 KiB.
+        """Up to ``length`` of the first readable bytes, of those that were copied: all, up to 256 KiB.
 
         Raises ValueError when the chain is completed.
         """
@@ -93,7 +93,7 @@ class Chain:
     async def read_at(self, offset: int, length: int) -> bytearray:
         """``length`` readable bytes from ``offset`` on; may wait for pages.
 
-        Raises ValueError when there are not so many, when the chain is completed or its ring has stopped and it was
+        Raises ValueError when there are fewer, when the chain is completed, or when its ring has stopped and it was
         given back; MemoryLost.
         """
         self._check_range("readable", offset, length, self.readable)
@@ -109,8 +109,8 @@ class Chain:
     async def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Copy ``data`` to the writable bytes from ``offset`` on, at once; may wait for pages.
 
-        The driver looks at it when the chain is completed, and is told that it was written up to the end of what
-        :meth:`write` gave: see :meth:`seek`. Cancelled, it has copied nothing. Errors as :meth:`read_at`.
+        The driver reads them when the chain is completed. The length that it is told ends with the data given to
+        :meth:`write`: see :meth:`seek`. Cancelled, it has copied nothing. Errors as :meth:`read_at`.
         """
         self._check_range("writable", offset, len(data), self.writable)
         await self._transfers.write(self, offset, data)
@@ -118,8 +118,8 @@ class Chain:
     def seek(self, offset: int) -> None:
         """Let :meth:`write` continue at ``offset`` of the writable bytes.
 
-        What is before it is as :meth:`write_at` left it, or the driver. Raises ValueError outside the writable bytes,
-        behind a :meth:`write`, or when the chain is completed.
+        The bytes before it are as :meth:`write_at`, or the driver, left them. Raises ValueError outside the writable
+        bytes, after a :meth:`write`, or when the chain is completed.
         """
         self._check_range("writable", offset, 0, self.writable)
         if self._parts:
@@ -146,7 +146,7 @@ class Chain:
         self.appended += len(data)
 
     def keep(self) -> None:
-        """Do not complete this chain when the next one is asked for; :meth:`complete` will."""
+        """Do not complete this chain when the device asks for the next one; :meth:`complete` will."""
         self.kept = True
 
     def complete(self) -> None:

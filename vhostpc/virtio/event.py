@@ -1,4 +1,4 @@
-"""Events of rings, on descriptors that the peer holds too: nothing here waits, whatever the peer does to their flags
+"""Events of rings, on descriptors that the peer has too: nothing here waits, whatever the peer does to their flags
 and counter."""
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ REQUIRES: dict[int, dict[int, int]] = {
 
 
 def closed(features: int, device_id: int) -> int:
-    """``features`` without those whose requirements are not among them: a driver may refuse a device that has one."""
+    """``features`` without those whose requirements are not among them: a driver may refuse a device with one."""
     while True:
         lacking = 0
         for bit, needs in REQUIRES.get(device_id, {}).items():

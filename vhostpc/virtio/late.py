@@ -12,14 +12,14 @@ from vhostpc._native import check, ffi, lib
 from vhostpc.errors import MemoryLost, QueueEnded
 from vhostpc.virtio.chain import Chain
 
-#: Chains of one ring that wait at a time, each on a thread.
+#: Chains of one ring that wait at the same time, each on a thread.
 WAITING_CHAINS = 64
 #: Chains of one ring that are taken before their pages are there; a large ring may hold many more.
 MOST_LATE = 1024
 
 
 class Spawn(Protocol):
-    """Starts a task that the session waits for."""
+    """Starts a task whose end the session waits for."""
 
     def __call__(self, task: Callable[..., Any], *args: Any) -> None: ...
 
@@ -39,14 +39,14 @@ class WaitingRing(Protocol):
 
 
 class Waited(Protocol):
-    """Gets the chains that need not wait any longer."""
+    """Receives the chains that need not wait any longer."""
 
     def has_come(self, chain: Chain) -> None: ...
     def may_be_pushed(self, chain: Chain) -> None: ...
 
 
 class Late:
-    """The waiting chains of one ring. Nothing here waits for a page but on a thread of the chain's own."""
+    """The waiting chains of one ring. Nothing here waits for a page except on a thread of the chain's own."""
 
     def __init__(self, ring: WaitingRing, work: Waited, spawn: Spawn) -> None:
         self._ring = ring
@@ -77,13 +77,13 @@ class Late:
         )
 
     async def until_none(self) -> None:
-        """Once the ring is stopping, each ends with the page it has in hand."""
+        """Once the ring is stopping, each ends with the page that it waits for."""
         while self._count:
             self._none = trio.Event()
             await self._none.wait()
 
     async def load(self, chain: Chain, flags: int = 0) -> int:
-        """0 when the chain is as any other; -ECANCELED when the queue was stopped; -EBADMSG: broken ring."""
+        """0 when the chain's pages are present; -ECANCELED when the queue was stopped; -EBADMSG: broken ring."""
         popped = ffi.new("struct vpc_popped *")
         rc = await self._ring.touch(
             lambda _: lib.vpc_chain_load(self._ring.handle, chain.handle, popped, flags),
@@ -114,7 +114,7 @@ class Late:
             rc = await self.load(chain)
             if rc == 0:
                 self._work.has_come(chain)
-            if rc != -errno.ECANCELED:  # else a pause; a broken ring is met again by the next pop
+            if rc != -errno.ECANCELED:  # otherwise a pause; the next pop meets a broken ring again
                 return
 
     async def _touch_buffers(self, chain: Chain) -> None:

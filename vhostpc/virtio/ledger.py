@@ -18,7 +18,7 @@ class Entry(Protocol):
 
     @property
     def again(self) -> bool:
-        """It was taken before a restart, and is to be done once more: it cannot be given back."""
+        """It was taken before a restart, and is to be served once more: it cannot be given back."""
         ...
 
     @property
@@ -54,7 +54,7 @@ class Ledger(Generic[C]):
         return list(self._open.values())
 
     def pushable(self) -> list[C]:
-        """Completed chains, without those that wait for older ones."""
+        """Completed chains, except those that wait for older ones."""
         if not self.in_order:
             return self.answers
         completed = set(map(id, self.answers))
@@ -84,7 +84,7 @@ class Ledger(Generic[C]):
         return self._sequence - first + 1 != sum(1 for s in self._open if s >= first)
 
     def gaps(self) -> Iterator[C]:
-        """Chains that the device has not had and that are older than an answered one, or to be done again.
+        """Chains that the device has not received and that are older than an answered one, or to be served again.
 
         Such a chain cannot be given back: only the device can close the gap.
         """
@@ -102,14 +102,14 @@ class Ledger(Generic[C]):
         self.ready.appendleft(chain)
 
     def leave_again(self) -> list[C]:
-        """Strike chains that are to be done again and that the device has not had: they stay in the inflight region."""
+        """Remove chains to be served again that the device has not received: they stay in the inflight region."""
         left = {s: c for s, c in self._open.items() if c.again and (c.late or c in self.ready)}
         for sequence in left:
             del self._open[sequence]
         return list(left.values())
 
     def clear(self) -> list[C]:
-        """Strike all; those that were open, in order of popping."""
+        """Remove all; returns those that were open, in order of popping."""
         chains = self.open
         self._open.clear()
         self.answers = []

@@ -1,4 +1,4 @@
-"""The native pump of a queue: its configuration, its counts, its life."""
+"""The native pump of a queue: its configuration, counts and lifetime."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Pump(Owner):
         """``index``: the queue's. Raises Shortage, OSError."""
         raw = made("pump", f"pump of queue {index}", lib.vpc_pump_new, queue)
         self._native = Handle(raw, lib.vpc_pump_free, "this pump is closed", needs=[queue])
-        # Kept while the queue is paused, too: a message of the front-end must not end a pump that ran.
+        # Kept while the queue is paused, too: a message of the front-end must not end a running pump.
         self.thread = KeptThread(Thread.PUMP, f"the pump of queue {index}")
 
     def run(self, inward: bool, config: Any) -> int:

@@ -57,13 +57,13 @@ class Queue:
 
     @property
     def inflight(self) -> bool:
-        """Whether the front-end keeps an inflight region of this ring: a restart repeats just what is not answered."""
+        """Whether the front-end keeps an inflight region of this ring: a restart repeats only unanswered chains."""
         return self._ring.inflight
 
     @property
     def in_order(self) -> bool:
-        """Set by the device: answers reach the driver in the order in which their chains were taken, each when those
-        before it have come. Without an inflight region nothing is then lost or done twice that was answered."""
+        """Set by the device: answers reach the driver in the order in which their chains were taken, each after those
+        before it. Then, even without an inflight region, no answered request is lost or served twice."""
         return self._work.ledger.in_order
 
     @in_order.setter
@@ -72,7 +72,7 @@ class Queue:
 
     @property
     def stopping(self) -> bool:
-        """Whether the ring stops: iterators end, and pumps return."""
+        """Whether the ring is stopping: iterators end, and pumps return."""
         return self._ring.stopping
 
     @property
@@ -87,14 +87,14 @@ class Queue:
         """Iterate over chains as their pages arrive: none waits for another's missing page.
 
         For devices whose requests may be done in any order (virtio-blk is one). Each chain whose pages are
-        absent waits by itself, up to 64 of a queue at a time, and so does each answer. When nothing is
-        missing the order is the driver's.
+        absent waits by itself, up to 64 of a queue at the same time, and so does each answer. When no page is
+        missing, the order is the driver's.
         """
         self._work.apart = True
         return Steps(self._work.next_chain)
 
     def batches(self) -> AsyncIterator[list[Chain]]:
-        """Iterate over lists of up to 64 chains; those not kept are completed when the next list is asked for."""
+        """Iterate over lists of up to 64 chains; those not kept are completed when the next list is taken."""
         return Steps(self._work.next_batch)
 
     async def pump_out(
@@ -109,8 +109,8 @@ class Queue:
         """Send every chain's readable bytes behind ``header`` to ``fd`` as one frame, until the ring stops.
 
         ``fd`` is a datagram socket (``to`` is an address as ``socket.sendto`` takes it, IPv4 or IPv6; without
-        it the socket must be connected) or a tap device. Nothing is waited for at the far side: what it does
-        not take is dropped and counted. ``discard``: consume and drop. ``batch``: frames at a time, 1 to 64.
+        it the socket must be connected) or a tap device. A pump never waits for the far side: frames that it does
+        not accept are dropped and counted. ``discard``: consume and drop. ``batch``: frames at a time, 1 to 64.
 
         One long C call on a thread of its own, which may wait for pages there. Raises BrokenQueue,
         MemoryLost, and OSError when ``fd`` is dead.
@@ -123,13 +123,13 @@ class Queue:
         """Put every frame of ``fd`` into the next chain behind a zeroed header, until the ring stops.
 
         ``mergeable``: a frame may go to several chains, whose number stands in the header's last two bytes
-        (VIRTIO_NET_F_MRG_RXBUF); else one that is longer than its chain is dropped and counted. Frames that
-        came before the session's first run of the ring are dropped unless ``keep_stale``; those that come while a
-        ring is stopped and started again, or disabled, wait. Otherwise as :meth:`pump_out`.
+        (VIRTIO_NET_F_MRG_RXBUF); otherwise a frame that is longer than its chain is dropped and counted. Frames
+        that arrived before the session's first run of the ring are dropped unless ``keep_stale``; those that arrive
+        while a ring is stopped and started again, or disabled, wait. Otherwise as :meth:`pump_out`.
         """
         await self._work.run_pump(True, fd, None, header, mergeable, not keep_stale, batch)
 
     @property
     def pump_stats(self) -> PumpStats:
-        """What the pumps of this session have moved and dropped."""
+        """Frames that the pumps of this session have moved and dropped."""
         return self._work.pump_stats

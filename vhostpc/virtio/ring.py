@@ -1,4 +1,4 @@
-"""A ring of one session: its native half, when a call may touch guest memory, pause and stop, what the session sets."""
+"""A ring of one session: its native half, when a call may touch guest memory, pause and stop, its settings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vhostpc.memory.log import DirtyLog
 from vhostpc.memory.table import GuestMemory
 from vhostpc.virtio.event import clear_event
 
-#: Kicks for nothing, in a row, that are taken as such: behind them the ring is looked at in intervals (s), since their
-#: counter does not empty (EFD_SEMAPHORE, eventfd(2)). Only those count for which nobody had to wait this long (s).
+#: Kicks in a row without work, after which the ring is polled at intervals (s), because their counter never empties
+#: (EFD_SEMAPHORE, eventfd(2)). A kick counts only if the wait for it was shorter than this (s).
 VAIN = 16
 CALM = 0.01
 AT_ONCE = 0.0005
@@ -54,18 +54,18 @@ class Ring(Owner):
         self.gate = gate
         self.memory: GuestMemory | None = None
         self.stopping = False
-        #: A C call never returned: what it uses stays.
+        #: A C call never returned: the objects that it uses stay.
         self.left = False
         self._freed = freed
         self._kick = -1
         self._interrupt: Callable[[], None] | None = None  # makes a long call in C return
-        self._wait: trio.CancelScope | None = None  # round a wait for a kick
-        self._vain = 0  # kicks in a row that came at once and told of nothing
+        self._wait: trio.CancelScope | None = None  # the scope of a wait for a kick
+        self._vain = 0  # kicks in a row that came at once and brought no work
         self._pauses = 0
         self._resumed = trio.Event()
         self._resumed.set()
         self._busy = 0  # C calls in flight
-        self._uses = 0  # they, and who takes over what they did
+        self._uses = 0  # those calls, and the tasks that take over their results
         self._idle = trio.Event()  # set when the last of them returns
 
     def must_live(self) -> None:
@@ -94,7 +94,7 @@ class Ring(Owner):
             return await self.gate.call(call, waiting_room=waiting_room, try_first=try_first, left=self.leave)
 
     async def until_resumed(self) -> None:
-        """Return when it is not paused, with no checkpoint behind the look. Raises QueueEnded."""
+        """Return when it is not paused, with no checkpoint after the check. Raises QueueEnded."""
         while not self._resumed.is_set():
             await self._resumed.wait()
         self.must_live()
@@ -137,9 +137,9 @@ class Ring(Owner):
         return self._kick
 
     async def wait_for_kick(self, *, heard: bool = True) -> None:
-        """Until the driver kicks, or :meth:`look_again`. ``heard``: kicks count; else only the latter ends it."""
+        """Wait for a kick of the driver or :meth:`look_again`; without ``heard`` for the latter only."""
         if self.stopping or self._pauses:
-            return  # the pausing task changes something: look at the ring again after that
+            return  # the pausing task changes something: examine the ring again after that
         try:
             with trio.CancelScope() as self._wait:
                 if self._kick < 0 or not heard:
@@ -154,11 +154,11 @@ class Ring(Owner):
             self._wait = None
 
     def kick_told(self) -> None:
-        """There was something in the ring."""
+        """There was work in the ring."""
         self._vain = 0
 
     def look_again(self) -> None:
-        """There is something to do before the next kick."""
+        """There is work before the next kick."""
         if self._wait is not None:
             self._wait.cancel()
 
@@ -209,7 +209,7 @@ class Ring(Owner):
             self._interrupt()
         self.look_again()
 
-    # --- set by the session; only while paused or stopped, where nothing else is said
+    # --- set by the session; only while paused or stopped, unless stated otherwise
 
     def set_kick(self, kick: int) -> None:
         """Use another kick descriptor."""
@@ -261,7 +261,7 @@ class Ring(Owner):
         lib.vpc_vq_signal(self.handle)
 
     def close(self) -> None:
-        """The session is over. What C works on is freed when its last call has returned."""
+        """The session is over. The objects that C works on are freed when its last call has returned."""
         if self.closed:
             return
         self.end()

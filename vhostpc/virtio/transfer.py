@@ -38,8 +38,8 @@ class TransferRing(Protocol):
 class Transfers:
     """The pieces of one ring's chains that are in flight. Raises MemoryLost, OSError.
 
-    A piece waits for its pages as a late chain does: on a thread of ``room``, and never before an absent page was met
-    without waiting. All its pages are there before its first byte is copied.
+    A piece waits for its pages as a late chain does: on a thread of ``room``, and only after a call that does not wait
+    has met an absent page. All its pages are present before its first byte is copied.
     """
 
     def __init__(self, ring: TransferRing, room: trio.CapacityLimiter) -> None:
@@ -70,8 +70,8 @@ class Transfers:
         self.under_way.append(chain)
         try:
             while True:
-                # A pause ends it before its next absent page, and it begins anew. A request that is at work when the
-                # ring stops goes on.
+                # A pause ends it before its next absent page, and it begins anew. A request in progress when
+                # the ring stops goes on.
                 goes_on = lib.VPC_UNSTOPPED if self._ring.stopping else 0
                 rc = await self._ring.touch(
                     lambda flags, goes_on=goes_on: call(flags | goes_on),  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The work on a ring: pop and push, wait for late chains, pump, and give back what is unanswered when it stops."""
+"""The work on a ring: pop and push, wait for late chains, pump, and give unanswered chains back when it stops."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Work:
         self.ring = Ring(index, gate, self._free)
         self.ledger: Ledger[Chain] = Ledger()
         self._out = ffi.new("struct vpc_popped[]", BATCH_CHAINS)
-        self._current: list[Chain] = []  # the device has them since its last step
+        self._current: list[Chain] = []  # the device has had them since its last step
         self._pump: Pump | None = None
         self._counted = PumpStats()  # when the pump was closed
-        #: Chains are taken, and answers pushed, as their pages come.
+        #: Chains are taken, and answers pushed, as their pages arrive.
         self.apart = False
         self._late = Late(self.ring, self, spawn)
         self._transfers = Transfers(self.ring, self._late.room)
@@ -44,7 +44,7 @@ class Work:
     # --- the device's steps
 
     async def next_chain(self) -> Chain | None:
-        """The next chain for the device, which has done with the one before; None: the ring stops."""
+        """The next chain for the device, which is done with the one before; None: the ring is stopping."""
         self._finish_current()
         ready = self.ledger.ready
         if not ready and not self.ring.stopping:
@@ -83,7 +83,7 @@ class Work:
     # --- popping and pushing
 
     async def _fill(self) -> bool:
-        """Push what is answered and pop the next batch; wait for a kick when there is none. False: stopped."""
+        """Push the answers and pop the next batch; wait for a kick when there is none. False: stopped."""
         ring, ready = self.ring, self.ledger.ready
         while True:
             await self._flush()
@@ -120,7 +120,7 @@ class Work:
             await self.ring.wait_for_kick(heard=not self._late.full)
 
     def _popped(self, count: int) -> None:
-        """Take over what C has popped, before anything else can happen to the ring."""
+        """Take over the chains that C has popped, before anything else can happen to the ring."""
         self.ring.kick_told()
         for i in range(count):
             chain = Chain(self._out[i], self._completed, self._transfers)
@@ -167,12 +167,12 @@ class Work:
     # --- chains whose own pages are absent
 
     def has_come(self, chain: Chain) -> None:
-        """A late chain's pages are here."""
+        """A late chain's pages are present."""
         if not self.ring.closed:
             self.ledger.ready.append(chain)
 
     def may_be_pushed(self, chain: Chain) -> None:
-        """The pages of a chain's answer are here, or the ring stops."""
+        """The pages of a chain's answer are present, or the ring is stopping."""
         if not self.ring.closed:
             self.ledger.answers.append(chain)
 
@@ -197,7 +197,7 @@ class Work:
         return False
 
     async def _pop_again(self) -> None:
-        """Take what is to be done again, though the ring is stopping; what has absent pages stays in the region."""
+        """Take chains to be served again, though the ring is stopping; those with absent pages stay in the region."""
         while lib.vpc_vq_again(self.ring.handle):
             with self.ring.in_use():
                 rc = await self.ring.touch(self._pop)
@@ -230,7 +230,7 @@ class Work:
         config = pump_config(fd, to, header, mergeable, batch)
         pump = self._pump = self._pump or Pump(ring.handle, ring.index)
         while True:
-            await ring.until_resumed()  # and no checkpoint behind it: another pause may begin at each
+            await ring.until_resumed()  # and no checkpoint after it: another pause may begin at each
             if ring.stopping:
                 pump.drop()
                 break
@@ -252,13 +252,13 @@ class Work:
             check(rc, f"queue {ring.index}: pump")
 
     def forget_frames(self) -> None:
-        """The device was reset: frames that came before are not for the guest's next life, which drops them."""
+        """The device was reset: frames from before are not for the guest's next run, which drops them."""
         self._fresh = True
 
     # --- start and end of a run
 
     def set_memory(self, memory: GuestMemory | None) -> None:
-        """As :meth:`Ring.set_memory`, for chains in hand too."""
+        """As :meth:`Ring.set_memory`, for chains in flight too."""
         self.ring.set_memory(memory)
         if memory is not None:
             for chain in self.ledger.open:
@@ -278,7 +278,7 @@ class Work:
         self.apart = False
         self._current = []
         await self._late.until_none()
-        # What is to be done again and the device has not had.
+        # Chains that are to be served again and that the device has not received.
         left = self.ledger.leave_again()
         self._drop(left, "this chain's ring has stopped: it stays in the inflight region")
         self.ledger.ready.clear()
@@ -291,7 +291,7 @@ class Work:
             await self._answered.wait()
 
     async def finish(self) -> int:
-        """After :meth:`settle`: push what is answered, give the rest back. Returns the avail index.
+        """After :meth:`settle`: push the answers, give the other chains back. Returns the avail index.
 
         May wait for pages of answers. Raises MemoryLost.
         """
@@ -320,7 +320,7 @@ class Work:
     def close(self) -> None:
         """The session is over: release memory and chains. Every method of the queue and of its chains raises now.
 
-        What C works on is freed when its last call has returned.
+        The objects that C works on are freed when its last call has returned.
         """
         if self.ring.closed:
             return

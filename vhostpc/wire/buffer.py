@@ -31,7 +31,7 @@ class Buffer:
         self.data += data
 
     def take(self, count: int) -> bytes:
-        """The next ``count`` bytes, which must be there."""
+        """The next ``count`` bytes, which must have arrived."""
         out = bytes(self.data[self.at : self.at + count])
         self.at += count
         return out

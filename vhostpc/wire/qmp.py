@@ -1,9 +1,9 @@
 """QMP, the machine monitor: incoming JSON values and outgoing messages. No I/O.
 
-Read as QEMU reads: values stand back to back, with or without lines between them; strings may have single
-quotes; after what is no JSON, reading goes on at the next bracket, comma, colon or control character. What a
-client may make us keep is bounded: :data:`MAX_BYTES` of one value, :data:`MAX_NESTING` brackets (QEMU's bounds
-are 64 MiB and 1024). Source: QEMU, docs/interop/qmp-spec; sentences as recorded from QEMU 7.2 and 10.0.
+Read as QEMU reads: values follow one another, with or without newlines between them; strings may have single quotes;
+after a part that is not JSON, reading goes on at the next bracket, comma, colon or control character. The memory that a
+client can occupy is bounded: :data:`MAX_BYTES` of one value, :data:`MAX_NESTING` brackets (QEMU's bounds are 64 MiB and
+1024). Source: QEMU, docs/interop/qmp-spec; sentences as recorded from QEMU 7.2 and 10.0.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ class _Literal:
 class Reader:
     """Takes bytes as they arrive, returns values and errors in order.
 
-    A token is turned into a value only when its message is whole, so the complaint about a message is the
-    first one that reading it from its beginning meets, as with QEMU.
+    A token is turned into a value only when its message is whole, so the error that is reported is the first one
+    that reading the message from its beginning meets, as with QEMU.
     """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._string_at = 0  # how far an unfinished string has been looked at
+        self._string_at = 0  # how far an unfinished string has been examined
         self._tokens: list[_Token] = []
         self._kept = 0  # bytes of the tokens kept
         self._braces = 0
@@ -279,7 +279,7 @@ def _string(body: bytes) -> str:
 
     if "\\" in text:
         text = _ESCAPE.sub(unescape, text)
-        # Halves of a pair come together; one that is alone stands for nothing.
+        # Surrogates come in pairs; a single one encodes nothing.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
         lone = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
         if lone is not None:

@@ -98,7 +98,7 @@ class BackendRequest(SpecEnum):
 
 
 class PostcopyPhase(enum.Enum):
-    """Where a connection is in a postcopy, at both its ends: the requests between which it is."""
+    """The state of a connection in a postcopy, at both its ends: the requests between which it is."""
 
     OFF = enum.auto()
     ADVISED = enum.auto()
@@ -297,7 +297,7 @@ class ConfigSpace:
 class Inflight:
     """24 bytes: u64 size and offset of the inflight region in its fd, u16 queues, u16 entries of each, 4 of padding.
 
-    Size 0: there is none. Some leave the padding out.
+    Size 0: there is none. Some peers leave the padding out.
     """
 
     size: int
@@ -328,8 +328,7 @@ class Reply(enum.Enum):
 class RequestSpec:
     """One row: sizes in bytes, descriptors, reply, and the protocol feature that must be negotiated.
 
-    ``padded``: what is behind ``max_size`` means nothing and is not looked at, as libvhost-user has it; else a
-    payload of that many bytes is refused.
+    ``padded``: bytes beyond ``max_size`` are ignored, as in libvhost-user; otherwise such a payload is refused.
     """
 
     request: Request
@@ -396,7 +395,7 @@ def _rows() -> Iterable[RequestSpec]:
     yield row(R.GET_STATUS, reply=value, gate=P.STATUS)
 
 
-#: What a back-end of ours answers; a request without a row is declined.
+#: The requests that our back-ends answer; a request without a row is declined.
 REQUESTS: dict[int, RequestSpec] = {spec.request: spec for spec in _rows()}
 
 #: After LISTEN any of these with 8 bytes of zero and no descriptor says "your addresses are stored":
@@ -419,7 +418,7 @@ def request_name(number: int) -> str:
 class Frame:
     """One message with its descriptors, which it owns until they are taken.
 
-    ``close_fds`` closes what nobody took; a frame's handler calls it on every path.
+    ``close_fds`` closes those that nobody took; a frame's handler calls it on every path.
     """
 
     request: int

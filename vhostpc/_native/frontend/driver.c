@@ -1,8 +1,8 @@
 /*
  * A virtio driver for one split queue (virtio 1.2, 2.7), in the front-end's own mapping.
  *
- * It may wait for a page at any touch, like a guest's processor; so it runs on a borrowed thread and holds
- * nothing. The device is hostile: used entries are read once and checked.
+ * It may wait for a page at any touch, like a guest's processor, so it runs on a borrowed thread and holds no
+ * lock. The device is hostile: used entries are read once and checked.
  */
 #define _GNU_SOURCE
 #include "clock.h"
@@ -270,7 +270,7 @@ static void take_frame(struct vpc_driver *d, uint32_t slot, uint32_t len)
     }
     memcpy(d->buffer, from, len);
     if (ram_lost(d->ram))
-        return; /* zeros in the place of a page that never came are no frame */
+        return; /* zeros in the place of a page that never came are not a frame */
     vpc_frame_take(&d->frames, d->buffer + header, len - header);
 }
 
@@ -292,7 +292,7 @@ int vpc_driver_reap(struct vpc_driver *d)
             return -EBADMSG;
         }
         if ((uint32_t)reaped >= d->c.num)
-            return reaped; /* a device that is always one ahead must not keep us: who calls looks around */
+            return reaped; /* a device that is always one entry ahead must not keep us: the caller checks for a stop */
         if (there == d->used_idx) {
             /* Ask for a call at the next entry, then look once more. */
             __atomic_store_n(&avail[2 + d->c.num], d->used_idx, __ATOMIC_RELAXED);
@@ -339,7 +339,7 @@ int vpc_driver_run(struct vpc_driver *d, uint64_t count, uint32_t frame_len, uin
         if (rc < 0)
             break;
         if ((uint32_t)rc >= d->c.num)
-            continue; /* there may be more, and no call for it */
+            continue; /* there may be more, without a call for it */
         uint64_t due = count ? count - posted : d->c.slots;
         if (interval_ns) {
             uint64_t by_now = (now_ns() - begun) / interval_ns + 1;

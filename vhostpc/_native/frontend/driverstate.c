@@ -1,8 +1,8 @@
 /*
- * A driver's state for another process: numbers, free slots, and the book of frames that came.
+ * A driver's state for another process: numbers, free slots, and the record of received frames.
  *
- * Big-endian, all of it in the caller's private buffer. What is loaded was made elsewhere and may be hostile: it is
- * checked whole before anything of the driver changes, and no number in it becomes an index unchecked.
+ * Big-endian, all of it in the caller's private buffer. A state to be loaded was made elsewhere and may be hostile: it
+ * is checked as a whole before the driver changes, and no number in it becomes an index unchecked.
  */
 #define _GNU_SOURCE
 #include "bytes.h"
@@ -96,7 +96,7 @@ int64_t vpc_driver_save(struct vpc_driver *d, unsigned char *data, uint64_t room
     return (int64_t)size;
 }
 
-/* Make the book: all numbers below next were seen but for the holes, which ascend. */
+/* Make the record: all numbers below next were seen except the holes, which ascend. */
 static int load_book(uint64_t **seen, uint64_t *room, const unsigned char *p, uint32_t count, uint64_t next)
 {
     uint64_t wanted = 1 << 16, last = 0;

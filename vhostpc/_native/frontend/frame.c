@@ -1,4 +1,4 @@
-/* Frames that name themselves: built, checked and booked in private memory; and the far side of a bridge. */
+/* Frames that name themselves: built, checked and recorded in private memory; and the far side of a bridge. */
 #define _GNU_SOURCE
 #include "event_internal.h"
 #include "frontend/frame_internal.h"

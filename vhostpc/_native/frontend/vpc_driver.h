@@ -52,7 +52,7 @@ int vpc_driver_reset(struct vpc_driver *d); /* an empty ring */
 /* Make up to count chains available (frames numbered on from the last, of frame_len bytes, or empty receive
  * buffers) and kick if the device wants it. Returns how many there was room for. */
 int vpc_driver_post(struct vpc_driver *d, uint32_t count, uint32_t frame_len);
-/* Take what the device has used; received frames are checked. Returns how many chains. */
+/* Take back the chains that the device has used; received frames are checked. Returns how many chains. */
 int vpc_driver_reap(struct vpc_driver *d);
 /* Post and reap until count chains were posted and all came back (count 0: until stopped), one chain every
  * interval_ns at most. Returns 0, or 1 when stopped. */
@@ -60,12 +60,12 @@ int vpc_driver_run(struct vpc_driver *d, uint64_t count, uint32_t frame_len, uin
 void vpc_driver_stop(struct vpc_driver *d);
 /* Read the used index: how many entries wait to be reaped. -EBADMSG: more than chains are in flight. */
 int vpc_driver_look(struct vpc_driver *d);
-/* The rest touch nothing. Numbers from first and below end that no frame received so far had. */
+/* The rest touch nothing. How many numbers from first and below end no frame received so far had. */
 uint64_t vpc_driver_unseen(struct vpc_driver *d, uint64_t first, uint64_t end);
-/* What a driver of the same layout needs to go on; no call may run. Returns the bytes that it takes; nothing is
- * written if there is less room. Of frames that never came the newest 65536 are told. */
+/* The state that a driver of the same layout needs to continue; no call may run. Returns its bytes; nothing is written
+ * if there is less room. Of frames that never came the newest 65536 are included. */
 int64_t vpc_driver_save(struct vpc_driver *d, unsigned char *data, uint64_t room);
-/* -EINVAL: another ring size or number of slots. -EBADMSG: it cannot be. Then nothing has changed. */
+/* -EINVAL: another ring size or number of slots. -EBADMSG: an impossible state. Then nothing has changed. */
 int vpc_driver_load(struct vpc_driver *d, const unsigned char *data, uint64_t length);
 int vpc_driver_stats(struct vpc_driver *d, struct vpc_driver_stats *out);
 /* cdef end */

@@ -15,14 +15,14 @@
 #define WORDS (TARGET_PAGE / 8)
 #define MAX_AREAS 256
 #define MOST_STEPS ((uint64_t)1 << 62)
-/* A vCPU that was held up longer than this goes on at its rate and makes up for no more. */
+/* A vCPU that was delayed for longer than this goes on at its rate and makes up for no more. */
 #define MOST_BEHIND_NS 10000000u
 
 /* From parked to parked: vpc_vcpu_go, the thread begins, vpc_vcpu_stop, the thread has ended its page. A run that is
- * stopped before the thread began has never been. */
+ * stopped before the thread began never took place. */
 enum { PARKED, GOING, RUNNING, STOPPING };
 
-/* The first words of a page say what it is; the rest follows from them. */
+/* The first words of a page identify it; the rest follows from them. */
 enum { INDEX, GENERATION, OWNER, SEED, REST };
 
 struct area {
@@ -50,7 +50,7 @@ struct vpc_vcpu {
     _Atomic int phase, ended;
     pthread_mutex_t lock; /* stats; never held over a touch */
     struct vpc_vcpu_stats stats;
-    uint64_t page[WORDS]; /* private: what was read, what is about to be written */
+    uint64_t page[WORDS]; /* private: the page that was read, the page that is about to be written */
 };
 
 /* ---- life */
@@ -197,7 +197,7 @@ static uint64_t common_divisor(uint64_t a, uint64_t b)
     return a;
 }
 
-/* x with a * x mod m = 1; m is at most 2^52 (pages of 64 bits of bytes), so signed numbers do. */
+/* x with a * x mod m = 1; m is at most 2^52 (pages of 64 bits of bytes), so signed numbers suffice. */
 static uint64_t inverse_mod(uint64_t a, uint64_t m)
 {
     int64_t x = 0, y = 1, low = (int64_t)m, high = (int64_t)a;
@@ -316,7 +316,7 @@ static inline uint64_t word_of(const struct stamp *s, uint64_t i)
     return i < REST ? s->head[i] : mix(s->key + i * GOLDEN);
 }
 
-/* The private copy against what it should be; returns 1 if it is, else says in bad what it is. */
+/* Compare the private copy with the expected page; returns 1 if they agree, otherwise describes it in bad. */
 static int compare(const struct vpc_vcpu *v, uint64_t index, struct vpc_vcpu_bad *bad)
 {
     struct stamp s = stamp_of(v, index, generation_of(v, index / v->count));
@@ -372,7 +372,7 @@ static void book(struct vpc_vcpu *v, const struct beat *b)
     pthread_mutex_unlock(&v->lock);
 }
 
-/* Wait for the page if it is missing, and say how long. */
+/* Wait for the page if it is missing; returns how long that took. */
 static uint64_t first_touch(unsigned char *at)
 {
     uint64_t begun = now_ns();
@@ -462,7 +462,7 @@ static int look(struct vpc_vcpu *v)
     return rc;
 }
 
-/* When the next one is due, at this rate. */
+/* When the next operation is due, at this rate. */
 static uint64_t next_due(uint64_t due, uint64_t rate, uint64_t now)
 {
     due += rate == VPC_RATE_UNLIMITED ? 0 : 1000000000u / rate;
@@ -518,7 +518,7 @@ static int run(struct vpc_vcpu *v)
         if (reads && read_due < when)
             when = read_due;
         if (sleep_until(v, when))
-            write_due = read_due = now_ns(); /* another rate, maybe */
+            write_due = read_due = now_ns(); /* perhaps for another rate */
     }
     return rc;
 }

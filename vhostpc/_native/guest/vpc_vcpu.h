@@ -1,11 +1,11 @@
 /* vCPUs: threads that read, check and rewrite target pages which name themselves, as a guest's processors would.
  *
  * The pages of all areas are numbered one after the other; of n vCPUs number i owns those with number % n == i.
- * A page says its number, its owner and how often it was rewritten (its generation), and each of its words is a
- * function of all these and the seed: one that is stale, torn, doubled or in another's place is found.
+ * A page contains its number, its owner and how often it was rewritten (its generation), and each of its words is a
+ * function of all these and the seed. So a page that is stale, torn, doubled or in the wrong place is found.
  *
- * No generation is remembered. A vCPU rewrites its m pages round by round in one order, which the seed chooses:
- * step t is of the page at place t mod m of that order and gives it generation t / m + 1. So t says them all. */
+ * No generation is stored. A vCPU rewrites its m pages round by round in one order, which the seed chooses:
+ * step t rewrites the page at place t mod m of that order and gives it generation t / m + 1. So t gives them all. */
 #ifndef VPC_VCPU_H
 #define VPC_VCPU_H
 #include <stdint.h>
@@ -18,7 +18,7 @@ struct vpc_vcpu;
 struct vpc_vcpu_state {
     uint64_t seed;
     uint64_t step;  /* pages rewritten since the fill */
-    uint64_t draws; /* of the random numbers that choose what is read */
+    uint64_t draws; /* of the random numbers that choose the pages to read */
 };
 
 /* What was wrong with a page. */
@@ -26,7 +26,7 @@ struct vpc_vcpu_bad {
     int32_t block;  /* -1: none */
     uint32_t word;  /* first word of the page that is not as expected */
     uint64_t page;  /* target page in the block */
-    uint64_t index; /* its number, and what it says of itself */
+    uint64_t index; /* its number, and its own claim */
     uint64_t generation;
     uint64_t found_index;
     uint64_t found_generation;
@@ -58,26 +58,26 @@ void vpc_vcpu_free(struct vpc_vcpu *v);
 /* count target pages of block from first; touch: they are somebody else's, one byte of them is read now and then.
  * -ERANGE: they leave the block. -ENOSPC: too many areas. */
 int vpc_vcpu_add_area(struct vpc_vcpu *v, int block, uint64_t first, uint64_t count, int touch);
-/* -EINVAL: fewer pages than vCPUs, or a step beyond all measure. -EBUSY: it runs. */
+/* -EINVAL: fewer pages than vCPUs, or a step out of range. -EBUSY: it runs. */
 int vpc_vcpu_set_state(struct vpc_vcpu *v, const struct vpc_vcpu_state *state);
 int vpc_vcpu_state(struct vpc_vcpu *v, struct vpc_vcpu_state *out);
 /* Pages rewritten and pages read a second, each 0 or VPC_RATE_UNLIMITED too; also while it runs. */
 int vpc_vcpu_set_rates(struct vpc_vcpu *v, uint64_t writes, uint64_t reads);
-/* Before vpc_vcpu_run: forget an end that came before. -EBUSY: it runs. */
+/* Before vpc_vcpu_run: forget an earlier vpc_vcpu_end. -EBUSY: it runs. */
 int vpc_vcpu_arm(struct vpc_vcpu *v);
 /* Let the parked thread run. -EBUSY: it runs already; -EINVAL: there is no state. */
 int vpc_vcpu_go(struct vpc_vcpu *v);
-/* Let it park again, behind the page that it is at. */
+/* Let it park again, after the page that it is at. */
 void vpc_vcpu_stop(struct vpc_vcpu *v);
-/* Let it return, behind the page that it is at. */
+/* Let it return, after the page that it is at. */
 void vpc_vcpu_end(struct vpc_vcpu *v);
-/* 1: it touches nothing; else the descriptor, an eventfd, becomes readable when that is so. */
+/* 1: it touches nothing; otherwise the descriptor, an eventfd, becomes readable when that is so. */
 int vpc_vcpu_parked(struct vpc_vcpu *v);
 int vpc_vcpu_parked_fd(struct vpc_vcpu *v);
 int vpc_vcpu_stats(struct vpc_vcpu *v, struct vpc_vcpu_stats *out);
-/* These three touch the areas and MAY WAIT FOR A PAGE; -EOWNERDEAD: the blocks were given up. One at a time.
- * The life of its thread: parked, touching nothing, until vpc_vcpu_go; then a run, until stopped, which is looked at
- * between two pages; and so on to vpc_vcpu_end. once: one run, begun by a vpc_vcpu_go before. Returns 0. */
+/* These three touch the areas and MAY WAIT FOR A PAGE; -EOWNERDEAD: the blocks were given up. One at a time. The life
+ * of its thread: parked, touching nothing, until vpc_vcpu_go; then a run, which checks between two pages whether it is
+ * stopped; and so on to vpc_vcpu_end. once: one run, begun by an earlier vpc_vcpu_go. Returns 0. */
 int vpc_vcpu_run(struct vpc_vcpu *v, int once);
 /* Write all own pages in generation 0; only at step 0. */
 int vpc_vcpu_fill(struct vpc_vcpu *v);

@@ -17,7 +17,7 @@ int vpc_map_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, in
 
     if (rc < 0)
         return rc;
-    /* A part of a page is as good as any memory, but is not registered: nobody moves such a region. */
+    /* A part of a page serves like any memory, but is not registered: nobody migrates such a region. */
     if (size == 0 || __builtin_add_overflow(offset, size, &end) || end > INT64_MAX ||
         (armed && (offset | size) % TARGET_PAGE))
         return -EINVAL;
@@ -89,7 +89,7 @@ void vpc_map_unref(struct vpc_map *m)
     vpc_supply_unlink(m->supply, m);
     vpc_guard_remove(m->guarded);
     munmap(m->base, m->len);
-    vpc_replace_reserve(); /* if it was used, there is room for another */
+    vpc_replace_reserve(); /* if the reserve was used, there is room for another */
     close(m->fd);
     if (m->ufd >= 0)
         close(m->ufd);
@@ -222,7 +222,7 @@ int vpc_gm_touch(const struct vpc_gm *gm, uint64_t gpa, uint64_t len, int flags,
     int rc;
 
     if (!atomic_load_explicit(&gm->supply->armed, memory_order_acquire))
-        return 0; /* calm: nothing need be looked up */
+        return 0; /* calm: no lookup is needed */
     EACH_PIECE(gm, gpa, len, {
         rc = vpc_touch(r, p, n, flags, stop);
         if (rc < 0)
@@ -297,7 +297,7 @@ void vpc_log_mark(struct vpc_log *log, uint64_t gpa, uint64_t len)
         uint8_t bit = (uint8_t)(1u << (page & 7));
         /* One log serves all devices of the VM and the front-end clears it with atomic exchange.
          * Setting a set bit again is skipped: the line stays shared between cores. The fence orders the
-         * data write before the test: a clear that came earlier saw the data, a later one sees the bit. */
+         * data write before the test: an earlier clear saw the data, a later one sees the bit. */
         atomic_thread_fence(memory_order_seq_cst);
         if (!(atomic_load_explicit(&log->bits[page >> 3], memory_order_relaxed) & bit))
             atomic_fetch_or(&log->bits[page >> 3], bit);

@@ -1,4 +1,4 @@
-/* What the C files share about guest memory; never part of the cdef. */
+/* The structures of guest memory that the C files share; never part of the cdef. */
 #ifndef VPC_GM_INTERNAL_H
 #define VPC_GM_INTERNAL_H
 #include <errno.h>
@@ -60,11 +60,11 @@ struct vpc_gm {
     struct vpc_region *regions; /* by gpa */
 };
 
-/* A part of a front-end's file that is mapped here and is no guest memory: a page of it that goes makes the supply lost. */
+/* A mapped part of a front-end's file that is not guest memory: if a page of it goes, the supply is lost. */
 struct vpc_view {
     struct vpc_supply *supply;
     struct vpc_guarded *guarded;
-    int fd; /* for the guard, which asks for its size */
+    int fd; /* for the guard, which queries its size */
     uint8_t *map;
     uint64_t map_len;
     uint8_t *at; /* its first byte */
@@ -80,17 +80,18 @@ struct vpc_log {
 /* Kind (VPC_KIND_*) and page size in bytes of what an fd names, and its size in bytes; -errno. */
 int vpc_fd_kind(int fd, uint32_t *kind, uint64_t *page_size, uint64_t *size);
 /* Map [offset, offset + size) of fd, which is duplicated. -EFBIG: longer than the file. -EINVAL: empty, wrapping or no
- * regular file. -EOPNOTSUPP: VPC_USE_INFLIGHT, and neither tmpfs nor hugetlbfs. After an error there is nothing to close. */
+ * regular file. -EOPNOTSUPP: VPC_USE_INFLIGHT, and neither tmpfs nor hugetlbfs. After an error there is nothing to
+ * close. */
 int vpc_view_open(struct vpc_view *v, struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, int use);
 void vpc_view_close(struct vpc_view *v);
 
 void vpc_gm_ref(struct vpc_gm *gm);
 void vpc_log_ref(struct vpc_log *log);
 
-/* The one way to look at lost: after every copy out of guest memory, before a byte of it is used. */
+/* The one way to read lost: after every copy out of guest memory, before a byte of it is used. */
 static inline bool vpc_supply_lost(const struct vpc_supply *s)
 {
-    /* An acquire load orders what follows it; the plain loads of the copy come before it, and stay there by this. */
+    /* An acquire load orders only later accesses; this keeps the plain loads of the copy before it. */
     atomic_thread_fence(memory_order_acquire);
     return atomic_load_explicit(&s->lost, memory_order_seq_cst) != 0;
 }
@@ -123,9 +124,9 @@ const struct vpc_region *vpc_gm_find_user(const struct vpc_gm *gm, uint64_t uadd
 int vpc_touch_slow(const struct vpc_region *r, const uint8_t *p, uint64_t len, int flags, const atomic_int *stop);
 
 /* Make [p, p + len) of a region resident: after 0 a copy waits for nothing.
- * With VPC_TRY: -EAGAIN when a page is absent. Else it waits; -ECANCELED when *stop is seen set before
- * the next page, -EOWNERDEAD when the supply is lost. Calm memory costs one test: that it was lost is seen by the
- * look that follows every copy. */
+ * With VPC_TRY: -EAGAIN when a page is absent. Otherwise it waits; -ECANCELED when *stop is seen set before
+ * the next page, -EOWNERDEAD when the supply is lost. Calm memory costs one test: the check after every copy finds out
+ * that it was lost. */
 static inline int vpc_touch(const struct vpc_region *r, const uint8_t *p, uint64_t len, int flags,
                             const atomic_int *stop)
 {
@@ -142,7 +143,7 @@ int vpc_gm_touch(const struct vpc_gm *gm, uint64_t gpa, uint64_t len, int flags,
 int vpc_gm_read(const struct vpc_gm *gm, uint64_t gpa, void *to, uint64_t len);
 int vpc_gm_write(const struct vpc_gm *gm, uint64_t gpa, const void *from, uint64_t len, struct vpc_log *log);
 
-/* Mark [gpa, gpa + len) dirty; what lies outside the log is not marked. */
+/* Mark [gpa, gpa + len) dirty; pages outside the log are not marked. */
 void vpc_log_mark(struct vpc_log *log, uint64_t gpa, uint64_t len);
 
 #endif

@@ -2,12 +2,12 @@
  *
  * A mapped page of a file can go away: a holder of the file shrinks it, the pool of huge pages or the file system is
  * empty, the disk fails, the page is poisoned. The touch then raises SIGBUS, in whichever thread made it. The handler
- * looks up whose mapping it was, marks that supply lost, maps zeros over the page, and returns: the touch goes on,
- * reads or writes what is nobody's, and the thread finds lost set before a byte of it is used.
+ * looks up the mapping's supply, marks it lost, maps zeros over the page, and returns: the touch goes on, reads or
+ * writes memory that is nobody's, and the thread finds lost set before a byte of it is used.
  *
  * The handler may interrupt anything, so it takes no lock and allocates nothing: a list whose entries are written
- * under a counter (odd: valid) and never freed, only used again. The entry that a fault of ours needs cannot change
- * meanwhile: who touches a mapping holds a reference to it. */
+ * under a counter (odd: valid) and never freed, only reused. The entry that a fault of ours needs cannot change
+ * meanwhile: a thread that touches a mapping holds a reference to it. */
 #define _GNU_SOURCE
 #include <signal.h>
 #include <stdlib.h>
@@ -29,18 +29,18 @@ struct vpc_guarded {
     atomic_uint_fast64_t file_off;
     atomic_int fd, use;
     atomic_uint_fast32_t kind;
-    atomic_int pid; /* a child has our entries, and not our mappings */
+    atomic_int pid; /* a child has our entries, but not our mappings */
 };
 
 static _Atomic(struct vpc_guarded *) registry;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* for changes; the handler takes no lock */
 static struct vpc_guarded *unused;
 
-/* What was to be done about SIGBUS before us: two of them, so that the handler never sees one half written. */
+/* The earlier action for SIGBUS: two copies, so that the handler never sees one half written. */
 static struct sigaction before[2];
 static atomic_int which;
 static atomic_int handed_on;  /* a SIGBUS came from raise(), and no fault since */
-static atomic_int inside_old; /* the thread that runs a handler which was there before us */
+static atomic_int inside_old; /* the thread that runs an earlier handler */
 
 /* 1: *out is a valid entry, read whole. */
 static int read_entry(struct vpc_guarded *e, struct vpc_guard_range *out)
@@ -61,7 +61,7 @@ static int read_entry(struct vpc_guarded *e, struct vpc_guard_range *out)
     return atomic_load_explicit(&e->turn, memory_order_relaxed) == turn;
 }
 
-/* Tell the session, once: what is read behind its eventfd is whole. */
+/* Tell the session, once: the strike is complete before the eventfd is written. */
 static void tell(const struct vpc_guard_range *r, uintptr_t at, int poisoned)
 {
     struct vpc_supply *s = r->supply;
@@ -89,7 +89,7 @@ static bool strike(uintptr_t at, int poisoned)
         uintptr_t page = at & ~(uintptr_t)(r.page - 1);
         atomic_store(&r.supply->lost, 1); /* before anybody can read a zero there */
         tell(&r, at, poisoned);
-        /* All of the mapping, if not this page: that splits none, where the process has as many as it may. */
+        /* The whole mapping, if this page fails: that splits none where the process is at its limit of mappings. */
         return vpc_replace_private((void *)page, r.page) == 0 || vpc_replace_private((void *)r.base, r.len) == 0;
     }
     return false;
@@ -107,7 +107,7 @@ static void hand_on(int number, siginfo_t *info, void *context)
         (void)sigaction(SIGBUS, &(struct sigaction){.sa_handler = SIG_DFL}, NULL);
         if (sent)
             raise(SIGBUS);
-        return; /* else the touch is made again, and ends the process where it stands */
+        return; /* otherwise the touch is repeated, and ends the process there */
     }
     atomic_store(&inside_old, gettid());
     if (old->sa_flags & SA_SIGINFO)
@@ -132,18 +132,18 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
      * does Python's faulthandler. The number came without the address then. */
     if (info->si_code == SI_TKILL && info->si_pid == getpid()) {
         if (atomic_load(&inside_old) == gettid()) {
-            /* Ours was before it, and it before ours: it was looked at by both. */
+            /* Ours was before it, and it before ours: both have examined the fault. */
             (void)sigaction(SIGBUS, &(struct sigaction){.sa_handler = SIG_DFL}, NULL);
             return;
         }
         if (!atomic_exchange(&handed_on, 1))
-            return; /* the touch is made again, and comes to us with its address */
+            return; /* the touch is repeated, and reaches us with its address */
     }
     hand_on(number, info, context);
     errno = error;
 }
 
-/* Looked at with each mapping: an older handler that goes takes ours with it. */
+/* Checked with each mapping: an older handler that is removed takes ours with it. */
 static void install(void)
 {
     struct sigaction ours = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER};

@@ -7,7 +7,7 @@
 struct vpc_supply;
 struct vpc_guarded; /* an entry of the registry */
 
-/* What the handler has to know of a mapping. */
+/* The handler's view of a mapping. */
 struct vpc_guard_range {
     struct vpc_supply *supply; /* whose session a SIGBUS in it ends; the mapping holds a reference */
     uintptr_t base;
@@ -20,7 +20,7 @@ struct vpc_guard_range {
 
 /* After mmap, before the first touch: from now on a SIGBUS in the range is ours. NULL: no memory. */
 struct vpc_guarded *vpc_guard_add(const struct vpc_guard_range *range);
-/* Before munmap, when nobody touches the range any more. NULL is fine. */
+/* Before munmap, when nobody touches the range any more. NULL is allowed. */
 void vpc_guard_remove(struct vpc_guarded *entry);
 
 #endif

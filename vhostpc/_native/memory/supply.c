@@ -1,4 +1,4 @@
-/* What stands behind a session's memory: the ufd that it registered with, waiting for pages, failing. */
+/* The supply behind a session's memory: the ufd that it is registered with, waiting for pages, failing. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
@@ -144,7 +144,7 @@ int vpc_supply_fail(struct vpc_supply *s)
     for (struct vpc_map *m = s->maps; m; m = m->next) {
         if (!atomic_load(&m->armed) || m->replaced)
             continue;
-        /* Neither unregister nor close: a waiter let go that way reads zeros and so creates the page in the
+        /* Neither unregister nor close: a waiter released that way reads zeros and so creates the page in the
          * shared file, for the guest too. Over private memory it reads zeros that are nobody's. So where none is
          * available, the waiters sleep on. */
         int error = vpc_replace_private(m->base, m->len);
@@ -216,13 +216,13 @@ static bool resident(const struct vpc_map *m, uint64_t page)
     return lseek(m->fd, off, SEEK_DATA) == off;
 }
 
-/* The one place where a thread of ours waits for a page. known: the page is absent, and not just unknown. */
+/* The one place where a thread of ours waits for a page. known: the page is known to be absent. */
 static int wait_for(struct vpc_map *m, uint64_t page, bool known)
 {
     struct vpc_supply *s = m->supply;
     uint64_t start = now_ns(), took;
 
-    /* Counted before the look: after failing, who is not counted will not sleep. */
+    /* Counted before lost is read: after failing, a thread that is not counted will not sleep. */
     atomic_fetch_add(&m->waiting, 1);
     if (!vpc_supply_lost(s)) {
         (void)*(volatile const uint8_t *)(m->base + page * m->page_size);

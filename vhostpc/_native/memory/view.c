@@ -1,4 +1,4 @@
-/* Files of a front-end: what they are, and a part of one mapped for us to look at. Guest memory is in gm.c. */
+/* Files of a front-end: their kind, and a part of one mapped for our use. Guest memory is in gm.c. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/magic.h>

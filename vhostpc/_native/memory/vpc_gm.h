@@ -1,4 +1,4 @@
-/* Guest memory: one mapping (map), a table of regions (gm), the dirty log; vpc_supply.h has what stands behind it.
+/* Guest memory: one mapping (map), a table of regions (gm), the dirty log; the supply behind it is in vpc_supply.h.
  *
  * No function here takes or returns a pointer to guest bytes: guest memory is named by integers.
  * Everything is counted by references; the trio thread makes and configures, any thread may drop.
@@ -35,13 +35,13 @@ int vpc_gm_new(struct vpc_supply *s, struct vpc_gm **out);
 void vpc_gm_unref(struct vpc_gm *gm);
 /* Add a region; only before the table is used. -EEXIST: overlaps another in guest or front-end addresses. */
 int vpc_gm_add(struct vpc_gm *gm, struct vpc_map *m, uint64_t guest_addr, uint64_t size, uint64_t user_addr);
-/* Users of the table besides its owner: rings and chains in hand. */
+/* Users of the table besides its owner: rings and chains in flight. */
 int vpc_gm_users(const struct vpc_gm *gm);
 /* Guest address after the highest region. */
 uint64_t vpc_gm_end(const struct vpc_gm *gm);
 
-/* Map [offset, offset + size) of fd, which is duplicated. A page of it that goes makes the supply lost. -EFBIG: longer
- * than the file. -EINVAL: empty, wrapping or no regular file. */
+/* Map [offset, offset + size) of fd, which is duplicated. If a page of it goes, the supply is lost. -EFBIG: longer than
+ * the file. -EINVAL: empty, wrapping or not a regular file. */
 int vpc_log_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, struct vpc_log **out);
 void vpc_log_unref(struct vpc_log *log);
 

@@ -1,11 +1,11 @@
-/* The supply of a session's guest memory: who delivers its missing pages, and whether it is lost. Counted by references;
- * any thread may drop it. */
+/* The supply of a session's guest memory: who delivers its missing pages, and whether it is lost. Counted by
+ * references; any thread may drop it. */
 #ifndef VPC_SUPPLY_H
 #define VPC_SUPPLY_H
 #include <stdint.h>
 
 /* cdef begin */
-struct vpc_supply; /* one per session: who brings missing pages, and whether it is gone */
+struct vpc_supply; /* one per session: who delivers missing pages, and whether that peer is gone */
 
 /* Flag of calls that touch guest memory: never wait for a page, -EAGAIN before anything is touched or changed. */
 #define VPC_TRY 1
@@ -27,17 +27,17 @@ struct vpc_strike {
     uint64_t size;    /* of the file just then, in bytes; UINT64_MAX: not known */
     uint32_t kind;    /* of backing */
     int use;          /* VPC_USE_* */
-    int poisoned;     /* the page is there, and may not be read: UFFDIO_POISON, faulty memory */
+    int poisoned;     /* the page is present, and must not be read: UFFDIO_POISON, faulty memory */
 };
 
 int vpc_supply_new(struct vpc_supply **out);
 void vpc_supply_unref(struct vpc_supply *s);
-/* From now on maps born armed belong to this ufd (duplicated here); -errno. */
+/* From now on maps created armed belong to this ufd (duplicated here); -errno. */
 int vpc_supply_arm(struct vpc_supply *s, int ufd);
 /* Unregister all armed maps and close our copies of the ufd: every page has arrived. */
 int vpc_supply_disarm(struct vpc_supply *s);
-/* The pages that miss will never come: see architecture, "failing". -errno: not all maps could be replaced, and
- * waiters in the others sleep on; it may be tried again. */
+/* Missing pages will never arrive: see architecture, "failing". -errno: not all maps could be replaced, and waiters in
+ * the others sleep on; it may be called again. */
 int vpc_supply_fail(struct vpc_supply *s);
 /* Threads that wait for a page of this supply. After vpc_supply_fail the number only falls. */
 int vpc_supply_asleep(struct vpc_supply *s);

@@ -1,4 +1,4 @@
-/* Which pages have come, as a destination says it to its source when a migration is recovered. */
+/* The received pages, as a destination reports them to its source when a migration is recovered. */
 #define _GNU_SOURCE
 #include "pages/ram_internal.h"
 
@@ -60,7 +60,7 @@ static uint64_t word_at(const void *bitmap, uint64_t word)
     return le64toh(bits);
 }
 
-/* Has all of a host page come? */
+/* Whether a whole host page has arrived. */
 static int whole(const void *bitmap, uint64_t first, unsigned each)
 {
     if (each < 64)

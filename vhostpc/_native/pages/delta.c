@@ -1,8 +1,8 @@
 /*
- * XBZRLE: a page as its difference to what the destination has of it (QEMU's documents, xbzrle).
+ * XBZRLE: a page as its difference to the destination's copy (QEMU's documents, xbzrle).
  *
- * Runs alternate: the length of what stays (the first may be 0), the length of what changes, the changed bytes. A length is
- * a uleb128 of at most two bytes. The last run that stays is left out. wire/migration/xbzrle.py is the model.
+ * Runs alternate: the length of an unchanged run (the first may be 0), the length of a changed run, and its bytes. A
+ * length is a uleb128 of at most two bytes. The last unchanged run is left out. wire/migration/xbzrle.py is the model.
  */
 #include "pages/load_internal.h"
 

@@ -1,9 +1,9 @@
 /* Dirty tracking: see vpc_dirty.h.
  *
  * No lost write, synchronous. A page is either protected, or its bit in written is set, or both. The loop sets the bit
- * and lets the page be written; a sync clears the bit and protects. Each does its two things under the lock, so
- * that neither takes back one of the other's. DIRTY is set behind the protection: a write before it is what
- * DIRTY is for, one behind it comes as a fault.
+ * and lets the page be written; a sync clears the bit and protects. Each takes both steps under the lock, so that
+ * neither undoes a step of the other. DIRTY is set after the protection: it stands for writes before that, and a
+ * later write is a fault.
  *
  * The lock is held over an ioctl, never over a touch: a thread that waits for a page waits for the loop alone. */
 #define _GNU_SOURCE
@@ -46,7 +46,7 @@ struct region {
 
 struct vpc_dirty {
     struct vpc_ram *ram;
-    int count; /* blocks that are watched */
+    int count; /* tracked blocks */
     int ufd, pagemap, control;
     _Atomic int stop;
     pthread_mutex_t lock; /* ended, written and the protection of the pages, stats */
@@ -156,7 +156,7 @@ int vpc_dirty_end(struct vpc_dirty *d)
     return 0;
 }
 
-/* Ask about an empty range: does the kernel know the call? */
+/* Scan an empty range: does the kernel know the call? */
 static int can_scan(struct vpc_dirty *d)
 {
     uint64_t base = vpc_ram_base(d->ram, 0);
@@ -196,8 +196,8 @@ static int scan_block(struct vpc_dirty *d, int i, struct found *found)
 {
     struct vpc_block *b = d->ram->blocks[i];
     uint64_t base = vpc_ram_base(d->ram, i);
-    /* With just these masks the kernel counts whatever bears no mark of protection as written: also a written page
-     * that it has taken out of the page table since. */
+    /* With just these masks the kernel counts each page without a mark of protection as written, including a written
+     * page that it has since removed from the page table. */
     struct scan s = {.size = sizeof s,
                      .flags = SCAN_PROTECT | SCAN_MUST_PROTECT,
                      .start = base,
@@ -224,8 +224,8 @@ static int scan_block(struct vpc_dirty *d, int i, struct found *found)
     return 0;
 }
 
-/* Protect what was written in the words [word, word + WORDS_A_CALL) of the bitmap again, in one call: the pages between
- * are protected already. */
+/* Protect the written pages in the words [word, word + WORDS_A_CALL) of the bitmap again, in one call: the pages
+ * between them are protected already. */
 static int collect_words(struct vpc_dirty *d, int i, uint64_t word, uint64_t words, struct found *found)
 {
     struct vpc_block *b = d->ram->blocks[i];
@@ -293,7 +293,7 @@ static int by_address(const void *a, const void *b)
     return x->address < y->address ? -1 : x->address > y->address;
 }
 
-/* Note pages of block i as written, and let them be. Caller holds the lock. */
+/* Note pages of block i as written, and unprotect them. Caller holds the lock. */
 static int let_write(struct vpc_dirty *d, int i, uint64_t first, uint64_t count)
 {
     struct vpc_block *b = d->ram->blocks[i];

@@ -17,7 +17,7 @@
 
 #define READY_A_WAIT 64
 #define LAST_LOOKS 4096 /* after stop */
-#define AGAIN_MS 64     /* the longest pause between two tries of what could not be answered */
+#define AGAIN_MS 64     /* the longest pause between two attempts at waiters that could not be answered */
 #define STARVED_MS 16
 #define CONTROL UINT32_MAX /* in place of a client's number */
 
@@ -102,7 +102,7 @@ static int client_read(struct vpc_fault *s, int id)
         if (events[i].kind != UFFD_EVENT_PAGEFAULT) {
             c->stats.other_events++;
             if (events[i].kind == UFFD_EVENT_FORK)
-                close((int)events[i].address); /* reading it gave us a descriptor nobody asked for */
+                close((int)events[i].address); /* reading it gave us a descriptor that nobody requested */
             continue;
         }
         c->stats.faults++;
@@ -115,7 +115,7 @@ static int client_read(struct vpc_fault *s, int id)
     return n;
 }
 
-/* Send what can be sent, then wait for a client, the control eventfd or room on the return path. */
+/* Send as much as possible, then wait for a client, the control eventfd or room on the return path. */
 static int wait_ready(struct vpc_fault *s, struct epoll_event *events, int timeout)
 {
     pthread_mutex_lock(&s->out_lock);
@@ -148,8 +148,8 @@ static void handle(struct vpc_fault *s, const struct epoll_event *ev, int *got)
     *got += client_read(s, (int)ev->data.u32);
 }
 
-/* Handle what is ready, and what could not be answered before if it is due. Returns events read, or -EEXIST; *again:
- * something cannot be answered yet. */
+/* Handle ready clients, and waiters that could not be answered before if they are due. Returns events read, or -EEXIST;
+ * *again: some waiter cannot be answered yet. */
 static int look(struct vpc_fault *s, const struct epoll_event *events, int n, int due, int *again)
 {
     int got = 0;
@@ -166,7 +166,7 @@ static int look(struct vpc_fault *s, const struct epoll_event *events, int n, in
     return got;
 }
 
-/* No memory for what there is to be read, which would be read at once again. */
+/* No memory for the events that wait to be read, which would make us read again at once. */
 static void rest(struct vpc_fault *s)
 {
     struct pollfd control = {.fd = s->control, .events = POLLIN};
@@ -180,7 +180,7 @@ int vpc_fault_run(struct vpc_fault *s, uint64_t spin_ns)
     struct epoll_event events[READY_A_WAIT];
     uint64_t last_event = 0, due = 0;
     int rc = 0, again;
-    int pause = 0; /* ms until what could not be answered is tried again; 0: there is nothing */
+    int pause = 0; /* ms until waiters that could not be answered are tried again; 0: there are none */
 
     atomic_store(&s->running, 1);
     while (rc == 0 && !atomic_load(&s->stop)) {
@@ -205,7 +205,8 @@ int vpc_fault_run(struct vpc_fault *s, uint64_t spin_ns)
         if (s->starved)
             rest(s);
     }
-    /* What faulted before the stop is answered: nobody reads it any more. Not for ever, though its clients may go on. */
+    /* Faults from before the stop are answered, because nobody reads them later. Not for ever: clients may go on
+     * faulting. */
     for (int i = 0; rc == 0 && i < LAST_LOOKS; i++) {
         int n = epoll_wait(s->ready, events, READY_A_WAIT, 0);
 

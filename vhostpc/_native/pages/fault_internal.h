@@ -1,11 +1,11 @@
 #ifndef FAULT_INTERNAL_H
 #define FAULT_INTERNAL_H
 /*
- * The fault service inside: outbox.c asks for pages, waiters.c knows which threads wait where, fault.c is the loop.
+ * The fault service inside: outbox.c requests pages, waiters.c knows which threads wait where, fault.c is the loop.
  *
  * No lost wake. The loop: remember the waiter, then test "received". The loader: mark "received", then look for
  * waiters (both in sequentially consistent order, the waiters under the lock). Whichever comes second sees the
- * other, so every waiter is woken, and one that nobody asked for yet is asked for.
+ * other, so every waiter is woken, and every page that was not requested yet is requested.
  *
  * The lock is held over non-blocking reads and ioctls, never over a touch of a block, a send or a poll.
  */
@@ -30,7 +30,7 @@ struct client {
     int fd; /* -1: removed */
     uint32_t range_count;
     struct vpc_client_range *ranges; /* sorted by base */
-    uint64_t **seen;                 /* two bitmaps a range: host pages that faulted; those that had come then */
+    uint64_t **seen;                 /* two bitmaps a range: host pages that faulted; those that were here by then */
     struct vpc_client_stats stats;
     struct vpc_thread_waits *threads;
     uint32_t thread_count, thread_room;
@@ -39,7 +39,7 @@ struct client {
 struct vpc_fault {
     struct vpc_ram *ram;
     int control; /* eventfd: look at stop and the outbox again */
-    int ready;   /* epoll: control and the clients that are read; poll would cost two more of them a fault */
+    int ready;   /* epoll: control and the clients that are read; poll would cost two more calls for each fault */
     _Atomic int stop;
     _Atomic int running;
 
@@ -53,9 +53,9 @@ struct vpc_fault {
     uint32_t trace_room;
     uint64_t traced; /* entries ever made */
     int again;       /* some waiters are to be tried again */
-    int ask_again;   /* and all that was asked for is to be asked for again */
+    int ask_again;   /* and all requested pages are to be requested again */
     int starved;     /* no room for another event: unread ones stay unread for a moment */
-    int born;        /* stats say which page: the loop ends */
+    int born;        /* stats name the page: the loop ends */
 
     pthread_mutex_t out_lock; /* outbox; taken after lock, never the other way round */
     int out_fd;
@@ -64,7 +64,7 @@ struct vpc_fault {
     uint64_t out_batches, out_bytes;
     int out_errno;
     int out_used; /* there was a return path before */
-    int out_mute; /* pages are not asked for: see vpc_fault_mute */
+    int out_mute; /* pages are not requested: see vpc_fault_mute */
 };
 
 /* Have the loop look again. */
@@ -73,7 +73,7 @@ static inline void vpc_fault_kick(struct vpc_fault *s)
     event_poke(s->control);
 }
 
-/* Tell the loop what is to be read from a client, or no longer. 0 or -errno. */
+/* Let the loop read a client, or no longer. 0 or -errno. */
 static inline int vpc_fault_watch(struct vpc_fault *s, int fd, uint32_t who)
 {
     struct epoll_event ev = {.events = EPOLLIN, .data.u32 = who};
@@ -94,12 +94,12 @@ void vpc_outbox_flush(struct vpc_fault *s);
 void vpc_outbox_free(struct vpc_fault *s);
 
 /* waiters.c; all with the lock held. */
-/* Room for what one read brings: 0 or -ENOMEM. An event that was read and not kept would be a wake that is lost. */
+/* Room for the events of one read: 0 or -ENOMEM. An event that was read and not kept would be a lost wake-up. */
 int vpc_waiters_room(struct vpc_fault *s);
 uint32_t vpc_waiter_add(struct vpc_fault *s, int client, const struct vpc_uffd_event *ev, uint64_t when);
 /* 1: it was woken, or waits already, and is gone; 0: it waits; -ENXIO: its address is in no range. */
 int vpc_waiter_resolve(struct vpc_fault *s, uint32_t i);
-/* Those that could not be answered. */
+/* Waiters that could not be answered. */
 void vpc_waiters_again(struct vpc_fault *s);
 void vpc_client_free(struct client *c);
 

@@ -10,8 +10,8 @@ struct vpc_load {
     struct vpc_ram *ram;
     struct vpc_fault *service;
     int fd, place, control;
-    int on_disk; /* fd: a file, which is always ready and is waited for */
-    int holes; /* calm: what is zero may stay a hole of the file */
+    int on_disk; /* fd: a file, which is always ready; a read of it may wait for the disk */
+    int holes; /* calm: a zero page may stay a hole of the file */
     _Atomic int stop;
 
     unsigned char *input;
@@ -22,13 +22,13 @@ struct vpc_load {
     int last; /* in the section's END */
 
     /* The run: target pages that follow one another in one block, all data or all zero. */
-    unsigned char *run; /* room for RUN_PAGES target pages or one host page, whichever is more */
+    unsigned char *run; /* room for RUN_PAGES target pages or one host page, whichever is larger */
     size_t run_room;
     unsigned char *zeros; /* as much again, never written */
     int run_block;
     int run_zero;
     uint64_t run_first, run_count; /* target pages */
-    uint64_t run_done;             /* host pages of it that a flush which was stopped is done with */
+    uint64_t run_done;             /* host pages of it that a stopped flush has finished */
 
     struct vpc_load_stats stats;
 };
@@ -39,12 +39,12 @@ static inline void tally(uint64_t *what, uint64_t n)
     __atomic_store_n(what, *what + n, __ATOMIC_RELAXED);
 }
 
-/* ramplace.c. Place the run, mark its pages and wake their waiters: 0 or -errno. A huge page that is not whole
- * stays in hand, and what is left after -ECANCELED (stopped while there was no memory). */
+/* ramplace.c. Place the run, mark its pages and wake their waiters: 0 or -errno. A huge page that is not whole stays in
+ * the run, as do the pages that are left after -ECANCELED (stopped while there was no memory). */
 int vpc_load_flush(struct vpc_load *l);
 
-/* delta.c. Make a target page (4096 bytes) from what it was and its XBZRLE difference: 0, or -EBADMSG for one that is none
- * (then the page is spoilt). */
+/* delta.c. Make a target page (4096 bytes) from its old content and its XBZRLE difference: 0, or -EBADMSG for a
+ * malformed one (then the page is spoilt). */
 int vpc_delta_apply(unsigned char *page, const unsigned char *delta, size_t length);
 
 #endif

@@ -1,5 +1,5 @@
-/* Pages that the fault loop places itself, with nobody to ask: those of a block that lie ready in a file of our own, and
- * zeros where a page that came is a hole. */
+/* Pages that the fault loop places itself, without a request: those of a block that lie ready in a file of our own, and
+ * zeros where a received page is a hole. */
 #define _GNU_SOURCE
 #include "pages/ram_internal.h"
 #include "ufd/vpc_uffd.h"

@@ -2,8 +2,8 @@
  * Back-ends' dirty log into the blocks' DIRTY bits.
  *
  * A bit of the log is 4096 bytes of guest memory (vhost-user, "Migration"): byte p >> 3, bit p & 7 for page p. It is
- * fetched and cleared in one atomic step, while back-ends go on setting bits: whatever they set later is found by the
- * next call. The log is private to us and them; no guest memory is touched.
+ * fetched and cleared in one atomic step, while back-ends go on setting bits: the next call finds bits that they set
+ * later. The log is private to us and them; no guest memory is touched.
  */
 #define _GNU_SOURCE
 #include "pages/ram_internal.h"

@@ -1,4 +1,4 @@
-/* What the fault service asks its source for: whole messages, sent as far as goes without waiting. */
+/* The fault service's requests to its source: whole messages, sent as far as possible without waiting. */
 #define _GNU_SOURCE
 #include "event_internal.h"
 #include "pages/fault_internal.h"
@@ -53,7 +53,7 @@ static ssize_t out_write(int fd, const void *data, size_t length)
     return n < 0 && errno == ENOTSOCK ? write_now(fd, data, length) : n;
 }
 
-/* Send what there is, as far as it goes without waiting. Caller holds out_lock. */
+/* Send the messages, as far as possible without waiting. Caller holds out_lock. */
 void vpc_outbox_flush(struct vpc_fault *s)
 {
     while (s->out_begin < s->out_end && s->out_fd >= 0 && !s->out_errno) {
@@ -85,7 +85,8 @@ int vpc_fault_send(struct vpc_fault *s, const void *message, uint32_t length)
     return rc;
 }
 
-/* Ask for one host page; the caller flushes later. 0 or -ENOMEM: where the path is broken, another one asks again. */
+/* Request one host page; the caller flushes later. 0 or -ENOMEM. Where the path is broken, another one requests again.
+ * */
 static int ask_for(struct vpc_fault *s, struct vpc_block *b, uint64_t page)
 {
     unsigned char m[4 + 13 + 255];
@@ -112,7 +113,7 @@ int vpc_outbox_request(struct vpc_fault *s, int block, uint64_t page)
     return rc;
 }
 
-/* Another source knows nothing of what the last one was asked for. */
+/* Another source knows nothing of the requests to the last one. */
 int vpc_outbox_ask_again(struct vpc_fault *s)
 {
     int rc = 0;
@@ -128,7 +129,8 @@ int vpc_outbox_ask_again(struct vpc_fault *s)
     return rc;
 }
 
-/* Another descriptor to send on, with an empty outbox where there was one before. *again: there was. Caller holds lock. */
+/* Another descriptor to send on, with an empty outbox where there was one before. *again: there was. Caller holds lock.
+ * */
 static int out_replace(struct vpc_fault *s, int fd, int mute, int *again)
 {
     int copy = -1, old;

@@ -1,4 +1,4 @@
-/* Pages that are there, no matter how they were made: read from a block's file, without a touch. */
+/* Pages that exist, no matter how they were made: found in a block's file, without a touch. */
 #define _GNU_SOURCE
 #include "pages/ram_internal.h"
 #include "ufd/vpc_uffd.h"
@@ -41,7 +41,7 @@ static uint64_t next_missing(struct vpc_block *b, uint64_t page, uint64_t end)
     return end;
 }
 
-/* From gap to gap: SEEK_DATA skips holes at once, and SEEK_HOLE, which walks over all data, is not asked. */
+/* From gap to gap: SEEK_DATA skips holes at once; SEEK_HOLE, which walks over all data, is not used. */
 static int look_in_file(struct vpc_block *b, uint64_t first, uint64_t end, uint64_t *born)
 {
     for (uint64_t page = next_missing(b, first, end); page < end; page = next_missing(b, page, end)) {
@@ -60,7 +60,7 @@ static int look_in_file(struct vpc_block *b, uint64_t first, uint64_t end, uint6
     return 0;
 }
 
-/* A ufd that can map pages which are there, and says so of pages which are not. */
+/* A ufd that can map existing pages, and reports pages that do not exist. */
 static int open_minor(void)
 {
     static const int ways[] = {VPC_UFFD_DEVICE, VPC_UFFD_SYSCALL, VPC_UFFD_USER_MODE};
@@ -78,8 +78,8 @@ static int open_minor(void)
     return rc == -EINVAL ? -EOPNOTSUPP : rc; /* a kernel before 5.13 */
 }
 
-/* hugetlbfs calls its holes data, too. A second mapping, page by page: UFFDIO_CONTINUE maps what is there and makes
- * nothing. any: pages that were received are looked at, too. */
+/* hugetlbfs reports its holes as data. A second mapping, page by page: UFFDIO_CONTINUE maps an existing page and
+ * creates none. any: received pages are examined, too. */
 static int look_by_mapping(struct vpc_block *b, uint64_t first, uint64_t end, int any, uint64_t *born)
 {
     size_t length = (size_t)(end - first) << b->shift;
@@ -92,7 +92,7 @@ static int look_by_mapping(struct vpc_block *b, uint64_t first, uint64_t end, in
     fd = open_minor();
     if (fd < 0)
         return fd;
-    /* Without access: nothing touches it, and a lock on future mappings makes no page. */
+    /* Without access: nothing touches it, and a lock on future mappings creates no page. */
     unsigned char *map = mmap(NULL, length, PROT_NONE, MAP_SHARED | MAP_NORESERVE, b->fd,
                               (off_t)(b->fd_offset + (first << b->shift)));
     if (map == MAP_FAILED) {

@@ -25,7 +25,7 @@ int vpc_ram_new(struct vpc_ram **out)
 static void block_free(struct vpc_block *b)
 {
     vpc_local_free(b);
-    if (b->map && !b->stays) /* somebody may wait there for ever */
+    if (b->map && !b->stays) /* a thread may wait there for ever */
         munmap(b->map, b->length);
     if (b->zeros)
         munmap(b->zeros, b->page_size);
@@ -67,7 +67,7 @@ static void *map_aligned(struct vpc_block *b)
         munmap(room, (size_t)(at - room));
     if (room + slack > at)
         munmap(at + b->length, (size_t)(room + slack - at));
-    /* Huge pages are set aside here and now: too few of them is an error, not a SIGBUS at the first touch. */
+    /* Huge pages are reserved now, so too few of them are an error, not a SIGBUS at the first touch. */
     void *map = mmap(at, b->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, b->fd, (off_t)b->fd_offset);
     if (map == MAP_FAILED) {
         int error = errno;
@@ -128,7 +128,7 @@ int vpc_ram_add(struct vpc_ram *ram, const char *name, int fd, uint64_t fd_offse
     if (map == MAP_FAILED)
         goto fail;
     b->map = map;
-    /* A child would see missing pages as holes; a huge page would be there before its parts have come. */
+    /* A child would see missing pages as holes; a huge page would exist before its parts have arrived. */
     madvise(map, length, MADV_DONTFORK);
     madvise(map, length, MADV_NOHUGEPAGE);
     ram->blocks[ram->count] = b;
@@ -232,8 +232,8 @@ int vpc_ram_discard(struct vpc_ram *ram, int block, uint64_t offset, uint64_t le
         return 0;
     first = offset >> b->shift;
     count = length >> b->shift;
-    /* A part of a huge page of shared memory that has one more reference is only cleared: it reads as zeros, and is no
-     * fault. Often the reference is gone a moment later. */
+    /* A part of a huge page of shared memory with another reference is only cleared: it reads as zeros, and a touch
+     * does not fault. Often the reference is gone a moment later. */
     for (int i = 0; i < DISCARD_TRIES && there > 0; i++) {
         if (i)
             sched_yield();
@@ -256,11 +256,11 @@ int vpc_ram_give_up(struct vpc_ram *ram, int ufd)
         struct vpc_block *b = ram->blocks[i];
         if (again && !b->stays)
             continue;
-        /* Neither unregister nor close: a waiter let go that way would make the page in the shared file. */
+        /* Neither unregister nor close: a waiter released that way would create the page in the shared file. */
         int error = vpc_replace_private(b->map, b->length);
         b->stays = error < 0;
         if (error < 0)
-            rc = error; /* nobody is woken there: going on would create pages that nobody sent */
+            rc = error; /* no waiter is woken there: a retry would create pages that nobody sent */
         else
             (void)vpc_uffd_wake(ufd, (uint64_t)(uintptr_t)b->map, b->length);
     }

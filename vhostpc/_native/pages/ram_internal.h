@@ -28,23 +28,23 @@ struct vpc_block {
 
 struct vpc_ram {
     int count;
-    _Atomic int lost; /* given up: the mappings are private memory now, and hold nothing */
+    _Atomic int lost; /* given up: the mappings are empty private memory now */
     struct vpc_block *blocks[MAX_BLOCKS];
 };
 
 /* Make a page of a block that has local bytes, in our own mapping; wakes nobody. This and the next two: see
- * vpc_no_memory; -EAGAIN: the client's memory is being changed, try again later; -EEXIST: a page is there. */
+ * vpc_no_memory; -EAGAIN: the client's memory is being changed, try again later; -EEXIST: a page exists there. */
 int vpc_local_place(struct vpc_block *block, uint64_t page);
 /* Make it where a client waits for it and wake the client: one system call, and its retry finds the page mapped. */
 int vpc_local_answer(struct vpc_block *block, uint64_t page, int ufd, uint64_t address);
-/* The same with zeros, for a page that came and of which the file has only a hole. */
+/* The same with zeros, for a received page of which the file has only a hole. */
 int vpc_local_zero(struct vpc_block *block, int ufd, uint64_t address);
 void vpc_local_free(struct vpc_block *block);
-/* present.c. The first of these pages that was not received and is there all the same: 1 and which, 0 if there is none,
- * or -errno (-EOPNOTSUPP: hugetlbfs of a kernel before 5.13, which does not tell). Touches nothing. */
+/* present.c. The first of these pages that was not received and exists all the same: 1 and its number, 0 if there is
+ * none, or -errno (-EOPNOTSUPP: hugetlbfs of a kernel before 5.13, which cannot tell). Touches nothing. */
 int vpc_block_born(struct vpc_block *block, uint64_t first, uint64_t count, uint64_t *born);
 int vpc_is_hugetlb(int fd);
-/* Whether placing this page failed with rc for lack of memory. hugetlbfs says -EEXIST of that, too. */
+/* Whether placing this page failed with rc for lack of memory. hugetlbfs returns -EEXIST for that, too. */
 int vpc_no_memory(struct vpc_block *block, uint64_t page, int rc);
 /* Number of the block with this name, or -1. */
 int vpc_ram_find(const struct vpc_ram *ram, const unsigned char *name, unsigned length);
@@ -54,10 +54,10 @@ static inline struct vpc_block *ram_block(const struct vpc_ram *ram, int block)
     return block >= 0 && block < ram->count ? ram->blocks[block] : NULL;
 }
 
-/* Look after every copy out of a block, and before a byte of it is used: 0 or -EOWNERDEAD. */
+/* Check after every copy out of a block, and before a byte of it is used: 0 or -EOWNERDEAD. */
 static inline int ram_lost(struct vpc_ram *ram)
 {
-    atomic_thread_fence(memory_order_acquire); /* the copy was made before this look; a load alone orders only what follows */
+    atomic_thread_fence(memory_order_acquire); /* keep the copy before this check; a load orders only later accesses */
     return atomic_load_explicit(&ram->lost, memory_order_seq_cst) ? -EOWNERDEAD : 0;
 }
 

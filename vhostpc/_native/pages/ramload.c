@@ -67,7 +67,7 @@ int vpc_load_new(struct vpc_ram *ram, struct vpc_fault *service, int fd, int pla
             l->run_room = ram->blocks[i]->page_size;
     l->on_disk = is_on_disk(fd);
     l->fd = l->place = l->control = -1;
-    /* The zeros now: later there may be no room for them. */
+    /* Map the zeros now: later there may be no room for them. */
     if ((l->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0)) < 0 || (l->control = event_new()) < 0 ||
         (place_ufd >= 0 && (l->place = fcntl(place_ufd, F_DUPFD_CLOEXEC, 0)) < 0) ||
         !(l->input = malloc(INPUT_ROOM)) || !(l->run = pages(l->run_room, PROT_READ | PROT_WRITE)) ||
@@ -146,11 +146,11 @@ static int bad(struct vpc_load *l, int why)
     return -EBADMSG;
 }
 
-/* One target page has come. 0, 1 if somebody waits for it (it is to be flushed), or -errno: then it was not taken. */
+/* One target page has arrived. 0, 1 if a thread waits for it (flush it), or -errno: then it was not taken. */
 static int take_page(struct vpc_load *l, int block, uint64_t page, const unsigned char *data, int fill)
 {
     struct vpc_block *b = l->ram->blocks[block];
-    /* Nothing is placed in calm mode, so a huge page may come in any parts and order. */
+    /* Nothing is placed in calm mode, so a huge page may arrive in any parts and order. */
     uint64_t per_host = l->place < 0 ? 1 : b->page_size >> TARGET_SHIFT;
     int zero = !data && fill == 0;
     int partial = 0, rc;
@@ -176,7 +176,7 @@ static int take_page(struct vpc_load *l, int block, uint64_t page, const unsigne
         l->run_block = block;
         l->run_first = page;
         l->run_zero = zero;
-        if (per_host > 1) /* the rest of it has to come */
+        if (per_host > 1) /* the rest of it must follow */
             bit_set(b, VPC_BITS_DISCARDED, page >> (b->shift - TARGET_SHIFT));
     }
     if (l->run_zero && !zero) {
@@ -194,17 +194,17 @@ static int take_page(struct vpc_load *l, int block, uint64_t page, const unsigne
         tally(&l->stats.data_pages, 1);
     else
         tally(&l->stats.zero_pages, 1);
-    /* Somebody waits for it: it does not wait for what follows. (A huge page goes out only when it is whole.) */
+    /* A thread waits for it, so it does not wait for further pages. (A huge page goes out only when it is whole.) */
     return l->place >= 0 && bit_test(b, VPC_BITS_REQUESTED, page >> (b->shift - TARGET_SHIFT));
 }
 
-/* A page as its difference to the received one, which only precopy has: nothing is missing there. The file is asked,
- * not our mapping: what nobody wrote is zero, and stays a hole. As take_page. */
+/* A page as its difference to the received one, which only precopy has, where no page is missing. The old page is read
+ * from the file, not from our mapping: a page that nobody wrote is zero, and stays a hole. As take_page. */
 static int take_delta(struct vpc_load *l, int block, uint64_t page, const unsigned char *delta, size_t length)
 {
     struct vpc_block *b = l->ram->blocks[block];
     unsigned char whole[TARGET_PAGE];
-    int rc = vpc_load_flush(l); /* it may be in hand */
+    int rc = vpc_load_flush(l); /* it may be in the run */
 
     if (rc < 0)
         return rc;
@@ -229,7 +229,7 @@ static int take_record(struct vpc_load *l)
     unsigned kind = flags & ~REC_CONTINUE;
 
     if (word == REC_EOS) {
-        int flushed = vpc_load_flush(l); /* before the end is read, so that one that was stopped comes back to it */
+        int flushed = vpc_load_flush(l); /* before the end is read, so that a stopped call returns to it */
         if (flushed < 0)
             return flushed;
         l->begin += 8;
@@ -285,7 +285,7 @@ static int take_record(struct vpc_load *l)
     return 1;
 }
 
-/* What stands between the records of one section and those of the next: footer, header. As take_record. */
+/* The frames between the records of one section and those of the next: footer, header. As take_record. */
 static int take_frame(struct vpc_load *l)
 {
     const unsigned char *p = l->input + l->begin;
@@ -327,7 +327,7 @@ static int take(struct vpc_load *l)
     return 1;
 }
 
-/* Wait for input (or stop) and read what there is. 0, VPC_LOAD_EOF, VPC_LOAD_STOPPED or -errno. */
+/* Wait for input (or a stop) and read it. 0, VPC_LOAD_EOF, VPC_LOAD_STOPPED or -errno. */
 static int fill(struct vpc_load *l, uint64_t spin_ns)
 {
     uint64_t until = spin_ns ? now_ns() + spin_ns : 0;
@@ -373,7 +373,7 @@ int vpc_load_run(struct vpc_load *l, uint64_t spin_ns)
             rc = taken;
         else if (taken == VPC_LOAD_EOS + 1)
             rc = VPC_LOAD_EOS;
-        /* Nothing whole is left in the buffer: no page that came waits for one that has not. */
+        /* The buffer has no whole record left: no received page waits for one that has not arrived. */
         flushed = vpc_load_flush(l);
         if (flushed < 0 && rc >= 0)
             rc = flushed;

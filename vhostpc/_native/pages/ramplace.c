@@ -1,8 +1,8 @@
 /*
- * Where RAM pages that came are put.
+ * Placing received RAM pages.
  *
- * Armed: by ioctl, each host page once, from private memory; a page that is there already is never overwritten. Calm, where
- * nothing is missing: into the block's file, the last copy wins.
+ * Armed: by ioctl, each host page once, from private memory; an existing page is never overwritten. Calm, where no page
+ * is missing: into the block's file, the last copy wins.
  */
 #define _GNU_SOURCE
 #include "pages/load_internal.h"
@@ -57,11 +57,11 @@ static int zero_file(struct vpc_load *l, struct vpc_block *b, uint64_t at, uint6
 
     if (data < 0)
         return errno == ENXIO ? 0 : -errno;
-    /* SEEK_HOLE is not asked: it walks over all data that follows. */
+    /* SEEK_HOLE is not used: it walks over all data that follows. */
     return (uint64_t)data < end ? write_file(b, l->zeros, end - (uint64_t)data, (uint64_t)data) : 0;
 }
 
-/* A huge page that was discarded is no longer set aside for us: where none is free a touch would be a SIGBUS. */
+/* A discarded huge page is no longer reserved for us: where none is free, a touch would raise SIGBUS. */
 static int make_pages(struct vpc_block *b, uint64_t first, uint64_t last)
 {
     for (uint64_t page = first; page <= last; page++) {
@@ -79,12 +79,12 @@ static int place_calm(struct vpc_load *l, struct vpc_block *b)
     unsigned char *to = b->map + (l->run_first << TARGET_SHIFT);
     size_t length = (size_t)l->run_count << TARGET_SHIFT;
     uint64_t at = b->fd_offset + (l->run_first << TARGET_SHIFT);
-    /* A host page of which anything has come counts as received: a source discards whole ones. */
+    /* A host page of which a part has arrived counts as received: a source discards whole ones. */
     uint64_t first = (l->run_first << TARGET_SHIFT) >> b->shift;
     uint64_t last = ((l->run_first + l->run_count - 1) << TARGET_SHIFT) >> b->shift;
     int rc = 0;
 
-    if (b->page_size > TARGET_PAGE) { /* hugetlbfs cannot be written to, and tells no holes */
+    if (b->page_size > TARGET_PAGE) { /* hugetlbfs has no write(2), and does not report holes */
         if (b->hugetlb)
             rc = make_pages(b, first, last);
         if (rc == 0)
@@ -95,8 +95,8 @@ static int place_calm(struct vpc_load *l, struct vpc_block *b)
         rc = write_file(b, l->run_zero ? l->zeros : l->run, length, at);
     if (rc < 0)
         return rc;
-    /* Into our page table at once, many for one call: the next reader would pay a fault for each few. It
-     * is no more than that: a kernel before 5.14 refuses. */
+    /* Into our page table at once, many in one call: otherwise the next reader would take a fault for every few pages.
+     * It is only an optimization: a kernel before 5.14 refuses. */
     if (b->page_size == TARGET_PAGE && !l->run_zero)
         (void)madvise(to, length, MADV_POPULATE_READ);
     tally(&l->stats.placed, last - first + 1);
@@ -110,7 +110,7 @@ static void name_page(struct vpc_load *l, uint64_t page)
     __atomic_store_n(&l->stats.bad_page, page, __ATOMIC_RELAXED);
 }
 
-/* There is no memory for this page: wait a little, longer from try to try. 0, or -ECANCELED at once when stopped. */
+/* There is no memory for this page: wait a little, longer each time. 0, or -ECANCELED at once when stopped. */
 static int wait_for_memory(struct vpc_load *l, uint64_t page, int *pause)
 {
     struct pollfd control = {.fd = l->control, .events = POLLIN};
@@ -126,7 +126,7 @@ static int wait_for_memory(struct vpc_load *l, uint64_t page, int *pause)
     return atomic_load(&l->stop) ? -ECANCELED : 0;
 }
 
-/* One call for the pages from first on; what it made is marked and its waiters are woken. */
+/* One call for the pages from first on; those that it made are marked and their waiters are woken. */
 static int place_some(struct vpc_load *l, struct vpc_block *b, uint64_t first, uint64_t count, uint64_t from,
                       uint64_t *made)
 {
@@ -178,7 +178,7 @@ static int place_pages(struct vpc_load *l, struct vpc_block *b, uint64_t first, 
             rc = atomic_load(&l->stop) ? -ECANCELED : 0;
             sched_yield();
         } else if (rc == -EEXIST && bit_test(b, VPC_BITS_RECEIVED, first)) {
-            /* It came another way meanwhile: newer than ours or the same. Never overwritten. */
+            /* It arrived another way meanwhile: newer than ours or the same. Never overwritten. */
             tally(&l->stats.already, 1);
             first++;
             count--;
@@ -186,7 +186,7 @@ static int place_pages(struct vpc_load *l, struct vpc_block *b, uint64_t first, 
             l->run_done++;
             pause = rc = 0;
         } else if (rc == -EEXIST) {
-            /* Somebody made it. Not marked, and its waiters are not woken: it is not the page that came. */
+            /* Somebody made it. Not marked, and its waiters are not woken: it is not the page that arrived. */
             name_page(l, first);
         }
     }
@@ -222,7 +222,7 @@ int vpc_load_flush(struct vpc_load *l)
             n++;
         rc = place_pages(l, b, first + i, n, (uint64_t)(uintptr_t)bytes + (i << b->shift));
     }
-    if (rc != -ECANCELED) /* stopped: what is left is placed by the next run */
+    if (rc != -ECANCELED) /* stopped: the next call places the rest */
         l->run_count = l->run_done = 0;
     return rc;
 }

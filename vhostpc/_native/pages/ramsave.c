@@ -1,8 +1,8 @@
 /*
  * RAM records out: the loops of one connection of a source of pages.
  *
- * A round is one section of precopy; run is postcopy, where each dirty page is sent once and what is asked for goes
- * first. The blocks are this process's own memory, whole and never armed.
+ * A round is one section of precopy; run is postcopy, where each dirty page is sent once and requested pages go first.
+ * The blocks are this process's own memory, complete and never armed.
  */
 #define _GNU_SOURCE
 #include "event_internal.h"
@@ -15,9 +15,9 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Milliseconds; what produce says besides. */
+/* Results of produce besides milliseconds. */
 #define PRODUCE_ROOM 0     /* there would be more with more room */
-#define PRODUCE_NOTHING -1 /* nothing to do until somebody asks or releases */
+#define PRODUCE_NOTHING -1 /* nothing to do until a page is requested or released */
 
 void vpc_save_free(struct vpc_save *s)
 {
@@ -113,7 +113,7 @@ static int fill(struct vpc_save *s, uint64_t rate)
             return PRODUCE_ROOM;
         if (rate == 0 || atomic_load(&scan->withhold_all) || scan_left(scan) == 0)
             return PRODUCE_NOTHING;
-        /* Only a little of the background at a time: a request must not wait behind much of it. */
+        /* Only a little of the background at once: a request must not wait behind much of it. */
         if (w->end - w->begin > OUT_ROOM / 2)
             return PRODUCE_ROOM;
         int ms = vpc_scan_due(scan, rate);
@@ -128,7 +128,7 @@ static int fill(struct vpc_save *s, uint64_t rate)
     }
 }
 
-/* As fill, and the numbers tell of it. */
+/* As fill, and the numbers are updated. */
 static int produce(struct vpc_save *s, uint64_t rate)
 {
     int rc = fill(s, rate);
@@ -155,13 +155,13 @@ static int wait_ready(struct vpc_save *s, int more, int ms)
         return 0;
     if (fds[2].revents)
         event_drain(s->control);
-    /* Nobody listens and nothing is to be sent: a write would not tell. */
+    /* The peer is gone and nothing is to be sent: no write would show that. */
     if (in < 0 && !more && fds[1].revents & (POLLERR | POLLHUP))
         return VPC_SAVE_PEER_CLOSED;
     return fds[0].revents && room ? vpc_requests_pull(&s->requests) : 0;
 }
 
-/* Everything that the destination has said is read, though nothing can be sent any more: its last word may be in it. */
+/* Read everything that the destination has said, though nothing can be sent any more: its last word may be in it. */
 static int last_word(struct vpc_save *s)
 {
     struct requests *r = &s->requests;
@@ -169,19 +169,19 @@ static int last_word(struct vpc_save *s)
     for (;;) {
         size_t before = r->end;
 
-        r->head = r->tail; /* nobody gets what was asked for: it must not hold up the bytes behind it */
+        r->head = r->tail; /* requested pages cannot be sent: they must not delay the bytes behind them */
         r->ask_count = 0;
         int said = vpc_requests_parse(r, s->scan);
         if (said)
             return said;
         if (r->end == before && (vpc_requests_pull(r) || r->end == before))
             return 0;
-        if (atomic_load(&s->stop)) /* one that goes on for ever */
+        if (atomic_load(&s->stop)) /* a peer that goes on for ever */
             return 0;
     }
 }
 
-/* What the loops return: a broken pipe is a peer that is gone. Whatever error it was, the peer's word counts for more. */
+/* The loops' result: a broken pipe means that the peer is gone. Whatever the error was, the peer's word has precedence. */
 static int ended(struct vpc_save *s, int rc)
 {
     if (rc == -EPIPE || rc == -ECONNRESET)

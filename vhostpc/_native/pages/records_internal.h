@@ -1,6 +1,6 @@
 #ifndef RECORDS_INTERNAL_H
 #define RECORDS_INTERNAL_H
-/* The numbers of RAM records, of the frames round them and of the return path, in QEMU's migration stream. */
+/* The numbers of RAM records, of the frames around them and of the return path, in QEMU's migration stream. */
 #include "bytes.h"
 
 /* First bytes of a section's frames (QEMU's migration stream). */

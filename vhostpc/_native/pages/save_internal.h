@@ -2,9 +2,9 @@
 #define SAVE_INTERNAL_H
 /*
  * RAM records out, inside. savescan.c knows which page is next, savewriter.c makes records of a page and writes them to
- * a descriptor, saverequests.c reads what the destination says; ramsave.c has the loops that join the three.
+ * a descriptor, saverequests.c reads the destination's messages; ramsave.c has the loops that join the three.
  *
- * A scan may have several writers: a page is taken by clearing its DIRTY bit, so one writer only gets it.
+ * A scan may have several writers: a page is taken by clearing its DIRTY bit, so only one writer gets it.
  */
 #include "pages/ram_internal.h"
 #include "pages/records_internal.h"
@@ -13,7 +13,7 @@
 #define OUT_ROOM (128u << 10)
 #define RECORD_MAX (8u + 256u + TARGET_PAGE)
 #define IN_ROOM (16u << 10)
-#define QUEUE 4096u /* host pages asked for and not yet looked at; more stay in the socket */
+#define QUEUE 4096u /* requested host pages not yet handled; more stay in the socket */
 
 struct host_page {
     int block; /* -1: none */
@@ -25,7 +25,7 @@ struct vpc_scan {
     int keep_zeros; /* send zero pages as data */
     _Atomic int withhold_all;
     _Atomic uint64_t rate;
-    _Atomic uint64_t place; /* where the scan goes on: see place_of */
+    _Atomic uint64_t place; /* where the scan continues: see place_of */
     /* Bytes that the background may send; below 0 it owes them. Of the one loop that sends it. */
     int64_t credit;
     uint64_t credit_time;
@@ -40,18 +40,18 @@ struct writer {
     unsigned char *out;
     size_t begin, end;
     int block; /* of the last record, for CONTINUE; -1 before the first */
-    /* The host page in hand: its target pages that are still to be written. */
+    /* The current host page: its target pages that are still to be written. */
     int now_block; /* -1: none */
     uint64_t now_target, now_left;
-    /* A stretch of a block's file that is a hole, or is taken for data. Looked up anew in each round: what is written
-     * afterwards is found by the next look at what is dirty. */
+    /* A stretch of a block's file that is a hole, or is taken for data. Looked up anew in each round: the next sync
+     * finds pages that are written afterwards. */
     int extent_block, extent_hole;
     uint64_t extent_begin, extent_end;
-    unsigned char *tail; /* what follows the EOS */
+    unsigned char *tail; /* the bytes after the EOS */
     size_t tail_at, tail_end;
     int eos_sent;
     uint64_t bytes; /* written */
-    /* Records made and not yet in the scan's numbers: see vpc_scan_tell. */
+    /* Records made and not yet counted in the scan's numbers: see vpc_scan_tell. */
     struct vpc_scan_stats made;
 };
 
@@ -61,7 +61,7 @@ struct requests {
     unsigned char *in;
     size_t end;
     int block; /* of the last request, for REQ_PAGES; -1 before the first */
-    /* A request being taken apart into host pages: they go to the queue as it has room. */
+    /* A request being split into host pages, which go to the queue as it has room. */
     int ask_block;
     uint64_t ask_page, ask_count;
     struct host_page queue[QUEUE];
@@ -78,7 +78,7 @@ struct vpc_save {
     struct requests requests;
     int control, notify;
     _Atomic int stop;
-    int now_asked; /* the page in hand was asked for: its bytes are not charged to the background */
+    int now_asked; /* the current page was requested: its bytes are not charged to the background */
     int heard_told;
 };
 
@@ -89,16 +89,16 @@ static inline void save_tally(uint64_t *what, uint64_t n)
 }
 
 /* savescan.c */
-/* Take a page: 1, or 0 if it was sent before. Its bit is cleared now: it goes out once. The scan goes on behind it, since
- * who touches a page touches its neighbours next. */
+/* Take a page: 1, or 0 if it was sent before. Its bit is cleared now: it is sent once. The scan continues behind it,
+ * because a thread that touches a page touches its neighbours next. */
 int vpc_scan_take(struct vpc_scan *scan, struct host_page page);
-/* The next dirty page that is not withheld, from where the scan stands, once around: taken; block -1 if there is none. */
+/* Take the next dirty page that is not withheld, from the scan's position, once around; block -1 if there is none. */
 struct host_page vpc_scan_next(struct vpc_scan *scan);
 /* Milliseconds until the background may send at this rate; 0: now. */
 int vpc_scan_due(struct vpc_scan *scan, uint64_t rate);
 void vpc_scan_begin(struct vpc_scan *scan);
-/* Add what a writer has made to the numbers, once a buffer: an atomic addition for each page would cost more than a zero
- * page does. */
+/* Add a writer's counts to the numbers, once for each buffer: an atomic addition for each page would cost more than a
+ * zero page does. */
 void vpc_scan_tell(struct vpc_scan *scan, struct vpc_scan_stats *made);
 void vpc_scan_rewind(struct vpc_scan *scan);
 void vpc_scan_recount(struct vpc_scan *scan);
@@ -111,9 +111,9 @@ static inline uint64_t scan_left(const struct vpc_scan *scan)
 /* savewriter.c */
 int vpc_writer_init(struct writer *w, int fd);
 void vpc_writer_destroy(struct writer *w);
-/* Take a host page in hand; there must be none. */
+/* Make this the current host page; there must be none. */
 void vpc_writer_take(struct writer *w, struct vpc_scan *scan, struct host_page page);
-/* Append records of the page in hand while there is room; returns how many bytes. */
+/* Append records of the current page while there is room; returns how many bytes. */
 size_t vpc_writer_emit(struct writer *w, struct vpc_scan *scan);
 void vpc_writer_head(struct writer *w, unsigned type, uint32_t section);
 void vpc_writer_eos(struct writer *w);
@@ -138,7 +138,7 @@ void vpc_requests_destroy(struct requests *r);
 int vpc_requests_pull(struct requests *r);
 /* Take the messages that are whole, as long as the queue has room: 0, VPC_SAVE_SHUT or -EBADMSG. */
 int vpc_requests_parse(struct requests *r, struct vpc_scan *scan);
-/* Something was released: queue what was asked for in the meantime. */
+/* Pages were released: queue those that were requested in the meantime. */
 void vpc_requests_look_at_withheld(struct requests *r, struct vpc_scan *scan);
 
 /* May another message be read? */

@@ -1,5 +1,5 @@
-/* What the destination of a migration says to its source: page requests above all. Every message is checked before
- * anything is done: the peer is hostile. */
+/* The messages of a migration's destination to its source: page requests above all. Every message is checked before it
+ * has any effect: the peer is hostile. */
 #define _GNU_SOURCE
 #include "event_internal.h"
 #include "pages/save_internal.h"
@@ -21,7 +21,7 @@ int vpc_requests_init(struct requests *r, struct vpc_ram *ram, int fd, int notif
     r->in = malloc(IN_ROOM);
     if (!r->in)
         return -ENOMEM;
-    /* What another connection was asked for is worth nothing on this one. */
+    /* Requests on another connection mean nothing on this one. */
     for (int i = 0; i < ram->count; i++)
         vpc_ram_set_bits(ram, i, VPC_BITS_ASKED, 0, ram->blocks[i]->pages, 0);
     return 0;
@@ -51,7 +51,7 @@ static int is_withheld(struct vpc_scan *scan, struct vpc_block *b, uint64_t page
     return atomic_load(&scan->withhold_all) || bit_test(b, VPC_BITS_WITHHELD, page);
 }
 
-/* Move host pages of the request in hand to the queue, or note them as asked for and withheld. */
+/* Move host pages of the current request to the queue, or note them as requested and withheld. */
 static void spread_request(struct requests *r, struct vpc_scan *scan)
 {
     struct vpc_block *b = scan->ram->blocks[r->ask_block];
@@ -74,7 +74,7 @@ static void spread_request(struct requests *r, struct vpc_scan *scan)
     }
 }
 
-/* What finds no room now is found by the next look, since its bit stays. */
+/* The next call finds pages for which there is no room now, because their bits stay. */
 void vpc_requests_look_at_withheld(struct requests *r, struct vpc_scan *scan)
 {
     if (r->withheld == 0 || atomic_load(&scan->withhold_all))
@@ -82,7 +82,8 @@ void vpc_requests_look_at_withheld(struct requests *r, struct vpc_scan *scan)
     for (int i = 0; i < scan->ram->count; i++) {
         struct vpc_block *b = scan->ram->blocks[i];
         for (uint64_t word = 0; word < (b->pages + 63) / 64; word++) {
-            uint64_t asked = atomic_load(&b->bits[VPC_BITS_ASKED][word]) & ~atomic_load(&b->bits[VPC_BITS_WITHHELD][word]);
+            uint64_t asked = atomic_load(&b->bits[VPC_BITS_ASKED][word]) &
+                             ~atomic_load(&b->bits[VPC_BITS_WITHHELD][word]);
             for (; asked && r->tail - r->head < QUEUE; asked &= asked - 1) {
                 uint64_t page = word * 64 + (uint64_t)__builtin_ctzll(asked);
                 bit_clear(b, VPC_BITS_ASKED, page);

@@ -1,4 +1,4 @@
-/* Which dirty page of the RAM blocks is sent next, and when the background may send one. */
+/* The next dirty page of the RAM blocks to send, and when the background may send one. */
 #define _GNU_SOURCE
 #include "clock.h"
 #include "pages/save_internal.h"
@@ -6,7 +6,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
-#define PAGE_BITS 48 /* of a place: the number of a page; above it its block's */
+#define PAGE_BITS 48 /* of a place: the page's number in the low bits, its block's above */
 
 int vpc_scan_new(struct vpc_ram *ram, uint64_t background_rate, struct vpc_scan **out)
 {
@@ -99,7 +99,7 @@ static void refill_credit(struct vpc_scan *scan, uint64_t rate)
     scan->credit_time = now;
     if (passed > 1000000000u)
         passed = 1000000000u;
-    /* Nanoseconds times bytes a second fits up to 18 GB/s; above that the limit is none. */
+    /* Nanoseconds times bytes a second fits up to 18 GB/s; above that there is no limit. */
     scan->credit += rate > 18000000000u ? most : (int64_t)(passed * rate / 1000000000u);
     if (scan->credit > most)
         scan->credit = most;

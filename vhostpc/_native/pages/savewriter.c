@@ -11,7 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define DATA_STEP_MOST (64u * TARGET_PAGE) /* taken for data behind what is, at most */
+#define DATA_STEP_MOST (64u * TARGET_PAGE) /* taken for data behind known data, at most */
 
 int vpc_writer_init(struct writer *w, int fd)
 {
@@ -47,13 +47,14 @@ static int all_zero(const unsigned char *page)
     return 1;
 }
 
-/* Is the page a hole of the block's file? Then it is zero, and reading it through the mapping would make it. */
+/* Whether the page is a hole of the block's file. Then it is zero, and reading it through the mapping would create it.
+ * */
 static int is_hole(struct writer *w, struct vpc_block *b, uint64_t target)
 {
     uint64_t at = b->fd_offset + (target << TARGET_SHIFT);
 
     if (b->page_size > TARGET_PAGE)
-        return 0; /* hugetlbfs does not tell */
+        return 0; /* hugetlbfs does not report it */
     if (w->extent_block != w->now_block || at < w->extent_begin || at >= w->extent_end) {
         off_t data = lseek(b->fd, (off_t)at, SEEK_DATA);
 
@@ -61,7 +62,8 @@ static int is_hole(struct writer *w, struct vpc_block *b, uint64_t target)
             return 0;
         int follows = w->extent_block == w->now_block && !w->extent_hole && at == w->extent_end;
         w->extent_hole = data != (off_t)at;
-        /* Where data ends is not asked: SEEK_HOLE walks over all of it. The longer it was, the longer it may be. */
+        /* The end of data is not looked up: SEEK_HOLE walks over all of it. The longer it was so far, the longer it may
+         * be. */
         uint64_t step = follows ? 2 * (w->extent_end - w->extent_begin) : TARGET_PAGE;
         step = step < DATA_STEP_MOST ? step : DATA_STEP_MOST;
         w->extent_block = w->now_block;

@@ -1,9 +1,9 @@
 /* Which host pages were written through a RAM set's own mapping: by a userfaultfd that protects them from writing.
  *
- * Two ways. Asynchronous (WP_ASYNC and PAGEMAP_SCAN, Linux 6.7): the kernel lets the writer go on and remembers;
- * a sync collects. Synchronous (WP on shared memory, Linux 5.19): the first writer of a page waits until
- * vpc_dirty_run has noted the page and let it be written. Nothing here touches a block, and no page is made:
- * absent pages are protected by marks in the page tables. */
+ * Two ways. Asynchronous (WP_ASYNC and PAGEMAP_SCAN, Linux 6.7): the kernel lets the writer go on and records the
+ * write; a sync collects the records. Synchronous (WP on shared memory, Linux 5.19): the first writer of a page waits until
+ * vpc_dirty_run has noted the page and unprotected it. Nothing here touches a block, and no page is made: absent
+ * pages are protected by marks in the page tables. */
 #ifndef VPC_DIRTY_H
 #define VPC_DIRTY_H
 #include <stdint.h>
@@ -29,14 +29,14 @@ int vpc_dirty_new(struct vpc_ram *ram, int ufd, int pagemap, struct vpc_dirty **
 void vpc_dirty_free(struct vpc_dirty *d);
 /* Protect everything. On failure nothing is protected; -ENOTTY and -EINVAL with block -1: no PAGEMAP_SCAN. */
 int vpc_dirty_start(struct vpc_dirty *d);
-/* Set DIRTY for what was written since the last call and protect it again; returns how many bits were not set
- * before. One call at a time. -ESHUTDOWN: it has ended. */
+/* Set DIRTY for pages written since the last call and protect them again; returns how many bits were not set before.
+ * One call at a time. -ESHUTDOWN: it has ended. */
 int64_t vpc_dirty_sync(struct vpc_dirty *d);
-/* The synchronous way's loop; before vpc_dirty_start. However it ends, nothing is protected any more and
- * everybody who waited goes on. */
+/* The synchronous way's loop; before vpc_dirty_start. However it ends, nothing is protected any more and all
+ * waiters go on. */
 int vpc_dirty_run(struct vpc_dirty *d);
 void vpc_dirty_stop(struct vpc_dirty *d);
-/* Protect nothing any more; what was written since the last sync stays unknown. */
+/* Protect nothing any more; pages written since the last sync stay unknown. */
 int vpc_dirty_end(struct vpc_dirty *d);
 int vpc_dirty_stats(struct vpc_dirty *d, struct vpc_dirty_stats *out);
 /* cdef end */

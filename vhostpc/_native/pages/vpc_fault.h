@@ -22,11 +22,11 @@ struct vpc_client_stats {
     uint64_t distinct;          /* host pages that faulted at least once */
     uint64_t wakes;             /* UFFDIO_WAKE calls */
     uint64_t found_nothing;     /* events whose address is in no range */
-    uint64_t received_already;  /* woken at once: the page had come in the meantime */
-    uint64_t requested_already; /* somebody had asked before */
+    uint64_t received_already;  /* woken at once: the page had arrived in the meantime */
+    uint64_t requested_already; /* the page had been requested before */
     uint64_t repeated;          /* of a thread that waited for that page already, back from a signal; of a client whose
                                  * ufd does not tell its threads, also of another thread */
-    uint64_t other_events;      /* events that are no faults */
+    uint64_t other_events;      /* events that are not faults */
     uint64_t waiting_now;
     uint64_t waiting_for_page;  /* of those, at addresses of a range */
     uint64_t longest_ns;        /* longest time from reading a fault to waking it */
@@ -59,20 +59,20 @@ struct vpc_waiter {
     uint64_t since_ns;/* CLOCK_MONOTONIC when the fault was read */
     int32_t client;
     int32_t block;    /* -1: the address is in no range */
-    uint32_t thread;  /* kernel thread id, 0 when the ufd does not tell */
+    uint32_t thread;  /* kernel thread id, 0 when the ufd does not report it */
     uint32_t way;     /* VPC_WAY_*, once the page is known */
 };
 
 /* How a fault was answered. */
-#define VPC_WAY_ASKED 0   /* its page was asked for because of it */
-#define VPC_WAY_JOINED 1  /* somebody had asked for it before */
-#define VPC_WAY_THERE 2   /* it had come meanwhile */
+#define VPC_WAY_ASKED 0   /* its page was requested because of it */
+#define VPC_WAY_JOINED 1  /* its page had been requested before */
+#define VPC_WAY_THERE 2   /* its page had arrived meanwhile */
 #define VPC_WAY_LOCAL 3   /* from a file of our own */
 
 /* A fault that was answered, for a trace. */
 struct vpc_traced {
     uint64_t read_ns;  /* CLOCK_MONOTONIC when the fault was read */
-    uint64_t woken_ns; /* and when who waited was woken */
+    uint64_t woken_ns; /* and when the waiting thread was woken */
     uint64_t page;     /* host page in the block */
     int32_t client;
     int32_t block;
@@ -80,11 +80,11 @@ struct vpc_traced {
     uint32_t way;      /* VPC_WAY_* */
 };
 
-/* What one thread of a client waited for; only where the ufd tells its threads' ids. */
+/* The waits of one thread of a client; only where the ufd reports thread ids. */
 struct vpc_thread_waits {
     uint64_t waits;
     uint64_t longest_ns;
-    uint32_t thread; /* kernel thread id; 0: threads of which the table had no room */
+    uint32_t thread; /* kernel thread id; 0: threads for which the table had no room */
     uint32_t pad;
     uint64_t histogram[256];
 };
@@ -93,39 +93,39 @@ int vpc_fault_new(struct vpc_ram *ram, struct vpc_fault **out);
 void vpc_fault_free(struct vpc_fault *service);
 /* Poll ufd (we keep our own copy of it; it must be non-blocking); returns the client's number. */
 int vpc_fault_add_client(struct vpc_fault *service, int ufd);
-/* Replace the client's ranges; faults that found nothing until now are looked at again. */
+/* Replace the client's ranges; earlier faults that found nothing are examined again. */
 int vpc_fault_set_ranges(struct vpc_fault *service, int client, const struct vpc_client_range *ranges,
                          uint32_t count);
-/* Close our copy of its ufd and forget who waited; its numbers stay readable. */
+/* Close our copy of its ufd and forget its waiters; its numbers stay readable. */
 int vpc_fault_remove_client(struct vpc_fault *service, int client);
-/* Where requests go (we keep our own copy); -1: they wait in the outbox. A second one is another source: what
- * was requested and has not come is asked for again. */
+/* Where requests go (we keep our own copy); -1: they wait in the outbox. A second one is another source: requested
+ * pages that have not arrived are requested again. */
 int vpc_fault_set_return_path(struct vpc_fault *service, int fd);
-/* As vpc_fault_set_return_path, but no page is asked for until vpc_fault_resume; what waited to be sent is dropped. fd -1:
- * nothing can be sent either. */
+/* As vpc_fault_set_return_path, but no page is requested until vpc_fault_resume, and unsent messages are dropped. fd
+ * -1: nothing can be sent either. */
 int vpc_fault_mute(struct vpc_fault *service, int fd);
-/* Append one whole message and, behind it, requests for all that was requested and has not come; ask from now on. */
+/* Append one whole message and then requests for all requested pages that have not arrived; request from now on. */
 int vpc_fault_resume(struct vpc_fault *service, const void *message, uint32_t length);
 /* Append one whole return-path message. */
 int vpc_fault_send(struct vpc_fault *service, const void *message, uint32_t length);
-/* All that the source had to send has come, so what is absent is zero: it counts as received, a thread that waits for such a page
- * is woken, and one that returns, or touches one from now on, gets a page of zeros. */
+/* The source has sent everything, so absent pages are zero: they count as received, a thread that waits for one is
+ * woken, and a thread that returns to one, or touches one from now on, gets a page of zeros. */
 int vpc_fault_settle(struct vpc_fault *service);
-/* The loop; returns 0 after vpc_fault_stop, when what had faulted until then was answered. spin_ns: keep polling so long
- * after an event, 0 sleeps at once. -EEXIST: a page that lies ready here was made by somebody else (born_block and
- * born_page of the numbers); its waiters go on waiting. */
+/* The loop; returns 0 after vpc_fault_stop, when earlier faults are answered. spin_ns: keep polling for so long after
+ * an event, 0 sleeps at once. -EEXIST: somebody else made a page that lies ready here (born_block and born_page of the
+ * numbers); its waiters go on waiting. */
 int vpc_fault_run(struct vpc_fault *service, uint64_t spin_ns);
 void vpc_fault_stop(struct vpc_fault *service);
 int vpc_fault_client_stats(struct vpc_fault *service, int client, struct vpc_client_stats *out);
 int vpc_fault_stats(struct vpc_fault *service, struct vpc_fault_stats *out);
 /* The waiters, oldest first as read; returns how many were written. */
 int vpc_fault_waiting(struct vpc_fault *service, struct vpc_waiter *out, uint32_t max);
-/* Who of a client's threads has waited; returns how many rows were written. */
+/* The waits of a client's threads; returns how many rows were written. */
 int vpc_fault_threads(struct vpc_fault *service, int client, struct vpc_thread_waits *out, uint32_t max);
-/* Remember the last entries faults that were answered; before vpc_fault_run. -EBUSY: they are remembered already. */
+/* Record the last entries answered faults; before vpc_fault_run. -EBUSY: they are recorded already. */
 int vpc_fault_trace(struct vpc_fault *service, uint32_t entries);
-/* Those from number *next on that are still remembered, oldest first; *next becomes the number behind the last one
- * written. Returns how many. */
+/* Recorded faults from number *next on, oldest first; *next becomes the number after the last one written. Returns how
+ * many. */
 int vpc_fault_traced(struct vpc_fault *service, uint64_t *next, struct vpc_traced *out, uint32_t max);
 /* Smallest number of nanoseconds that is counted in bucket i of a histogram. */
 uint64_t vpc_histogram_floor(uint32_t i);
@@ -133,8 +133,8 @@ uint64_t vpc_histogram_floor(uint32_t i);
 
 /* The pages were made: mark, then wake their waiters. */
 void vpc_fault_placed(struct vpc_fault *service, int block, uint64_t first, uint64_t count);
-/* The service's lock, for a block whose pages the fault loop places too: so it never looks between the placing of a page
- * and its mark. */
+/* The service's lock, for a block whose pages the fault loop places too: so it never looks between the placing of a
+ * page and its mark. */
 void vpc_fault_lock(struct vpc_fault *service);
 void vpc_fault_unlock(struct vpc_fault *service);
 

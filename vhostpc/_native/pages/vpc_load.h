@@ -28,7 +28,7 @@ struct vpc_load_stats {
     uint64_t data_pages;  /* target pages that came as PAGE */
     uint64_t zero_pages;  /* target pages that came as ZERO */
     uint64_t placed;      /* host pages that this loader created */
-    uint64_t already;     /* host pages that had come before: skipped */
+    uint64_t already;     /* host pages that had arrived before: skipped */
     uint64_t runs;        /* placing calls */
     uint64_t reads;
     uint64_t sections;    /* RAM sections read to their EOS, with vpc_load_follow */
@@ -45,22 +45,22 @@ struct vpc_load_stats {
  * mapping; place_ufd -1 is calm mode: plain writes, the last copy wins. service may be null. */
 int vpc_load_new(struct vpc_ram *ram, struct vpc_fault *service, int fd, int place_ufd, struct vpc_load **out);
 void vpc_load_free(struct vpc_load *load);
-/* Returns VPC_LOAD_*, -EBADMSG (see why and bad_offset), or -errno of reading or placing. -EEXIST: armed, and bad_page is
- * there although it has not come: it is neither overwritten nor taken for the one that came. Armed, a page for which
- * there is no memory is tried again until there is. */
+/* Returns VPC_LOAD_*, -EBADMSG (see why and bad_offset), or -errno of reading or placing. -EEXIST: armed, and bad_page
+ * exists although it was not received: it is neither overwritten nor taken for the received one. Armed, a page for
+ * which there is no memory is tried again until there is. */
 int vpc_load_run(struct vpc_load *load, uint64_t spin_ns);
-/* Before a run: bytes of the stream that were read already (-ENOSPC: more than a buffer), and after one what it
- * read too far; returns how many were copied. */
+/* Before a run: bytes of the stream that were read already (-ENOSPC: more than a buffer); after one, the bytes that it
+ * read too far: returns how many were copied. */
 int vpc_load_feed(struct vpc_load *load, const void *from, uint64_t length);
 int vpc_load_take(struct vpc_load *load, void *to, uint32_t room);
 /* Read the frames of this RAM section too, and go on while its PARTs follow one another: the next run begins
- * behind a header (last: of the END) and ends before what is no PART and no END of it, or behind the END's
- * footer. The numbers of sections are those of the stream. */
+ * after a header (last: of the END) and ends before anything but a PART or END of it, or after the END's footer. The
+ * numbers of sections are those of the stream. */
 int vpc_load_follow(struct vpc_load *load, uint32_t section, int last);
 /* The block that CONTINUE means, -1: none yet. */
 int vpc_load_block(struct vpc_load *load);
 int vpc_load_set_block(struct vpc_load *load, int block);
-/* In calm mode: no page will be missing later either, so what is zero may stay a hole of its file. */
+/* In calm mode: no page will be missing later either, so a zero page may stay a hole of its file. */
 int vpc_load_keep_holes(struct vpc_load *load);
 void vpc_load_stop(struct vpc_load *load);
 int vpc_load_stats(struct vpc_load *load, struct vpc_load_stats *out);

@@ -4,8 +4,8 @@
 #include <stddef.h>
 
 /* RAM blocks on memfd, in sets. Addresses are integers; "page" is a host page of the block (page_size) and
- * "target page" is 4096 bytes, the unit of QEMU's migration stream. vpc_load.h and vpc_fault.h have what brings pages,
- * vpc_save.h what sends them. */
+ * "target page" is 4096 bytes, the unit of QEMU's migration stream. vpc_load.h and vpc_fault.h receive and serve
+ * pages, vpc_save.h sends them. */
 
 /* cdef begin */
 struct vpc_ram;
@@ -19,7 +19,7 @@ struct vpc_ram;
 #define VPC_BITS_DIRTY 2
 #define VPC_BITS_WITHHELD 3
 #define VPC_BITS_ASKED 4
-#define VPC_BITS_DISCARDED 5 /* the stream's RAM_DISCARD took it, or a part of it has come: it will be sent */
+#define VPC_BITS_DISCARDED 5 /* the stream's RAM_DISCARD cleared it, or a part of it has arrived: it will be sent */
 
 /* Nothing here waits for a page unless it says so. */
 int vpc_ram_new(struct vpc_ram **out);
@@ -36,26 +36,26 @@ int vpc_ram_count_cells(struct vpc_ram *ram, int block, int which, uint32_t *out
 /* Punch a hole (bytes, whole host pages) and clear RECEIVED, REQUESTED and DISCARDED. -EEXIST: the kernel has left a
  * page there, *left is its number. */
 int vpc_ram_discard(struct vpc_ram *ram, int block, uint64_t offset, uint64_t length, uint64_t *left);
-/* The first of these pages that is there and was not received: 1 and its number in *born; 0 if there is none.
- * -EOPNOTSUPP: the kernel does not tell (hugetlbfs, before 5.13). */
+/* The first of these pages that exists and was not received: 1 and its number in *born; 0 if there is none.
+ * -EOPNOTSUPP: the kernel cannot tell (hugetlbfs, before 5.13). */
 int vpc_ram_born(struct vpc_ram *ram, int block, uint64_t first, uint64_t count, uint64_t *born);
 /* Host pages that are DISCARDED and not RECEIVED: the source owes them. */
 int64_t vpc_ram_count_owed(struct vpc_ram *ram, int block);
 /* RAM_DISCARD commands (QEMU's migration stream) for the block's DIRTY pages from page *at on, as many as there is room
  * for; *at gets the page to go on from, the block's number of pages when it is done. Returns bytes written. */
 int vpc_ram_discards(struct vpc_ram *ram, int block, uint64_t *at, void *to, uint32_t room);
-/* Set DIRTY for what the back-ends' dirty log in fd (size bytes, which may not shrink) says of the block, whose guest
- * address is gpa, and clear it there. Returns how many bits were not set before. -EINVAL: gpa is no multiple of
- * 256 KiB. -ERANGE: the log ends before the block. */
+/* Set DIRTY for the block's pages that the back-ends' dirty log in fd (size bytes, which may not shrink) marks, and
+ * clear the marks; gpa is the block's guest address. Returns how many bits were not set before. -EINVAL: gpa is no
+ * multiple of 256 KiB. -ERANGE: the log ends before the block. */
 int64_t vpc_ram_merge_log(struct vpc_ram *ram, int block, int fd, uint64_t size, uint64_t gpa);
 /* The pages of the block lie ready in fd from fd_offset (mapped private and read in, so this may take as long
  * as reading it): the fault loop places them through place_ufd (of our own mapping; we keep a copy) without
- * asking anybody. Before the loop runs. -ERANGE: the file is shorter than the block. */
+ * a request. Before the loop runs. -ERANGE: the file is shorter than the block. */
 int vpc_ram_set_local(struct vpc_ram *ram, int block, int fd, uint64_t fd_offset, int place_ufd);
-/* The pages that miss will never come: put private memory in the place of all mappings, then wake the waiters in
- * them by our own ufd. No page is made in the files. The touching calls give -EOWNERDEAD from now on. -errno: nothing
- * could be put in some mapping's place, and its waiters go on waiting; a later call tries again. The ufd must
- * then stay open: its end would let them go, and they would make the pages. */
+/* Missing pages will never arrive: map private memory over all mappings, then wake the waiters in them by our own ufd.
+ * No page is made in the files. The touching calls return -EOWNERDEAD from now on. -errno: some mapping could not be
+ * replaced, and its waiters go on waiting; a later call tries again. The ufd must then stay open: closing it would
+ * release them, and they would make the pages. */
 int vpc_ram_give_up(struct vpc_ram *ram, int ufd);
 int vpc_ram_is_lost(struct vpc_ram *ram);
 /* These four touch the block and MAY WAIT FOR A PAGE. Copies go to and from private memory. */
@@ -63,17 +63,17 @@ int vpc_ram_read(struct vpc_ram *ram, int block, uint64_t offset, void *to, uint
 int vpc_ram_write(struct vpc_ram *ram, int block, uint64_t offset, const void *from, uint64_t length);
 /* Target pages that name themselves: every word is a function of block, page, seed and position. */
 int vpc_ram_fill(struct vpc_ram *ram, int block, uint64_t first, uint64_t count, uint64_t seed);
-/* Number of target pages that are not what vpc_ram_fill wrote; first_bad gets the first or UINT64_MAX. */
+/* Number of target pages that differ from those of vpc_ram_fill; first_bad gets the first or UINT64_MAX. */
 int64_t vpc_ram_verify(struct vpc_ram *ram, int block, uint64_t first, uint64_t count, uint64_t seed,
                        uint64_t *first_bad);
 
-/* ---- bitmap.c: the bitmaps of a recovery, as they stand in the stream: a bit for each target page, the lowest first, in
- * whole words of 8 bytes. */
+/* ---- bitmap.c: the bitmaps of a recovery, as they stand in the stream: a bit for each target page, the lowest first,
+ * in whole words of 8 bytes. */
 uint64_t vpc_ram_bitmap_size(struct vpc_ram *ram, int block);
-/* RECEIVED. -EINVAL: size is another. */
+/* RECEIVED. -EINVAL: another size. */
 int vpc_ram_bitmap(struct vpc_ram *ram, int block, void *to, uint64_t size);
-/* Set DIRTY for what is not received according to the bitmap, a host page as a whole, and clear it for the rest. -EINVAL:
- * size is another; -ERANGE: bits behind the last page are set. Then nothing has changed. */
+/* Set DIRTY for pages that are not received according to the bitmap, a host page as a whole, and clear it for the rest.
+ * -EINVAL: another size; -ERANGE: bits behind the last page are set. Then nothing has changed. */
 int vpc_ram_take_bitmap(struct vpc_ram *ram, int block, const void *from, uint64_t size);
 /* cdef end */
 

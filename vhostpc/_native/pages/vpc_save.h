@@ -29,18 +29,19 @@ struct vpc_save_stats {
 };
 
 /* Serve the scan's pages on fd (a socket, a pipe or a file). in_fd: the return path, -1 for none; both may be the same.
- * What a connection before this one was asked for and withheld is forgotten: its destination asks again. */
+ * Pages that were requested on an earlier connection and withheld are forgotten: the destination requests them again.
+ * */
 int vpc_save_new(struct vpc_scan *scan, int fd, int in_fd, struct vpc_save **out);
 void vpc_save_free(struct vpc_save *save);
 /* One section of precopy, with its frames: a PART of about budget_ns at the background rate, or (last) the END with
- * all that is dirty, without a limit. Returns 1 if pages are still dirty, 0 if none is, or as vpc_save_run; a section
+ * all dirty pages, without a limit. Returns 1 if pages are still dirty, 0 if none is, or as vpc_save_run; a section
  * that was stopped is left in the middle. */
 int vpc_save_round(struct vpc_save *save, uint32_t section, int last, uint64_t budget_ns);
 /* Nothing is to be sent any more: read the return path to its end. Returns as vpc_save_run. */
 int vpc_save_wait(struct vpc_save *save);
 /* Postcopy begins: the next record names its block again, the scan begins anew. Before a run. */
 int vpc_save_switch(struct vpc_save *save);
-/* Returns VPC_SAVE_* or -errno; -EBADMSG: the peer sent a message that is none. */
+/* Returns VPC_SAVE_* or -errno; -EBADMSG: the peer sent a malformed message. */
 int vpc_save_run(struct vpc_save *save);
 /* Before a run: bytes that follow the EOS behind the last page (we keep a copy). */
 int vpc_save_set_tail(struct vpc_save *save, const void *from, uint64_t length);
@@ -48,7 +49,7 @@ void vpc_save_stop(struct vpc_save *save);
 /* After changing WITHHELD bits, the rate or withhold_all: look again. */
 void vpc_save_kick(struct vpc_save *save);
 int vpc_save_stats(struct vpc_save *save, struct vpc_save_stats *out);
-/* An eventfd that counts withheld requests and the end of stream: somebody may look at the numbers. */
+/* An eventfd that counts withheld requests and the end of stream: then the numbers have changed. */
 int vpc_save_notify_fd(struct vpc_save *save);
 /* cdef end */
 

@@ -13,12 +13,12 @@ struct vpc_scan;
 struct vpc_scan_stats {
     uint64_t data_pages;     /* target pages sent as PAGE */
     uint64_t zero_pages;     /* target pages sent as ZERO */
-    uint64_t requested_pages;/* host pages sent because they were asked for */
+    uint64_t requested_pages;/* host pages sent because they were requested */
     uint64_t background_pages;
     uint64_t dirty_left;     /* host pages */
 };
 
-/* The blocks' DIRTY pages, at background_rate bytes a second besides what is asked for. */
+/* The blocks' DIRTY pages, at background_rate bytes a second besides requested pages. */
 int vpc_scan_new(struct vpc_ram *ram, uint64_t background_rate, struct vpc_scan **out);
 void vpc_scan_free(struct vpc_scan *scan);
 /* A loop looks at these two when it is kicked (vpc_save_kick). withhold_all: withhold every page that is requested, and

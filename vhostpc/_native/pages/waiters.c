@@ -1,4 +1,4 @@
-/* The clients of the fault service, and who of them waits for which page. See fault_internal.h. */
+/* The clients of the fault service, and which of their threads wait for which pages. See fault_internal.h. */
 #define _GNU_SOURCE
 #include "clock.h"
 #include "pages/fault_internal.h"
@@ -145,8 +145,8 @@ static void waiter_wake(struct vpc_fault *s, uint32_t i)
     waiter_done(s, i);
 }
 
-/* Waiter i stays, unless its thread waits at that address already: a signal has let it go, and it came back. Of a client
- * whose ufd does not tell its threads, all who wait at one page are one. Returns 1 if it is gone. */
+/* Waiter i stays, unless its thread waits at that address already: a signal interrupted it, and it has returned. Of a
+ * client whose ufd does not report threads, all that wait at one page count as one. Returns 1 if it is gone. */
 static int waiter_stays(struct vpc_fault *s, uint32_t i)
 {
     const struct vpc_waiter *w = &s->waiters[i];
@@ -172,7 +172,7 @@ static int waiter_later(struct vpc_fault *s, uint32_t i)
     return waiter_stays(s, i);
 }
 
-/* A page came, and its client was woken and is back: the file has a hole there. */
+/* A page arrived, and its client was woken and has returned: the file has a hole there. */
 static int fill_hole(struct vpc_block *b, const struct client *c, const struct vpc_waiter *w)
 {
     if (b->local) /* it was answered to a client that had mapped something else there */
@@ -189,7 +189,7 @@ static int mark(uint64_t *bits, uint64_t bit)
     return was != 0;
 }
 
-/* The page of a waiter lies ready here. As vpc_waiter_resolve; -ENOENT: somebody has to be asked for it after all. */
+/* The page of a waiter lies ready here. As vpc_waiter_resolve; -ENOENT: it has to be requested after all. */
 static int answer_here(struct vpc_fault *s, struct vpc_block *b, uint32_t i)
 {
     struct vpc_waiter *w = &s->waiters[i];
@@ -221,7 +221,7 @@ static int answer_here(struct vpc_fault *s, struct vpc_block *b, uint32_t i)
     return waiter_stays(s, i);
 }
 
-/* Find the page of a waiter whose address is new to us, or that is tried again; ask for it or wake. */
+/* Find the page of a waiter whose address is new to us, or that is tried again; request it or wake. */
 int vpc_waiter_resolve(struct vpc_fault *s, uint32_t i)
 {
     struct vpc_waiter *w = &s->waiters[i];
@@ -251,11 +251,11 @@ int vpc_waiter_resolve(struct vpc_fault *s, uint32_t i)
     w->address &= ~(b->page_size - 1);
     if (!mark(c->seen[low - 1], bit))
         c->stats.distinct++;
-    /* The waiter stands in the list: from here on the loader finds it. */
+    /* The waiter is in the list: from here on the loader finds it. */
     if (bit_test(b, VPC_BITS_RECEIVED, w->page)) {
         if (fresh)
             c->stats.received_already++;
-        /* Mostly it came while the fault was on the way. */
+        /* Usually it arrived while the fault was in transit. */
         if (mark(c->seen[low - 1] + seen_words(b, r), bit)) {
             rc = fill_hole(b, c, w);
             if (rc == -EAGAIN || vpc_no_memory(b, w->page, rc))

@@ -100,8 +100,8 @@ int vpc_uffd_wake(int fd, uint64_t start, uint64_t len)
 }
 
 /*
- * The kernel reports a run that stops in the middle as EAGAIN with a positive count, and hides why it
- * stopped; asked again from there it names the reason (EEXIST, for instance) with no page placed.
+ * The kernel reports a run that stops in the middle as EAGAIN with a positive count, and hides the reason; another
+ * call from there on returns the reason (EEXIST, for instance) with no page placed.
  */
 static int run_result(int rc, int err, int64_t step, uint64_t len, int64_t *done)
 {
@@ -110,7 +110,7 @@ static int run_result(int rc, int err, int64_t step, uint64_t len, int64_t *done
     if ((uint64_t)*done >= len)
         return 0;
     if (rc == 0)
-        return -EIO; /* success over less than was asked: no kernel does this, and it must not spin */
+        return -EIO; /* success with fewer pages than requested: no kernel does this, and it must not spin */
     return step > 0 && err == EAGAIN ? 1 : -err;
 }
 

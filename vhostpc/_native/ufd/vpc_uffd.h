@@ -13,7 +13,7 @@
 #include <stddef.h>
 
 /* cdef begin */
-/* Ways to get a ufd, in the order in which they are worth trying. */
+/* Ways to get a ufd, in the order in which to try them. */
 #define VPC_UFFD_DEVICE 0
 #define VPC_UFFD_SYSCALL 1
 #define VPC_UFFD_USER_MODE 2
@@ -49,12 +49,12 @@ int vpc_uffd_wake(int fd, uint64_t start, uint64_t len);
 /* UFFDIO_COPY / UFFDIO_ZEROPAGE over a run of whole pages. `done` gets the bytes placed from the start,
  * also on failure; 0 is returned only when all of `len` was placed. The failure belongs to the page
  * at `done`:
- *   -EEXIST  a page is there: it was left as it is. Skip it, go on.
+ *   -EEXIST  a page exists there and was left unchanged. Skip it, go on.
  *   -EAGAIN  the layout is changing (an event waits to be read, or the range is being remapped): try again.
  *   -ENOENT  not registered, or no longer mapped.      -ESRCH  the process that created the ufd is gone.
  *   -ENOSPC, -ENOMEM  no memory (hugetlbfs: no huge page left).   -EINVAL  not aligned, or not supported.
  *   -EFAULT  `src` is not readable.
- * Waiters of what was placed are woken unless `mode` holds DONTWAKE (1). */
+ * Waiters for placed pages are woken unless `mode` has DONTWAKE (1). */
 int vpc_uffd_copy(int fd, uint64_t dst, uint64_t src, uint64_t len, uint64_t mode, int64_t *done);
 int vpc_uffd_zero(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t *done);
 
@@ -62,8 +62,8 @@ int vpc_uffd_zero(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t *
 int vpc_uffd_read(int fd, struct vpc_uffd_event *events, int max);
 /* cdef end */
 
-/* UFFDIO_CONTINUE of one page, in a mapping registered for minor faults: 0 when it was there and is mapped now, -EFAULT
- * when it is not there. Nothing is made. */
+/* UFFDIO_CONTINUE of one page, in a mapping registered for minor faults: 0 when it existed and is mapped now, -EFAULT
+ * when it does not exist. No page is made. */
 int vpc_uffd_continue(int fd, uint64_t start, uint64_t len);
 
 #endif

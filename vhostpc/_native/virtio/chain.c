@@ -124,7 +124,7 @@ int vpc_chain_rebase(struct vpc_chain *c, struct vpc_gm *gm)
 
 int vpc_vq_pop(struct vpc_vq *vq, struct vpc_popped *out, uint32_t max_chains, uint64_t max_bytes, int flags)
 {
-    /* What may be late must not be waited for here. */
+    /* A chain that may be late must not be waited for here. */
     int own = flags & VPC_LATE ? flags | VPC_TRY : flags;
     uint64_t bytes = 0;
     uint32_t n = 0;
@@ -156,11 +156,11 @@ int vpc_vq_pop(struct vpc_vq *vq, struct vpc_popped *out, uint32_t max_chains, u
         bytes += c->loaded + c->n * sizeof(*c->segs);
         describe(c, &out[n]);
         out[n++].again = again;
-        /* A hop that had to wait hands over its one chain: a missing page delays no chain before it. */
+        /* A hop that had to wait returns its one chain: a missing page delays no chain before it. */
         if (!(flags & VPC_TRY) && atomic_load_explicit(&vq->gm->supply->armed, memory_order_relaxed))
             break;
     }
-    /* What was popped before the trouble is good; the trouble is met again by the next call. */
+    /* Chains popped before the error are good; the next call meets the error again. */
     return n ? (int)n : rc;
 }
 

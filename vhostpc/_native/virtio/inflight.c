@@ -1,7 +1,7 @@
 /* The inflight region of split rings: which chains were taken and not answered, in a file that outlives us.
  * Specification: vhost-user, "Inflight I/O tracking".
  *
- * A process may die between any two stores, so their order is the subject here. What the region says is believed only
+ * A process may die between any two stores, so their order is the subject here. The region's content is believed only
  * as far as it can be checked: the front-end and our predecessor may have written anything there.
  */
 #define _GNU_SOURCE
@@ -174,7 +174,7 @@ static int without_last_batch(struct vpc_vq *vq, uint8_t *marks, uint16_t batch)
     return 0;
 }
 
-/* The marked ones in the order in which they were taken. How many, or -EBADMSG when that cannot be. */
+/* The marked ones in the order in which they were taken. How many, or -EBADMSG when that is impossible. */
 static int in_order(struct vpc_vq *vq, const uint8_t *marks, struct taken *found)
 {
     const struct vpc_inflight_part *part = &vq->inflight;
@@ -201,8 +201,8 @@ static int in_order(struct vpc_vq *vq, const uint8_t *marks, struct taken *found
     return n;
 }
 
-/* How many of the chains were taken before one that is answered. The others are the youngest of all that were taken, and
- * so lie at the end of what was taken from the avail ring: stepping back gives them to us again. */
+/* How many of the chains were taken before one that is answered. The others are the youngest of all that were taken,
+ * and so lie at the end of the part taken from the avail ring: stepping back gives them to us again. */
 static int older_than_answered(struct vpc_vq *vq, const struct taken *found, int n, int flags)
 {
     for (; n > 0; n--) {
@@ -240,9 +240,9 @@ static int resume(struct vpc_vq *vq, uint8_t *marks, struct taken *found, int fl
         for (int i = 0; i < older; i++)
             again[i] = found[i].head;
     }
-    /* Nothing was changed before here. The last batch first: as long as used_idx is the old one, its marks tell nothing.
-     * Then what the avail ring gives again, the youngest first: a successor after our death at any of these stores
-     * finds the same chains, in the same order. */
+    /* Nothing was changed before here. The last batch first: as long as used_idx is the old one, its marks mean
+     * nothing. Then the chains that the avail ring gives again, the youngest first: a successor after our death at any
+     * of these stores finds the same chains, in the same order. */
     if (batch) {
         for (uint32_t i = 0; i < part->size; i++)
             if (!marks[i])

@@ -1,4 +1,4 @@
-/* What a vq keeps of its inflight region; never part of the cdef. */
+/* A vq's view of its inflight region; never part of the cdef. */
 #ifndef VPC_INFLIGHT_INTERNAL_H
 #define VPC_INFLIGHT_INTERNAL_H
 #include <stdbool.h>
@@ -7,7 +7,7 @@
 struct vpc_vq;
 struct vpc_inflight;
 
-/* One queue's part of a region. Without a region nothing here is used but the zero in again_n. */
+/* One queue's part of a region. Without a region only the zero in again_n is used. */
 struct vpc_inflight_part {
     struct vpc_inflight *region;
     uint8_t *at;           /* of the part; shared, and everybody may write there */
@@ -19,12 +19,13 @@ struct vpc_inflight_part {
     uint32_t again_n, again_at;
 };
 
-/* A ring starts, its used index is read: finish what the last one left half done, find what has to be done again, set
- * the avail index. 0, -EBADMSG, -ENOMEM, and -EAGAIN, -ECANCELED, -EOWNERDEAD before anything was changed. */
+/* A ring starts, its used index is read: finish a batch that the last one left half done, find the chains to be served
+ * again, set the avail index. 0, -EBADMSG, -ENOMEM, and -EAGAIN, -ECANCELED, -EOWNERDEAD before anything was changed.
+ * */
 int vpc_inflight_recover(struct vpc_vq *vq, int flags);
 /* The chain at head is taken from the avail ring. */
 void vpc_inflight_take(struct vpc_vq *vq, uint16_t head);
-/* It is given back to the driver, undone. */
+/* It is given back to the driver, not served. */
 void vpc_inflight_give_back(struct vpc_vq *vq, uint16_t head);
 /* The used entry of the chain at head is written, as the at-th that is not published. */
 void vpc_inflight_put(struct vpc_vq *vq, uint16_t at, uint16_t head);

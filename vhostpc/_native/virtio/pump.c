@@ -9,10 +9,10 @@
 #include "event_internal.h"
 #include "virtio/pump_internal.h"
 
-#define VAIN 16            /* kicks for nothing, in a row, that are taken as such */
-#define CALM_MS 10         /* then between two looks at the ring */
-#define AT_ONCE_NS 500000u /* a wait that is no wait, also on a busy machine */
-#define LINGER_NS 30000u /* about what a sleep, a kick and a wake-up cost where they are dear */
+#define VAIN 16            /* kicks in a row without work, after which the ring is polled */
+#define CALM_MS 10         /* then between two polls of the ring */
+#define AT_ONCE_NS 500000u /* a shorter wait does not count as one, also on a busy machine */
+#define LINGER_NS 30000u /* about the cost of a sleep, a kick and a wake-up where they are expensive */
 #define SLOTS_LEN ((size_t)VPC_BATCH * (VPC_MAX_FRAME + 1))
 
 int vpc_pump_new(struct vpc_vq *vq, struct vpc_pump **out)
@@ -108,11 +108,11 @@ uint64_t vpc_pump_now(void)
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* Look at the ring for a while, letting everybody else run first: the driver need not kick and nobody has to be
+/* Poll the ring for a while, letting all other threads run first: the driver need not kick and nobody has to be
  * woken. Only while buffers come that fast: a pump with little to do sleeps at once and costs nothing. */
 static int linger(struct vpc_pump *p, uint64_t begin)
 {
-    uint16_t seen = p->vq->avail_idx; /* buffers that were seen already are too few for the frame in hand */
+    uint16_t seen = p->vq->avail_idx; /* buffers that were seen already are too few for the current frame */
     int rc = 0;
 
     while (p->linger && !rc && !vpc_pump_stopped(p) && vpc_pump_now() - begin < LINGER_NS) {
@@ -125,8 +125,8 @@ static int linger(struct vpc_pump *p, uint64_t begin)
     return rc;
 }
 
-/* A kick may come late and tell of nothing new. Where many in a row do, and at once, its counter does not empty
- * (EFD_SEMAPHORE, eventfd(2)) or somebody writes it for nothing: look at the ring at intervals. */
+/* A kick may come late and bring no work. Where many in a row do, and at once, its counter never empties
+ * (EFD_SEMAPHORE, eventfd(2)) or somebody writes it without reason: poll the ring at intervals. */
 static int calm_down(struct vpc_pump *p)
 {
     if (p->vq->avail_idx != p->vain_at)

@@ -11,7 +11,7 @@
 #define UDP_GRO 104
 #endif
 
-/* How long a frame waits that is larger than all buffers which the guest has posted. It holds up those behind it. */
+/* How long a frame waits that is larger than all buffers which the guest has posted. It delays those behind it. */
 #define SHORT_NS 1000000000u
 #define DRAIN_LIMIT 100000u /* frames: a sender that never pauses must not keep the ring from starting */
 
@@ -57,7 +57,7 @@ static bool joins_datagrams(int fd)
     return getsockopt(fd, SOL_UDP, UDP_GRO, &on, &size) == 0 && on;
 }
 
-/* What the kernel says about how it joined datagrams; without a word it is one. */
+/* The kernel's report of how it joined datagrams; without one there is one datagram. */
 static uint32_t segment_len(struct msghdr *h, uint32_t len)
 {
     for (struct cmsghdr *cm = CMSG_FIRSTHDR(h); cm; cm = CMSG_NXTHDR(h, cm)) {
@@ -90,7 +90,7 @@ static int receive(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t
             memset(&msgs[i].msg_hdr, 0, sizeof(msgs[i].msg_hdr));
             msgs[i].msg_hdr.msg_iov = &iov[i];
             msgs[i].msg_hdr.msg_iovlen = 1;
-            if (p->gro) { /* elsewhere it would only be room for descriptors that nobody asked for */
+            if (p->gro) { /* elsewhere it would only be room for descriptors that nobody requested */
                 msgs[i].msg_hdr.msg_control = control[i].buf;
                 msgs[i].msg_hdr.msg_controllen = sizeof(control[i].buf);
             }
@@ -156,8 +156,8 @@ void vpc_pump_drop(struct vpc_pump *p)
 }
 
 /* Put the next frame into the guest, `ready` used entries being written already and not published.
- * Returns the used entries it took; 0: no buffers now, or too few; -EAGAIN: publish what is ready, then come again;
- * -EMSGSIZE: it fits nowhere, or has waited long enough for buffers to be added to those that are there. */
+ * Returns the used entries it took; 0: no buffers now, or too few; -EAGAIN: publish the ready entries, then call again;
+ * -EMSGSIZE: it fits nowhere, or has waited long enough for more buffers. */
 static int deliver(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t ready)
 {
     struct vpc_vq *vq = p->vq;
@@ -178,7 +178,7 @@ static int deliver(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t
             rc = vpc_vq_refresh(vq);
             if (rc < 0)
                 return rc;
-            if ((uint32_t)rc <= chains) /* all of the ring is there and it is too small: more will never come */
+            if ((uint32_t)rc <= chains) /* the whole ring is available and too small: there will never be more */
                 return chains == vq->num || waited_enough(p, chains, ready) ? -EMSGSIZE : 0;
         }
         if (chains && !c->mergeable)
@@ -200,7 +200,7 @@ static int deliver(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t
         room += w->writable;
         chains++;
     }
-    /* Everything that will be written is made resident before the first byte is. */
+    /* All pages to be written are made resident before the first byte is written. */
     uint64_t left = need;
     for (uint32_t i = 0; i < segs && left; i++) {
         uint64_t take = p->segs[i].len < left ? p->segs[i].len : left;
@@ -278,7 +278,7 @@ static int deliver_all(struct vpc_pump *p, const struct vpc_pump_config *c)
             if (told < 0)
                 return told;
             ready = 0;
-            if (rc == 0) { /* looked at again with nothing ready: it may lack buffers from now on */
+            if (rc == 0) { /* examined again with nothing ready: it may lack buffers from now on */
                 rc = 1;
                 continue;
             }
@@ -299,7 +299,7 @@ int vpc_pump_in(struct vpc_pump *p, const struct vpc_pump_config *config)
     const struct vpc_pump_config c = *config;
     struct vpc_vq *vq = p->vq;
     uint32_t max = c.max_batch && c.max_batch < VPC_BATCH ? c.max_batch : VPC_BATCH;
-    bool emptied = false; /* the last receive got less than it could: another would only be told so */
+    bool emptied = false; /* the last receive got less than it could: another would get nothing */
     int rc;
 
     if (c.header > 64)

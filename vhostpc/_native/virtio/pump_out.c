@@ -1,5 +1,5 @@
 /* Guest to file descriptor. Frames are copied to a private arena first, so that the kernel never touches guest
- * memory for us, a guest cannot change what it has sent, and nothing is let out before `lost` was looked at. */
+ * memory for us, a guest cannot change a frame that it has sent, and no frame goes out before `lost` was checked. */
 #define _GNU_SOURCE
 #include <netinet/in.h>
 #include <netinet/udp.h>
@@ -20,7 +20,7 @@ struct frame {
     uint16_t head;
 };
 
-/* Take chains until the batch is full, the ring empty, or trouble (*rc). All that sending and pushing will need
+/* Take chains until the batch is full, the ring is empty, or an error (*rc). Everything that sending and pushing need
  * is resident afterwards. */
 static uint32_t collect(struct vpc_pump *p, const struct vpc_pump_config *c, struct frame *frames, uint32_t max,
                         int *rc)
@@ -186,7 +186,7 @@ static int send_file(struct vpc_pump *p, const struct vpc_pump_config *c, const 
     return 0;
 }
 
-/* Every byte is read, as a far side would, and that is all. */
+/* Only read every byte, as a far side would. */
 static int send_nowhere(struct vpc_pump *p, const struct frame *frames, uint32_t n)
 {
     uint64_t seen = 0;
@@ -222,7 +222,7 @@ int vpc_pump_out(struct vpc_pump *p, const struct vpc_pump_config *config)
     uint32_t max = c.max_batch && c.max_batch < VPC_BATCH ? c.max_batch : VPC_BATCH;
 
     if (c.kind == VPC_FAR_FILE && is_null_device(c.fd))
-        c.kind = VPC_FAR_NONE; /* it takes whatever is written: a call a frame would tell it nothing */
+        c.kind = VPC_FAR_NONE; /* it accepts anything: a call for each frame would make no difference */
 
     while (!vpc_pump_stopped(p)) {
         struct frame frames[VPC_BATCH];
@@ -230,7 +230,7 @@ int vpc_pump_out(struct vpc_pump *p, const struct vpc_pump_config *config)
         uint32_t n = collect(p, &c, frames, max, &rc);
 
         if (n) {
-            if (vpc_gm_lost(vq->gm)) /* what was taken stays so: nobody will ask, and an inflight region keeps it */
+            if (vpc_gm_lost(vq->gm)) /* the chains stay taken: nobody reads the index, an inflight region keeps them */
                 return -EOWNERDEAD;
             if (c.discard)
                 vpc_count(&p->discarded, n);
@@ -249,7 +249,7 @@ int vpc_pump_out(struct vpc_pump *p, const struct vpc_pump_config *config)
             vpc_count(&p->batches, 1);
             if (far < 0)
                 return far;
-            continue; /* trouble behind the batch is met again */
+            continue; /* the next call meets an error behind the batch again */
         }
         if (rc >= 0)
             rc = vpc_pump_idle(p, c.kick_fd, -1);

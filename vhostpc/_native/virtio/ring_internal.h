@@ -1,4 +1,4 @@
-/* What vq.c, walk.c, chain.c and the pumps share; never part of the cdef. */
+/* Shared by vq.c, walk.c, chain.c and the pumps; never part of the cdef. */
 #ifndef VPC_RING_INTERNAL_H
 #define VPC_RING_INTERNAL_H
 #include <linux/virtio_config.h>
@@ -56,7 +56,7 @@ void vpc_walk_free(struct vpc_walk *w);
 struct vpc_chain {
     struct vpc_gm *gm;
     uint16_t head;
-    bool late; /* nothing but the head is known yet */
+    bool late; /* only the head is known yet */
     uint32_t n, readable_segs;
     uint64_t readable, writable;
     struct vpc_seg *segs;
@@ -64,7 +64,7 @@ struct vpc_chain {
     uint64_t loaded;
 };
 
-/* The driver has done what it may not: the ring does nothing more. -EBADMSG. */
+/* The driver has broken the rules: the ring does nothing more. -EBADMSG. */
 static inline int vpc_vq_break(struct vpc_vq *vq, const char *why)
 {
     atomic_store(&vq->error, why); /* late chains are walked beside other calls */
@@ -75,15 +75,15 @@ static inline int vpc_vq_break(struct vpc_vq *vq, const char *why)
 int vpc_vq_ready(struct vpc_vq *vq, int flags);
 /* Chains that the driver has made available and that are not popped, by a fresh look at its index. */
 int vpc_vq_refresh(struct vpc_vq *vq);
-/* The same, looking only when all that was seen before is taken. */
+/* The same, reading the index only when all chains seen before are taken. */
 int vpc_vq_available(struct vpc_vq *vq);
-/* Where a call looks whether it shall end before its next absent page. */
+/* The word that tells a call to end before its next absent page. */
 static inline const atomic_int *vpc_vq_stopper(const struct vpc_vq *vq, int flags)
 {
     return flags & VPC_UNSTOPPED ? NULL : &vq->stop;
 }
 
-/* Ask for no kicks, if the used ring is there: never waits. */
+/* Ask for no kicks, if the used ring is resident: never waits. */
 void vpc_vq_disable_notify(struct vpc_vq *vq);
 
 /* The head of the chain that is taken after `ahead` others. */
@@ -94,13 +94,13 @@ int vpc_vq_walk_head(struct vpc_vq *vq, uint16_t head, struct vpc_walk *w, int f
 int vpc_vq_walk(struct vpc_vq *vq, uint16_t ahead, struct vpc_walk *w, int flags);
 /* Make the used slots of the next n pushes and the event words resident. */
 int vpc_vq_touch_used(struct vpc_vq *vq, uint32_t n, int flags, const atomic_int *stop);
-/* Chains to be done again that were not taken yet. */
+/* Chains to be served again that were not taken yet. */
 static inline uint32_t vpc_vq_left(const struct vpc_vq *vq)
 {
     return vq->inflight.again_n - vq->inflight.again_at;
 }
 
-/* The chain at head, which is the next one, is taken: the one place. What it needs is resident then, or it is late. */
+/* The chain at head, which is the next one, is taken: the one place. Its pages are resident then, or it is late. */
 static inline void vpc_vq_take(struct vpc_vq *vq, uint16_t head)
 {
     if (vpc_vq_left(vq)) { /* its mark is there, and its place in the order */
@@ -112,7 +112,7 @@ static inline void vpc_vq_take(struct vpc_vq *vq, uint16_t head)
     vq->last_avail++;
 }
 
-/* The reverse, for the chain taken last, which was not there to be done again: its head is the next one again. */
+/* The reverse, for the chain taken last, unless it was to be served again: its head is the next one again. */
 static inline void vpc_vq_give_back(struct vpc_vq *vq, uint16_t head)
 {
     if (vq->inflight.region)

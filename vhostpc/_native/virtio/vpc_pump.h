@@ -9,7 +9,7 @@ struct vpc_pump;
 struct vpc_pump_stats {
     uint64_t frames;    /* moved */
     uint64_t bytes;     /* of frames, without the header */
-    uint64_t dropped;   /* the far side took none: full, refused, or no room in the ring's buffers */
+    uint64_t dropped;   /* not accepted: the far side was full or refused, or there was no room in the ring's buffers */
     uint64_t discarded; /* consumed while the ring was disabled, or stale when it started */
     uint64_t batches;
     uint64_t syscalls;  /* send, receive, poll, kick and call */
@@ -17,9 +17,9 @@ struct vpc_pump_stats {
 };
 
 /* Kinds of far side. */
-#define VPC_FAR_SOCKET 1 /* datagram socket: one frame a datagram; to addr if addr_len, else connected */
+#define VPC_FAR_SOCKET 1 /* datagram socket: one frame a datagram; to addr if addr_len, otherwise connected */
 #define VPC_FAR_FILE 2   /* tap or the like: one frame a read or write */
-#define VPC_FAR_NONE 3   /* out: frames are read whole and are gone; what VPC_FAR_FILE on the null device comes to */
+#define VPC_FAR_NONE 3   /* out: frames are read whole and dropped, as by VPC_FAR_FILE on the null device */
 
 struct vpc_pump_config {
     int fd;
@@ -27,7 +27,7 @@ struct vpc_pump_config {
     int kick_fd;
     uint32_t header;     /* bytes of device header before each frame in guest buffers */
     uint32_t mergeable;  /* the header's last two bytes count the buffers of a frame */
-    uint32_t discard;    /* out: consume and drop. in: drop what had come before the start */
+    uint32_t discard;    /* out: consume and drop. in: drop frames from before the start */
     uint32_t max_batch;  /* frames, at most 64; 0: 64 */
     unsigned char addr[32];
     uint32_t addr_len;

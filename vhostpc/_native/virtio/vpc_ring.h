@@ -30,7 +30,7 @@ uint32_t vpc_vq_base(const struct vpc_vq *vq);
 
 /* Where the driver is called: duplicated onto the same number for its lifetime; -1: nowhere. */
 int vpc_vq_set_call(struct vpc_vq *vq, int fd);
-/* Call the driver, whatever it asked for. */
+/* Call the driver, whatever it requested. */
 void vpc_vq_signal(struct vpc_vq *vq);
 /* Touching calls end with -ECANCELED before their next touch of an absent page, until cleared. */
 void vpc_vq_stop(struct vpc_vq *vq, int stopped);
@@ -43,14 +43,14 @@ struct vpc_popped {
     uint64_t loaded;           /* how many: all of them, up to VPC_LOADED */
     uint64_t readable;
     uint64_t writable;
-    int late; /* nothing is known of the chain yet: vpc_chain_load it */
-    int again; /* it was taken before us, and one younger than it is answered: stepping back gives it to nobody */
+    int late; /* the chain's content is not known yet: vpc_chain_load it */
+    int again; /* it was taken before us, and a younger one is answered: stepping back cannot give it back */
 };
 
 /* Flags, besides VPC_TRY. */
 #define VPC_LATE 2 /* pop: a chain whose own pages (not the ring's) are absent is taken late, none waits for it */
 #define VPC_UNSTOPPED 4 /* chain_load, _touch, _read, _write: go on although the vq is stopped */
-#define VPC_AGAIN 8 /* pop: only what was there again */
+#define VPC_AGAIN 8 /* pop: only chains to be served again */
 
 #define VPC_LOADED 262144 /* readable bytes of a chain that are copied when it is popped */
 
@@ -58,9 +58,9 @@ struct vpc_popped {
  * Returns how many; 0: empty. -EAGAIN: (TRY) the first one is not resident. -EBADMSG: broken ring.
  * -EOWNERDEAD: lost. -ECANCELED: stopped. -ENOMEM. */
 int vpc_vq_pop(struct vpc_vq *vq, struct vpc_popped *out, uint32_t max_chains, uint64_t max_bytes, int flags);
-/* Walk a late chain and read its first bytes; then it is as any other. Errors as pop; it stays late then. */
+/* Walk a late chain and read its first bytes; then it is like any other. Errors as pop; it stays late then. */
 int vpc_chain_load(struct vpc_vq *vq, struct vpc_chain *chain, struct vpc_popped *out, int flags);
-/* Make the writable bytes [skip, skip + len) resident. 0, or errors as pop; -EMSGSIZE: there are not so many. */
+/* Make the writable bytes [skip, skip + len) resident. 0, or errors as pop; -EMSGSIZE: there are fewer. */
 int vpc_chain_touch(const struct vpc_vq *vq, const struct vpc_chain *chain, uint64_t skip, uint64_t len, int flags);
 /* Copy the readable bytes [skip, skip + len) to private memory. 0, or as vpc_chain_touch. */
 int vpc_chain_read(const struct vpc_vq *vq, const struct vpc_chain *chain, uint64_t skip, unsigned char *data,
@@ -71,7 +71,7 @@ int vpc_chain_write(const struct vpc_vq *vq, const struct vpc_chain *chain, uint
 
 struct vpc_answer {
     struct vpc_chain *chain; /* freed by a push that returns 0 */
-    const unsigned char *data; /* goes to the writable bytes [skip, skip + len); those before it are as they are */
+    const unsigned char *data; /* goes to the writable bytes [skip, skip + len); earlier ones stay as they are */
     uint64_t skip, len;
 };
 
@@ -79,11 +79,12 @@ struct vpc_answer {
  * All or nothing: -EAGAIN (TRY), -EOWNERDEAD leave the ring as it was. A push is not stopped by vpc_vq_stop. */
 int vpc_vq_push(struct vpc_vq *vq, const struct vpc_answer *answers, uint32_t n, int flags);
 void vpc_chain_free(struct vpc_chain *chain);
-/* Write the chain's answer to these mappings, if they hold all its buffers (else -EFAULT, and it keeps its own). */
+/* Write the chain's answer to these mappings, if they have all its buffers (otherwise -EFAULT, and it keeps its own).
+ * */
 int vpc_chain_rebase(struct vpc_chain *chain, struct vpc_gm *memory);
-/* Give back the chain popped last, which is neither answered nor freed nor was there again: the next pop takes it. */
+/* Give back the chain popped last, which is not answered, freed or to be served again: the next pop takes it. */
 void vpc_vq_unpop(struct vpc_vq *vq, const struct vpc_chain *chain);
-/* Ask for a kick at the next buffer. 1: more came since the last look, so look again. Else as pop. */
+/* Ask for a kick at the next buffer. 1: more came meanwhile, so pop again. Otherwise as pop. */
 int vpc_vq_enable_notify(struct vpc_vq *vq, int flags);
 
 /* cdef end */

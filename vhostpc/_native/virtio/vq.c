@@ -151,8 +151,8 @@ int vpc_vq_ready(struct vpc_vq *vq, int flags)
         }
         vq->used_known = true;
         /* Here every chain taken has been given back, so the two agree. They do not when the back-end before us
-         * died, or when the front-end does not know: DPDK's virtio-user says 0 to one that comes again. The ring
-         * is right: what is not used has to be done, what is used must not be done twice. */
+         * died, or when the front-end does not know: DPDK's virtio-user gives 0 to one that reconnects. The ring is
+         * right: unused chains have to be served, used ones must not be served twice. */
         if (used != vq->last_avail)
             vq->last_avail = vq->avail_idx = used;
     }
@@ -213,7 +213,7 @@ int vpc_vq_touch_used(struct vpc_vq *vq, uint32_t n, int flags, const atomic_int
         n -= run;
         at = 0;
     }
-    if (!rc) /* the index, and the driver's flags: an answer may meet a ring that was moved since its chain was popped */
+    if (!rc) /* the index, and the driver's flags: the ring may have been moved since an answer's chain was popped */
         rc = vpc_touch(vq->used_r, vq->used, 4, flags, stop);
     if (!rc)
         rc = vpc_touch(vq->avail_r, vq->avail, 4, flags, stop);
@@ -246,16 +246,16 @@ int vpc_vq_publish(struct vpc_vq *vq, uint16_t n)
     uint16_t old = vq->used_idx, new = (uint16_t)(old + n);
     bool call;
 
-    /* Answers and entries before the index, and before the look: what was written where a page had gone, or where
-     * memory was given up, is not told to the driver. */
+    /* Answers and entries before the index, and before the check: the driver is not told of data that were written
+     * where a page had gone, or where memory was given up. */
     atomic_thread_fence(memory_order_seq_cst);
     if (vpc_gm_lost(vq->gm))
         return -EOWNERDEAD;
     store16(vq->used + 2, new);
     log_used(vq, 0, 4);
     vq->used_idx = new;
-    atomic_thread_fence(memory_order_seq_cst); /* the index before the driver's wish is read, and lost is looked at */
-    if (vq->inflight.region && !vpc_gm_lost(vq->gm)) /* else the index went nowhere, maybe: the next one finds out */
+    atomic_thread_fence(memory_order_seq_cst); /* the index before the driver's request is read and lost is checked */
+    if (vq->inflight.region && !vpc_gm_lost(vq->gm)) /* otherwise the index may be lost: the next call finds out */
         vpc_inflight_published(vq, n);
     if (vq->event_idx) {
         uint16_t event = load16(vq->avail + 4 + 2 * vq->num);
@@ -276,8 +276,8 @@ int vpc_vq_publish(struct vpc_vq *vq, uint16_t n)
 
 void vpc_vq_disable_notify(struct vpc_vq *vq)
 {
-    /* With the event index the last avail_event simply stays behind. Before the first touching call the ring
-     * is as its driver left it. */
+    /* With the event index the last avail_event simply falls behind. Before the first touching call the ring is
+     * as its driver left it. */
     if (vq->notify_off || !vq->used_known || vq->event_idx)
         return;
     if (vpc_touch(vq->used_r, vq->used, 2, VPC_TRY, NULL) < 0)
@@ -306,7 +306,7 @@ int vpc_vq_enable_notify(struct vpc_vq *vq, int flags)
         log_used(vq, 0, 2);
         vq->notify_off = false;
     }
-    atomic_thread_fence(memory_order_seq_cst); /* the wish before the index is read again */
+    atomic_thread_fence(memory_order_seq_cst); /* the request before the index is read again */
     rc = vpc_vq_refresh(vq);
     return rc < 0 ? rc : vq->avail_idx != seen;
 }

@@ -39,7 +39,7 @@ static int add_seg(struct vpc_vq *vq, struct vpc_walk *w, const struct vring_des
     bool write = d->flags & VRING_DESC_F_WRITE;
 
     if (d->len == 0)
-        return 0; /* carries nothing, harms nothing */
+        return 0; /* an empty segment does no harm */
     if (w->n == VPC_MAX_SEGS)
         return vpc_vq_break(vq, "a chain has more than 32768 descriptors");
     if (w->n == w->room && grow(w) < 0)

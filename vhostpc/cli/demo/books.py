@@ -12,7 +12,7 @@ AT_SWITCH = 192
 
 @dataclass
 class Phase:
-    """``name``, and when it was: seconds since the traffic began."""
+    """A phase: its name, and its times in seconds since the traffic began."""
 
     name: str
     begin: float

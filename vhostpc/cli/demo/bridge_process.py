@@ -64,7 +64,7 @@ def main() -> None:
     except Exception as error:
         if not is_foreseen(error):
             traceback.print_exc()
-        # The last line is what the demonstration tells.
+        # The demonstration reports the last line.
         print(sentence(error), file=sys.stderr)
         sys.exit(1)
     if said != IN_ORDER:

@@ -37,7 +37,7 @@ def screen(*, stderr: bool = False) -> Console:
     """A console of the terminal's width, for any terminal."""
     width, height = shutil.get_terminal_size()
     stream = sys.stderr if stderr else sys.stdout
-    fixed = stream.isatty() and is_dumb()  # else found out by itself, and again when it changes
+    fixed = stream.isatty() and is_dumb()  # otherwise determined by the library, and again when it changes
     return Console(
         stderr=stderr,
         highlight=False,

@@ -1,8 +1,8 @@
 """Device sections of the main stream: those that come before the pages, one by one, and those at its end, together.
 
-At the end a description tells their lengths, but QEMU drops it unread: whatever it is, or if there is none, the
-sections are found without it. A guest can write into a device's state what looks like the end of it all, so an end
-behind which more has come is taken only when no other one comes.
+At the end a description gives their lengths, but QEMU drops it unread: whatever it contains, or if it is missing, the
+sections are found without it. A guest can write bytes into a device's state that look like the end of the stream. So an
+end that more bytes follow is accepted only if there is no later one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _EXPECTED = (
 def early_section(buffer: Buffer, ram: int | None, limit: int) -> Steps[DeviceSection]:
     """One whole section, from its first byte on; it ends at the first footer behind which an element begins.
 
-    ``ram``: the number of RAM's section, if that has started. Raises BadStream: none within ``limit`` bytes.
+    ``ram``: the number of RAM's section, if that has started. Raises BadStream without an end in ``limit`` bytes.
     """
     begin = buffer.offset
     while len(buffer) < 6 or len(buffer) < 14 + buffer.data[buffer.at + 5]:
@@ -97,7 +97,7 @@ def _begins(data: bytearray, at: int, ram: int | None) -> bool | None:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """A place that may be the end: ``sections`` bytes of sections with their last footer, a text of ``size`` bytes."""
+    """A possible end: ``sections`` bytes of sections with their last footer, and a text of ``size`` bytes."""
 
     sections: int
     size: int
@@ -113,7 +113,7 @@ class _End:
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
-    """An end that can be the true one. ``disagrees``: the contradiction between its text and the bytes."""
+    """An end that may be the true one. ``disagrees``: the contradiction between its text and the bytes."""
 
     at: _End
     found: Found
@@ -163,7 +163,7 @@ class LastSections:
             yield None
 
     def _look(self) -> Slices[None]:
-        """Follow the places that may be the end, as far as their texts have come."""
+        """Follow the possible ends, as far as their texts have arrived."""
         buffer = self._buffer
         for match in _END.finditer(buffer.data, buffer.at + self._looked):
             self._looked = match.start() + 1 - buffer.at

@@ -141,7 +141,7 @@ class OpenReturnPath(At):
 
 @dataclass(frozen=True, slots=True)
 class Ping(At):
-    """To be answered by a PONG with the same value, when all before it is done."""
+    """To be answered by a PONG with the same value, when everything before it is done."""
 
     value: int
 
@@ -151,7 +151,7 @@ class Ping(At):
 
 @dataclass(frozen=True, slots=True)
 class PostcopyAdvise(At):
-    """Postcopy may follow. ``page_sizes``: all host page sizes of RAM, or'ed; both None: not of RAM."""
+    """Postcopy may follow. ``page_sizes``: all host page sizes of RAM, OR-ed; both None: not of RAM."""
 
     page_sizes: int | None = None
     target_page: int | None = None
@@ -191,11 +191,11 @@ class RamDiscard(At):
 
 
 LOADED = 3
-"""The PING inside a package: its PONG says that all device state was taken."""
+"""The PING inside a package: its PONG says that all device state was loaded."""
 MUST_HEAR = 0x42
-"""Another PING, of QEMU 10.2 and later: without its PONG the source takes its machine back."""
+"""Another PING, of QEMU 10.2 and later: without its PONG the source runs its machine again."""
 MAX_PACKAGE = 0xFFFFFFFF
-"""Bytes of a package, at most: the stream says its length in 32 bits, and QEMU has no other limit."""
+"""Bytes of a package, at most: the stream has its length in 32 bits, and QEMU has no other limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +235,7 @@ class BitmapRequest(At):
 
 @dataclass(frozen=True, slots=True)
 class SwitchoverStart(At):
-    """The guest is stopped, the rest is the last part (QEMU 10.0 with its newest machine types)."""
+    """The guest is stopped; the rest of the stream is the last part (QEMU 10.0 with its newest machine types)."""
 
     def encode(self) -> bytes:
         return _command(CommandType.SWITCHOVER_START)
@@ -250,7 +250,7 @@ def _section_head(kind: Element, section_id: int, idstr: str, instance: int, ver
 
 @dataclass(frozen=True, slots=True)
 class SectionStart(At):
-    """The first section of an object that comes in parts; here only RAM does."""
+    """The first section of an object that is sent in parts; here only RAM is."""
 
     section_id: int
     idstr: str = "ram"
@@ -327,7 +327,7 @@ class RamBlocks(At):
 
 @dataclass(frozen=True, slots=True)
 class RamData(At):
-    """RAM records begin here and the reader rests: see :meth:`StreamReader.hand_over`."""
+    """RAM records begin here and the reader pauses: see :meth:`StreamReader.hand_over`."""
 
     section_id: int
 
@@ -366,7 +366,7 @@ class RamFlush(At):
 
 @dataclass(frozen=True, slots=True)
 class DeviceSection(At):
-    """A device's state, whole: header, ``body`` as it came, footer. ``early``: it stood before the last pages."""
+    """A device's whole state: header, ``body`` as it arrived, footer. ``early``: it came before the last pages."""
 
     section_id: int
     idstr: str
@@ -388,7 +388,7 @@ class EndOfStream(At):
 
 @dataclass(frozen=True, slots=True)
 class VmDescription(At):
-    """JSON about the device sections, behind the end. ``disagrees``: its contradiction to the bytes."""
+    """JSON about the device sections, after the end. ``disagrees``: its contradiction to the bytes."""
 
     text: bytes = field(repr=False)
     disagrees: BadStream | None = field(default=None, compare=False)
@@ -427,7 +427,7 @@ StreamEvent = (
 
 
 class Busy(enum.Enum):
-    """No result yet, although bytes are there: reading goes on at the next call."""
+    """No result yet, although bytes are available: the next call continues."""
 
     BUSY = enum.auto()
 
@@ -436,7 +436,7 @@ T = TypeVar("T")
 Steps = Generator[StreamEvent | Busy | None, None, T]
 """Reading of bytes that arrive in pieces: None asks for more."""
 Slices = Generator[Busy, None, T]
-"""Work on bytes that are here, cut into pieces of some milliseconds."""
+"""Work on bytes that have arrived, cut into pieces of some milliseconds."""
 
 
 def at_once(work: Slices[T]) -> T:

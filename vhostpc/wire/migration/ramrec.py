@@ -2,8 +2,8 @@
 
 Integers are big-endian. A record is a u64 word (flags in the low 12 bits, offset in the block above), the
 block's name (u8 length, bytes) unless CONTINUE is set, and the payload: 4096 bytes for PAGE, one fill byte
-for ZERO. The word 0x10 alone (EOS) ends a section. This is what postcopy has;
-precopy also has differences (:mod:`vhostpc.wire.migration.xbzrle`). Everything else is refused.
+for ZERO. The word 0x10 alone (EOS) ends a section. Postcopy has only these records; precopy also has differences
+(:mod:`vhostpc.wire.migration.xbzrle`). Everything else is refused.
 Source: QEMU's migration stream, RAM section version 4 (migration/ram.c describes the flags).
 """
 
@@ -135,7 +135,7 @@ class RamEncoder:
 
 
 class RamDecoder:
-    """Decodes a stream that comes in pieces. ``lengths`` are the blocks' lengths in bytes by name.
+    """Decodes a stream that arrives in pieces. ``lengths`` are the blocks' lengths in bytes by name.
 
     Checks go in the order of the bytes, so the verdict does not depend on how the stream was cut.
     """
@@ -159,11 +159,11 @@ class RamDecoder:
 
     @property
     def unread(self) -> bytes:
-        """The bytes that were taken and are not a whole record yet, or were not requested."""
+        """The bytes that were taken and are not a whole record yet, or whose records were not requested."""
         return bytes(self._buffer)
 
     def skip(self, count: int) -> None:
-        """Skip ``count`` bytes that are there and do not belong to a record."""
+        """Skip ``count`` bytes that have arrived and do not belong to a record."""
         self._take(count)
 
     def eof(self) -> None:
@@ -221,7 +221,7 @@ class _Place(enum.Enum):
     RECORDS = enum.auto()
     FOOTER = enum.auto()
     NEXT = enum.auto()
-    """A header, or nothing of this section."""
+    """A header, or bytes that are not of this section."""
 
 
 class RamModel:
@@ -229,8 +229,8 @@ class RamModel:
 
     ``blocks`` are name -> (length, host page size) in bytes; ``place`` is called with block, offset and the
     bytes of a host page. ``section``: the frames of this RAM section are read too (its footers, and the headers of
-    further parts), from behind a header; ``last``: of the END. ``calm``: each target page is placed by itself,
-    whenever it comes. Slow and simple.
+    further parts), beginning after a header; ``last``: of the END. ``calm``: each target page is placed by itself,
+    each time it arrives. Slow and simple.
     """
 
     def __init__(

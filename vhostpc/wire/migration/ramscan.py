@@ -1,7 +1,7 @@
 """The RAM section's bodies: the list of blocks, and records as runs of pages or page by page.
 
-Generators that take from a :class:`Buffer` and yield None when they need more bytes. What the C loader does
-with records is modelled in ``ramrec``; here records of precopy are known as well (XBZRLE, compressed).
+Generators that take from a :class:`Buffer` and yield None when they need more bytes. ``ramrec`` models the C loader;
+this module also knows further records of precopy (XBZRLE, compressed).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def block_list(
 
 
 def _page_size(buffer: Buffer, name: str, page_sizes: int, last: bool) -> Generator[None, None, int | None]:
-    """The page size that may follow a block's length: where a name would stand its first byte is 0."""
+    """The page size that may follow a block's length: its first byte, in the place of a name's length, is 0."""
     if last:
         word = yield from _peek(buffer, 8)
         if word in (RamFlag.EOS, RamFlag.MULTIFD_FLUSH):
@@ -213,7 +213,7 @@ class RamScanner:
     def _extend(
         self, buffer: Buffer, run: RamRun, block: str, start: int, kind: RunKind, fill: int, begin: int
     ) -> tuple[RamRun, RamRun | None]:
-        """Join a page to a run, and the complete records behind it that continue it."""
+        """Join a page to a run, and the complete records after it that continue the run."""
         if (block, kind, fill) != (run.block, run.kind, run.fill) or start != run.start + run.length:
             return run, RamRun(block, start, 1, kind, fill, offset=begin)
         count = run.pages + 1

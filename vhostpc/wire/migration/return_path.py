@@ -59,7 +59,7 @@ class Pong:
 
 @dataclass(frozen=True, slots=True)
 class PageRequest:
-    """``length`` bytes from ``start`` of ``block`` are waited for; both numbers in whole target pages."""
+    """Requests ``length`` bytes from ``start`` of ``block``; both numbers in whole target pages."""
 
     block: str
     start: int
@@ -92,7 +92,7 @@ class ReceivedBitmap:
 
 @dataclass(frozen=True, slots=True)
 class ResumeAck:
-    """Recovery: the destination goes on; ``value`` is 1."""
+    """Recovery: the destination continues; ``value`` is 1."""
 
     value: int = RESUMED
 
@@ -112,9 +112,9 @@ ReturnPathMessage = Shut | Pong | PageRequest | ReceivedBitmap | ResumeAck | Swi
 
 
 class ReturnPathDecoder:
-    """Decodes a return path that comes in pieces. Raises :class:`~vhostpc.errors.StreamError`.
+    """Decodes a return path that arrives in pieces. Raises :class:`~vhostpc.errors.StreamError`.
 
-    ``max_bitmap``: bytes of a received bitmap that are taken.
+    ``max_bitmap``: bytes of the longest received bitmap that is accepted.
     """
 
     def __init__(self, max_bitmap: int = MAX_BITMAP) -> None:
@@ -130,7 +130,7 @@ class ReturnPathDecoder:
 
     @property
     def lacks(self) -> int:
-        """At least this many bytes complete the next message: reading no more takes nothing of one behind it."""
+        """The next message needs at least this many more bytes: reading no more never takes bytes of a later one."""
         have = len(self._buffer)
         if have < _HEAD.size:
             return _HEAD.size - have
@@ -163,7 +163,7 @@ class ReturnPathDecoder:
             yield self._message(kind, body)
 
     def _bitmap(self, body: bytes) -> ReceivedBitmap | None:
-        """The message at the beginning of the buffer with what stands behind it; None until it is whole."""
+        """The message at the beginning of the buffer, with the data that follow it; None until it is whole."""
         if len(body) < 2 or len(body) != 1 + body[0]:
             raise StreamError(f"return path: message type 5 of {len(body)} bytes is unknown")
         begin = _HEAD.size + len(body) + _U64.size

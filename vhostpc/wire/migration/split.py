@@ -1,10 +1,11 @@
 """Device sections without a description: where each ends, found by the footers.
 
-A section's body has no length. Its end is a footer with its own id behind which another element begins, and the
-bytes of a body may look like one: a guest may have written them there. QEMU knows its devices and is not fooled, so
-nothing is refused for it. All ways to read the whole are followed, and the one with the fewest commands is taken: what
-stands in a body can add a command, but hide none, because no footer follows the last one. Of those it is the one with
-the longest sections, since an id stands once in a QEMU's stream; sent on, all of them are the same bytes again.
+The length of a section's body is not in the stream. Its end is a footer with its own id after which another element
+begins, and bytes of a body may look like that: a guest may have written them there. QEMU knows its devices and is not
+fooled, so such bytes are no reason to refuse a stream. All ways to read the whole are followed, and the one with the
+fewest commands is chosen: bytes in a body can add a command but hide none, because no footer follows the last command.
+Among those it is the one with the longest sections, because an id occurs once in QEMU's stream. When they are sent on,
+all ways give the same bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from vhostpc.wire.migration.elements import (
 )
 
 MAX_WAYS = 200_000
-"""Most possible ends of sections before a stream is refused. No device makes so many, only a guest."""
+"""Most possible ends of sections before a stream is refused. No device produces so many, only a guest can."""
 # A footer, and the first byte of a full section, a command, the end of the stream; or the end of the bytes. They may
 # overlap, and are searched for one by one: a search for the first byte is faster than one for a look ahead.
 _FOOTER = re.compile(rb"\x7e(.{4})(?:\x04|\x08\x00|\x00\Z|\Z)", re.DOTALL)
@@ -64,8 +65,7 @@ class Upto(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """``end``: the byte of the stream behind the elements. ``doubt``: one before which they have a second
-    reading."""
+    """``end``: the byte of the stream after the elements. ``doubt``: one before which they have a second reading."""
 
     elements: list[Inside]
     end: int
@@ -113,7 +113,7 @@ def section_head(data: bytes | bytearray, at: int, offset: int) -> Head:
 
 
 def _command(data: bytes, at: int, offset: int) -> tuple[Command, int]:
-    """The command at index ``at``, and the index behind it."""
+    """The command at index ``at``, and the index after it."""
     if len(data) < at + 5:
         raise BadStream(offset + len(data), "the stream ends inside a command")
     kind, size = int.from_bytes(data[at + 1 : at + 3], "big"), int.from_bytes(data[at + 3 : at + 5], "big")
@@ -131,16 +131,16 @@ class _Ways:
     def __init__(self, data: bytes, offset: int, upto: Upto) -> None:
         self.data, self.offset, self.upto = data, offset, upto
         self.came: dict[int, tuple[int, int]] = {0: (0, -1)}
-        """By index: the fewest commands on a way there, and where that one came from."""
+        """By index: the fewest commands on a way to it, and the previous index of that way."""
         self.twice: set[int] = set()
         """Indices that were reached from more than one place."""
         self.stop: tuple[int, int] | None = None
-        """The last place that may be the end: the index behind it, and that of its last element."""
+        """The last possible end: the index after it, and that of its last element."""
         self.furthest = BadStream(offset, "nothing")
         self._queue = [0]
         self._looked = 0
         self._footers: dict[int, list[int]] = {}
-        # By section id: fewest commands before one that was opened, and the first body of one that gave nothing new.
+        # By section id: fewest commands before one that was opened, and the first body of one that yielded nothing new.
         self._opened: dict[int, int] = {}
         self._again: dict[int, int] = {}
 
@@ -209,7 +209,7 @@ class _Ways:
                 self.offset + at,
                 f"section {head.idstr!r} (id {head.section_id}) has no footer that a known element follows",
             )
-        if self._opened.get(head.section_id, cost + 1) <= cost:  # all its ends were given by one before it
+        if self._opened.get(head.section_id, cost + 1) <= cost:  # an earlier one yielded all its ends
             self._again.setdefault(head.section_id, head.body)
             return
         self._opened[head.section_id] = cost
@@ -273,7 +273,7 @@ def split_in_slices(data: bytes, offset: int, upto: Upto = Upto.END) -> Slices[F
         return Found([], offset, None)
     if len(data) in ways.came:
         elements, doubt = yield from ways.way(len(data), ways.came[len(data)][1])
-        # What stands behind POSTCOPY_RUN may itself look like the end of a section that holds it.
+        # The bytes after POSTCOPY_RUN may themselves look like the end of a section that contains it.
         ran = upto is not Upto.RUN or any(isinstance(element, PostcopyRun) for element in elements)
         if ran or ways.stop is None:
             return Found(elements, offset + len(data), doubt)
@@ -283,12 +283,12 @@ def split_in_slices(data: bytes, offset: int, upto: Upto = Upto.END) -> Slices[F
     return Found(elements, offset + ways.stop[0], doubt)
 
 
-# What a destination does not do once the package is here. QEMU refuses these, too.
+# Commands that a destination does not execute once the package has arrived. QEMU refuses them, too.
 _MISPLACED = (PostcopyAdvise, RamDiscard, EnableColo)
 
 
 def split_package(package: Package) -> Found:
-    """The elements of a package up to POSTCOPY_RUN; behind it QEMU reads nothing. Raises :class:`BadStream`."""
+    """The elements of a package up to POSTCOPY_RUN, after which QEMU reads nothing. Raises :class:`BadStream`."""
     return at_once(split_package_in_slices(package))
 
 

@@ -1,6 +1,6 @@
 """QEMU's migration stream, forward direction: bytes that arrive in pieces become the values of ``elements``.
 
-No I/O, and bounded: what is kept is at most one element, a package or the device sections at the end. Two ways
+No I/O, and bounded: at most one element, a package or the device sections at the end are kept. Two ways
 to use it::
 
     for event in reader.feed(data): ...          # everything here; RAM as runs, or page by page
@@ -10,14 +10,14 @@ to use it::
         if isinstance(event, RamData):           # the last event of this round
             unread = reader.hand_over()          # for the loader, before what it reads itself
     # The loader reads records to the end of the section (the word 0x10 included) ...
-    reader.resume(consumed, rest)                # how much it took, and what it read too far
+    reader.resume(consumed, rest)                # how much it took, and bytes that it read too far
     for event in reader.feed(b""): ...           # the footer, and so on
 
-Device sections carry no length. In precopy they are the last thing before the description that tells their
-lengths, so they come out together, when the description is whole (or at :meth:`StreamReader.eof`, if there is
-none); those in a package come out of :func:`~vhostpc.wire.migration.split.read_package`. A guest that can write a
-device's state could have forged an earlier end: where more came behind one, :attr:`StreamReader.may_end` says so,
-and :meth:`StreamReader.eof` takes it.
+Device sections carry no length. In precopy they come last, before the description that gives their lengths, so they are
+returned together, when the description is complete (or at :meth:`StreamReader.eof`, if there is none). Those in a
+package are returned by :func:`~vhostpc.wire.migration.split.read_package`. A guest that can write a device's state
+could have forged an earlier end: where more bytes follow an end, :attr:`StreamReader.may_end` says so, and
+:meth:`StreamReader.eof` accepts it.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class StreamReader:
 
     @property
     def unread(self) -> int:
-        """Bytes that were fed and not read; behind the end: bytes that do not belong to the stream."""
+        """Bytes that were fed and not read; after the end: bytes that do not belong to the stream."""
         return len(self._buffer)
 
     @property
@@ -147,7 +147,7 @@ class StreamReader:
 
     @property
     def doubt(self) -> int | None:
-        """Behind the end: a byte before which the device sections have a second reading."""
+        """After the end: a byte before which the device sections have a second reading."""
         return None if self._last is None else self._last.doubt
 
     def feed(self, data: bytes) -> Iterator[StreamEvent]:
@@ -184,10 +184,10 @@ class StreamReader:
         return self._buffer.swap(b"", self._buffer.offset)
 
     def resume(self, consumed: int, rest: bytes = b"", *, footer: bool = False, ended: bool = False) -> None:
-        """Go on ``consumed`` bytes behind the first RAM record; ``rest`` was read too far and is the reader's.
+        """Continue ``consumed`` bytes after the first RAM record; ``rest`` was read too far and is the reader's.
 
-        ``footer``: what was consumed ends with a footer (and may hold further parts of RAM; ``ended``: also the
-        last one), else with the end of the section.
+        ``footer``: the consumed bytes end with a footer (and may contain further parts of RAM; ``ended``: also the
+        last one), otherwise with the end of the section.
         """
         if not self._handed:
             raise LocalProtocolError("the stream was not handed over")
@@ -410,7 +410,7 @@ class StreamReader:
         section_id = yield from self._u32()
         if section_id != self.ram_section:
             raise BadStream(at, f"a part of section {section_id}, which never started")
-        self._ram_ended = self._ram_ended or last  # QEMU reads parts behind the last one, too
+        self._ram_ended = self._ram_ended or last  # QEMU reads parts after the last one, too
         yield (SectionEnd if last else SectionPart)(section_id, offset=at)
         if self.ram is RamMode.PAUSE:
             self.paused, self._footer_taken = True, False
@@ -461,7 +461,7 @@ class StreamReader:
     # --- device sections
 
     def _full_section(self, at: int) -> Steps[bool]:
-        """Whether it was the first of all that is left."""
+        """Whether it was the first of the remaining ones."""
         self._buffer.at -= 1
         if not self._ram_ended:  # virtio-mem's, since QEMU 8.0: before the pages
             self._inside = f"the section at byte {at}"

@@ -2,7 +2,7 @@
 
 A device's entry has ``name``, ``instance_id``, ``version``, ``fields`` (each ``size``, and ``array_len`` when
 the array is written once for all) and ``subsections`` (each with a head of 1 byte, its name and a u32); old
-devices have ``size`` alone. A field's size holds everything nested in it.
+devices have ``size`` alone. A field's size includes everything nested in it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def parse(text: bytes) -> tuple[DeviceDescription, ...]:
 def without(
     devices: Sequence[DeviceDescription], early: Sequence[DeviceSection]
 ) -> Sequence[DeviceDescription]:
-    """Those behind the sections that came before the pages, which stand first. Raises BadStream."""
+    """The sections after those that came before the pages, which are listed first. Raises BadStream."""
     for device, section in zip(devices, early, strict=False):
         if (device.name, device.instance, device.size) != (
             section.idstr,
@@ -109,7 +109,7 @@ def without(
 
 
 def split_by(devices: Sequence[DeviceDescription], data: bytes, offset: int) -> list[DeviceSection]:
-    """The sections of ``data``, which begins at byte ``offset`` of the stream and must hold just them.
+    """The sections of ``data``, which begins at byte ``offset`` of the stream and must contain nothing else.
 
     Names, instances, versions and footers are compared. Raises :class:`BadStream`.
     """

@@ -1,7 +1,7 @@
 """XBZRLE: a page as its difference to the destination's copy. Precopy only.
 
-Runs alternate: length of what stays (first may be 0), length of what changes, the changed bytes. A length is a
-uleb128 of at most two bytes. The last run that stays is left out. Source: QEMU, docs (xbzrle).
+Runs alternate: the length of an unchanged run (the first may be 0), the length of a changed run, and its bytes. A
+length is a uleb128 of at most two bytes. The last unchanged run is left out. Source: QEMU, docs (xbzrle).
 """
 
 from __future__ import annotations
