@@ -31,16 +31,18 @@ def socket_address(uri: str, *, incoming: bool) -> Tcp | Unix:
 
 
 class Proxy:
-    """What :func:`open_proxy` gives. ``uri``: where it listens; ``seed``: what the random numbers were drawn with."""
+    """What :func:`open_proxy` gives. ``uri``: where it listens; ``target``: where it connects to; ``seed``: what the
+    random numbers were drawn with."""
 
-    def __init__(self, target: Address, seed: int | None, timeline: Timeline) -> None:
+    def __init__(self, target: str, seed: int | None, timeline: Timeline) -> None:
         self.uri = ""
+        self.target = target
         self.seed = random.SystemRandom().randrange(SEEDS) if seed is None else seed
         self.plan = Plan()
         self.last_stream: StreamReader | None = None
         self.open: list[Relay] = []
         self.recoveries = 0
-        self._target = target
+        self._target = socket_address(target, incoming=False)
         self._random = random.Random(self.seed)
         self._timeline = timeline
         self._number = 0
@@ -129,7 +131,7 @@ async def open_proxy(
     cannot be listened at.
     """
     where = socket_address(listen_at, incoming=True)
-    proxy = Proxy(socket_address(target, incoming=False), seed, Timeline(tell, keep=keep))
+    proxy = Proxy(target, seed, Timeline(tell, keep=keep))
     for fault in faults:
         proxy.add(fault)
     with _lone():
