@@ -1,8 +1,9 @@
-# make demo   shows it at work on this machine, without QEMU
+# make demo   shows it at work on this machine, without QEMU; with CUT=2 its link is lost twice
 # make test   fetches what the tests need and runs them
 # On Debian, what is missing is installed (as root, or by sudo). PYTHON=python3.13 make ... selects another interpreter.
 
 PYTHON ?= python3
+CUT ?= 0
 PYTEST_ARGS ?=
 FUZZ_EXAMPLES ?= 5000
 SANITIZE_TIMES ?= 10
@@ -63,7 +64,7 @@ $(VENV)/.lint: $(VENV)/.test
 	@touch $@
 
 demo: build
-	@$(BIN)/vhostpc demo
+	@$(BIN)/vhostpc demo --cut $(CUT)
 
 peers: $(VENV)/.test
 	@tools/need test
@@ -71,7 +72,7 @@ peers: $(VENV)/.test
 	@$(BIN)/python -m tests.peers.packages
 
 demo-qemu: peers
-	@$(BIN)/python -m tests.qemu.demo
+	@$(BIN)/python -m tests.qemu.demo --cut $(CUT)
 
 test: peers
 	@$(BIN)/python -m pytest -m 'not long' $(PYTEST_ARGS)

@@ -20,7 +20,15 @@ import pytest
 import trio
 
 from tests.kit.until import until
-from vhostpc.cli.demo.books import Far, Frames, Pages, Requests, Result, judge, waits_of
+from vhostpc.cli.demo.books import (
+    Far,
+    Frames,
+    Pages,
+    Requests,
+    Result,
+    judge,
+    waits_of,
+)
 from vhostpc.cli.demo.pictures import Band, Frame, cells, svg, ticks
 from vhostpc.cli.demo.relay import Relay, find_page
 from vhostpc.units import TARGET_PAGE
@@ -51,7 +59,8 @@ def check_numbers(text: str, mib: int = 128) -> dict[str, Any]:
     assert [p["name"] for p in numbers["phases"]] == ["before", "precopy", "switch", "postcopy", "after"]
     assert all(p["begin"] <= p["end"] for p in numbers["phases"])
     pages = numbers["pages"]
-    assert pages["total"] == mib * 256 == pages["precopy"] + pages["background"] + pages["requested"]
+    again = sum(pause["sent_twice"] for pause in numbers.get("pauses", ()))
+    assert pages["total"] == mib * 256 == pages["precopy"] + pages["background"] + pages["requested"] - again
     assert pages["bad"] == pages["twice"] == 0
     assert all(pages[way] > 0 for way in ("precopy", "background", "requested", "checked"))
     waits = {w["name"]: w for w in numbers["waits"]}
@@ -98,6 +107,13 @@ def test_report_stands_by_itself(with_report: tuple[dict[str, Any], str]) -> Non
     cells_told = {"".join(cell.itertext()) for cell in tree.iter("td")}
     assert str(numbers["pages"]["requested"]) in cells_told
     assert str(numbers["frames"][0]["sent"]) in cells_told
+
+
+def test_without_cuts_no_pauses_are_told(with_report: tuple[dict[str, Any], str]) -> None:
+    numbers, page = with_report
+    assert not {"pauses", "steps"} & set(numbers)
+    assert "again" not in numbers["requests"]
+    assert "pause" not in page
 
 
 def test_report_in_a_narrow_window(with_report: tuple[dict[str, Any], str]) -> None:

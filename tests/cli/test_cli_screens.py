@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from vhostpc.cli.checks import Check, Level
 from vhostpc.cli.demo import output
-from vhostpc.cli.demo.books import Frames, Pages, Result, Traffic, Waits
+from vhostpc.cli.demo.books import Frames, Pages, Pause, Result, Step, Traffic, Waiting, Waits
 from vhostpc.cli.demo.demo import print_tables
 from vhostpc.cli.demo.run import COPYING, FOLLOWING, RUNNING, STARTING, THERE
 from vhostpc.cli.demo.tables import tables
@@ -40,6 +40,12 @@ def result() -> Result:
     found.waits = [
         Waits("vCPU 10", 12345, 12345678, 123456789, 1234567890, 987654321),
         Waits("guest's drivers", 0, 0, 0, 0, None),
+    ]
+    waiting = [Waiting("vCPU 10", 1, 1234567890), Waiting("guest's drivers", 123, 98765432)]
+    found.pauses = [Pause(123.45, 234.56, 0.987, 14, 262144, 128, 345, waiting)]
+    found.steps = [
+        Step(123.46, "source", "postcopy-paused"),
+        Step(124, "destination", "postcopy-recover-setup"),
     ]
     found.frames = [Frames("net0", 2043276, 2043212, 17, 0, 47, 0, 0)]
     return found

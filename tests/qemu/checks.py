@@ -89,6 +89,6 @@ class Watch:
     async def heard(self) -> Window:
         assert self._stopped, "the guest was never stopped"
         name, mark = self._stopped
-        window = Window(mark, await self._far.moved(name))
-        self._account.windows.append(window)
-        return window
+        self.window = Window(mark, await self._far.moved(name))
+        self._account.windows.append(self.window)
+        return self.window

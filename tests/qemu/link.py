@@ -27,16 +27,33 @@ SWITCH = 1 << 20
 TRICKLE = 2 << 20  # bytes a second
 # Return path messages: be16 type, be16 length of what follows (QEMU, docs/devel/migration).
 REQUESTS = (3, 4)  # REQ_PAGES_ID, REQ_PAGES
+BITMAP = 5  # RECV_BITMAP: behind it be64 length, as many bytes, and a mark of 8
+
+
+def _first(seen: bytes) -> tuple[int, int] | None:
+    """The kind of the first message of the return path and its whole length; None: it has not come whole."""
+    if len(seen) < 4:
+        return None
+    kind, length = struct.unpack_from(">HH", seen)
+    length += 4
+    if kind == BITMAP:
+        if len(seen) < length + 8:
+            return None
+        length += 8 + struct.unpack_from(">Q", seen, length)[0] + 8
+    return (kind, length) if len(seen) >= length else None
 
 
 class Link:
-    """``page``: bytes of a host page.  ``hold`` begins the holding back, ``open`` ends it.
+    """``page``: bytes of a host page.  ``hold`` begins the holding back, ``open`` ends it.  ``lose`` breaks it; then
+    the source may connect again, and reaches ``target``.
 
     ``record``: a folder that gets what went each way, as files ``forward`` and ``back``.
     """
 
-    def __init__(self, source_path: Path, page: int, record: Path | None = None) -> None:
+    def __init__(self, source_path: Path, target: Path, page: int, record: Path | None = None) -> None:
         self.source_path = source_path
+        self.target = target
+        self._scope = trio.CancelScope()
         self.requests = 0
         # A page of the background may have been begun when the request comes: it is sent to its end.
         self._grant = ON_THE_WAY + (2 * page if page > 4096 else page)
@@ -59,6 +76,10 @@ class Link:
         """Just before the switch: let through what that sends, before any request, and little else."""
         self._budget = SWITCH + self._grant
         self._open = False
+
+    def lose(self) -> None:
+        """Break the connection, both ways at once."""
+        self._scope.cancel()
 
     def open(self) -> None:
         self._open = True
@@ -91,21 +112,24 @@ class Link:
                 self._note("back", data)
                 await source.send_all(data)
                 seen += data
-                while len(seen) >= 4:
-                    kind, length = struct.unpack_from(">HH", seen)
-                    if len(seen) < 4 + length:
-                        break
-                    seen = seen[4 + length :]
+                while (message := _first(seen)) is not None:
+                    kind, length = message
+                    seen = seen[length:]
                     if kind in REQUESTS:
                         self.requests += 1
                         self._budget += self._grant
                         self._granted.set()
 
-    async def run(self, listener: trio.SocketListener, target_path: Path) -> None:
+    async def run(self, listener: trio.SocketListener) -> None:
+        """One connection after the other, until cancelled."""
         async with listener:
-            source = await listener.accept()
-        async with source, await trio.open_unix_socket(target_path) as target:
-            async with trio.open_nursery() as nursery:
+            while True:
+                async with await listener.accept() as source:
+                    await self._carry(source)
+
+    async def _carry(self, source: trio.SocketStream) -> None:
+        with trio.CancelScope() as self._scope:
+            async with await trio.open_unix_socket(self.target) as target, trio.open_nursery() as nursery:
                 nursery.start_soon(self._forward, source, target)
                 nursery.start_soon(self._back, source, target)
 
@@ -118,9 +142,9 @@ async def link(
     sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
     await sock.bind(str(source_path))
     sock.listen(1)
-    it = Link(source_path, page, record)
+    it = Link(source_path, target_path, page, record)
     with unwrapped():
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(it.run, trio.SocketListener(sock), target_path)
+            nursery.start_soon(it.run, trio.SocketListener(sock))
             yield it
             nursery.cancel_scope.cancel()

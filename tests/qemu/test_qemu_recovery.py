@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.qemu.versions import EACH
 from tests.sequences.nodes import endpoint_node
 from vhostpc.dialect import Compat
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.qemu
 TIMES = [pytest.param(3, id="few"), pytest.param(15, id="many", marks=pytest.mark.long)]
 LOST = (
@@ -107,3 +109,23 @@ async def test_to_qemu(version: Compat, times: int, tmp_path: Path) -> None:
             await target.beat(nonce, 2)
             assert await target.sweep() == 0
             assert [line for line in target.complaints() if not any(words in line for words in LOST)] == []
+
+
+async def test_the_demonstration_loses_its_link() -> None:
+    """A pair of QEMUs with our bridges; what they do not ask for again comes with the background."""
+    argv = [sys.executable, "-m", "tests.qemu.demo", "--cut", "2"]
+    with trio.fail_after(200):
+        done = await trio.run_process(argv, cwd=ROOT, capture_stdout=True, capture_stderr=True, check=False)
+    told = " ".join(done.stdout.decode().split())
+    assert done.returncode == 0, told + done.stderr.decode()
+    assert "The guest kept its network and every byte of its memory." in told
+    assert "answered" in told.partition("both went on after")[2]
+    assert "QEMU does not ask again for what a back-end waits for" in told
+
+
+@pytest.mark.parametrize("count", ["-1", "21", "x"])
+async def test_cuts_that_cannot_be(count: str) -> None:
+    argv = [sys.executable, "-m", "tests.qemu.demo", f"--cut={count}"]
+    done = await trio.run_process(argv, cwd=ROOT, capture_stderr=True, check=False)
+    assert done.returncode == 2
+    assert f"'{count}' is not a number from 0 to 20" in done.stderr.decode()

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import trio
 
 from tests.qemu import guest, peers
-from tests.qemu.link import link
+from tests.qemu.link import Link, link
 from tests.qemu.net import FAR_IP, FAR_MAC, GUEST_IP, GUEST_MAC
 from tests.qemu.proc import Child, Lines, child, unwrapped
 from tests.qemu.qmp import Qmp
@@ -249,6 +249,7 @@ async def vm(
 # Migration
 
 Hook = Callable[[], Awaitable[None]]
+OnLink = Callable[[Link], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -313,13 +314,15 @@ async def migrate_postcopy(
     capabilities: Sequence[str] = (),
     on_stop: Hook | None = None,
     during: Hook | None = None,
+    on_link: OnLink | None = None,
     record: Path | None = None,
 ) -> Moved:
     """Move the guest by postcopy, switched as soon as the first pass has begun, so most of RAM remains.
 
     Until ``during`` returns, the link brings little more than what is asked for, so that the guest and its
     devices meet absent pages; then the rest goes at full speed.  ``on_stop`` runs when the source has stopped
-    the guest.  ``record``: a folder for the bytes of both ways, see :class:`~tests.qemu.link.Link`.
+    the guest.  ``on_link`` runs before ``during`` and may lose the link, see :func:`lose_and_recover`.
+    ``record``: a folder for the bytes of both ways, see :class:`~tests.qemu.link.Link`.
     """
     source_path, target_path = tmp_path / f"{dst.name}.link", tmp_path / f"{dst.name}.incoming"
     await prepare(src, dst, f"unix:{target_path}", ("postcopy-ram", *capabilities))
@@ -337,9 +340,37 @@ async def migrate_postcopy(
         await src.qmp.event("MIGRATION", since[0], status="postcopy-active")
         ram = (await src.qmp.command("query-migrate"))["ram"]
         await dst.qmp.event("RESUME", since[1])
+        if on_link:
+            await on_link(relay)
         if during:
             await during()
         relay.open()
         for side, at in zip((src, dst), since, strict=True):
-            await _completed(side, at, 120)
+            await _completed(side, _behind_pauses(side, at), 120)
     return Moved(ram["remaining"] / ram["total"], await src.qmp.command("query-migrate"))
+
+
+def _behind_pauses(side: Vm, since: int) -> int:
+    """The number of the event behind the last pause since then."""
+    paused = {"event": "MIGRATION", "data": {"status": "postcopy-paused"}}
+    found = [i for i, e in enumerate(side.qmp.events) if i >= since and paused.items() <= e.items()]
+    return found[-1] + 1 if found else since
+
+
+async def lose_and_recover(src: Vm, dst: Vm, relay: Link) -> tuple[float, float]:
+    """Lose the link in postcopy, and recover by the two commands that a person types.
+
+    Seconds until both ends were paused, and until both went on.
+    """
+    since = [(side, len(side.qmp.events)) for side in (src, dst)]
+    begin = trio.current_time()
+    relay.lose()
+    for side, at in since:
+        await side.qmp.event("MIGRATION", at, status="postcopy-paused")
+    paused = trio.current_time() - begin
+    relay.target = relay.target.with_name(f"{dst.name}.again{since[1][1]}")
+    await dst.qmp.command("migrate-recover", uri=f"unix:{relay.target}")
+    await src.qmp.command("migrate", uri=relay.uri, resume=True)
+    for side, at in since:
+        await side.qmp.event("MIGRATION", at, status="postcopy-active")
+    return paused, trio.current_time() - begin

@@ -43,6 +43,8 @@ class ServiceNumbers:
     events: int
     requests: int
     """Page requests made: distinct host pages."""
+    asked_again: int
+    """Requests over another link, for pages that were asked for before, or noted in a pause, and had not come."""
     batches: int
     """Sends on the return path."""
     bytes_sent: int

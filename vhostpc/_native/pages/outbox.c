@@ -122,8 +122,10 @@ int vpc_outbox_ask_again(struct vpc_fault *s)
         struct vpc_block *b = s->ram->blocks[i];
         for (uint64_t word = 0; word < (b->pages + 63) / 64; word++) {
             uint64_t open = atomic_load(&b->bits[VPC_BITS_REQUESTED][word]) & ~atomic_load(&b->bits[VPC_BITS_RECEIVED][word]);
-            for (; open && rc == 0; open &= open - 1)
+            for (; open && rc == 0; open &= open - 1) {
                 rc = ask_for(s, b, word * 64 + (uint64_t)__builtin_ctzll(open));
+                s->stats.asked_again += rc == 0;
+            }
         }
     }
     return rc;

@@ -39,6 +39,7 @@ struct vpc_client_stats {
 struct vpc_fault_stats {
     uint64_t events;        /* fault events read, all clients */
     uint64_t requests;      /* page requests appended to the outbox: distinct pages */
+    uint64_t asked_again;   /* of what was asked for, or noted in a pause, and had not come: asked for over another link */
     uint64_t batches;       /* sends of the outbox */
     uint64_t bytes_sent;
     uint64_t wakes;

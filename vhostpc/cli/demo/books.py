@@ -6,6 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vhostpc.units import TARGET_PAGE
+
+MOST_IN_HAND = 128 << 10
+"""Bytes of pages that a source has made ready for its connection and not sent yet, at most."""
 AT_SWITCH = 192
 """Most frames that a device can lose at a switch: those in flight, and those sent before the destination answered."""
 
@@ -74,6 +78,46 @@ class Requests:
     wakes: int = 0
     made: int = 0
     read: int = 0
+    again: int = 0
+    """Sent once more over another link."""
+
+
+@dataclass
+class Waiting:
+    """Threads of one client that waited for a page when the link came back, and the longest of their waits."""
+
+    name: str
+    threads: int
+    longest_ns: int
+
+
+@dataclass
+class Pause:
+    """A loss of the link in postcopy: from ``begin`` to ``end``, when both ends went on, in seconds since the traffic
+    began. ``share``: of the pages of postcopy, how many had arrived.
+    """
+
+    begin: float
+    end: float
+    share: float
+    attempts: int
+    """To connect again, the one that succeeded included."""
+    in_flight: int
+    """Bytes that the source had sent and the destination did not receive."""
+    sent_twice: int
+    """Pages that were sent before, and are sent again."""
+    asked_again: int
+    """Page requests that were sent again."""
+    waiting: list[Waiting] = field(default_factory=list)
+
+
+@dataclass
+class Step:
+    """A status that an end of the migration had from then on."""
+
+    at: float
+    end: str
+    status: str
 
 
 @dataclass
@@ -110,6 +154,9 @@ class Result:
     downtime_ms: int = 0
     total_ms: int = 0
     seconds: float = 0
+    pauses: list[Pause] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    """The statuses of both ends from the first loss of the link on."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -131,8 +178,11 @@ def frames_of(device: dict[str, Any]) -> Frames:
     return Frames(**{name: device[name.replace("_", "-")] for name in names})
 
 
-def judge(result: Result, machines: Sequence[dict[str, Any]]) -> list[str]:
-    """The disagreements, one sentence each. ``machines``: the last reports of source and destination."""
+def judge(result: Result, machines: Sequence[dict[str, Any]], cuts: int = 0) -> list[str]:
+    """The disagreements, one sentence each. ``machines``: the last reports of source and destination.
+
+    ``cuts``: how many times the link was to be lost.
+    """
     found = []
 
     def must(good: bool, sentence: str) -> None:
@@ -153,6 +203,7 @@ def judge(result: Result, machines: Sequence[dict[str, Any]]) -> list[str]:
             )
             must(not faults["waiting-now"], f"{device['name']}: {faults['waiting-now']} faults still wait")
     _judge_pages(result, must)
+    _judge_pauses(result, must, cuts)
     for f in result.frames:
         must(
             f.sent == f.received + f.lost_at_switch + f.lost + f.flying,
@@ -176,14 +227,33 @@ def _judge_pages(result: Result, must: Any) -> None:
         f"{p.precopy} pages arrived by precopy and {p.placed} by postcopy, of {p.total}",
     )
     must(p.twice == 0, f"{p.twice} pages arrived twice in postcopy")
+    again = sum(pause.sent_twice for pause in result.pauses)
+    lost = f", and {again} were lost with the link" if result.pauses else ""
     must(
-        p.background + p.requested == p.placed,
+        p.background + p.requested == p.placed + again,
         f"in postcopy {p.background} pages were sent in the background and {p.requested} on request, but {p.placed} "
-        "were placed",
+        f"were placed{lost}",
     )
-    must(r.made == r.read, f"{r.made} pages were requested, but {r.read} requests reached the source")
+    if result.pauses:  # requests, too, are lost with a link
+        must(
+            r.read <= r.made + r.again,
+            f"{r.made} pages were requested and {r.again} again, but {r.read} requests reached the source",
+        )
+    else:
+        must(r.made == r.read, f"{r.made} pages were requested, but {r.read} requests reached the source")
     must(r.faults == r.wakes, f"{r.faults} faults were read, but {r.wakes} answered")
     must(r.made > 0, "no thread had to wait for a page: this was not a postcopy migration")
+
+
+def _judge_pauses(result: Result, must: Any, cuts: int) -> None:
+    pauses = result.pauses
+    must(len(pauses) == cuts, f"the link was to be lost {cuts} times, and was lost {len(pauses)} times")
+    for number, pause in enumerate(pauses, 1):
+        most = (pause.in_flight + MOST_IN_HAND) // TARGET_PAGE + 1
+        must(
+            0 <= pause.sent_twice <= most,
+            f"pause {number}: {pause.sent_twice} pages were sent twice, but {most} at most were in flight",
+        )
 
 
 def _judge_far(result: Result, must: Any) -> None:

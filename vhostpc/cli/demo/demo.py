@@ -24,6 +24,7 @@ from vhostpc.cli.common import (
     start_logging,
 )
 from vhostpc.cli.demo.books import Result
+from vhostpc.cli.demo.outages import MOST_CUTS, RECOVER_FOR
 from vhostpc.cli.demo.run import MIB, SIZE, Demo
 from vhostpc.cli.demo.tables import GOOD, tables
 from vhostpc.cli.endpoint_command import size as size_of
@@ -35,11 +36,16 @@ BESIDES = 400 * MIB
 """Memory of the five processes themselves, at most."""
 HARM = "VHOSTPC_DEMO_CORRUPT"
 """An environment variable for tests: one byte of one page is damaged in transit, which must be detected."""
+RECOVERY = "VHOSTPC_DEMO_RECOVER_FOR"
+"""An environment variable for tests: seconds for which both ends recover. With 0 they do not, which ends the run."""
 
 
 def as_json(result: Result) -> dict[str, Any]:
     """The numbers as one object; names include the unit, except for bytes and seconds."""
-    return asdict(result) | {"ok": not result.problems}
+    told = asdict(result) | {"ok": not result.problems}
+    if not result.pauses:
+        del told["pauses"], told["steps"], told["requests"]["again"]
+    return told
 
 
 def print_tables(result: Result) -> None:
@@ -111,6 +117,15 @@ def memory(_: click.Context, __: click.Parameter, text: str) -> int:
     help="Memory of the machine.",
 )
 @click.option(
+    "--cut",
+    "cuts",
+    type=click.IntRange(0, MOST_CUTS),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help=f"Lose the link N times in postcopy, {MOST_CUTS} at most: both ends pause and recover.",
+)
+@click.option(
     "--report",
     "page",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
@@ -119,7 +134,7 @@ def memory(_: click.Context, __: click.Parameter, text: str) -> int:
     help="Draw the run as a self-contained HTML page.",
 )
 @common_options
-def demo(as_text: bool, size: int, page: Path | None) -> int:
+def demo(as_text: bool, size: int, cuts: int, page: Path | None) -> int:
     """Move a machine from one endpoint to another, by precopy and then by postcopy, while it works.
 
     Five processes: two endpoints, a bridge at each, and this one, which drives their monitors and sends back each
@@ -129,7 +144,8 @@ def demo(as_text: bool, size: int, page: Path | None) -> int:
     start_logging()
     need_descriptors()
     must_fit(size)
-    work = Demo(size=size, harm=bool(os.environ.get(HARM)))
+    recover_for = float(os.environ.get(RECOVERY, RECOVER_FOR))
+    work = Demo(size=size, harm=bool(os.environ.get(HARM)), cuts=cuts, recover_for=recover_for)
     result = trio.run(with_progress, work)
     if as_text:
         click.echo(json.dumps(as_json(result), indent=2))

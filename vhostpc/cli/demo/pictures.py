@@ -25,6 +25,7 @@ font:12px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;max
 .pic .grid{stroke:var(--grid);stroke-width:1;fill:none;shape-rendering:crispEdges}
 .pic .edge{stroke:var(--soft);stroke-width:1;fill:none;shape-rendering:crispEdges}
 .pic .band0{fill:var(--band0)}.pic .band1{fill:var(--band1)}.pic .gap{fill:var(--alarm);opacity:.28}
+.pic .lost{fill:var(--c4);opacity:.3}
 .pic .c0{fill:var(--c0)}.pic .c1{fill:var(--c1)}.pic .c2{fill:var(--c2)}.pic .c3{fill:var(--c3)}
 .pic .c4{fill:var(--c4)}.pic .c5{fill:var(--c5)}
 .pic .dots{fill:none;stroke-width:2.6;stroke-linecap:round;stroke-opacity:.6}
@@ -69,12 +70,12 @@ def svg(width: float, height: float, parts: Iterable[str], title: str) -> str:
 
 @dataclass
 class Band:
-    """A phase: its name, and from when to when; ``gap``: the machine was stopped."""
+    """A phase: its name, and from when to when. ``over``: the class of what is drawn over phases; "" for a phase."""
 
     name: str
     begin: float
     end: float
-    gap: bool = False
+    over: str = ""
 
 
 @dataclass
@@ -91,12 +92,12 @@ class Frame:
 
     def __post_init__(self) -> None:
         self.bottom = TOP + self.height
-        for i, band in enumerate(sorted(self.bands, key=lambda band: band.gap)):
+        for i, band in enumerate(sorted(self.bands, key=lambda band: bool(band.over))):
             x, end = self.x(band.begin), self.x(band.end)
             if band.end <= self.begin or band.begin >= self.end:
                 continue
-            if band.gap:
-                self.parts.append(rect(x, TOP, max(end - x, 1.5), self.height, "gap"))
+            if band.over:
+                self.parts.append(rect(x, TOP, max(end - x, 1.5), self.height, band.over))
             else:
                 self.parts.append(rect(x, TOP, end - x, self.height, f"band{i % 2}"))
                 if end - x > 7 * len(band.name):

@@ -120,12 +120,17 @@ class End:
         if parameters:
             await self.command("migrate-set-parameters", **parameters)
 
-    def event_ns(self, name: str, **data: Any) -> int | None:
-        """When the first event of that name and with that data came."""
-        for when, event in self.monitor.events:
-            if event["event"] == name and data.items() <= event.get("data", {}).items():
-                return when
-        return None
+    def events(self, name: str, since: int = 0, **data: Any) -> list[int]:
+        """When the events of that name and with that data came, from number ``since`` on of all events."""
+        return [
+            when
+            for when, event in self.monitor.events[since:]
+            if event["event"] == name and data.items() <= event.get("data", {}).items()
+        ]
+
+    def event_ns(self, name: str, since: int = 0, **data: Any) -> int | None:
+        """When the first of :meth:`events` came."""
+        return next(iter(self.events(name, since, **data)), None)
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ from html import escape
 from math import log10
 
 from vhostpc.cli.demo.books import Result
-from vhostpc.cli.demo.pictures import BOTTOM, STYLE, TOP, Band, Frame, cells, svg, text, ticks
+from vhostpc.cli.demo.pictures import BOTTOM, STYLE, TOP, Band, Frame, cells, rect, svg, text, ticks
 from vhostpc.cli.demo.run import MIB, Sample, Story
 from vhostpc.cli.demo.tables import GOOD, tables
 from vhostpc.units import TARGET_PAGE
@@ -26,12 +26,20 @@ KEY = (
     ),
 )
 """The colours that mean the same in all pictures."""
+KEY_OF_PAUSES = (("lost", "violet: a pause. The link is lost, until both ends have recovered"),)
+STATUSES = {
+    "postcopy-active": "c2",
+    "postcopy-paused": "alarm",
+    "postcopy-recover-setup": "c1",
+    "postcopy-recover": "c0",
+}
+"""Colours of the statuses of an end; completed has none."""
 PAGE_STYLE = """
 :root{color-scheme:light dark;--ink:#23272e;--soft:#5d6570;--line:#d9dde3;--back:#fff;--good:#1f7a55;--bad:#b3261e;
---alarm:#c23b3b}
+--alarm:#c23b3b;--violet:#7a6ad0}
 @media (prefers-color-scheme:dark){:root{--ink:#e6e9ee;--soft:#a4acb8;--line:#3a414c;--back:#12151a;--good:#4cc79c;
---bad:#ef7b7b;--alarm:#ef7b7b}}
-@media print{:root{--ink:#000;--soft:#444;--line:#ccc;--back:#fff;--alarm:#c23b3b}
+--bad:#ef7b7b;--alarm:#ef7b7b;--violet:#a597f5}}
+@media print{:root{--ink:#000;--soft:#444;--line:#ccc;--back:#fff;--alarm:#c23b3b;--violet:#7a6ad0}
 figure,table{break-inside:avoid}}
 body{margin:2rem auto;max-width:54rem;padding:0 1rem;color:var(--ink);background:var(--back);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
@@ -44,6 +52,7 @@ caption{text-align:left;font-weight:600;padding:.3rem 0}td{white-space:nowrap}
 .scroll{overflow-x:auto}@media screen{.scroll .pic{min-width:LEASTpx}}
 .key{list-style:none;padding:0;margin:.6rem 0}.key i{display:inline-block;width:.9em;height:.9em;margin-right:.5em;
 vertical-align:-.1em}.key .gap{background:var(--alarm);opacity:.28}.key .alarm{background:var(--alarm)}
+.key .lost{background:var(--violet);opacity:.3}
 .facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:.5rem 1rem;padding:0;
 margin:.8rem 0;list-style:none}
 .facts b{display:block;font-size:1.25rem}
@@ -56,8 +65,11 @@ class Pictures:
     def __init__(self, result: Result, story: Story) -> None:
         self.result = result
         self.story = story
-        self.bands = [Band(p.name, p.begin, p.end, p.name == "switch") for p in result.phases]
-        self.begin, self.end = self.bands[0].begin, self.bands[-1].end
+        self.bands = [
+            Band(p.name, p.begin, p.end, "gap" if p.name == "switch" else "") for p in result.phases
+        ]
+        self.begin, self.end = result.phases[0].begin, result.phases[-1].end
+        self.bands += [Band("pause", p.begin, p.end, "lost") for p in result.pauses]
         self.phase = {p.name: p for p in result.phases}
         self.samples = story.samples
         self.colours = {w.name: f"c{i}" for i, w in enumerate(result.waits)}
@@ -72,7 +84,7 @@ class Pictures:
 
     def all(self) -> dict[str, tuple[str, str, str]]:
         """Name: title, how to read it, the picture."""
-        return {
+        found = {
             "arrivals": (
                 "How memory arrives",
                 "The height is the memory that the destination holds. In precopy it grows while the machine still "
@@ -101,6 +113,14 @@ class Pictures:
                 self.memory(),
             ),
         }
+        if self.result.pauses:
+            found["statuses"] = (
+                "How both ends recover",
+                "The status of each end, as its monitor told it. The source tries again and again to connect while the "
+                "link is down, at longer intervals; then both compare what has arrived, and go on.",
+                self.statuses(),
+            )
+        return found
 
     def arrivals(self) -> str:
         frame = self.frame(220)
@@ -180,6 +200,24 @@ class Pictures:
         frame.legend([("alarm", "stopped at the switch")])
         return frame.draw("When each vCPU and each client waited", BOTTOM + 6)
 
+    def statuses(self) -> str:
+        height, gap = 26.0, 12.0
+        ends = ("source", "destination")
+        frame = self.frame(len(ends) * (height + gap) + gap, near=True)
+        for i, end in enumerate(ends):
+            top = TOP + gap + i * (height + gap)
+            frame.parts.append(text(frame.left - 8, top + height / 2 + 4, end, "e ink"))
+            status, since = "postcopy-active", self.phase["postcopy"].begin
+            for step in (step for step in self.result.steps if step.end == end):
+                x = frame.x(since)
+                frame.parts.append(
+                    rect(x, top, max(frame.x(step.at) - x, 1.5), height, STATUSES.get(status, "c5"))
+                )
+                status, since = step.status, step.at
+        frame.time_axis()
+        frame.legend([(kind, status) for status, kind in STATUSES.items()])
+        return frame.draw("The statuses of both ends from the first pause on", BOTTOM + 6)
+
     def moments(self) -> list[tuple[str, float]]:
         pre, post = self.phase["precopy"], self.phase["postcopy"]
         length = pre.end - pre.begin
@@ -228,6 +266,14 @@ def facts(result: Result) -> list[tuple[str, str]]:
     faults = sum(w.faults for w in result.waits)
     stood = max((w.standstill_ns or 0 for w in result.waits), default=0)
     longest = max((w.longest_ns for w in result.waits), default=0)
+    paused = [
+        (f"{len(result.pauses)}", "times the link was lost"),
+        (
+            f"{max((pause.end - pause.begin for pause in result.pauses), default=0):.2f} s",
+            "the longest pause",
+        ),
+        (f"{sum(pause.sent_twice for pause in result.pauses)}", "pages sent twice"),
+    ]
     return [
         (f"{p.total * TARGET_PAGE / MIB:.0f} MiB", "of memory moved"),
         (f"{stood / 1e6:.1f} ms", "the vCPUs were stopped at the switch"),
@@ -235,6 +281,7 @@ def facts(result: Result) -> list[tuple[str, str]]:
         (f"{longest / 1e6:.1f} ms", "the longest of them"),
         (f"{p.bad}", "bad pages"),
         (f"{sum(f.lost + f.lost_at_switch for f in result.frames)}", "network frames lost"),
+        *(paused if result.pauses else ()),
     ]
 
 
@@ -263,7 +310,8 @@ def html(result: Result, story: Story) -> str:
         f"<h2>{escape(title)}</h2><figure>{scrolling(picture, title)}<figcaption>{escape(read)}</figcaption></figure>"
         for title, read, picture in Pictures(result, story).all().values()
     )
-    key = "".join(f'<li><i class="{kind}"></i>{escape(words)}</li>' for kind, words in KEY)
+    keys = KEY + (KEY_OF_PAUSES if result.pauses else ())
+    key = "".join(f'<li><i class="{kind}"></i>{escape(words)}</li>' for kind, words in keys)
     numbers = "".join(table_html(*table) for table in tables(result))
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/>'

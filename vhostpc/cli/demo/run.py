@@ -17,6 +17,7 @@ import trio
 
 from vhostpc.cli.demo import books
 from vhostpc.cli.demo.books import Far, Frames, Pages, Phase, Requests, Result, Traffic, Waits, judge
+from vhostpc.cli.demo.outages import PAUSED, RECOVER_FOR, Outages
 from vhostpc.cli.demo.processes import STEP, End, bridge, endpoint, far_side, machine
 from vhostpc.cli.demo.relay import Relay, open_relay
 from vhostpc.errors import VhostpcError
@@ -39,10 +40,13 @@ BRIDGE_WAITS = 10.0
 """Seconds in which a bridge at the destination needs a page."""
 CHECKS = 3000
 """Pages that a vCPU reads per second: not so many that it fetches all on its own."""
+SHORT = 0.001
 SAMPLE = 0.05
 CELLS = 640
 """Parts of memory whose pages are counted in each sample."""
-LIMIT = 120.0
+LIMIT, LIMIT_OF_A_PAUSE = 120.0, 30.0
+MANY = 1000
+"""Answered faults that are told at once, while there are more."""
 DEVICES_AREA = 4 * MIB
 STARTING, RUNNING, COPYING, FOLLOWING, THERE = (
     "starting two endpoints and two bridges",
@@ -51,6 +55,7 @@ STARTING, RUNNING, COPYING, FOLLOWING, THERE = (
     "postcopy: it runs at the destination",
     "after: all of its memory has arrived",
 )
+LOSING = "pauses: the link is lost and recovered"
 
 Show = Callable[[str, float], None]
 """Receives the phase, and how much of it is done (0 to 1)."""
@@ -96,27 +101,46 @@ class Story:
 
 
 class Demo:
-    """One run. ``size``: bytes of memory. ``harm``: damage one byte of a page in transit."""
+    """One run. ``size``: bytes of memory. ``harm``: damage one byte of a page in transit.
 
-    def __init__(self, show: Show = _silent, *, size: int = SIZE, harm: bool = False) -> None:
+    ``cuts``: how many times the link is lost in postcopy; ``recover_for``: seconds for which both ends then recover.
+    """
+
+    def __init__(
+        self,
+        show: Show = _silent,
+        *,
+        size: int = SIZE,
+        harm: bool = False,
+        cuts: int = 0,
+        recover_for: float = RECOVER_FOR,
+    ) -> None:
         self.show = show
         self.size = size
         self.harm = harm
+        self.cuts = cuts
+        self.recover_for = recover_for
         self.result = Result()
         self.story = Story(size)
         self._zero_ns = 0
+        self._moving = ("active", "device", "postcopy-active", *(PAUSED if cuts else ()))
         self._sampling = trio.CancelScope()
         self._relay: Relay | None = None
+        self._outages: Outages | None = None
+        self._traced: list[list[Any]] = []
+        self._clients: dict[str, str] = {}
+        self._next_fault = 0
 
     async def run(self) -> Result:
         """Raises UfdError where this computer cannot do postcopy, VhostpcError when the work failed."""
         Userfaultfd.open().close()  # a user without the privilege is told before the run
         started = time.monotonic()
-        with trio.move_on_after(LIMIT) as scope, socket_folder("vhostpc-demo-") as folder:
+        limit = LIMIT + self.cuts * LIMIT_OF_A_PAUSE
+        with trio.move_on_after(limit) as scope, socket_folder("vhostpc-demo-") as folder:
             async with AsyncExitStack() as stack:
                 await self._story(folder, stack)
         if scope.cancelled_caught:
-            raise VhostpcError(f"the demonstration did not end within {LIMIT:g} s")
+            raise VhostpcError(f"the demonstration did not end within {limit:g} s")
         self.result.seconds = time.monotonic() - started
         return self.result
 
@@ -136,10 +160,11 @@ class Demo:
             paths.append(await stack.enter_async_context(bridge(name, folder, address)))
             self.show(STARTING, (i + 1) / 4)
         made = [machine(self.size, VCPUS, CHECKS, path) for path in paths]
-        source = await stack.enter_async_context(endpoint("source", folder, *made[0]))
+        recovers = ("--recover-for", f"{self.recover_for:g}") if self.cuts else ()
+        source = await stack.enter_async_context(endpoint("source", folder, *made[0], *recovers))
         self.show(STARTING, 3 / 4)
         destination = await stack.enter_async_context(
-            endpoint("destination", folder, *made[1], "--incoming", "defer", "--trace-faults")
+            endpoint("destination", folder, *made[1], "--incoming", "defer", "--trace-faults", *recovers)
         )
         self.show(STARTING, 1)
         self._zero_ns = time.monotonic_ns()
@@ -165,11 +190,11 @@ class Demo:
         self.show(what, 1)
 
     async def _wire(self, folder: Path, stack: AsyncExitStack, destination: End) -> str:
-        """The address of the destination, or of the relay before it that damages a byte."""
+        """The address of the destination, or of the relay before it that damages a byte or is lost."""
         path = folder / "migration.sock"
         await destination.set("postcopy-ram", "events")
         await destination.command("migrate-incoming", uri=f"unix:{path}")
-        if self.harm:
+        if self.harm or self.cuts:
             near = folder / "relay.sock"
             self._relay = await stack.enter_async_context(open_relay(near, path, DEVICES_AREA))
             path = near
@@ -190,14 +215,46 @@ class Demo:
             await trio.sleep(STEP)
         self.show(COPYING, 1)
         await source.command("migrate-start-postcopy")
-        await self._until_a_bridge_waits(source, destination)
-        rate = int(self.size * POSTCOPY_RATE)
-        await source.command("migrate-set-parameters", max_postcopy_bandwidth=rate)
+        async with trio.open_nursery() as nursery:
+            if self.cuts:
+                nursery.start_soon(self._lose_links, source, destination)
+            await self._until_a_bridge_waits(source, destination)
+            rate = int(self.size * POSTCOPY_RATE)
+            await source.command("migrate-set-parameters", max_postcopy_bandwidth=rate)
+            await self._follow(source, destination)
+            nursery.cancel_scope.cancel()
+        if self.harm and not (self._relay and self._relay.harmed):
+            raise VhostpcError("a byte was to be damaged in transit, but no page passed")
+
+    async def _lose_links(self, source: End, destination: End) -> None:
+        async def over(number: int) -> None:
+            self.show(LOSING, number / self.cuts)
+            await self._take_faults(destination)
+
+        assert self._relay is not None
+        self.show(LOSING, 0)
+        self._outages = Outages(
+            self.cuts,
+            self.size // TARGET_PAGE,
+            source,
+            destination,
+            self._relay,
+            at=self._at,
+            recover_for=self.recover_for,
+            over=over,
+        )
+        await self._until_a_bridge_waits(
+            source, destination, SHORT
+        )  # the first pause shows the bridge waiting, too
+        await self._outages.run()
+
+    async def _follow(self, source: End, destination: End) -> None:
+        """Until all of the memory has arrived."""
         most = 0
         for end, left in ((source, True), (destination, False)):
             while (found := await end.migration())["status"] != "completed":
-                self._must_go_on(found, end, "active", "device", "postcopy-active")
-                if self._relay is not None:
+                self._must_go_on(found, end, *self._moving)
+                if self._relay is not None and self.harm:
                     self._relay.harm = found["status"] == "postcopy-active"
                 if left:
                     remaining = found["ram"]["remaining"]
@@ -206,12 +263,12 @@ class Demo:
                 await trio.sleep(STEP)
         self.show(FOLLOWING, 1)
 
-    async def _until_a_bridge_waits(self, source: End, destination: End) -> None:
+    async def _until_a_bridge_waits(self, source: End, destination: End, step: float = STEP) -> None:
         """Wait for the bridge's faults, before the background can deliver all its pages on a busy computer."""
         with trio.move_on_after(BRIDGE_WAITS):
             while not any(device["faults"]["count"] for device in (await destination.report())["devices"]):
-                self._must_go_on(await source.migration(), source, "active", "device", "postcopy-active")
-                await trio.sleep(STEP)
+                self._must_go_on(await source.migration(), source, *self._moving)
+                await trio.sleep(step)
 
     @staticmethod
     def _must_go_on(found: dict[str, Any], end: End, *statuses: str) -> None:
@@ -262,7 +319,9 @@ class Demo:
             checked=checked["pages"],
             bad=checked["bad"],
         )
-        r.requests = Requests(asked["events"], asked["wakes"], asked["requests"], sent["requests"])
+        r.requests = Requests(
+            asked["events"], asked["wakes"], asked["requests"], sent["requests"], asked["asked-again"]
+        )
         ram = moved["ram"]
         r.bytes = Traffic(
             ram["precopy-bytes"], ram["downtime-bytes"], ram["postcopy-bytes"], ram["transferred"]
@@ -272,24 +331,32 @@ class Demo:
         r.frames = [books.frames_of(device) for device in here["devices"]]
         numbers = far.numbers()
         r.far = Far(numbers.frames, far.echoed, numbers.bad, numbers.duplicates)
-        r.problems = judge(r, (there, here))
+        if self._outages is not None:
+            self._outages.waited((f.who, f.begin, f.end) for f in self.story.faults)
+            r.pauses, r.steps = self._outages.pauses, self._outages.steps()
+        r.problems = judge(r, (there, here), self.cuts)
+
+    async def _take_faults(self, destination: End) -> None:
+        """The faults that were answered since the last time: the destination keeps a limited number."""
+        while True:
+            found = await destination.command("x-vhostpc-trace", from_=self._next_fault)
+            self._next_fault = found["next"]
+            self._clients |= found["clients"]
+            self._traced += found["faults"]
+            if len(found["faults"]) < MANY:
+                return
 
     async def _faults(self, destination: End, here: dict[str, Any]) -> None:
         """Every answered fault, with the name of the client that waited."""
+        await self._take_faults(destination)
         vcpus = {vcpu["thread"]: vcpu["name"] for vcpu in here["vcpus"]}
         backends = {device["name"] for device in here["devices"]}
-        following = 0
-        while True:
-            found = await destination.command("x-vhostpc-trace", from_=following)
-            if not found["faults"]:
-                return
-            following = found["next"]
-            for client, thread, _, page, way, read_ns, woken_ns in found["faults"]:
-                name = found["clients"][str(client)]
-                who = f"{name}'s bridge" if name in backends else vcpus.get(thread, "guest's drivers")
-                self.story.faults.append(
-                    Fault(who, page, self._at(read_ns), self._at(woken_ns), way == str(Way.ASKED))
-                )
+        for client, thread, _, page, way, read_ns, woken_ns in self._traced:
+            name = self._clients[str(client)]
+            who = f"{name}'s bridge" if name in backends else vcpus.get(thread, "guest's drivers")
+            self.story.faults.append(
+                Fault(who, page, self._at(read_ns), self._at(woken_ns), way == str(Way.ASKED))
+            )
 
     def _waits(self, here: dict[str, Any]) -> list[Waits]:
         rows = []

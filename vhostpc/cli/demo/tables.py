@@ -10,12 +10,19 @@ def duration(ns: int) -> str:
     return f"{ns / 1e6:.2f} ms"
 
 
+def moment(seconds: float) -> str:
+    return f"{seconds:.2f} s"
+
+
 def volume(count: int) -> str:
     return f"{count / MIB:.1f} MiB" if count >= MIB else f"{count / 1024:.0f} KiB"
 
 
 def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
-    """The tables of a run: titles, heads and rows, numbers as text. For the terminal and the report."""
+    """The tables of a run: titles, heads and rows, numbers as text. For the terminal and the report.
+
+    Those about the pauses only where the link was lost.
+    """
     p, b = result.pages, result.bytes
     share = 100 / max(p.total, 1)
     came = [
@@ -51,12 +58,65 @@ def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
             ["who", "faults", "p50", "p99", "longest", "stopped at the switch"],
             waits,
         ),
+        *(pauses(result) if result.pauses else ()),
         (
             "network frames",
             ["device", "sent", "returned", "lost at the switch", "lost otherwise", "in flight"],
             frames,
         ),
         ("times and bytes", ["figure", "value"], times),
+    ]
+
+
+def pauses(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
+    """What each loss of the link was like, who waited, and the statuses of both ends."""
+    rows, waits = [], []
+    for number, p in enumerate(result.pauses, 1):
+        rows.append(
+            [
+                str(number),
+                moment(p.begin),
+                f"{100 * p.share:.1f} %",
+                moment(p.end - p.begin),
+                str(p.attempts),
+                volume(p.in_flight),
+                str(p.sent_twice),
+                str(p.asked_again),
+            ]
+        )
+        found = {w.name: f"{w.threads}: {duration(w.longest_ns)}" for w in p.waiting}
+        waits.append([str(number), *(found.get(w.name, "-") for w in result.waits)])
+    steps = [
+        [
+            moment(s.at),
+            *(
+                s.status.removeprefix("postcopy-") if s.end == end else ""
+                for end in ("source", "destination")
+            ),
+        ]
+        for s in result.steps
+    ]
+    return [
+        (
+            "pauses: the link was lost in postcopy, and both ends recovered",
+            [
+                "pause",
+                "at",
+                "had arrived",
+                "length",
+                "attempts",
+                "in flight",
+                "pages sent twice",
+                "asked again",
+            ],
+            rows,
+        ),
+        (
+            "threads that waited in a pause, and the longest of their waits",
+            ["pause", *(w.name for w in result.waits)],
+            waits,
+        ),
+        ("statuses of both ends (postcopy-...)", ["at", "source", "destination"], steps),
     ]
 
 
