@@ -144,12 +144,17 @@ async def drain(it: End, folder: Path) -> Played:
     return Played((done - begin) / 1e9, said["bytes"])
 
 
-def memory_file(pid: int, length: int) -> int:
-    """A descriptor of the memfd of that length that a process has open, for pread and pwrite."""
+def memory_path(pid: int, length: int) -> Path:
+    """Where the memfd of that length that a process has open can be opened, while it lives."""
     for link in Path(f"/proc/{pid}/fd").iterdir():
         if os.readlink(link).startswith("/memfd:") and link.stat().st_size == length:
-            return os.open(link, os.O_RDWR | os.O_CLOEXEC)
+            return link
     raise RuntimeError(f"process {pid} has no memfd of {length} bytes")
+
+
+def memory_file(pid: int, length: int) -> int:
+    """A descriptor of the memfd of that length that a process has open, for pread and pwrite."""
+    return os.open(memory_path(pid, length), os.O_RDWR | os.O_CLOEXEC)
 
 
 def own_bytes(pid: int) -> int:

@@ -65,8 +65,8 @@ class Touched:
 
 
 @contextlib.asynccontextmanager
-async def toucher(path: Path) -> AsyncIterator[Child]:
-    argv: list[str | Path] = [tool("vhost_touch"), path, str(FIRST), str(COUNT), str(TOUCHES), str(GAP_US)]
+async def toucher(path: Path, touches: int = TOUCHES) -> AsyncIterator[Child]:
+    argv: list[str | Path] = [tool("vhost_touch"), path, str(FIRST), str(COUNT), str(touches), str(GAP_US)]
     async with open_child(argv) as child:
         await child.until("ready\n")
         yield child
@@ -168,10 +168,12 @@ async def switch(
 
 
 @contextlib.asynccontextmanager
-async def endpoint(folder: Path, name: str, *more: str, module: str = "vhostpc") -> AsyncIterator[End]:
+async def endpoint(
+    folder: Path, name: str, *more: str, program: Sequence[str] = (sys.executable, "-m", "vhostpc")
+) -> AsyncIterator[End]:
     """A machine of our own, whose vCPU leaves the memory alone."""
     monitor = folder / f"{name}.qmp"
-    argv = [sys.executable, "-m", module, "endpoint", "--qmp", f"unix:{monitor}", "--ram", f"{BLOCK}={MIB}M"]
+    argv = [*program, "endpoint", "--qmp", f"unix:{monitor}", "--ram", f"{BLOCK}={MIB}M"]
     argv += ["--vcpus", "1", "--vcpu-writes", "0", "--vcpu-checks", "0", "--backend", f"{folder / name}.vu"]
     async with end(OURS, [*argv, *more], monitor) as it:
         yield it
@@ -186,7 +188,8 @@ async def pair(rate: int, *, spin_us: int = 0, module: str = "vhostpc") -> Touch
             source = await stack.enter_async_context(endpoint(folder, "source"))
             child = await stack.enter_async_context(toucher(folder / "target.vu"))
             more = ("--spin-us", str(spin_us), "--incoming", "defer")
-            target = await stack.enter_async_context(endpoint(folder, "target", *more, module=module))
+            program = (sys.executable, "-m", module)
+            target = await stack.enter_async_context(endpoint(folder, "target", *more, program=program))
             fill(source)
             before = cpu_seconds(target.pid)
             touched = await switch(source, target, folder, child, ("postcopy-ram",), rate)

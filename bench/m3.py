@@ -32,7 +32,7 @@ import trio
 from tests.kit.own_machine import Address, bridge, far_side
 from tests.peers.child import open_child
 
-from .ends import BLOCK, OURS, PEER, End, end, memory_file, qemu_argv
+from .ends import BLOCK, OURS, PEER, End, end, memory_file, memory_path, qemu_argv
 from .f1_service import write_pages
 from .f2 import SLOT, start_device
 from .native import tool
@@ -150,7 +150,7 @@ async def theirs(backends: int) -> Stood:
                 await start_device(folder / "source.qtest")
             watch: list[str | Path] = [
                 tool("beat_watch"),
-                *(memory_path(side.pid) for side in ends),
+                *(memory_path(side.pid, MIB << 20) for side in ends),
                 str(COUNT),
             ]
             async with open_child(watch) as watcher:
@@ -158,14 +158,6 @@ async def theirs(backends: int) -> Stood:
                 downtime, events = await move(source, target, folder)
                 found = json.loads((await watcher.until(r"\{.*?\}", 0, 10))[0])
     return Stood((found["first_ns"] - found["last_ns"]) / 1e6, downtime, events)
-
-
-def memory_path(pid: int) -> str:
-    """Where the memfd of a process can be opened, while it lives."""
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        if os.readlink(link).startswith("/memfd:") and link.stat().st_size == MIB << 20:
-            return str(link)
-    raise RuntimeError(f"process {pid} has no memfd of {MIB} MiB")
 
 
 async def rows(repetitions: int = REPETITIONS) -> list[Row]:

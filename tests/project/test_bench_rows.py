@@ -1,9 +1,14 @@
-"""What the benchmarks' table says of a row: the ratio, the goal, whether it was missed."""
+"""The benchmarks' rows: what the table says of one, and that each can be run."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+
 import pytest
 
+from bench.__main__ import ROWS
+from bench.r3 import BIOS, WALK, bios
 from bench.rows import Goal, Row, Sample, at_least, at_most, below, stated
 
 
@@ -57,3 +62,32 @@ def test_cells() -> None:
     ]
     assert row(below(40), mine, mine).cells()[6] == "< 40 frames/s"
     assert row(stated(), mine, []).cells()[5:] == ["-", "stated"]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_each_row_has_a_module(name: str) -> None:
+    module = importlib.import_module(f"bench.{name}")
+    assert inspect.iscoroutinefunction(module.rows)
+    assert name.upper() in (module.__doc__ or "").splitlines()[0]
+
+
+@pytest.mark.parametrize(("mib", "top"), [(1024, 1008), (4096, 3056)])
+def test_firmware_that_walks_through_memory(mib: int, top: int) -> None:
+    """The processor begins 16 bytes before the end and jumps to the walk, whose first page depends on the size."""
+    image = bios(mib)
+    assert len(image) == BIOS
+    start = len(image) - 16
+    assert image[start] == 0xE9
+    jump = int.from_bytes(image[start + 1 : start + 3], "little", signed=True)
+    walk = start + 3 + jump
+    assert image[walk : walk + len(WALK)].startswith(WALK[:8])
+    at = image.index(b"\xbe", walk)  # mov esi, what follows
+    assert int.from_bytes(image[at + 1 : at + 5], "little") == top << 20
+    # The far jump goes to the instruction behind it, the descriptor table is where its register says.
+    far = image.index(b"\x66\xea", walk)
+    assert int.from_bytes(image[far + 2 : far + 6], "little") & 0xFFFF == far + 8
+    table = int.from_bytes(image[walk + 5 : walk + 7], "little")
+    place = int.from_bytes(image[table + 2 : table + 6], "little") & 0xFFFF
+    limit = int.from_bytes(image[table : table + 2], "little")
+    assert image[place : place + 8] == bytes(8)
+    assert place + limit + 1 == walk + len(WALK)

@@ -458,11 +458,11 @@ class Endpoint:
             try:
                 await self._after_sending()
             finally:
-                if self._course.phase is not Phase.PAUSED:  # else it is what a recovery goes on with
+                if self._course.phase is not Phase.PAUSED:  # else it is what a recovery goes on with, and soon
                     self._taken = None
                     if outgoing is not None:
                         outgoing.close()
-                _free_now()
+                    _free_now()
                 self._sent.set()
 
     async def _connect(self, address: Address) -> Channel:
