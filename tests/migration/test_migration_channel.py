@@ -96,7 +96,7 @@ async def test_sockets_go_both_ways(uri: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("uri", ["tcp:127.0.0.1:0", "unix:{}/socket"])
 async def test_many_connections(uri: str, tmp_path: Path) -> None:
-    """All that are made during the block, in their order; without being asked it is the first one only."""
+    """All that are made during the block, in their order."""
     address = parse_address(uri.format(tmp_path))
     async with AsyncExitStack() as stack:
         listener = await stack.enter_async_context(listen(address, many=True))
