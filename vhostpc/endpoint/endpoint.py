@@ -458,7 +458,8 @@ class Endpoint:
             try:
                 await self._after_sending()
             finally:
-                if self._course.phase is not Phase.PAUSED:  # else it is what a recovery goes on with, and soon
+                # A pause keeps what a recovery goes on with, and that may be at once.
+                if self._course.phase is not Phase.PAUSED:
                     self._taken = None
                     if outgoing is not None:
                         outgoing.close()
@@ -476,7 +477,7 @@ class Endpoint:
 
     async def _after_sending(self) -> None:
         if self.status is Status.COMPLETED:
-            if not self.machine.runnable:
+            if not (self.machine.runnable or self.machine.blocked()):
                 log.info("the machine is still held here: stop takes it back, and it can be sent again")
             return
         if self._taken is not None and self._course.phase is Phase.UNKNOWN:
@@ -515,17 +516,14 @@ class Endpoint:
 
     async def pause(self) -> None:
         """Break the link of a postcopy, also one that is being made: ``migrate-pause``. What was waiting waits on."""
-        status = self.status
-        if status not in (
-            Status.POSTCOPY_ACTIVE,
-            Status.POSTCOPY_RECOVER_SETUP,
-            Status.POSTCOPY_RECOVER,
-        ) and (self._connecting is None):
+        going = (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER)
+        connecting = self._connecting if self._course.phase is Phase.RECONNECTING else None
+        if self.status not in going and connecting is None:
             raise MigrationRefused(self.options.dialect.pause_refusal)
         end = self._outgoing if self._course.side == "source" else self._incoming
         self._by_hand = True
-        if self._connecting is not None:
-            self._connecting.cancel()
+        if connecting is not None:
+            connecting.cancel()
         elif end is not None:
             end.pause()
 

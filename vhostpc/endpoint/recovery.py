@@ -9,7 +9,7 @@ from typing import Any
 
 import trio
 
-from vhostpc.errors import MigrationRefused, is_foreseen, let_go, sentence
+from vhostpc.errors import ChannelLost, MigrationRefused, is_foreseen, let_go, sentence
 from vhostpc.logs import rationed_logger
 from vhostpc.migration.channel import listen
 from vhostpc.migration.incoming import Incoming
@@ -90,8 +90,10 @@ async def take_link(
         channel.limit_silence(limit)
         patience = limit or PATIENCE
         if incoming.course.phase is Phase.MOVED:
-            with trio.fail_after(patience):
+            with trio.move_on_after(patience) as late:
                 await say_again(channel, incoming.machine.ram, incoming.reader)
+            if late.cancelled_caught:
+                raise ChannelLost(f"the source has not recovered within {patience:g} s")
         else:
             await incoming.resume(channel, patience)
 
@@ -124,7 +126,7 @@ async def keep_listening(
             except Exception as error:
                 tell_no_recovery(error)
             scope.deadline = until
-    if scope.cancelled_caught:
+    if scope.cancelled_caught and trio.current_time() >= until:
         log.warning("migration: no source has recovered within %g s", seconds)
 
 
