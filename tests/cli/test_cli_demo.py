@@ -30,6 +30,7 @@ from vhostpc.cli.demo.books import (
     waits_of,
 )
 from vhostpc.cli.demo.pictures import Band, Frame, cells, svg, ticks
+from vhostpc.cli.demo.processes import child
 from vhostpc.cli.demo.relay import Relay, find_page
 from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.migration.ramrec import RamFlag
@@ -360,6 +361,29 @@ async def test_what_ends_it_ends_all_of_it(number: signal.Signals, short_path: P
         if process.poll() is None:
             process.kill()
     assert code == (-number if number == signal.SIGKILL else 128 + number)
+
+
+async def test_a_process_outlives_threads_that_were_idle(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run may take longer than trio keeps a thread that has nothing to do."""
+    monkeypatch.setattr("trio._core._thread_cache.IDLE_TIMEOUT", 0.01)
+
+    def of_trio() -> bool:
+        names = []
+        for path in Path("/proc/self/task").glob("*/comm"):
+            with contextlib.suppress(OSError):
+                names.append(path.read_text())
+        return any(name.lower().startswith("trio") for name in names)
+
+    with trio.fail_after(60):
+        async with child("program", "timeit", "-n1", "-r1", "input()", log=short_path / "log") as process:
+            await trio.to_thread.run_sync(short_path.exists)
+            await until(lambda: not of_trio(), what="trio's threads to end")
+            assert process.poll() is None
+            await process.stdin.send_all(b"\n")
+            await process.wait()
+            assert process.poll() == 0
 
 
 def test_a_machine_that_does_not_fit() -> None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import trio
 
@@ -31,25 +31,59 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _end_with(parent: int) -> None:
-    """In a new process: SIGTERM when ``parent`` ends, however it does (prctl(2), PR_SET_PDEATHSIG)."""
+    """In a new process: SIGTERM when ``parent`` ends, however it does (prctl(2), PR_SET_PDEATHSIG).
+
+    To Linux the parent is the thread that made the process.
+    """
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:  # it has ended already
         os._exit(0)
 
 
-@asynccontextmanager
-async def child(name: str, module: str, *arguments: str, log: Path) -> AsyncIterator[trio.Process]:
-    """``python -m module``; its stderr goes to ``log``. On exit it is told to end, and killed if it does not."""
-    argv = [sys.executable, "-m", module, *arguments]
-    with log.open("wb") as errors:
-        process = await trio.lowlevel.open_process(
+class Child:
+    """A process that ends when this one does. ``stdin`` and ``stdout`` are pipes; its stderr goes to ``errors``.
+
+    Made by the thread that calls this, and not by one of trio's, as those of ``trio.lowlevel.open_process``: they end
+    when they are idle for a while, and their processes would be told to end with them.
+    """
+
+    def __init__(self, argv: Sequence[str], errors: BinaryIO) -> None:
+        self._process = subprocess.Popen(
             argv,
+            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             process_group=0,
-            preexec_fn=partial(_end_with, os.getpid()),
+            preexec_fn=partial(_end_with, os.getpid()),  # noqa: PLW1509 - no thread of ours holds what it needs
         )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._process.stdin as stdin, self._process.stdout as stdout:
+            self.stdin = trio.lowlevel.FdStream(os.dup(stdin.fileno()))
+            self.stdout = trio.lowlevel.FdStream(os.dup(stdout.fileno()))
+        self.poll = self._process.poll
+        self.terminate = self._process.terminate
+        self.kill = self._process.kill
+
+    async def wait(self) -> None:
+        """Until it has ended."""
+        if self.poll() is not None:
+            return
+        fd = os.pidfd_open(self._process.pid)
+        try:
+            await trio.lowlevel.wait_readable(fd)
+        finally:
+            os.close(fd)
+        self._process.wait()  # at once: it has ended
+
+
+@asynccontextmanager
+async def child(name: str, module: str, *arguments: str, log: Path) -> AsyncIterator[Child]:
+    """``python -m module``; its stderr goes to ``log``. On exit it is told to end, and killed if it does not."""
+    argv = [sys.executable, "-m", module, *arguments]
+    with log.open("wb") as errors:
+        process = Child(argv, errors)
     try:
         yield process
     except Exception as error:
@@ -58,10 +92,8 @@ async def child(name: str, module: str, *arguments: str, log: Path) -> AsyncIter
         raise
     finally:
         with trio.CancelScope(shield=True):
-            if process.stdin is not None:
-                await process.stdin.aclose()
-            if process.stdout is not None:
-                await process.stdout.aclose()
+            await process.stdin.aclose()
+            await process.stdout.aclose()
             if process.poll() is None:
                 process.terminate()
             with trio.move_on_after(ENDING):
@@ -83,8 +115,6 @@ async def bridge(name: str, folder: Path, far: tuple[str, int]) -> AsyncIterator
     path, log = folder / f"{name}.sock", folder / f"{name}.log"
     module = "vhostpc.cli.demo.bridge_process"
     async with child(name, module, str(path), far[0], str(far[1]), log=log) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
         said = b""
         try:
             with trio.move_on_after(STARTING):
