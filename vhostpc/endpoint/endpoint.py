@@ -424,7 +424,7 @@ class Endpoint:
             try:
                 await self._after_sending()
             finally:
-                if self._course.phase is not Phase.PAUSED:  # else it is what a recovery goes on with, and soon
+                if self._course.phase is not Phase.PAUSED:  # else a recovery goes on with it, and soon
                     self._taken = None
                     if outgoing is not None:
                         outgoing.close()
