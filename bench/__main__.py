@@ -77,6 +77,9 @@ What limits each figure:
   package.
 - M4: as M1 and M2. Creating pages through a mapping takes more than twice as long per page at 4 GiB as at 1 GiB on
   such a machine, also in a program of ten lines; writing them into the file does not.
+- R3: Python. Both ends make the recovery's steps in some twenty turns of the loop, 4 to 5 ms of processor time each;
+  the bitmaps, the pages and their requests are C's and cost little, so the size makes no difference. On a busy machine
+  each turn may wait for a processor; a QEMU needs few.
 - M0: the interpreter and its modules.
 - D1: plain Python, a batch at a time; a device with bulk data uses a pump.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import re
 import signal
@@ -443,6 +444,8 @@ def endpoint(
         kept,
         screen,
     )
+    # Modules stay: a collection, such as that at the end of a migration, need not look through them each time.
+    gc.freeze()
     try:
         error = trio.run(run, open_it, given)
     finally:
