@@ -16,8 +16,10 @@ pytestmark = pytest.mark.ufd
 CUTS = 5
 FEW, MANY = 3, 40
 """Migrations, of five cuts each."""
+FIRST = ["random=4M", "random=64K", "request=1..30", "postcopy-page=1..200"]
+"""Behind the package."""
 PLACES = [
-    *("random=4M", "random=64K", "random=1K", "back-byte=1..2000", "request=1..30", "postcopy-page=1..200"),
+    *(*FIRST, "random=1K", "back-byte=1..2000"),
     *(
         "recv-bitmap",
         "bitmap,at=middle",
@@ -28,6 +30,7 @@ PLACES = [
         "resume-ack",
     ),
 ]
+"""And of a recovery, from its first byte on."""
 SLACK = 8 << 20
 """Bytes that may be in flight when a link breaks: sockets and the proxy's own buffers, on both of its sides."""
 
@@ -35,8 +38,7 @@ SLACK = 8 << 20
 def places(seed: int) -> list[str]:
     """The first in the first link; each of the others in one recovery more."""
     rng = random.Random(seed)
-    behind = [place for place in PLACES if place.partition(",")[0] not in ("random=1K",)][:6]
-    found = [f"cut@{rng.choice(behind)},on=main"]
+    found = [f"cut@{rng.choice(FIRST)},on=main"]
     for number in range(1, CUTS):
         found.append(f"cut@{rng.choice(PLACES)},on=recovery{f'-{number}' if number > 1 else ''}")
     return found
