@@ -425,7 +425,7 @@ class Incoming:
                 self._resume(link, event)
             else:
                 self._other(event)
-        if link.resumes and not link.has_pages:
+        if not link.settled.is_set():
             raise BadStream(link.offset, "the stream ends before the recovery was complete (POSTCOPY_RESUME)")
 
     def _say_bitmap(self, link: IncomingLink, event: BitmapRequest) -> None:
@@ -443,7 +443,6 @@ class Incoming:
             raise BadStream(
                 event.offset, "POSTCOPY_RESUME before the bitmap of every RAM block was asked for"
             )
-        link.open_pages()
         try:
             self.service.resume(ResumeAck().encode())
         except OSError as e:
@@ -484,7 +483,12 @@ class Incoming:
         link = IncomingLink(channel, self.service, limit=self._limit, continues=self._link)
         if not self.course.allows(Event.RECOVER):
             raise WrongMove(f"destination: a link is attached in phase {self.course.phase}")
-        self.service.mute(channel.out_fd)
+        try:
+            link.open_pages()  # now, while the source makes its own half
+            self.service.mute(channel.out_fd)
+        except BaseException:
+            link.close()
+            raise
         self._error = None
         self._link = link
         self.course.move(Event.RECOVER)

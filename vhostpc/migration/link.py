@@ -9,6 +9,7 @@ over another link where one is lost in postcopy. The channel stays its maker's.
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import trio
 
@@ -37,8 +38,6 @@ class IncomingLink:
         self, channel: Channel, service: FaultService, *, limit: int, continues: IncomingLink | None = None
     ) -> None:
         self.channel = channel
-        self.resumes = continues is not None
-        """It begins with a recovery: the pages come behind that."""
         self.bitmaps_said: set[str] = set()
         """Blocks whose bitmap it was asked for and has said."""
         self.settled = trio.Event()
@@ -132,7 +131,8 @@ class IncomingLink:
         pages, section = self._pages, self.reader.ram_section
         assert section is not None
         begin = self.reader.offset
-        if pages is None:
+        assert pages is not None
+        if not self.settled.is_set():
             raise BadStream(begin, "pages before the recovery was complete (POSTCOPY_RESUME)")
         pages.feed(self.reader.hand_over())
         before = pages.numbers().bytes
@@ -157,24 +157,25 @@ class OutgoingLink:
         )
         self.said = self.heard = 0
         """Bytes that Python sent, and received."""
+        self._decoded: deque[ReturnPathMessage] = deque()
 
     async def say(self, data: bytes) -> None:
         """Raises ChannelLost."""
         await self.channel.send_all(data)
         self.said += len(data)
 
-    async def hear(self, decoder: ReturnPathDecoder) -> ReturnPathMessage:
-        """One message of the destination, and not a byte of the one behind it, which may be for the page source.
+    async def hear(self, decoder: ReturnPathDecoder, *, exactly: bool = False) -> ReturnPathMessage:
+        """One message of the destination. Raises ChannelLost, StreamError.
 
-        Raises ChannelLost, StreamError.
+        ``exactly``: not a byte of the message behind it is read, since that may be for the page source.
         """
-        while True:
-            data = await self.channel.receive_some(min(decoder.lacks, CHUNK))
+        while not self._decoded:
+            data = await self.channel.receive_some(min(decoder.lacks, CHUNK) if exactly else CHUNK)
             if not data:
                 raise ChannelLost("the destination closed the connection")
             self.heard += len(data)
-            for message in decoder.feed(data):
-                return message
+            self._decoded.extend(decoder.feed(data))
+        return self._decoded.popleft()
 
     def close(self) -> None:
         """Let go of the copy of the channel. Not while anything of it runs."""

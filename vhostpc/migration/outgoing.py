@@ -528,7 +528,7 @@ class Outgoing:
                 )
             block.take_bitmap(bitmap.bits)
         await self._say(PostcopyResume().encode())
-        ack = await self._hear(decoder, ResumeAck)
+        ack = await self._hear(decoder, ResumeAck, exactly=True)  # requests follow at once
         if ack.value != RESUMED:
             raise StreamError(f"the destination answers {ack.value} to POSTCOPY_RESUME, not {RESUMED}")
         self.course.move(Event.RESUME)
@@ -536,10 +536,10 @@ class Outgoing:
         log.info("migration: recovered, %d host pages left to send", total_pages(blocks, Bits.DIRTY))
         await self._serve()
 
-    async def _hear(self, decoder: ReturnPathDecoder, kind: type[T]) -> T:
+    async def _hear(self, decoder: ReturnPathDecoder, kind: type[T], *, exactly: bool = False) -> T:
         """The next message of the recovery. What a destination says besides counts where it counts otherwise."""
         while True:
-            message = await self._link.hear(decoder)
+            message = await self._link.hear(decoder, exactly=exactly)
             if isinstance(message, kind):
                 return message
             if isinstance(message, Pong):
