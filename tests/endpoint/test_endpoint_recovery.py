@@ -5,22 +5,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from tests.kit.relay import Relay
 from tests.kit.scripted_destination import LivelyMachine, content
 from tests.kit.until import until
 from tests.migration.test_migration_interleavings import Here, There, Told, World
+from vhostpc.dialect import Compat
 from vhostpc.endpoint import Endpoint, Links
-from vhostpc.errors import MigrationRefused
+from vhostpc.errors import MigrationRefused, StreamError
 from vhostpc.migration.options import Options
 from vhostpc.migration.phase import Phase
 from vhostpc.migration.status import Status
 from vhostpc.migration.uri import Unix
+from vhostpc.wire.migration.elements import DeviceSection
 
 pytestmark = pytest.mark.ufd
 
@@ -28,11 +31,11 @@ pytestmark = pytest.mark.ufd
 class Pair:
     """Two endpoints of this process; the source goes by way of ``relay``."""
 
-    def __init__(self, folder: Path, links: Links) -> None:
+    def __init__(self, folder: Path, links: Links, compat: Compat) -> None:
         self.world = World()
         self.here, self.there = Here(self.world), There(self.world)
         self.tells = Told(), Told()
-        chosen = [Options("10.0", on={"events", "postcopy-ram"}) for _ in range(2)]
+        chosen = [Options(compat, on={"events", "postcopy-ram"}) for _ in range(2)]
         chosen[0].set_parameters({"max-postcopy-bandwidth": 4096})
         self.source = Endpoint(self.here, chosen[0], self.tells[0], links=links)
         self.destination = Endpoint(self.there, chosen[1], self.tells[1], incoming=True, links=links)
@@ -66,8 +69,8 @@ class Pair:
 
 
 @contextlib.asynccontextmanager
-async def pair(folder: Path, links: Links | None = None) -> AsyncIterator[Pair]:
-    made = Pair(folder, links or Links())
+async def pair(folder: Path, links: Links | None = None, *, compat: Compat = "10.0") -> AsyncIterator[Pair]:
+    made = Pair(folder, links or Links(), compat)
     with trio.fail_after(60), made.here, made.there:
         async with trio.open_nursery() as nursery:
             for page in range(0, 400, 2):
@@ -121,6 +124,101 @@ async def test_what_comes_to_the_recovery_port(tmp_path: Path) -> None:
                 await until(lambda n=pauses: ends.tells[1].events.count("postcopy-paused") == n)  # type: ignore[misc]
         await ends.destination.recover(Unix(str(tmp_path / "elsewhere")))  # gives way to the next
         await ends.recover()
+        await ends.both(Status.POSTCOPY_ACTIVE)
+        await ends.finish()
+
+
+async def loading(ends: Pair, load: Callable[[DeviceSection], Awaitable[None]]) -> None:
+    """The package has arrived and is being loaded, and the link is lost."""
+    ends.there.load = load  # type: ignore[method-assign, assignment]
+    await ends.destination.incoming(ends.listens, exit_on_error=False)
+    await ends.source.migrate(ends.address, resume=False)
+    await ends.source.start_postcopy()
+    await ends.both(Status.POSTCOPY_ACTIVE)
+    ends.relay.cut()
+    await ends.both(Status.POSTCOPY_PAUSED)
+
+
+async def test_a_load_that_waits_when_the_link_is_lost(tmp_path: Path) -> None:
+    """The machine has not run yet. Strangers change nothing; then it is recovered, loaded, and runs."""
+    async with pair(tmp_path, Links(timeout=0.4)) as ends:
+        go = trio.Event()
+        load = ends.there.load
+
+        async def slow(section: DeviceSection) -> None:
+            await go.wait()
+            await load(section)
+
+        await loading(ends, slow)
+        for pauses, said in enumerate((b"", b"GET / HTTP/1.0", b"QEVM\0\0\0\3", b"\x08\x00\x09\x00\x00"), 2):
+            await ends.destination.recover(ends.listens)
+            async with await trio.open_unix_socket(ends.listens.path) as stranger:
+                await stranger.send_all(said)
+                await until(lambda n=pauses: ends.tells[1].events.count("postcopy-paused") == n)  # type: ignore[misc]
+        assert not ends.world.running
+        await ends.recover()
+        await ends.both(Status.POSTCOPY_ACTIVE)
+        go.set()
+        await ends.finish()
+
+
+async def test_a_load_that_fails_while_there_is_no_link(tmp_path: Path) -> None:
+    """The source hears of it with the recovery, and its machine runs on."""
+    async with pair(tmp_path) as ends:
+        go = trio.Event()
+
+        async def fail(section: DeviceSection) -> None:
+            await go.wait()
+            raise StreamError("no such device")
+
+        await loading(ends, fail)
+        go.set()
+        await trio.testing.wait_all_tasks_blocked()
+        await ends.both(Status.POSTCOPY_PAUSED)
+        await ends.recover()
+        await ends.both(Status.FAILED)
+        await until(lambda: ends.world.running == {"source"})
+
+
+@pytest.mark.parametrize("compat", ["7.2", "10.0"])
+async def test_a_second_attempt_is_refused_while_one_is_under_way(compat: Compat, tmp_path: Path) -> None:
+    """And one that finds nobody is told, in a log line where the version shows no status of it."""
+    async with pair(tmp_path, compat=compat) as ends:
+        await ends.to_postcopy()
+        ends.relay.cut()
+        await ends.both(Status.POSTCOPY_PAUSED)
+        await ends.source.migrate(Unix(str(tmp_path / "nobody")), resume=True)
+        with pytest.raises(MigrationRefused, match="Cannot resume if there is no paused migration"):
+            await ends.source.migrate(ends.address, resume=True)
+        await until(lambda: ends.source._course.phase is Phase.PAUSED)
+        assert "No such file" in (ends.source._error_desc or "")
+        await ends.recover()
+        await ends.finish()
+
+
+async def stranger_at(path: str) -> trio.SocketStream:
+    """Connected as soon as somebody listens."""
+    while True:
+        try:
+            return await trio.open_unix_socket(path)
+        except OSError:
+            await trio.sleep(0.01)
+
+
+async def test_a_person_stops_the_automatic_recovery(tmp_path: Path) -> None:
+    """migrate-pause at the destination, while a stranger has its port; then by command."""
+    async with pair(tmp_path, Links(recover_for=30)) as ends:
+        await ends.to_postcopy()
+        ends.relay.refuse()
+        async with await stranger_at(ends.listens.path):
+            await until(lambda: ends.destination.status is Status.POSTCOPY_RECOVER)
+            await ends.destination.pause()
+            await until(lambda: ends.destination.status is Status.POSTCOPY_PAUSED)
+        await until(lambda: not Path(ends.listens.path).exists())
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert not Path(ends.listens.path).exists()
+        ends.relay.cut()
+        await ends.destination.recover(ends.listens)
         await ends.both(Status.POSTCOPY_ACTIVE)
         await ends.finish()
 

@@ -18,16 +18,21 @@ class Relay:
         self._target = target
         self._scopes: set[trio.CancelScope] = set()
         self._left: int | None = None
-        self._swallows = self._holds_back = self._deaf = False
+        self._swallows = self._holds_back = self._deaf = self._refuses = False
         self.cuts = 0
 
     def cut(self) -> None:
         """Break the connections that there are, both ways; later ones are carried again."""
         self.cuts += 1
         self._left = None
-        self._swallows = self._holds_back = self._deaf = False
+        self._swallows = self._holds_back = self._deaf = self._refuses = False
         for scope in list(self._scopes):
             scope.cancel()
+
+    def refuse(self) -> None:
+        """:meth:`cut`; and connections that come are broken at once, until the next cut."""
+        self.cut()
+        self._refuses = True
 
     def cut_after(self, count: int) -> None:
         """:meth:`cut` behind so many more bytes, of both directions."""
@@ -53,6 +58,9 @@ class Relay:
             async with trio.open_nursery() as nursery:
                 while True:
                     sock, _ = await listener.accept()
+                    if self._refuses:
+                        sock.close()
+                        continue
                     nursery.start_soon(self._carry, trio.SocketStream(sock))
 
     async def _carry(self, near: trio.SocketStream) -> None:

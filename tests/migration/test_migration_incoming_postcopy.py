@@ -24,14 +24,16 @@ from vhostpc.migration.phase import Event, Phase
 from vhostpc.pages.ramblock import Bits
 from vhostpc.pages.service import FaultService
 from vhostpc.wire.migration.elements import (
+    BitmapRequest,
     DeviceSection,
     Package,
     Ping,
     PostcopyListen,
+    PostcopyResume,
     PostcopyRun,
     RamBlocks,
 )
-from vhostpc.wire.migration.return_path import PageRequest, Pong, Shut
+from vhostpc.wire.migration.return_path import PageRequest, Pong, ResumeAck, Shut
 
 pytestmark = pytest.mark.ufd
 PAGE = 4096
@@ -290,7 +292,7 @@ async def test_a_link_lost_before_it_runs() -> None:
 
 
 async def test_a_link_lost_before_it_runs_and_a_device_that_cannot_be_loaded() -> None:
-    """Nobody can be told; the status says it here."""
+    """The source is told over the next link, also if a stranger comes first: then it runs its machine again."""
     received = Received()
     go = trio.Event()
 
@@ -305,8 +307,25 @@ async def test_a_link_lost_before_it_runs_and_a_device_that_cannot_be_loaded() -
         await setup.source.stream.aclose()
         await until(lambda: received.events[-1:] == [Event.LOSE])
         go.set()
-        await setup.ended.wait()
-    assert received.events == [Event.PACKAGE, Event.LOSE, Event.NEVER_RAN]
+        await trio.testing.wait_all_tasks_blocked()
+        assert not setup.ended.is_set()
+        for recovers in (False, True):
+            ours, theirs = pair()
+            async with Channel(ours) as channel, theirs:
+                source = ScriptedSource(theirs, BLOCKS)
+                setup.nursery.start_soon(source.listen)
+                setup.nursery.start_soon(setup.incoming.resume, channel)
+                if not recovers:
+                    await source.stream.send_all(b"GET / HTTP/1.0")
+                    await until(lambda: received.events[-2:] == [Event.LOSE, Event.LOSE])
+                    continue
+                await source.stream.send_all(b"".join(BitmapRequest(name).encode() for name in BLOCKS))
+                await source.stream.send_all(PostcopyResume().encode())
+                await source.heard(ResumeAck(), Shut(1))
+                await theirs.send_eof()
+                await setup.ended.wait()
+    assert received.events == [Event.PACKAGE, Event.LOSE, Event.LOSE, Event.NEVER_RAN]
+    assert "no such device" in str(setup.raised)
 
 
 async def test_a_link_lost_before_the_source_has_heard_what_it_must() -> None:

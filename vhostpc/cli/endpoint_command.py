@@ -49,6 +49,8 @@ log = rationed_logger(__name__)
 DEFER, STDIO = "defer", "stdio"
 TRACED_FAULTS = 1 << 16
 MOST_A_SECOND = 1_000_000_000
+MOST_SECONDS = 32767
+"""The kernel's limit of keep-alive times (tcp(7))."""
 
 
 def size(text: str) -> int:
@@ -227,7 +229,12 @@ async def run(open_it: contextlib.AbstractAsyncContextManager[Machine], given: G
     """Create the machine and serve it; returns why an expected machine did not arrive, None if all is well."""
     events, ram_dir, incoming = Events(given.options), given.ram_dir, given.incoming
     is_left = ram_dir is not None and ram_dir.note is not None
-    async with open_it as machine:
+    async with contextlib.AsyncExitStack() as stack:
+        with contextlib.ExitStack() as unless_made:
+            if ram_dir is not None and not is_left:
+                unless_made.callback(ram_dir.files.remove)
+            machine = await stack.enter_async_context(open_it)
+            unless_made.pop_all()
         if is_left:
             log.warning(
                 "postcopy-paused: this process has the memory of a machine whose process was killed in postcopy; "
@@ -352,7 +359,7 @@ async def run(open_it: contextlib.AbstractAsyncContextManager[Machine], given: G
 )
 @click.option(
     "--link-timeout",
-    type=Seconds(min=0),
+    type=Seconds(min=0, max=MOST_SECONDS),
     default=LINK_TIMEOUT,
     show_default=True,
     metavar="SECONDS",
@@ -360,7 +367,7 @@ async def run(open_it: contextlib.AbstractAsyncContextManager[Machine], given: G
 )
 @click.option(
     "--recover-for",
-    type=Seconds(min=0),
+    type=Seconds(min=0, max=MOST_SECONDS),
     default=0,
     show_default=True,
     metavar="SECONDS",

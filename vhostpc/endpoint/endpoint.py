@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -341,15 +342,15 @@ class Endpoint:
 
     async def migrate(self, address: Address, *, resume: bool) -> None:
         """``resume``: go on with a migration that is paused, over a connection to this address."""
-        async with self._starting:
-            try:
+        async with AsyncExitStack() as stack:
+            with ExitStack() as unless_begun:
+                if isinstance(address, Fd) and address.fd >= 0:
+                    unless_begun.callback(os.close, address.fd)
+                await stack.enter_async_context(self._starting)
                 self._check_migrate(resume)
                 await self._sent.wait()  # after a failure the last one may still be putting things back
                 self._check_migrate(resume)
-            except BaseException:
-                if isinstance(address, Fd) and address.fd >= 0:
-                    os.close(address.fd)
-                raise
+                unless_begun.pop_all()
             channel: Channel | None = None
             if isinstance(address, Exec | Fd | File):
                 try:  # a failure is known at once
@@ -374,7 +375,7 @@ class Endpoint:
             self._start(self._carry_out, address, channel, False)
 
     def _check_migrate(self, resume: bool) -> None:
-        if resume and self._course.side != "source":
+        if resume and not (self._course.side == "source" and self._course.phase is Phase.PAUSED):
             raise MigrationRefused("Cannot resume if there is no paused migration")
         check_migrate(self.run_state, self.status, resume=resume)
         if not resume and (reasons := self.machine.blocked()):
@@ -413,16 +414,18 @@ class Endpoint:
                     return False
                 self._sent = trio.Event()
                 self._course.move(Event.RECOVER)
-            await self._send(address, None, True)
+            await self._send(address, None, True, until)
         return True
 
-    async def _send(self, address: Address, channel: Channel | None, resume: bool) -> None:
-        """All that goes over one link, the first or another."""
+    async def _send(
+        self, address: Address, channel: Channel | None, resume: bool, until: float = math.inf
+    ) -> None:
+        """All that goes over one link, the first or another. ``until``: when connecting is given up."""
         outgoing = self._outgoing if resume else None
         try:
             async with AsyncExitStack() as stack:
                 if channel is None:
-                    channel = await self._connect(address)
+                    channel = await self._connect(address, until)
                 await stack.enter_async_context(channel)
                 channel.limit_silence(self._links.timeout)
                 if outgoing is None:
@@ -452,7 +455,11 @@ class Endpoint:
             if not is_foreseen(error):
                 log.error("migration: %s", sentence(error), exc_info=error)
             if outgoing is None or self._course.phase is Phase.RECONNECTING:
+                before = self.status
                 self._course.move(self._course.trouble(), error)
+                if self.status is before:  # QEMU 7.2 shows no attempt
+                    self._error_desc = sentence(error)
+                    log.error("migration: not recovered: %s", self._error_desc)
             let_go(group)
         finally:
             try:
@@ -466,14 +473,18 @@ class Endpoint:
                     _free_now()
                 self._sent.set()
 
-    async def _connect(self, address: Address) -> Channel:
+    async def _connect(self, address: Address, until: float) -> Channel:
         channel: Channel | None = None
-        with trio.CancelScope() as self._connecting:
-            channel = await connect(address)
-        self._connecting = None
-        if channel is None:
-            raise ChannelLost("the migration was cancelled" if self._outgoing is None else PAUSED_BY_HAND)
-        return channel
+        try:
+            with trio.CancelScope(deadline=until) as self._connecting:
+                channel = await connect(address)
+        finally:
+            self._connecting = None
+        if channel is not None:
+            return channel
+        if trio.current_time() >= until:
+            raise ChannelLost("the destination's address did not answer in time")
+        raise ChannelLost("the migration was cancelled" if self._outgoing is None else PAUSED_BY_HAND)
 
     async def _after_sending(self) -> None:
         if self.status is Status.COMPLETED:
@@ -572,6 +583,7 @@ class Endpoint:
                     task_status.started()
                     begun = True  # from here on the status says what becomes of it
                     channel = await stack.enter_async_context(await listener.accept())
+                channel.limit_silence(self._links.timeout)
                 self._course.move(Event.CONNECT)
                 incoming = self._incoming = Incoming(
                     channel,
@@ -617,8 +629,11 @@ class Endpoint:
 
     def check_recover(self) -> None:
         """Raises MigrationRefused: nothing is paused here that came from elsewhere."""
-        can = self._course.allows(Event.RECOVER) or self._course.phase is Phase.MOVED
-        if self._incoming is None or self._course.side == "source" or not can:
+        incoming, moved = self._incoming, self._course.phase is Phase.MOVED
+        can = moved or (
+            incoming is not None and not incoming.service.closed and self._course.allows(Event.RECOVER)
+        )
+        if incoming is None or self._course.side == "source" or not can:
             raise MigrationRefused("Migrate recover can only be run when postcopy is paused.")
 
     async def recover(self, address: Address) -> None:
@@ -642,6 +657,8 @@ class Endpoint:
 
         def listens(told: list[dict[str, Any]]) -> None:
             nonlocal begun
+            if self._recovery is not None:
+                self._recovery.cancel()
             begun, self._recovery = True, scope
             self._listens(told)
             task_status.started()
@@ -676,11 +693,20 @@ class Endpoint:
 
     async def _listen_by_itself(self, incoming: Incoming, address: Address) -> None:
         self._recovery = scope = trio.CancelScope()
-        await keep_listening(
-            incoming, address, self._links.timeout, self._links.recover_for, scope, self._listens
+        links = self._links
+        recovered = await keep_listening(
+            incoming,
+            address,
+            links.timeout,
+            links.recover_for,
+            scope,
+            self._listens,
+            lambda: not self._by_hand,
         )
         if self._recovery is scope:
             self._recovery = None
+        if not recovered:  # what its attempts have told is no other link that was lost
+            self._paused = trio.Event()
 
     async def let_run(self, postcopy: bool) -> None:
         """The machine may run here now."""

@@ -105,8 +105,12 @@ async def keep_listening(
     seconds: float,
     scope: trio.CancelScope,
     listens: Callable[[list[dict[str, Any]]], None],
-) -> None:
-    """Take links at the address for as many seconds, until one has carried pages. Whatever goes wrong is a log line."""
+    goes_on: Callable[[], bool],
+) -> bool:
+    """Take links at the address for as many seconds, until one has carried pages. Whether one has.
+
+    ``goes_on``: asked before each attempt. Whatever goes wrong is a log line.
+    """
     backoff = Backoff()
     until = scope.deadline = trio.current_time() + seconds
 
@@ -115,12 +119,12 @@ async def keep_listening(
 
     resumed = incoming.resumptions
     with scope:
-        while incoming.resumptions == resumed:
+        while incoming.resumptions == resumed and goes_on():
             moved = incoming.course.phase is Phase.MOVED
             try:
                 await take_link(incoming, address, limit, listens, connected)
                 if moved:
-                    return
+                    return True
             except MigrationRefused:  # the address is taken for the moment
                 await backoff.wait()
             except Exception as error:
@@ -128,6 +132,7 @@ async def keep_listening(
             scope.deadline = until
     if scope.cancelled_caught and trio.current_time() >= until:
         log.warning("migration: no source has recovered within %g s", seconds)
+    return incoming.resumptions > resumed
 
 
 def tell_no_recovery(error: BaseException) -> None:

@@ -23,7 +23,7 @@ from vhostpc.migration.heads import check_head
 from vhostpc.migration.link import CHUNK, IncomingLink
 from vhostpc.migration.long_waits import tell_waits
 from vhostpc.migration.machine import Machine
-from vhostpc.migration.phase import Course, Event, Phase, WrongMove, begun
+from vhostpc.migration.phase import Course, Event, Phase, begun
 from vhostpc.migration.postcopy_checks import check_advise, check_discard, check_page_sizes
 from vhostpc.migration.silence import Silence, watch
 from vhostpc.migration.turns import in_turns, pieces
@@ -384,9 +384,11 @@ class Incoming:
         except Exception as error:
             if self.machine.ram.lost:
                 await trio.sleep_forever()  # given up by the task that ends the migration, and says why
-            self._error = self._error or error
             if not self.course.may_run:
+                await self._until_it_can_be_told(error)
+                self._error = error
                 raise
+            self._error = self._error or error
             log.error(
                 "migration: the machine runs, but: %s",
                 sentence(error),
@@ -395,6 +397,22 @@ class Incoming:
             if self.missing():
                 self.channel.shut_down()  # which is a pause
             self._loaded.set()
+
+    async def _until_it_can_be_told(self, error: Exception) -> None:
+        """The machine never ran, and its source may run it again once it hears that: over a link, if there is none."""
+        told = False
+        while self.course.phase in (Phase.PAUSED_PACKAGED, Phase.RECOVERING_PACKAGED):
+            if not told:
+                told = True
+                log.error(
+                    "migration: the machine could not be started here: %s; a recovery tells the source, "
+                    "which goes on with it then",
+                    sentence(error),
+                    exc_info=None if is_foreseen(error) else error,
+                )
+            if self.course.phase is Phase.PAUSED_PACKAGED:
+                await self._attached.wait()
+            await self._link.settled.wait()
 
     async def _postcopy(self) -> None:
         """Pages, to the end of the stream, over as many links as that takes: one that is lost is a pause."""
@@ -406,7 +424,10 @@ class Incoming:
             except Exception as error:
                 self._error = self._error or error
                 # A link that is lost is no failure: the whole package is here, and nothing but we can run it.
-                lost = (self._link.hung_up or isinstance(error, ChannelLost)) and not self._must_hear
+                # Nor is a stranger that comes in place of the source.
+                link = self._link
+                lost = link.hung_up or not link.settled.is_set() or isinstance(error, ChannelLost)
+                lost = lost and not self._must_hear
                 if not (self.course.may_run or lost):
                     self.service.give_up()  # a load may wait for one
                     raise
@@ -475,14 +496,13 @@ class Incoming:
     def attach(self, channel: Channel) -> IncomingLink:
         """Go on over another channel, behind a pause: the source recovers. The channel stays the caller's.
 
-        Raises ChannelLost (it cannot carry a postcopy), Shortage, OSError, and WrongMove where this is not paused;
-        then nothing has changed.
+        Raises ChannelLost (it cannot carry a postcopy, or this is not paused), Shortage, OSError: nothing has changed.
         """
         if not channel.two_way:
             raise ChannelLost("a recovery needs a channel that goes both ways")
+        if self.service.closed or not self.course.allows(Event.RECOVER):
+            raise ChannelLost("nothing is paused here that could be recovered")
         link = IncomingLink(channel, self.service, limit=self._limit, continues=self._link)
-        if not self.course.allows(Event.RECOVER):
-            raise WrongMove(f"destination: a link is attached in phase {self.course.phase}")
         try:
             link.open_pages()  # now, while the source makes its own half
             self.service.mute(channel.out_fd)

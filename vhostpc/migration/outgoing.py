@@ -277,7 +277,7 @@ class Outgoing:
         except BaseException as error:
             self.course.move(Event.LOSE, error)
             raise
-        self._link, self._linked = link, True
+        self._link, self._linked, self._by_hand = link, True, False
         self.course.move(Event.RECONNECT)
         await self._carry(self._recover)
 
@@ -300,7 +300,10 @@ class Outgoing:
         self._mark("ended")
         event = Event.NEVER_RAN if isinstance(error, NeverRan) else self.course.trouble()
         if self._notes is not None and (error is None or event is not Event.LOSE):
-            self._notes.remove()
+            try:
+                self._notes.remove()
+            except OSError as trouble:
+                log.warning("migration: its note cannot be removed: %s", sentence(trouble))
         self.course.move(event if error is not None else Event.FINISH, error)
         if error is not None:
             raise error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ from vhostpc.pages.loops import Loops
 from vhostpc.pages.ramblock import RamSet
 from vhostpc.wire.migration.ramrec import BadRamStream, BadRecord
 
+_LOST = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ECONNABORTED)
+"""What a socket says of a peer that is gone, besides a reset (tcp(7)); placing a page says none of them."""
 INPUT_ROOM = 256 << 10
 """Bytes that a channel reads ahead, at most (ramload.c)."""
 
@@ -136,6 +139,11 @@ class RamChannel(Owner):
             cut = " inside a record" if rc == -errno.EBADMSG else ""
             raise ChannelLost(
                 f"the source of pages closed the channel{cut}, after {raw.bytes} bytes; "
+                f"{self._service.missing()} host pages are missing"
+            )
+        if -rc in _LOST:
+            raise ChannelLost(
+                f"the connection broke ({os.strerror(-rc)}), after {raw.bytes} bytes; "
                 f"{self._service.missing()} host pages are missing"
             )
         if rc == -errno.EEXIST:
