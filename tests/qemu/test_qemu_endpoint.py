@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,18 @@ async def completed(side: Any, since: int = 0) -> None:
 
 @contextlib.asynccontextmanager
 async def holding(
-    version: Compat, tmp_path: Path, how: str, *, huge: bool = False, name: str = "held"
+    version: Compat,
+    tmp_path: Path,
+    how: str,
+    *,
+    huge: bool = False,
+    name: str = "held",
+    more: Sequence[str] = (),
 ) -> AsyncIterator[tuple[Node, str]]:
     """An endpoint that took a booted guest from a QEMU, which is gone; the guest's nonce."""
     spec = vm.Spec(peers.qemu(version), vm.Memory(huge=huge, size=256))
     page = "2M" if huge else "4K"
-    async with endpoint_node(version, name, tmp_path, ram=f"mem=256M,page={page}") as node:
+    async with endpoint_node(version, name, tmp_path, ram=f"mem=256M,page={page}", more=more) as node:
         async with vm.vm(spec, f"{name}-source", vm.Bare(), tmp_path) as source:
             nonce = await source.booted()
             await source.beat(nonce)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
+from tests.kit.hugepages import hugepages
 from tests.qemu import peers, vm
 from tests.qemu.test_qemu_endpoint import completed, holding, prepare, send
 from tests.qemu.versions import EACH
-from tests.sequences.nodes import endpoint_node
+from tests.sequences.nodes import endpoint_node, replacing_node
 from vhostpc.dialect import Compat
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,6 +114,50 @@ async def test_to_qemu(version: Compat, times: int, tmp_path: Path) -> None:
             await target.beat(nonce, 2)
             assert await target.sweep() == 0
             assert [line for line in target.complaints() if not any(words in line for words in LOST)] == []
+
+
+@contextlib.contextmanager
+def memory_folders(huge: bool) -> Iterator[list[Path]]:
+    """A folder on tmpfs, and one on a hugetlbfs."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as ordinary:
+        if not huge:
+            yield [Path(ordinary)]
+            return
+        with hugepages(3 * 256 + 16), tempfile.TemporaryDirectory() as pages:
+            subprocess.run(["mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "none", pages], check=True)
+            try:
+                yield [Path(ordinary), Path(pages)]
+            finally:
+                subprocess.run(["umount", pages], check=True)
+
+
+@pytest.mark.parametrize("huge", [False, True], ids=["4k", "2M"])
+@pytest.mark.parametrize("version", EACH)
+async def test_a_killed_holder_is_replaced(version: Compat, huge: bool, tmp_path: Path) -> None:
+    """A held machine, whose process is killed in postcopy: another one with its memory's files sends the rest."""
+    spec = vm.Spec(peers.qemu(version), vm.Memory(huge=huge, size=256))
+    uri = f"unix:{tmp_path}/out"
+    with trio.fail_after(200), memory_folders(huge) as folders:
+        more = [part for folder in folders for part in ("--ram-dir", str(folder))]
+        async with vm.vm(spec, "target", vm.Bare(), tmp_path, incoming=True) as target:
+            async with holding(version, tmp_path, "precopy", huge=huge, more=more) as (node, nonce):
+                await prepare(target, "postcopy-ram")
+                await prepare(node, "postcopy-ram", max_bandwidth=4 << 20, max_postcopy_bandwidth=1 << 20)
+                await target.qmp.command("migrate-incoming", uri=uri)
+                await node.qmp.command("migrate", uri=uri)
+                await node.qmp.command("migrate-start-postcopy")
+                await target.qmp.event("RESUME", 0)
+                await target.beat(nonce)
+                node.process.popen.kill()
+                await node.process.wait()
+                await paused(target)
+                async with replacing_node(version, "again", tmp_path, more) as again:
+                    await paused(again)
+                    await recover(again, target, tmp_path / "again.link")
+                    await again.qmp.event("MIGRATION", 0, status="completed")
+                    await target.qmp.event("MIGRATION", 0, status="completed")
+                    await target.beat(nonce, 2)
+                    assert await target.sweep() == 0
 
 
 async def test_the_demonstration_loses_its_link() -> None:

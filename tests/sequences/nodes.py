@@ -196,10 +196,17 @@ async def _endpoint(compat: Compat, name: str, folder: Path, *more: str) -> Asyn
 
 
 def endpoint_node(
-    compat: Compat, name: str, folder: Path, *, ram: str | None = None
+    compat: Compat, name: str, folder: Path, *, ram: str | None = None, more: Sequence[str] = ()
 ) -> contextlib.AbstractAsyncContextManager[Node]:
     """Our endpoint, waiting for a machine to hold; ``ram``: the block that it takes, as ``--ram`` says it."""
-    return _endpoint(compat, name, folder, "--incoming", "defer", *(["--ram", ram] if ram else []))
+    return _endpoint(compat, name, folder, "--incoming", "defer", *(["--ram", ram] if ram else []), *more)
+
+
+def replacing_node(
+    compat: Compat, name: str, folder: Path, more: Sequence[str]
+) -> contextlib.AbstractAsyncContextManager[Node]:
+    """Our endpoint, in the place of one that was killed: ``more`` says where its memory is."""
+    return _endpoint(compat, name, folder, *more)
 
 
 def own_node(

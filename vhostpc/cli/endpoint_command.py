@@ -172,9 +172,9 @@ class RamDir:
     note: Note | None
 
     @classmethod
-    def at(cls, folder: Path, ram: Sequence[Block]) -> RamDir:
+    def at(cls, folders: Sequence[Path], ram: Sequence[Block]) -> RamDir:
         """Raises GuestMemoryError."""
-        files = RamFiles(folder)
+        files = RamFiles(*folders)
         try:
             notes = Notes(files)
             note = notes.read()
@@ -182,7 +182,7 @@ class RamDir:
                 wanted = [(b.name, b.length, b.page_size) for b in ram]
                 if wanted != [(b.name, b.length, b.page_size) for b in note.blocks]:
                     raise GuestMemoryError(
-                        f"{folder} holds the memory of another machine: its RAM is not as in --ram"
+                        f"{folders[0]} holds the memory of another machine: its RAM is not as in --ram"
                     )
         except BaseException:
             files.close()
@@ -376,9 +376,10 @@ async def run(open_it: contextlib.AbstractAsyncContextManager[Machine], given: G
 @click.option(
     "--ram-dir",
     type=click.Path(file_okay=False, path_type=Path),
+    multiple=True,
     metavar="DIR",
-    help="Keep guest memory in files there (tmpfs, hugetlbfs): a source that is killed in postcopy can be replaced by "
-    "another process with the same folder.",
+    help="Keep guest memory in files there (tmpfs; for huge pages one more, on hugetlbfs): a source that is killed in "
+    "postcopy can be replaced by another process with the same folder.",
 )
 @common_options
 def endpoint(
@@ -400,7 +401,7 @@ def endpoint(
     postcopy_after_passes: int | None,
     link_timeout: float,
     recover_for: float,
-    ram_dir: Path | None,
+    ram_dir: tuple[Path, ...],
 ) -> int:
     """Play one end of a migration: run a machine of its own, or receive one, hold it, and send it on.
 
@@ -412,7 +413,7 @@ def endpoint(
     if qmp is None and monitor is None:
         raise click.UsageError("give --qmp or --monitor: without one, nobody can control it")
     own = incoming is None or vcpus is not None or bool(backend)
-    if own and not ram and not (ram_dir and (ram_dir / NOTE).exists()):
+    if own and not ram and not any((folder / NOTE).exists() for folder in ram_dir):
         raise click.UsageError(
             "give --ram for a machine of its own, or --incoming alone to hold one that arrives"
         )
@@ -430,16 +431,19 @@ def endpoint(
     need_descriptors()
     open_it: contextlib.AbstractAsyncContextManager[Machine]
     try:
-        kept = RamDir.at(ram_dir, ram) if ram_dir is not None else None
+        kept = RamDir.at(ram_dir, ram) if ram_dir else None
     except GuestMemoryError as e:
         raise Failure(str(e)) from None
     files = None if kept is None else kept.files
+    options = Options(compat)
     if kept is not None and kept.note is not None:
         open_it = left(kept.note, kept.files)
+        # Its migration is under way, in which nobody can set them.
+        options = Options(compat, on={"events", "postcopy-ram"})
     else:
         open_it = open_machine(spec, empty=incoming is not None, files=files) if own else held(ram, files)
     given = Given(
-        Options(compat),
+        options,
         qmp,
         monitor,
         incoming,

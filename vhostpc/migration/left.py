@@ -85,10 +85,10 @@ class Notes:
             pass
         except (OSError, ValueError) as e:
             raise GuestMemoryError(f"{self._path}: {e}") from None
-        if names := self._files.names():
+        if paths := self._files.paths():
             raise GuestMemoryError(
-                f"{self._files.folder} holds the memory of a machine that was not moving when its process ended: "
-                f"remove {', '.join(names)}"
+                "this is the memory of a machine that was not moving when its process ended: "
+                f"remove {', '.join(map(str, paths))}"
             )
         return None
 
@@ -102,7 +102,7 @@ class LeftMachine(HeldMachine):
         self._section = note.section
         try:
             for block in note.blocks:
-                fd = files.open(block.name, block.length)
+                fd = files.open(block.name, block.length, block.page_size)
                 try:
                     self.ram.add(block.name, fd, block.length, block.page_size)
                 finally:

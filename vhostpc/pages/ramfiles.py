@@ -1,7 +1,8 @@
-"""RAM blocks in the files of a folder: memory that outlives its process."""
+"""RAM blocks in files of folders: memory that outlives its process."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -12,48 +13,66 @@ from urllib.parse import quote
 from vhostpc.errors import GuestMemoryError, naming
 
 LOCK = ".lock"
-IN_MEMORY = ("tmpfs", "hugetlbfs")
+ORDINARY, HUGE = "tmpfs", "hugetlbfs"
 
 
 class RamFiles:
-    """A folder on tmpfs or hugetlbfs, for one process at a time; the blocks' files are named after them.
+    """Folders on tmpfs or hugetlbfs, for one process at a time; the blocks' files are named after them.
 
-    The files stay when the process is killed; :meth:`remove` is for its end. Nobody else may write or shrink them:
-    they cannot be sealed as a memfd can. Raises GuestMemoryError, one sentence, for a folder that cannot be used.
+    A block lies in the folder whose file system has pages of its size. One of them is on tmpfs: :attr:`folder`, which
+    has room for a note. The files stay when the process is killed; :meth:`remove` is for its end. Nobody else may
+    write or shrink them: they cannot be sealed as a memfd can. Raises GuestMemoryError, one sentence, for a folder
+    that cannot be used.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, *folders: Path) -> None:
+        self._by_page: dict[int, Path] = {}
+        self._locks: list[int] = []
+        try:
+            kinds = {folder: self._take(folder) for folder in folders}
+            ordinary = [folder for folder, kind in kinds.items() if kind == ORDINARY]
+            if not ordinary:
+                raise GuestMemoryError(f"{folders[0]} is on {HUGE}: one folder on tmpfs is needed, too")
+        except BaseException:
+            self.close()
+            raise
+        self.folder = ordinary[0]
+
+    def _take(self, folder: Path) -> str:
+        """Lock it; its kind."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             kind = filesystem_of(folder)
-            if kind not in IN_MEMORY:
+            if kind not in (ORDINARY, HUGE):
                 raise GuestMemoryError(
                     f"{folder} is on {kind or 'an unknown file system'}: guest memory needs tmpfs or hugetlbfs"
                 )
-            self._lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._locks.append(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         except OSError as e:
             raise GuestMemoryError(f"{folder} cannot hold guest memory: {e.strerror}") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(self._lock)
             raise GuestMemoryError(f"{folder} holds the memory of another process that runs") from None
+        page = os.statvfs(folder).f_bsize
+        if page in self._by_page:
+            raise GuestMemoryError(f"{folder} has pages of the same size as {self._by_page[page]}")
+        self._by_page[page] = folder
+        return kind
 
-    def path_of(self, name: str) -> Path:
-        """The file of the block of that name."""
-        return self.folder / ("ram-" + quote(name, safe="", errors="surrogateescape"))
+    def path_of(self, name: str, page_size: int) -> Path:
+        """The file of the block of that name. Raises OSError, EINVAL: there is no folder for pages of this size."""
+        if page_size not in self._by_page:
+            raise OSError(errno.EINVAL, f"no folder was given whose pages have {page_size >> 10} KiB")
+        return self._by_page[page_size] / ("ram-" + quote(name, safe="", errors="surrogateescape"))
 
-    def names(self) -> list[str]:
-        """Names of the files that hold blocks."""
-        return sorted(path.name for path in self.folder.glob("ram-*"))
+    def paths(self) -> list[Path]:
+        """The files that hold blocks."""
+        return sorted(path for folder in self._by_page.values() for path in folder.glob("ram-*"))
 
     def create(self, name: str, length: int, page_size: int) -> int:
-        """A descriptor of a new file of ``length`` bytes, all holes. Raises OSError: EEXIST, or EINVAL for a page size
-        that the file system does not have."""
-        if os.statvfs(self.folder).f_bsize != page_size:
-            raise OSError(22, f"the pages of {self.folder} have another size")
-        path = self.path_of(name)
+        """A descriptor of a new file of ``length`` bytes, all holes. Raises OSError: EEXIST, and as :meth:`path_of`."""
+        path = self.path_of(name, page_size)
         with naming(str(path)):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -65,13 +84,14 @@ class RamFiles:
             raise
         return fd
 
-    def open(self, name: str, length: int) -> int:
+    def open(self, name: str, length: int, page_size: int) -> int:
         """A descriptor of the block's file. Raises GuestMemoryError: there is none, or it has another length."""
-        path = self.path_of(name)
+        path: Path | None = None
         try:
+            path = self.path_of(name, page_size)
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as e:
-            raise GuestMemoryError(f"{path}: {e.strerror}") from None
+            raise GuestMemoryError(f"{path or name}: {e.strerror}") from None
         found = os.fstat(fd).st_size
         if found != length:
             os.close(fd)
@@ -80,12 +100,13 @@ class RamFiles:
 
     def remove(self) -> None:
         """Remove the blocks' files."""
-        for path in self.folder.glob("ram-*"):
+        for path in self.paths():
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let another process have the folder. The files stay."""
-        os.close(self._lock)
+        """Let another process have the folders. The files stay."""
+        while self._locks:
+            os.close(self._locks.pop())
 
     def __enter__(self) -> Self:
         return self
