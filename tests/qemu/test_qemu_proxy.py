@@ -42,7 +42,8 @@ async def between(
     """A proxy that a migration has begun to go through."""
     listen_at, target = f"unix:{folder}/proxy", f"unix:{folder}/incoming"
     if tcp:
-        listen_at, target = "tcp:127.0.0.1:0", "tcp:127.0.0.1:0"
+        # Of the ports that no connection gets by itself: in a pause, when nobody listens, it must not be taken.
+        listen_at, target = "tcp:127.0.0.1:0", "tcp:127.0.0.1:20100,to=20999"
     await vm.prepare(source, destination, target, capabilities)
     if tcp:
         told = (await destination.qmp.command("query-migrate"))["socket-address"][0]
