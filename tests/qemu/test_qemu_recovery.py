@@ -28,6 +28,8 @@ LOST = (
     "Detected IO failure for postcopy",
     "error while loading state section id",
     "Unable to shutdown socket",
+    "Unable to write to socket",
+    "Unable to read from socket",
 )
 """Lines of a QEMU whose link was lost."""
 
