@@ -35,6 +35,7 @@ LOSSES = (
     "failed to save SaveStateEntry",
     "Unable to shutdown socket",
     "Unable to read from socket",
+    "Unable to write to socket",
     "illegal host addr",
 )
 """Lines of a QEMU whose link was lost. The last: it does not ask again for a page that a back-end waits for."""
