@@ -142,6 +142,16 @@ async def test_a_failure_leaves_no_note(tmp_path: Path, shm: Path) -> None:
         assert [path.name for path in shm.iterdir()] == [".lock"]
 
 
+async def test_a_start_that_fails_leaves_no_files(tmp_path: Path, shm: Path) -> None:
+    """The corrected command finds the folder as it was."""
+    argv = ["-m", "vhostpc", "endpoint", "--qmp", f"unix:{tmp_path}/q", "--ram-dir", str(shm)]
+    argv += ["--ram", "a=1M", "--ram", "b=4M,page=2M"]
+    with trio.fail_after(60):
+        async with child("wrong", [*PYTHON, *argv]) as process:
+            assert await process.wait() == 1
+    assert [path.name for path in shm.iterdir()] == [".lock"]
+
+
 async def test_others_are_killed_in_the_pause(tmp_path: Path, shm: Path) -> None:
     """A back-end of the destination, and a client of its monitor: neither has a part in the recovery of the rest."""
     with trio.fail_after(120):

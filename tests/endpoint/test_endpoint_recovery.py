@@ -205,6 +205,28 @@ async def stranger_at(path: str) -> trio.SocketStream:
             await trio.sleep(0.01)
 
 
+async def test_strangers_do_not_lengthen_the_time(tmp_path: Path) -> None:
+    """However many attempts fail: then the port is closed, and a person can recover."""
+    async with pair(tmp_path, Links(recover_for=0.5)) as ends:
+        await ends.to_postcopy()
+        ends.relay.refuse()
+        strangers = 0
+        (await stranger_at(ends.listens.path)).socket.close()
+        while ends.destination._recovery is not None or strangers == 0:
+            with contextlib.suppress(OSError):
+                async with await trio.open_unix_socket(ends.listens.path) as stranger:
+                    await stranger.send_all(b"GET / HTTP/1.0")
+                    strangers += 1
+            await trio.sleep(0.01)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert ends.destination._recovery is None
+        assert not Path(ends.listens.path).exists()
+        await until(lambda: ends.source._course.phase is Phase.PAUSED)
+        ends.relay.cut()
+        await ends.recover()
+        await ends.finish()
+
+
 async def test_a_person_stops_the_automatic_recovery(tmp_path: Path) -> None:
     """migrate-pause at the destination, while a stranger has its port; then by command."""
     async with pair(tmp_path, Links(recover_for=30)) as ends:

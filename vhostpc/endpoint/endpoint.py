@@ -343,9 +343,7 @@ class Endpoint:
     async def migrate(self, address: Address, *, resume: bool) -> None:
         """``resume``: go on with a migration that is paused, over a connection to this address."""
         async with AsyncExitStack() as stack:
-            with ExitStack() as unless_begun:
-                if isinstance(address, Fd) and address.fd >= 0:
-                    unless_begun.callback(os.close, address.fd)
+            with _closing(address) as unless_begun:
                 await stack.enter_async_context(self._starting)
                 self._check_migrate(resume)
                 await self._sent.wait()  # after a failure the last one may still be putting things back
@@ -638,14 +636,11 @@ class Endpoint:
 
     async def recover(self, address: Address) -> None:
         """Listen at the address for the source of a postcopy that is paused: ``migrate-recover``."""
-        try:
+        with _closing(address) as unless_begun:
             self.check_recover()
-        except BaseException:
-            if isinstance(address, Fd) and address.fd >= 0:
-                os.close(address.fd)
-            raise
-        if self._nursery is None:
-            raise VhostpcError("the endpoint does not run")
+            if self._nursery is None:
+                raise VhostpcError("the endpoint does not run")
+            unless_begun.pop_all()
         if self._recovery is not None:  # another address takes the place of the first
             self._recovery.cancel()
         await self._nursery.start(self._recover, self._incoming, address)
@@ -693,15 +688,8 @@ class Endpoint:
 
     async def _listen_by_itself(self, incoming: Incoming, address: Address) -> None:
         self._recovery = scope = trio.CancelScope()
-        links = self._links
         recovered = await keep_listening(
-            incoming,
-            address,
-            links.timeout,
-            links.recover_for,
-            scope,
-            self._listens,
-            lambda: not self._by_hand,
+            incoming, address, self._links, scope, self._listens, lambda: not self._by_hand
         )
         if self._recovery is scope:
             self._recovery = None
@@ -716,6 +704,14 @@ class Endpoint:
             await self._go()
         else:
             self.run_state = RunState.PAUSED if to_run else machine.came_as
+
+
+def _closing(address: Address) -> ExitStack:
+    """Closes an ``Fd`` address's descriptor, unless it is emptied: then somebody else has it."""
+    stack = ExitStack()
+    if isinstance(address, Fd) and address.fd >= 0:
+        stack.callback(os.close, address.fd)
+    return stack
 
 
 def _free_now() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -23,9 +24,8 @@ PATIENCE = 30.0
 """Seconds that a source has to recover once it has connected, where silence has no limit."""
 FIRST, LONGEST = 0.1, 5.0
 """Seconds between two attempts to connect, and to listen."""
-
-
 LINK_TIMEOUT = 30.0
+"""Default of :attr:`Links.timeout`."""
 
 
 @dataclass(frozen=True)
@@ -101,28 +101,27 @@ async def take_link(
 async def keep_listening(
     incoming: Incoming,
     address: Address,
-    limit: float,
-    seconds: float,
+    links: Links,
     scope: trio.CancelScope,
     listens: Callable[[list[dict[str, Any]]], None],
     goes_on: Callable[[], bool],
 ) -> bool:
-    """Take links at the address for as many seconds, until one has carried pages. Whether one has.
+    """Take links at the address for ``links.recover_for`` seconds, until one has carried pages. Whether one has.
 
     ``goes_on``: asked before each attempt. Whatever goes wrong is a log line.
     """
     backoff = Backoff()
-    until = scope.deadline = trio.current_time() + seconds
+    until = scope.deadline = trio.current_time() + links.recover_for
 
     def connected() -> None:
-        scope.deadline = float("inf")  # the silence of a link has a limit of its own
+        scope.deadline = math.inf  # the silence of a link has a limit of its own
 
     resumed = incoming.resumptions
     with scope:
         while incoming.resumptions == resumed and goes_on():
             moved = incoming.course.phase is Phase.MOVED
             try:
-                await take_link(incoming, address, limit, listens, connected)
+                await take_link(incoming, address, links.timeout, listens, connected)
                 if moved:
                     return True
             except MigrationRefused:  # the address is taken for the moment
@@ -131,7 +130,7 @@ async def keep_listening(
                 tell_no_recovery(error)
             scope.deadline = until
     if scope.cancelled_caught and trio.current_time() >= until:
-        log.warning("migration: no source has recovered within %g s", seconds)
+        log.warning("migration: no source has recovered within %g s", links.recover_for)
     return incoming.resumptions > resumed
 
 

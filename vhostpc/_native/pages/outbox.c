@@ -85,8 +85,8 @@ int vpc_fault_send(struct vpc_fault *s, const void *message, uint32_t length)
     return rc;
 }
 
-/* Request one host page; the caller flushes later. 0 or -ENOMEM. Where the path is broken, another one requests again.
- * */
+/* Request one host page; the caller flushes later. 0 or -ENOMEM. A broken path is no error: over another one it is
+ * requested again. */
 static int ask_for(struct vpc_fault *s, struct vpc_block *b, uint64_t page)
 {
     unsigned char m[4 + 13 + 255];
@@ -131,8 +131,7 @@ int vpc_outbox_ask_again(struct vpc_fault *s)
     return rc;
 }
 
-/* Another descriptor to send on, with an empty outbox where there was one before. *again: there was. Caller holds lock.
- * */
+/* Another descriptor to send on, with an empty outbox if there was one before, as *again says. Caller holds lock. */
 static int out_replace(struct vpc_fault *s, int fd, int mute, int *again)
 {
     int copy = -1, old;
