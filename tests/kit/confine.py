@@ -33,6 +33,7 @@ NUMBERS = {
     "io_setup": {"x86_64": 206, "aarch64": 0},
     "mmap": {"x86_64": 9, "aarch64": 222},
     "fallocate": {"x86_64": 285, "aarch64": 47},
+    "preadv2": {"x86_64": 327, "aarch64": 286},
 }
 MMAP_FLAGS = 16 + 8 * 3  # of struct seccomp_data: the low half of the fourth argument
 MAP_PRIVATE, MAP_FIXED = 0x02, 0x10

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
+import sys
 from contextlib import ExitStack
+from pathlib import Path
 
+import pytest
 import trio
 
 from vhostpc.pages.pagesource import UNLIMITED, Ended, PageScan, PageSource
@@ -138,3 +143,37 @@ async def test_its_last_word_counts_whatever_the_error_of_a_write() -> None:
         await theirs.send(Shut(1).encode())
         assert await source.serve() is Ended.SHUT
         assert source.numbers().shut == 1
+
+
+GONE = """
+import socket, sys, trio
+from tests.kit.confine import deny
+from vhostpc.errors import ChannelLost
+from vhostpc.pages.ramblock import RamSet
+from vhostpc.pages.service import FaultService
+
+async def main():
+    ours, theirs = socket.socketpair()
+    with ours, theirs, RamSet() as ram:
+        ram.create("ram0", 4096)
+        with FaultService(ram) as service, service.open_channel(ours.fileno()) as channel:
+            theirs.send(b"0")
+            try:
+                await channel.load()
+            except ChannelLost as error:
+                print(error)
+
+deny("preadv2", int(sys.argv[1]))
+trio.run(main)
+"""
+
+
+@pytest.mark.parametrize("name", ["ETIMEDOUT", "EHOSTUNREACH", "ENETUNREACH", "ECONNRESET"])
+def test_a_peer_that_is_gone_is_a_lost_channel(name: str) -> None:
+    """Whatever the network says of it: after a silence TCP gives another error than a reset (tcp(7))."""
+    argv = [sys.executable, "-c", GONE, str(getattr(errno, name))]
+    done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2], check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "host pages are missing" in done.stdout, done.stderr
