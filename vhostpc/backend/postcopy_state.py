@@ -38,8 +38,9 @@ def open_ufd() -> Userfaultfd:
 class Postcopy:
     """The state of one session's postcopy."""
 
-    def __init__(self, supply: Supply, name: str) -> None:
+    def __init__(self, supply: Supply, name: str, *, no_fault: bool = False) -> None:
         self.phase = PostcopyPhase.OFF
+        self._no_fault = no_fault
         self._supply = supply
         self._name = name
         self._ufds: list[Userfaultfd] = []
@@ -72,6 +73,8 @@ class Postcopy:
         if not again:
             self.phase = PostcopyPhase.ADVISED
             log.info("%s: postcopy advised", self._name)
+            if self._no_fault:
+                self._never_fault()
         else:
             log.warning(
                 "%s: postcopy advised again, as QEMU does for each queue pair: QEMU 10.0 may now wait for ever"
@@ -80,6 +83,19 @@ class Postcopy:
                 self._name,
             )
         return ufd.fileno()
+
+    def _never_fault(self) -> None:
+        """The ufd is registered all the same: nobody must be able to make a page that was not sent."""
+        try:
+            with Userfaultfd.open(features=Features.MINOR_HUGETLBFS) as asking:
+                self._supply.never_fault(asking.fileno())
+            huge = ""
+        except UfdError as e:
+            self._supply.never_fault(None)
+            huge = f"; huge pages will be refused: {e}"
+        log.info(
+            "%s: postcopy without faults: absent pages are not requested but waited for%s", self._name, huge
+        )
 
     def listen(self, has_memory: bool) -> bool:
         """POSTCOPY_LISTEN: memory that is shared from now on may miss pages. False: refused."""

@@ -188,6 +188,11 @@ def program_options(*, path: str | None = None) -> Callable[[Callable[..., Any]]
             help="Exit with 3 at once if postcopy cannot be offered here.",
         ),
         click.option(
+            "--no-fault",
+            is_flag=True,
+            help="In postcopy wait for absent pages without touching them: for QEMU with postcopy-preempt.",
+        ),
+        click.option(
             "--print-capabilities", is_flag=True, help="Print the program's capabilities as JSON, and exit."
         ),
         common_options,
@@ -201,6 +206,7 @@ def program_options(*, path: str | None = None) -> Callable[[Callable[..., Any]]
             once: bool,
             hide_feature: int,
             hide_protocol_feature: int,
+            no_fault: bool,
             **more: Any,
         ) -> Any:
             own = {name: more.pop(name) for name in ("fd", "connect", "mode", "group")}
@@ -208,7 +214,10 @@ def program_options(*, path: str | None = None) -> Callable[[Callable[..., Any]]
             if socket_path is None and own["fd"] is None:
                 socket_path = path
             options = Options(
-                hide_features=hide_feature, hide_protocol_features=hide_protocol_feature, once=once
+                hide_features=hide_feature,
+                hide_protocol_features=hide_protocol_feature,
+                once=once,
+                no_fault=no_fault,
             )
             return command(program=Program(path=socket_path, options=options, **own), **more)
 

@@ -46,6 +46,14 @@ class Supply(Owner):
         """Register maps made from now on with this userfaultfd; a copy is kept until :meth:`disarm`."""
         check(lib.vpc_supply_arm(self.handle, ufd), "userfaultfd")
 
+    def never_fault(self, ask_by: int | None) -> None:
+        """Before the first armed mapping: from now on absent pages are not touched, but asked for until they are here.
+
+        ``ask_by``: a userfaultfd with MINOR_HUGETLBFS (a copy is kept), by which huge pages are asked for; None: there is
+        none, and armed mappings of huge pages are refused. A thread may then wait for a page that nobody has requested.
+        """
+        check(lib.vpc_supply_never_fault(self.handle, -1 if ask_by is None else ask_by), "userfaultfd")
+
     def disarm(self) -> None:
         """Every page has arrived (POSTCOPY_END): unregister all mappings, close our copies of the ufd."""
         check(lib.vpc_supply_disarm(self.handle), "UFFDIO_UNREGISTER")
@@ -85,7 +93,7 @@ class Mapping(Owner):
 
     ``armed``: mapped without access until :meth:`register`. Raises GuestMemoryError for an empty, wrapping
     or too long range, for an unaligned (4096) armed one, PostcopyRefused for armed memory that is neither tmpfs nor
-    hugetlbfs.
+    hugetlbfs, or huge pages of a supply that never faults and cannot ask for them.
     Never touches a page.
     """
 
@@ -97,6 +105,11 @@ class Mapping(Owner):
             if e.errno == errno.EOPNOTSUPP:
                 raise PostcopyRefused(
                     "postcopy needs guest memory on tmpfs (memfd, /dev/shm) or hugetlbfs; this is another file system"
+                ) from None
+            if e.errno == errno.ENOSYS:
+                raise PostcopyRefused(
+                    "postcopy without faults refused: whether a huge page is here can be asked only by a userfaultfd"
+                    " with MINOR_HUGETLBFS (Linux 5.13), which cannot be opened here; give the guest pages of 4 KiB"
                 ) from None
             unaligned = ", unaligned" if armed else ""
             why = {

@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #include "memory/gm_internal.h"
+#include "memory/ask_internal.h"
 #include "memory/replace_internal.h"
 #include "memory/supply_internal.h"
 
@@ -69,8 +70,14 @@ int vpc_map_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, in
         rc = -ENOMEM;
         goto fail;
     }
-    vpc_supply_ref(s);
     m->supply = s;
+    rc = armed ? vpc_ask_open(m) : 0;
+    if (rc < 0) {
+        vpc_guard_remove(m->guarded);
+        munmap(p, m->len);
+        goto fail;
+    }
+    vpc_supply_ref(s);
     vpc_supply_link(s, m);
     *out = m;
     return 0;
@@ -89,6 +96,7 @@ void vpc_map_unref(struct vpc_map *m)
     vpc_supply_unlink(m->supply, m);
     vpc_guard_remove(m->guarded);
     munmap(m->base, m->len);
+    vpc_ask_close(m);
     vpc_replace_reserve(); /* if the reserve was used, there is room for another */
     close(m->fd);
     if (m->ufd >= 0)

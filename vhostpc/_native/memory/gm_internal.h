@@ -22,6 +22,8 @@ struct vpc_supply {
     struct vpc_strike strike;
     int strike_fd; /* eventfd, readable from then on */
     int ufd; /* our copy, kept until disarm: failing needs it to wake */
+    bool no_fault; /* absent pages of armed memory are never touched; set before the first armed map, and then fixed */
+    int ask_ufd;   /* no_fault: for asking whether a huge page is there; -1: none. Kept for the supply's life */
     pthread_mutex_t lock; /* the list below; never held across a touch */
     struct vpc_map *maps;
     atomic_uint_fast64_t waits, total_ns, longest_ns;
@@ -44,6 +46,7 @@ struct vpc_map {
     atomic_int waiting; /* threads that wait for a page, or are about to look at lost before they do */
     int ufd;            /* that it was registered with; our own copy */
     atomic_uint_fast64_t *seen; /* armed: a bit per page that is known to be resident */
+    uint8_t *ask; /* no_fault, hugetlbfs: a second mapping, without access and never touched, for asking */
     struct vpc_guarded *guarded;
 };
 

@@ -9,10 +9,11 @@
 #include "clock.h"
 #include "event_internal.h"
 #include "memory/gm_internal.h"
+#include "memory/ask_internal.h"
 #include "memory/replace_internal.h"
 #include "memory/supply_internal.h"
 
-/* hugetlbfs cannot be probed: there a touch that took longer than this counts as one that waited. */
+/* hugetlbfs can be asked only where that was prepared: elsewhere a touch that took longer than this counts as one that waited. */
 #define WAITED_NS 50000
 
 int vpc_supply_new(struct vpc_supply **out)
@@ -28,7 +29,7 @@ int vpc_supply_new(struct vpc_supply **out)
         free(s);
         return rc;
     }
-    s->ufd = -1;
+    s->ufd = s->ask_ufd = -1;
     pthread_mutex_init(&s->lock, NULL);
     *out = s;
     return 0;
@@ -45,6 +46,8 @@ void vpc_supply_unref(struct vpc_supply *s)
         return;
     if (s->ufd >= 0)
         close(s->ufd);
+    if (s->ask_ufd >= 0)
+        close(s->ask_ufd);
     close(s->strike_fd);
     pthread_mutex_destroy(&s->lock);
     free(s);
@@ -83,6 +86,19 @@ int vpc_supply_arm(struct vpc_supply *s, int ufd)
         close(s->ufd);
     s->ufd = copy;
     atomic_store(&s->armed, 1);
+    return 0;
+}
+
+int vpc_supply_never_fault(struct vpc_supply *s, int ufd)
+{
+    if (s->no_fault)
+        return 0; /* maps exist that were registered with the first one */
+    if (ufd >= 0) {
+        s->ask_ufd = fcntl(ufd, F_DUPFD_CLOEXEC, 3);
+        if (s->ask_ufd < 0)
+            return -errno;
+    }
+    s->no_fault = true;
     return 0;
 }
 
@@ -208,15 +224,28 @@ static void count_wait(struct vpc_supply *s, uint64_t ns)
         ;
 }
 
-/* Is this page in the page cache? Not by mincore: for a file that we may not write by its mode bits it
- * calls every page resident. */
-static bool resident(const struct vpc_map *m, uint64_t page)
+/* Wait for a page that must not be touched before it is here. */
+static int ask_for(struct vpc_map *m, uint64_t page, const atomic_int *stop)
 {
-    off_t off = (off_t)(m->file_off + page * m->page_size);
-    return lseek(m->fd, off, SEEK_DATA) == off;
+    struct vpc_supply *s = m->supply;
+    uint64_t start = now_ns();
+    int rc = 0;
+
+    atomic_fetch_add(&m->waiting, 1);
+    /* Every page has arrived when the memory is calm again; one that nobody sent is empty then, as it is for all. */
+    while (!vpc_supply_lost(s) && atomic_load_explicit(&m->armed, memory_order_acquire) && !vpc_ask_present(m, page)) {
+        if (stop && atomic_load(stop)) {
+            rc = -ECANCELED;
+            break;
+        }
+        vpc_ask_pause(now_ns() - start, atomic_load_explicit(&m->waiting, memory_order_relaxed));
+    }
+    count_wait(s, now_ns() - start);
+    atomic_fetch_sub(&m->waiting, 1);
+    return vpc_supply_lost(s) ? -EOWNERDEAD : rc;
 }
 
-/* The one place where a thread of ours waits for a page. known: the page is known to be absent. */
+/* The one place where a thread of ours waits for a page by touching it. known: the page is known to be absent. */
 static int wait_for(struct vpc_map *m, uint64_t page, bool known)
 {
     struct vpc_supply *s = m->supply;
@@ -245,7 +274,8 @@ int vpc_touch_slow(const struct vpc_region *r, const uint8_t *p, uint64_t len, i
     last = ((uint64_t)(p - m->base) + len - 1) / m->page_size;
     for (; page <= last; page++) {
         uint64_t bit = 1ull << (page % 64);
-        bool known = m->kind == VPC_KIND_TMPFS, here;
+        bool known = vpc_ask_can(m), here;
+        int rc;
 
         if (atomic_load_explicit(&m->seen[page / 64], memory_order_relaxed) & bit)
             continue;
@@ -253,11 +283,14 @@ int vpc_touch_slow(const struct vpc_region *r, const uint8_t *p, uint64_t len, i
             return -ECANCELED;
         if (vpc_supply_lost(s))
             return -EOWNERDEAD;
-        here = known && resident(m, page);
+        here = known && vpc_ask_present(m, page);
         if (!here && (flags & VPC_TRY))
             return -EAGAIN;
-        if (!here && wait_for(m, page, known) < 0)
-            return -EOWNERDEAD;
+        if (!here) {
+            rc = s->no_fault ? ask_for(m, page, stop) : wait_for(m, page, known);
+            if (rc < 0)
+                return rc;
+        }
         /* A resident page stays so while armed: discards came before LISTEN. */
         atomic_fetch_or_explicit(&m->seen[page / 64], bit, memory_order_relaxed);
     }

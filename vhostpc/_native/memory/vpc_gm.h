@@ -22,7 +22,7 @@ struct vpc_log;    /* the dirty log shared with the front-end */
 
 /* Map [offset, offset + size) of fd, shared. The fd is duplicated. armed: without access, until
  * vpc_map_register. -EFBIG: longer than the file. -EINVAL: empty or wrapping, or armed and unaligned (4096).
- * -EOPNOTSUPP: armed, but neither tmpfs nor hugetlbfs. */
+ * -EOPNOTSUPP: armed, but neither tmpfs nor hugetlbfs. -ENOSYS: armed hugetlbfs that may not fault and cannot be asked. */
 int vpc_map_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, int armed, struct vpc_map **out);
 void vpc_map_unref(struct vpc_map *m);
 /* Our address of the first byte of the region: for the reply in postcopy, and for nothing else. */

@@ -34,6 +34,10 @@ int vpc_supply_new(struct vpc_supply **out);
 void vpc_supply_unref(struct vpc_supply *s);
 /* From now on maps created armed belong to this ufd (duplicated here); -errno. */
 int vpc_supply_arm(struct vpc_supply *s, int ufd);
+/* From now on no thread of ours touches an absent page of armed memory: it asks again and again whether the page has come.
+ * ufd: one of ours that can report minor faults of hugetlbfs (duplicated here), by which huge pages are asked for; -1: there
+ * is none, and armed maps of huge pages are refused. -errno. */
+int vpc_supply_never_fault(struct vpc_supply *s, int ufd);
 /* Unregister all armed maps and close our copies of the ufd: every page has arrived. */
 int vpc_supply_disarm(struct vpc_supply *s);
 /* Missing pages will never arrive: see architecture, "failing". -errno: not all maps could be replaced, and waiters in
