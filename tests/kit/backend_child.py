@@ -162,7 +162,8 @@ async def run(control_fd: int, spec: dict[str, Any]) -> None:
     control = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=control_fd)))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(heart.beat)
-        await nursery.start(serve, device, spec["path"], Options(hide_protocol_features=hide))
+        options = Options(hide_protocol_features=hide, no_fault=spec.get("no_fault", False))
+        await nursery.start(serve, device, spec["path"], options)
         await control.send_all(b"{}\n")
         await answer(control, device, heart)
         nursery.cancel_scope.cancel()
