@@ -20,7 +20,7 @@ from . import ROOT
 from .peers import PeerError, bridge_version, dpdk_version
 from .rows import HEAD, REPETITIONS, Row, console
 
-ROWS = ["n1", "n2", "n3", "n4", "f1", "f2", "f3", "f4", "m0", "m1", "m2", "m3", "m4", "r3", "d1", "i1"]
+ROWS = ["n1", "n2", "n3", "n4", "f1", "f2", "f3", "f4", "p1", "m0", "m1", "m2", "m3", "m4", "r3", "d1", "i1"]
 RESULT = ROOT / "docs" / "benchmarks.md"
 TEXT = """# Benchmarks
 

@@ -21,13 +21,14 @@ from tests.backend.test_backend_inflight import Region
 from tests.kit.absent_guest import PAGE, AbsentGuest, answer_of, prepare
 from tests.kit.raw_front_end import GUEST_BASE, RawFrontEnd, Ring, connected
 from tests.kit.until import until
-from vhostpc.backend import Device, Options, Queue, postcopy_state
+from vhostpc.backend import Device, Options, Queue
 from vhostpc.errors import UfdError
 from vhostpc.ufd import Features, Userfaultfd
 from vhostpc.wire import vhost_user as vu
 from vhostpc.wire.vhost_user import Feature, Request
 
 pytestmark = pytest.mark.ufd
+NONE = Features(0)
 NEVER = Options(no_fault=True)
 CHAINS = 6
 TEXT, ANSWER = 0x40, 0x41  # pages of the first chain
@@ -301,10 +302,10 @@ def open_without(missing: Features) -> Callable[..., Userfaultfd]:
     """``Userfaultfd.open`` of a kernel that does not know a feature."""
     real = Userfaultfd.open
 
-    def opened(*, features: Features = Features(0), **more: Features) -> Userfaultfd:
+    def opened(*, features: Features, optional: Features = NONE) -> Userfaultfd:
         if features & missing:
             raise UfdError("this kernel's userfaultfd does not know MINOR_HUGETLBFS")
-        return real(features=features, **more)
+        return real(features=features, optional=optional)
 
     return opened
 
@@ -319,7 +320,7 @@ async def test_huge_pages_that_cannot_be_asked_for_are_refused(
 ) -> None:
     caplog.set_level(logging.INFO)
     if not known:
-        monkeypatch.setattr(postcopy_state.Userfaultfd, "open", open_without(Features.MINOR_HUGETLBFS))
+        monkeypatch.setattr(Userfaultfd, "open", open_without(Features.MINOR_HUGETLBFS))
     size = 2 << 20
     fd = os.memfd_create("huge", os.MFD_CLOEXEC | 4 | 21 << 26)  # MFD_HUGETLB, of 2 MiB
     try:

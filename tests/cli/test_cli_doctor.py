@@ -124,6 +124,7 @@ def test_known_bugs_of_qemu_are_named(tmp_path: Path, version: str, bug: str) ->
     assert found.level is Level.NOTE
     assert bug in found.text
     assert found.mend
+    assert ("--no-fault" in found.mend) == version.startswith("10")
     assert found.facts["version"] == version.split()[0]
 
 

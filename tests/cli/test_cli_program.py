@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -14,10 +15,12 @@ import click
 import pytest
 import trio
 
+from tests.kit.raw_front_end import RawFrontEnd
 from tests.peers.child import open_child
 from vhostpc.backend import bind
 from vhostpc.cli.program import group_id
 from vhostpc.errors import VhostpcError
+from vhostpc.wire.vhost_user import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 60
@@ -46,6 +49,24 @@ async def test_each_says_when_it_is_ready(name: str, tmp_path: Path) -> None:
             sock.connect(str(tmp_path / "s"))
         child.process.send_signal(signal.SIGTERM)
         assert await child.wait() == 0, child.said
+
+
+@pytest.mark.ufd
+@pytest.mark.parametrize("option", [(), ("--no-fault",)], ids=["", "no-fault"])
+@pytest.mark.parametrize("name", PROGRAMS)
+async def test_each_can_do_without_faults(name: str, option: tuple[str, ...], tmp_path: Path) -> None:
+    """The first line of a session in postcopy says so, where it was wanted."""
+    command = [*PROGRAMS[name], *option, "-u", str(tmp_path / "s")]
+    async with open_child(command, name=name, cwd=ROOT) as child:
+        await child.until(r"ready on [^\n]*\n")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(str(tmp_path / "s"))
+        with contextlib.closing(RawFrontEnd(sock)) as front:
+            await front.negotiate()
+            (await front.ask(Request.POSTCOPY_ADVISE)).close_fds()
+        await child.until("disconnected")
+        assert "postcopy advised" in child.said
+        assert ("postcopy without faults: absent pages are not requested" in child.said) == bool(option)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import trio
 
 from tests.kit.hugepages import hugepages
 from tests.kit.until import until
@@ -97,7 +96,9 @@ async def ends(version: str, tmp_path: Path, targets: list[vm.Vm], memory: vm.Me
         await s.there.beat(s.nonce)
         assert await s.there.sweep() == 0
         await s.account.close(s.far, s.there)
-        assert s.there.traces(vm.RESOLVED) == 0  # the bridge met absent pages, and no fault of it came to QEMU
+        assert (
+            s.there.traces(vm.RESOLVED) == 0
+        )  # the bridge met absent pages, and no fault of it came to QEMU
         told = await s.end.ended(1)
         assert int(re.findall(r"(\d+) touches waited", told)[0]) > 0, told
         assert len(s.end.logged("postcopy without faults")) == 1
@@ -123,7 +124,7 @@ async def test_preempt_ends_on_huge_pages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", ["10.0", pytest.param(peers.NEWEST, marks=pytest.mark.long)])
 async def test_preempt_never_ends_once_the_bridge_has_faulted(version: str, tmp_path: Path) -> None:
-    """All pages are there, and QEMU waits for the list of requested pages, from which nothing will be taken any more."""
+    """All pages are there, and QEMU waits for its list of requested pages, from which nothing is taken any more."""
     async with stage(version, tmp_path, []) as s:
         await s.switch(tmp_path, SLOW)
         await until(lambda: s.there.traces(vm.RESOLVED) > 0, limit=60)

@@ -16,9 +16,10 @@ class Options:
 
     ``hide_features``, ``hide_protocol_features``: bits (as masks) not to offer. ``inband``: offer in-band
     notifications (QEMU acknowledges them and does not implement them). ``once``: end with the first session.
-    ``slow``: touch guest memory only on borrowed threads, never on the trio thread. ``no_fault``: in postcopy never touch
-    a page before it is here, for front-ends that cannot serve a back-end's fault (QEMU 10.0 with postcopy-preempt): a
-    thread that needs an absent page waits until the front-end has it by other means, which may be the migration's end.
+    ``slow``: touch guest memory only on borrowed threads, never on the trio thread. ``no_fault``: in postcopy never
+    touch a page before it is here, for front-ends that cannot serve a back-end's fault (QEMU 10.0 with
+    postcopy-preempt): a thread that needs an absent page waits until the front-end has it by other means, which may be
+    the migration's end.
     """
 
     hide_features: int = 0

@@ -209,7 +209,7 @@ QEMU_BUGS: tuple[tuple[Callable[[tuple[int, int]], bool], str, str], ...] = (
     (
         lambda v: v >= (10, 0),
         "postcopy-preempt never ends once a vhost-user back-end has faulted",
-        "leave postcopy-preempt off",
+        "leave postcopy-preempt off, or start the back-end with --no-fault",
     ),
 )
 

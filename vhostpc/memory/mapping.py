@@ -49,8 +49,8 @@ class Supply(Owner):
     def never_fault(self, ask_by: int | None) -> None:
         """Before the first armed mapping: from now on absent pages are not touched, but asked for until they are here.
 
-        ``ask_by``: a userfaultfd with MINOR_HUGETLBFS (a copy is kept), by which huge pages are asked for; None: there is
-        none, and armed mappings of huge pages are refused. A thread may then wait for a page that nobody has requested.
+        ``ask_by``: a userfaultfd with MINOR_HUGETLBFS (a copy is kept), by which huge pages are asked for; None: there
+        is none, and armed mappings of huge pages are refused. A thread may then wait for a page that nobody requested.
         """
         check(lib.vpc_supply_never_fault(self.handle, -1 if ask_by is None else ask_by), "userfaultfd")
 
