@@ -93,12 +93,13 @@ async def set_mem_table(session: SessionState, frame: Frame) -> Answer | None:
     # stores them it forgets those of the table before, so a fault in progress there must be served first.
     await session.pause_vrings()
     await_exchange(session, memory)
-    session.postcopy.await_ack([r.mapping for r in regions])
     own = [
         MemoryRegion(r.guest_addr, r.size, region.mapping.address, r.mmap_offset)
         for r, region in zip(table, regions, strict=True)
     ]
-    return Answer(pack_table(own).ljust(len(frame.payload), b"\0"), always=True)  # as long as the request
+    answer = pack_table(own).ljust(len(frame.payload), b"\0")  # as long as the request
+    session.postcopy.await_ack([r.mapping for r in regions], frame.request, answer)
+    return Answer(answer, always=True)
 
 
 def await_exchange(session: SessionState, memory: GuestMemory) -> None:
@@ -161,6 +162,7 @@ async def add_mem_reg(session: SessionState, frame: Frame) -> Answer | None:
     armed = session.postcopy.listening
     regions = current_regions(session)
     region = next((r for r in regions if same(r, wanted)), None)
+    new: list[Mapping] = []
     if region is None:
         if len(regions) >= MAX_MEM_SLOTS:
             raise RemoteProtocolError(f"ADD_MEM_REG: all {MAX_MEM_SLOTS} memory slots are taken")
@@ -170,14 +172,16 @@ async def add_mem_reg(session: SessionState, frame: Frame) -> Answer | None:
         memory = GuestMemory(session.supply, (*regions, region))
         if armed:
             await_exchange(session, memory)
-            session.postcopy.await_ack([region.mapping])
+            new = [region.mapping]
         else:
             await use_memory(session, memory)
     if not armed:
         return None
     # QEMU 7.2 adds a region once per queue pair: the same answer each time.
     own = MemoryRegion(wanted.guest_addr, wanted.size, region.mapping.address, wanted.mmap_offset)
-    return Answer(pack_single_region(own), always=True)
+    answer = pack_single_region(own)
+    session.postcopy.await_ack(new, frame.request, answer)
+    return Answer(answer, always=True)
 
 
 @handles(Request.REM_MEM_REG)

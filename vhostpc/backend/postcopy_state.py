@@ -8,6 +8,7 @@ the front-end can translate it.
 
 from __future__ import annotations
 
+from vhostpc.backend.pair_answers import PairAnswers
 from vhostpc.errors import PostcopyRefused, RemoteProtocolError, UfdError
 from vhostpc.logs import rationed_logger
 from vhostpc.memory.mapping import Mapping, Supply, mlock_future_in_force
@@ -38,13 +39,16 @@ def open_ufd() -> Userfaultfd:
 class Postcopy:
     """The state of one session's postcopy."""
 
-    def __init__(self, supply: Supply, name: str, *, no_fault: bool = False) -> None:
+    def __init__(
+        self, supply: Supply, name: str, *, no_fault: bool = False, answer_each_pair: bool = False
+    ) -> None:
         self.phase = PostcopyPhase.OFF
         self._no_fault = no_fault
         self._supply = supply
         self._name = name
         self._ufds: list[Userfaultfd] = []
         self._awaiting: list[Mapping] = []  # addresses sent, not yet stored by the front-end
+        self.pairs = PairAnswers(answer_each_pair)
         self._regions = 0
         self._bytes = 0
 
@@ -68,6 +72,7 @@ class Postcopy:
             raise RemoteProtocolError("POSTCOPY_ADVISE came more than 256 times")
         ufd = open_ufd()
         self._ufds.append(ufd)
+        self.pairs.advised()
         self._supply.arm(ufd.fileno())
         again = self.phase is not PostcopyPhase.OFF
         if not again:
@@ -75,11 +80,13 @@ class Postcopy:
             log.info("%s: postcopy advised", self._name)
             if self._no_fault:
                 self._never_fault()
+        elif self.pairs.wanted:
+            log.info("%s: postcopy advised again: a further queue pair, to be answered unasked", self._name)
         else:
             log.warning(
                 "%s: postcopy advised again, as QEMU does for each queue pair: QEMU 10.0 may now wait for ever"
-                " for an answer that it did not request; give guests that migrate by postcopy one queue pair"
-                " (queues=1), or migrate them by precopy",
+                " for an answer that it did not request; start this back-end with --answer-each-pair, give guests"
+                " that migrate by postcopy one queue pair (queues=1), or migrate them by precopy",
                 self._name,
             )
         return ufd.fileno()
@@ -111,9 +118,10 @@ class Postcopy:
         log.info("%s: postcopy listening", self._name)
         return True
 
-    def await_ack(self, mappings: list[Mapping]) -> None:
-        """Their addresses were sent; the front-end's acknowledgement is still expected."""
+    def await_ack(self, mappings: list[Mapping], request: int, answer: bytes) -> None:
+        """Their addresses were sent by this answer; the front-end's acknowledgement is still expected."""
         self._awaiting.extend(mappings)
+        self.pairs.answered(request, answer)
 
     def acknowledged(self) -> int:
         """The front-end has stored our addresses: register the new mappings. Returns how many.
@@ -121,6 +129,7 @@ class Postcopy:
         There may be none: QEMU sends an acknowledgement after each stop and continue. Raises PostcopyRefused.
         """
         new, self._awaiting = self._awaiting, []
+        self.pairs.acknowledged()
         for mapping in new:
             try:
                 mapping.register()
@@ -143,6 +152,7 @@ class Postcopy:
             return
         was_listening = self.listening
         self._supply.disarm()
+        self.pairs.end()
         self._close_ufds()
         self.phase = PostcopyPhase.ENDED
         if was_listening:
@@ -153,6 +163,7 @@ class Postcopy:
         if self.phase is PostcopyPhase.ADVISED:
             self._supply.disarm()
             self._close_ufds()
+            self.pairs.end()
             self.phase = PostcopyPhase.OFF
             log.info("%s: migration ended without postcopy", self._name)
 

@@ -19,7 +19,8 @@ class Options:
     ``slow``: touch guest memory only on borrowed threads, never on the trio thread. ``no_fault``: in postcopy never
     touch a page before it is here, for front-ends that cannot serve a back-end's fault (QEMU 10.0 with
     postcopy-preempt): a thread that needs an absent page waits until the front-end has it by other means, which may be
-    the migration's end.
+    the migration's end. ``answer_each_pair``: in postcopy give our addresses once more for each further queue pair, as
+    QEMU 10.0 and 11.1 expect without a request; QEMU 7.2 with memory slots does not.
     """
 
     hide_features: int = 0
@@ -28,6 +29,7 @@ class Options:
     once: bool = False
     slow: bool = False
     no_fault: bool = False
+    answer_each_pair: bool = False
 
 
 def feature_bits(names: Iterable[str]) -> int:

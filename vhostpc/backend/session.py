@@ -176,6 +176,9 @@ class Session:
             raise RemoteProtocolError(f"{name} failed, and the front-end did not request an ack")
         else:
             await self._acknowledge(frame, 1 if answer is not None and answer.failed else 0)
+        status = ProtocolFeature.STATUS in state.protocol_features
+        for request, payload in state.postcopy.pairs.owed(frame.request, status=status):
+            await self._reply(request, Answer(payload))
 
     def _is_postcopy_ack(self, frame: Frame) -> bool:
         return (

@@ -42,7 +42,9 @@ class SessionState:
         self.supply = Supply()
         self.gate = Gate(self.supply, device.num_queues + 2)
         self.gate.slow = options.slow
-        self.postcopy = Postcopy(self.supply, name, no_fault=options.no_fault)
+        self.postcopy = Postcopy(
+            self.supply, name, no_fault=options.no_fault, answer_each_pair=options.answer_each_pair
+        )
         self.pagefault = pagefault
         self.nursery: trio.Nursery
         #: Negotiated by SET_FEATURES and SET_PROTOCOL_FEATURES.

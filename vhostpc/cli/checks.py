@@ -204,7 +204,7 @@ QEMU_BUGS: tuple[tuple[Callable[[tuple[int, int]], bool], str, str], ...] = (
     (
         lambda v: v >= (10, 0),
         "postcopy with two or more queue pairs of vhost-user-net never ends",
-        "use one queue pair for guests that migrate by postcopy",
+        "start the back-end with --answer-each-pair, or use one queue pair",
     ),
     (
         lambda v: v >= (10, 0),

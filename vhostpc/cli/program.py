@@ -193,6 +193,11 @@ def program_options(*, path: str | None = None) -> Callable[[Callable[..., Any]]
             help="In postcopy wait for absent pages without touching them: for QEMU with postcopy-preempt.",
         ),
         click.option(
+            "--answer-each-pair",
+            is_flag=True,
+            help="In postcopy answer for each queue pair, unasked: for QEMU 10.0 and 11.1 with several.",
+        ),
+        click.option(
             "--print-capabilities", is_flag=True, help="Print the program's capabilities as JSON, and exit."
         ),
         common_options,
@@ -207,6 +212,7 @@ def program_options(*, path: str | None = None) -> Callable[[Callable[..., Any]]
             hide_feature: int,
             hide_protocol_feature: int,
             no_fault: bool,
+            answer_each_pair: bool,
             **more: Any,
         ) -> Any:
             own = {name: more.pop(name) for name in ("fd", "connect", "mode", "group")}
@@ -218,6 +224,7 @@ def program_options(*, path: str | None = None) -> Callable[[Callable[..., Any]]
                 hide_protocol_features=hide_protocol_feature,
                 once=once,
                 no_fault=no_fault,
+                answer_each_pair=answer_each_pair,
             )
             return command(program=Program(path=socket_path, options=options, **own), **more)
 
