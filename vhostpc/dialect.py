@@ -66,6 +66,10 @@ class Dialect:
     """``ram`` has ``skipped``, always 0."""
     remaining: bool
     """It has ``remaining`` beside ``ram``."""
+    latency: bool
+    """Beside block time it has latencies, in nanoseconds and by their powers of two."""
+    blocktime_of_precopy: bool
+    """A destination that advised postcopy reports block time although everything came by precopy: none."""
 
     # Commands.
     migrate_flags: tuple[str, ...]
@@ -221,6 +225,8 @@ _7_2 = Dialect(
     address_after_listening=True,
     skipped_pages=True,
     remaining=False,
+    latency=False,
+    blocktime_of_precopy=True,
     migrate_flags=("blk", "inc", "detach", "resume"),
     channels=False,
     exit_on_error=False,
@@ -276,6 +282,8 @@ _10_0 = Dialect(
     address_after_listening=False,
     skipped_pages=False,
     remaining=False,
+    latency=False,
+    blocktime_of_precopy=True,
     migrate_flags=("detach", "resume"),
     channels=True,
     exit_on_error=True,
@@ -316,6 +324,8 @@ _11_1 = replace(
     statuses=tuple(_STATUSES_11_1.split()),
     precopy_passes_only=True,
     remaining=True,
+    latency=True,
+    blocktime_of_precopy=False,
     migrate_flags=("resume",),
     globals=("Globals:", *(f"  {line}" for line in _10_0.globals[1:])),
     grouped_info=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ import pytest
 import trio
 
 from tests.kit.until import until
-from vhostpc._native import ffi, lib
 from vhostpc.errors import MemoryLost
 from vhostpc.guest.vcpu import UNLIMITED, Area, VCpu, stop_all
 from vhostpc.pages import pagesource
+from vhostpc.pages.blocktime import NOBODY
 from vhostpc.pages.pagesource import PageSource
 from vhostpc.pages.ramblock import Bits, RamSet
 from vhostpc.pages.service import FaultService
@@ -91,7 +90,10 @@ async def all_comes(page_size: int, pages: int) -> None:
                 nursery.start_soon(load)
                 begun = [cpu.numbers().step for cpu in m.others]
                 for cpu in m.others:
-                    await nursery.start(cpu.run)
+                    await m.nursery.start(cpu.park)
+                m.service.set_vcpus([cpu.thread for cpu in m.others])
+                for cpu in m.others:
+                    cpu.go()
                 # All pages on demand alone, and each rewritten as it came.
                 await until(lambda: m.service.missing() == 0)
                 await until(lambda: all(c.numbers().step > begun[c.index] + pages for c in m.others))
@@ -103,15 +105,17 @@ async def all_comes(page_size: int, pages: int) -> None:
                 numbers = cpu.numbers()
                 assert numbers.bad == 0, str(numbers.first_bad)
                 assert await cpu.sweep() == (0, None)
-            # Who waited is told by thread, and no wait is left out.
-            threads = m.service.threads()
-            assert {cpu.numbers().thread for cpu in m.others} == set(threads)
+            # Who waited is told by vCPU, and no wait is left out.
+            found = m.service.blocktime()
+            assert found is not None
             own = m.service.own.numbers()
-            assert sum(w.count for w in threads.values()) == own.waits.count > 0
-            assert max(w.longest_ns for w in threads.values()) == own.waits.longest_ns
-            for cpu in m.others:
-                waits = threads[cpu.numbers().thread]
-                assert 0 < waits.p50_ns <= waits.p99_ns <= waits.longest_ns
+            assert sum(one.waits.count for one in found.vcpus) == own.waits.count > 0
+            assert max(one.waits.longest_ns for one in found.vcpus) == own.waits.longest_ns
+            assert found.others == NOBODY
+            for cpu, one in zip(m.others, found.vcpus, strict=True):
+                waits = one.waits
+                assert 0 < waits.p50_ns <= waits.p99_ns <= waits.longest_ns <= one.blocked_ns
+                assert one.blocked_ns <= cpu.numbers().stalled_ns
                 assert cpu.numbers().stalls.longest_ns > 0
 
 
@@ -200,30 +204,3 @@ async def test_vcpus_of_memory_that_is_lost_end_and_count_nothing() -> None:
                     await cpu.run()
                 assert cpu.numbers().bad == 0
             assert [b.holes() for b in m.ram.blocks] == holes, "a page was made that nobody sent"
-
-
-def touch(ram: RamSet, page: int) -> None:
-    lib.vpc_ram_read(ram.handle, 0, page * TARGET_PAGE, ffi.new("char[1]"), 1)
-
-
-async def test_the_table_of_threads_has_an_end() -> None:
-    """Threads come and go: what has no row of its own is counted in one."""
-    with trio.fail_after(60), RamSet() as ram:
-        block = ram.create("ram", 300 * TARGET_PAGE)
-        with RamSet() as ready, FaultService(ram) as service:
-            pages = ready.create("ram", block.length)
-            await pages.fill(1)
-            service.arm()
-            service.answer_from(block, pages.fd)
-            assert service.threads() == {}
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(service.run)
-                for page in range(300):
-                    thread = threading.Thread(target=touch, args=(ram, page))
-                    thread.start()
-                    await until(lambda t=thread: not t.is_alive())  # type: ignore[misc]
-                nursery.cancel_scope.cancel()
-            threads = service.threads()
-            assert len(threads) == 256
-            assert threads[0].count == 300 - 255
-            assert sum(w.count for w in threads.values()) == 300

@@ -211,7 +211,7 @@ async def test_a_client_of_a_closed_fault_service_raises() -> None:
         service = made.made[FaultService]
         client = service.add_client(ufd, "client")
         service.close()
-        calls: list[str | tuple[str, Any]] = [("set_ranges", ([],)), "numbers", "threads"]
+        calls: list[str | tuple[str, Any]] = [("set_ranges", ([],)), "numbers"]
         for call in calls:
             with pytest.raises(ValueError, match="closed"):
                 await use(client, call)

@@ -179,8 +179,8 @@ PRIVATE = {
     "vpc_ring.h": {"const unsigned char * data", "unsigned char * data"},
     # A copy out of and into RAM blocks.
     "vpc_ram.h": {"void * to", "const void * from"},
-    # A return-path message.
-    "vpc_fault.h": {"const void * message"},
+    # A return-path message; numbers of threads.
+    "vpc_fault.h": {"const void * message", "const uint32_t * threads"},
     # Bytes of the stream that were read before it, and by it too far.
     "vpc_load.h": {"const void * from", "void * to"},
     # What follows the pages in a stream.

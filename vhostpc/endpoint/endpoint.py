@@ -51,6 +51,7 @@ from vhostpc.migration.phase import LEFT, Course, Event, Phase, Told, begun
 from vhostpc.migration.runstate import RunState, check_migrate
 from vhostpc.migration.status import BUSY, IN_POSTCOPY, Status
 from vhostpc.migration.uri import Address, Exec, Fd, File
+from vhostpc.pages.blocktime import Blocktime
 
 log = rationed_logger(__name__)
 
@@ -133,6 +134,7 @@ class Endpoint:
             self._outgoing = Outgoing(None, machine, self._course, self, options=options, notes=notes)
         # As a destination.
         self._incoming: Incoming | None = None
+        self._tells_blocktime = False
         self._recovery: trio.CancelScope | None = None
         """Listens for a source that recovers."""
         self._retrying: trio.CancelScope | None = None
@@ -188,7 +190,7 @@ class Endpoint:
         )
         if came:
             told = self._addresses if dialect.address_after_listening or status in BUSY else []
-            return replace(told_always, socket_address=told)
+            return replace(told_always, socket_address=told, blocktime=self._blocktime())
         outgoing = self._outgoing
         if outgoing is None or status in _WITHOUT_NUMBERS:
             return told_always
@@ -207,6 +209,16 @@ class Endpoint:
             downtime=outgoing.downtime_ms if ended or stopped else None,
             expected_downtime=None if ended or stopped else outgoing.expected_downtime_ms,
         )
+
+    def _blocktime(self) -> Blocktime | None:
+        """Of a machine that has come, and runs here: nobody knows the vCPUs of one that is held."""
+        incoming = self._incoming
+        if incoming is None or not self._tells_blocktime or self.status is not Status.COMPLETED:
+            return None
+        by_postcopy = incoming.kept is not None
+        if not (by_postcopy or (incoming.advised and self.options.dialect.blocktime_of_precopy)):
+            return None
+        return incoming.service.blocktime()
 
     def report(self) -> dict[str, Any]:
         """The state of the machine, and the counts of pages in the last migration from and to here."""
@@ -583,6 +595,7 @@ class Endpoint:
                     channel = await stack.enter_async_context(await listener.accept())
                 channel.limit_silence(self._links.timeout)
                 self._course.move(Event.CONNECT)
+                self._tells_blocktime = "postcopy-blocktime" in self.options
                 incoming = self._incoming = Incoming(
                     channel,
                     self.machine,

@@ -25,6 +25,7 @@ from vhostpc.guest.vcpu import Area, VCpu, stop_all
 from vhostpc.logs import rationed_logger
 from vhostpc.memory.available import available_memory
 from vhostpc.migration.runstate import RunState
+from vhostpc.pages.blocktime import Blocktime, ThreadWaits
 from vhostpc.pages.dirty import DirtyTracker, DirtyWay
 from vhostpc.pages.faultclient import ClientNumbers
 from vhostpc.pages.ramblock import Bits, RamSet, refusal
@@ -190,7 +191,8 @@ class OwnMachine:
         """When it stopped at the source that it came from."""
         self._came: set[tuple[str, int]] = set()
         self._service: FaultService | None = None
-        self._threads: dict[int, Waits] = {}
+        self._counted: FaultService | None = None
+        """The last one: what it counted can be read for ever."""
 
     @property
     def runnable(self) -> bool:
@@ -235,6 +237,12 @@ class OwnMachine:
             await vcpu.park(task_status=task_status)
         except MemoryLost as error:
             self._problem(f"{vcpu.name} stopped: {error}")
+        finally:
+            self._tell_threads()  # its id may soon be another thread's
+
+    def _tell_threads(self) -> None:
+        if self._service is not None and not self._service.closed:
+            self._service.set_vcpus([vcpu.thread for vcpu in self.vcpus])
 
     def _problem(self, text: str) -> None:
         self._problems.append(text)
@@ -372,8 +380,9 @@ class OwnMachine:
             log.warning("UUID is received %s, but local uuid isn't set", UUID(bytes=configuration.uuid))
 
     async def advise(self, service: FaultService) -> None:
-        self._service = service
+        self._service = self._counted = service
         await self._park_vcpus()  # before the wait for it
+        self._tell_threads()
         for backend in self.backends:
             await backend.advise(service)
 
@@ -450,8 +459,6 @@ class OwnMachine:
         self._whole = True
 
     async def end(self) -> None:
-        if self._service is not None:
-            self._threads = self._service.threads()
         async with trio.open_nursery() as nursery:
             for backend in self.backends:
                 nursery.start_soon(backend.end)
@@ -461,8 +468,7 @@ class OwnMachine:
 
     def report(self) -> dict[str, Any]:
         """Numbers for tests: JSON's types only. Times in nanoseconds."""
-        live = self._service is not None and not self._service.closed
-        threads = self._service.threads() if live and self._service is not None else self._threads
+        blocked = self._counted.blocktime() if self._counted is not None else None
         return {
             "running": self.running,
             "problems": self.problems,
@@ -477,7 +483,8 @@ class OwnMachine:
                 }
                 for block in self.ram.blocks
             ],
-            "vcpus": [self._vcpu_report(vcpu, threads) for vcpu in self.vcpus],
+            "blocked": None if blocked is None else _together(blocked),
+            "vcpus": [self._vcpu_report(vcpu, blocked) for vcpu in self.vcpus],
             "devices": [
                 {**device.report(), "faults": _faults(device.backend.numbers())} for device in self.devices
             ],
@@ -493,29 +500,42 @@ class OwnMachine:
             first = first or where
         return {"pages": pages, "bad": bad, "first-bad": str(first) if first else None}
 
-    def _vcpu_report(self, vcpu: VCpu, threads: dict[int, Waits]) -> dict[str, Any]:
+    def _vcpu_report(self, vcpu: VCpu, blocked: Blocktime | None) -> dict[str, Any]:
         numbers = vcpu.numbers()
+        faults = _thread(blocked.vcpus[vcpu.index]) if blocked is not None else None
         told: dict[str, Any] = {
             "name": vcpu.name,
             "running": vcpu.running,
             "thread": numbers.thread,
             "standstill-ns": max(0, numbers.first_beat_ns - self._left_ns) if self._left_ns else None,
             "first-bad": str(numbers.first_bad) if numbers.first_bad else None,
-            "faults": _waits(threads.get(numbers.thread)),
-            "stalls": _waits(numbers.stalls),
+            "faults": faults,
+            "stalls": {**_waits(numbers.stalls), "total-ns": numbers.stalled_ns},
         }
         for name in "beats reads writes checks glances touches bad step first_beat_ns last_beat_ns".split():
             told[name.replace("_", "-")] = getattr(numbers, name)
         return told
 
 
-def _waits(waits: Waits | None) -> dict[str, int]:
-    found = waits or Waits(0, 0, 0, 0)
-    return {name.replace("_", "-"): value for name, value in asdict(found).items()}
+def _waits(waits: Waits) -> dict[str, int]:
+    return {name.replace("_", "-"): value for name, value in asdict(waits).items()}
+
+
+def _thread(found: ThreadWaits) -> dict[str, int]:
+    return {**_waits(found.waits), "blocked-ns": found.blocked_ns, "waiting-now": found.waiting_now}
+
+
+def _together(blocked: Blocktime) -> dict[str, Any]:
+    return {
+        "all-vcpus-ns": blocked.all_vcpus_ns,
+        "all-ns": blocked.all_ns,
+        "drivers": _thread(blocked.others),
+    }
 
 
 def _faults(numbers: ClientNumbers | None) -> dict[str, int]:
-    told = _waits(numbers.waits if numbers else None)
-    for name in "faults distinct found_nothing received_already requested_already waiting_now".split():
+    told = _waits(numbers.waits if numbers else Waits(0, 0, 0, 0))
+    names = "blocked_ns faults distinct found_nothing received_already requested_already waiting_now"
+    for name in names.split():
         told[name.replace("_", "-")] = getattr(numbers, name) if numbers else 0
     return told

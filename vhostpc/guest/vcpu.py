@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,9 @@ class VCpuNumbers:
     last_beat_ns: int
     """CLOCK_MONOTONIC at the end of the last beat; 0 before the first."""
     thread: int
-    """Kernel thread id of the last run, as ``FaultService.threads`` knows it; 0 before the first."""
+    """Kernel thread id of the last run; 0 before the first."""
+    stalled_ns: int
+    """All of these together."""
     stalls: Waits
     """The first touch of each page, which is the one that may wait for it."""
 
@@ -132,6 +135,8 @@ class VCpu(Owner):
         self._look = trio.Lock()
         self.has_thread = False
         """Whether it has a thread."""
+        self.thread = 0
+        """The kernel thread id of its thread, 0 while it has none."""
         self._run: trio.Event | None = None  # the end of a run that has a thread for itself
         if not 0 <= index < count:
             raise ValueError(f"there is no vCPU {index} of {count}")
@@ -188,6 +193,7 @@ class VCpu(Owner):
         self.has_thread = True
         self._run = trio.Event() if once else None
         try:
+            self.thread = await thread.call(threading.get_native_id)
             if once:
                 self.go()
             task_status.started()
@@ -195,7 +201,7 @@ class VCpu(Owner):
                 lambda: lib.vpc_vcpu_run(handle, once), lambda: lib.vpc_vcpu_end(handle), thread
             )
         finally:
-            self.has_thread = False
+            self.has_thread, self.thread = False, 0
             thread.close()
             if self._run is not None:
                 self._run.set()

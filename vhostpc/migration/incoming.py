@@ -153,6 +153,11 @@ class Incoming:
         return self.service.missing()
 
     @property
+    def advised(self) -> bool:
+        """Whether the source has said that it may switch to postcopy."""
+        return self._advised is not None
+
+    @property
     def channel(self) -> Channel:
         """That of the link, or of the last one."""
         return self._link.channel

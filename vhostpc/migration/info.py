@@ -7,6 +7,7 @@ from typing import Any
 
 from vhostpc.dialect import Dialect
 from vhostpc.migration.status import Status
+from vhostpc.pages.blocktime import Blocktime, ThreadWaits
 from vhostpc.units import TARGET_PAGE
 
 
@@ -57,7 +58,7 @@ class RamInfo:
 class MigrationInfo:
     """A snapshot of a migration, for ``query-migrate``. Times in milliseconds; None is not reported.
 
-    A destination fills ``status``, ``error_desc``, ``blocked_reasons`` and ``socket_address`` only.
+    A destination fills ``status``, ``error_desc``, ``blocked_reasons``, ``socket_address`` and ``blocktime`` only.
     """
 
     status: Status = Status.NONE
@@ -71,6 +72,7 @@ class MigrationInfo:
     error_desc: str | None = None
     socket_address: list[dict[str, Any]] = field(default_factory=list)
     blocked_reasons: list[str] = field(default_factory=list)
+    blocktime: Blocktime | None = None
     advice: str | None = None
     """What a person can do next; not part of QEMU's answer."""
 
@@ -90,4 +92,27 @@ class MigrationInfo:
             told["socket-address"] = self.socket_address
         if self.blocked_reasons:
             told["blocked-reasons"] = self.blocked_reasons
+        if self.blocktime is not None:
+            told |= _blocktime(self.blocktime, dialect)
         return told
+
+
+def _blocktime(found: Blocktime, dialect: Dialect) -> dict[str, Any]:
+    """In milliseconds, as all versions have it. Averages in nanoseconds; of the threads of this process only."""
+    told: dict[str, Any] = {
+        "postcopy-blocktime": found.all_vcpus_ns // 1_000_000,
+        "postcopy-vcpu-blocktime": [vcpu.blocked_ns // 1_000_000 for vcpu in found.vcpus],
+    }
+    if dialect.latency:
+        all_threads = (*found.vcpus, found.others)
+        told |= {
+            "postcopy-latency": _average(*all_threads),
+            "postcopy-latency-dist": list(found.latency),
+            "postcopy-vcpu-latency": [_average(vcpu) for vcpu in found.vcpus],
+            "postcopy-non-vcpu-latency": _average(found.others),
+        }
+    return told
+
+
+def _average(*threads: ThreadWaits) -> int:
+    return sum(one.remote_ns for one in threads) // max(1, sum(one.remote for one in threads))

@@ -11,8 +11,6 @@ from vhostpc._native.numbers import numbers_of
 from vhostpc.pages.ramblock import RamBlock
 from vhostpc.pages.waits import Waits, waits_of
 
-MOST_THREADS = 256
-
 
 @dataclass(frozen=True, slots=True)
 class ClientRange:
@@ -53,6 +51,8 @@ class ClientNumbers:
     """Address of the last fault that found nothing, 0 if there was none."""
     error: int
     """errno that ended reading this client, 0 if it is read."""
+    blocked_ns: int
+    """The time in which at least one of its threads waited until now, waits that have not ended included."""
     waits: Waits
     """From reading a fault to waking it."""
 
@@ -103,13 +103,3 @@ class Client:
         raw = ffi.new("struct vpc_client_stats *")
         check(lib.vpc_fault_client_stats(self._service.handle, self.number, raw), "client numbers")
         return numbers_of(ClientNumbers, raw, waits=waits_of(raw.histogram, raw.longest_ns))
-
-    def threads(self) -> dict[int, Waits]:
-        """The waits of each of its threads, by kernel thread id; none for a ufd without THREAD_ID.
-
-        Threads that came when the table was full (256 rows) are counted under 0.
-        """
-        raw = ffi.new("struct vpc_thread_waits[]", MOST_THREADS)
-        rc = lib.vpc_fault_threads(self._service.handle, self.number, raw, MOST_THREADS)
-        count = check(rc, f"threads of {self.name}")
-        return {w.thread: waits_of(w.histogram, w.longest_ns) for w in raw[0:count]}

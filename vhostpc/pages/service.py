@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import trio
@@ -20,12 +21,12 @@ from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import keeping
 from vhostpc.errors import PageBorn
 from vhostpc.logs import rationed_logger
+from vhostpc.pages.blocktime import Blocktime, Blocktimes
 from vhostpc.pages.faultclient import Client, ClientRange
 from vhostpc.pages.loops import Loops
 from vhostpc.pages.ramblock import Bits, RamBlock, RamSet
 from vhostpc.pages.ramchannel import LoadNumbers, RamChannel
 from vhostpc.pages.trace import Trace, Traced
-from vhostpc.pages.waits import Waits
 from vhostpc.ufd.flags import Features
 from vhostpc.ufd.uffd import Userfaultfd
 
@@ -101,6 +102,7 @@ class FaultService(Owner):
         self._own: Client | None = None
         self._names: dict[int, str] = {}
         self._stays = False
+        self._blocktimes = Blocktimes(raw)
         self._trace: Trace | None = None
         if trace:
             try:
@@ -135,6 +137,7 @@ class FaultService(Owner):
                 if (page := block.born()) is not None:
                     raise self.born(block.index, page, "has not arrived, but a page is there")
             own = self.add_client(ufd, OWN)
+            self._blocktimes.armed(own.number, Features.THREAD_ID in ufd.features)
             own.set_ranges(ClientRange(b.base, b.length, b, 0) for b in self.ram.blocks)
         except BaseException:
             if own is not None:
@@ -257,6 +260,8 @@ class FaultService(Owner):
                 os.strerror(-rc),
             )
         self._stays = rc < 0
+        if rc == 0:
+            self.own.remove()  # nobody waits in it any more
 
     def _close_ufd(self) -> None:
         if self._ufd is not None:
@@ -296,9 +301,21 @@ class FaultService(Owner):
         """
         return (start, []) if self._trace is None else self._trace.read(start, most)
 
-    def threads(self) -> dict[int, Waits]:
-        """The waits of each thread of this process for pages of our own mapping, by kernel thread id."""
-        return {} if self._own is None else self._own.threads()
+    def set_vcpus(self, threads: Sequence[int]) -> None:
+        """Which threads of this process are vCPUs: their kernel thread ids, 0 for one that has none now.
+
+        Told before or after :meth:`arm`, and again when threads have come or gone; a thread that got the id of an earlier
+        one is not taken for it then. Raises ValueError for another number of vCPUs than before, Shortage.
+        """
+        self._blocktimes.set_vcpus(threads)
+
+    def blocktime(self) -> Blocktime | None:
+        """How long vCPUs and all others waited for pages until now, or until :meth:`close`.
+
+        None where vCPUs are not known (:meth:`set_vcpus`), or faults do not name their threads. What a client waited
+        is among its numbers.
+        """
+        return self._blocktimes.read()
 
     def missing(self) -> int:
         """Host pages that were not received."""
@@ -331,6 +348,7 @@ class FaultService(Owner):
         """Free everything; with pages missing, :meth:`give_up` comes first. Loops that still run are ended."""
         self.give_up()
         self._close_ufd()
+        self._blocktimes.keep()
         if self._trace is not None:
             self._trace.keep()
         self._native.close(idle=self.loops.idle)

@@ -6,7 +6,7 @@ Source: QEMU's manual (monitor); texts as recorded from 7.2, 10.0 and 11.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,8 +125,8 @@ async def _info_migrate(session: Session, given: Arguments) -> str:
 async def _migrate_lines(session: Session, given: Arguments) -> str:
     info = await call(session, "query-migrate", {})
     if session.dialect.grouped_info:
-        settings = session.dialect.globals if given.options else ()
-        return "".join(f"{line}\n" for line in (*_grouped(info), *settings))
+        rest = (*session.dialect.globals, *_blocktime_grouped(info)) if given.options else ()
+        return "".join(f"{line}\n" for line in (*_grouped(info), *rest))
     lines = list(session.dialect.globals)
     if "status" in info:
         why = f" ({info['error-desc']})" if "error-desc" in info else ""
@@ -163,7 +163,21 @@ async def _migrate_lines(session: Session, given: Arguments) -> str:
         ):
             if ram[name]:
                 lines.append(text.format(ram[name] >> 10 if name.endswith("bytes") else ram[name]))
+    if "postcopy-blocktime" in info:
+        lines.append(f"postcopy blocktime: {info['postcopy-blocktime']}")
+        lines.append(f"postcopy vcpu blocktime: {_ranges(info['postcopy-vcpu-blocktime'])}")
     return "".join(line + "\n" for line in lines)
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Each number once, in order, neighbours as a range: so QEMU's text monitor writes lists of numbers."""
+    ranges: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(f"{low}-{high}" if high > low else f"{low}" for low, high in ranges)
 
 
 def _size(number: int) -> str:
@@ -215,6 +229,43 @@ def _grouped(info: dict[str, Any]) -> list[str]:
             f"  Others: \t\t{', '.join(others)}",
         ]
     return lines
+
+
+def _blocktime_grouped(info: dict[str, Any]) -> list[str]:
+    """The lines of ``info migrate -a`` about block time."""
+    if "postcopy-blocktime" not in info:
+        return []
+    lines = [
+        f"Postcopy Blocktime (ms): {info['postcopy-blocktime']}",
+        *_in_tens("Postcopy vCPU Blocktime (ms):", info["postcopy-vcpu-blocktime"]),
+    ]
+    if "postcopy-latency" in info:
+        lines += [
+            f"Postcopy Latency (ns): {info['postcopy-latency']}",
+            f"Postcopy non-vCPU Latency (ns): {info['postcopy-non-vcpu-latency']}",
+            *_in_tens("Postcopy vCPU Latencies (ns):", info["postcopy-vcpu-latency"]),
+            "Postcopy Latency Distribution:",
+            *(
+                f"  [ {_time(1 << power):>8} - {_time(2 << power):>8} ]: {count:>10}"
+                for power, count in enumerate(info["postcopy-latency-dist"])
+            ),
+        ]
+    return lines
+
+
+def _in_tens(title: str, numbers: Sequence[int]) -> list[str]:
+    parts = [", ".join(map(str, numbers[at : at + 10])) for at in range(0, len(numbers), 10)]
+    told = ",\n  ".join(parts)
+    return [title, f" [{told}]"]
+
+
+def _time(us: int) -> str:
+    """In whole units."""
+    for unit in ("us", "ms"):
+        if us < 1000:
+            return f"{us} {unit}"
+        us //= 1000
+    return f"{us} sec"
 
 
 def _spelt(address: dict[str, Any]) -> str:

@@ -157,6 +157,15 @@ VERSION = Struct(
 )
 
 
+_NS = Int(64, False)
+_LATENCIES = (
+    Member("postcopy-latency", _NS, True, ("unstable",)),
+    Member("postcopy-latency-dist", Array(_NS), True, ("unstable",)),
+    Member("postcopy-vcpu-latency", Array(_NS), True, ("unstable",)),
+    Member("postcopy-non-vcpu-latency", _NS, True, ("unstable",)),
+)
+
+
 def info(dialect: Dialect) -> Struct:
     """``query-migrate``: the fields that are returned here."""
     numbers = (
@@ -179,6 +188,9 @@ def info(dialect: Dialect) -> Struct:
             *optional(("total-time", "expected-downtime", "downtime", "setup-time"), _INT),
             Member("error-desc", STR, True),
             Member("blocked-reasons", Array(STR), True),
+            Member("postcopy-blocktime", Int(32, False), True),
+            Member("postcopy-vcpu-blocktime", Array(Int(32, False)), True),
+            *(_LATENCIES if dialect.latency else ()),
             Member("socket-address", Array(_socket(dialect)), True),
         )
     )

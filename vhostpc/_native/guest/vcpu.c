@@ -361,6 +361,7 @@ static void book(struct vpc_vcpu *v, const struct beat *b)
     s->glances += b->glances;
     s->touches += b->touches;
     s->histogram[histogram_bucket(b->waited)]++;
+    s->stalled_ns += b->waited;
     if (b->waited > s->longest_ns)
         s->longest_ns = b->waited;
     if (b->bad && s->bad++ == 0)

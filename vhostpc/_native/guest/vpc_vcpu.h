@@ -43,6 +43,7 @@ struct vpc_vcpu_stats {
     uint64_t touches;     /* pages of the touch areas: one byte each */
     uint64_t bad;         /* pages that were not as expected */
     uint64_t longest_ns;  /* longest first touch of a page: in it the thread waits for the page */
+    uint64_t stalled_ns;  /* all first touches together */
     uint64_t first_beat_ns; /* CLOCK_MONOTONIC at the end of the first beat of this run, 0: none yet */
     uint64_t last_beat_ns;  /* and of the last one, of any run */
     uint64_t step;

@@ -46,6 +46,7 @@ int vpc_fault_new(struct vpc_ram *ram, struct vpc_fault **out)
     }
     s->ram = ram;
     s->out_fd = -1;
+    s->vcpu_client = -1;
     pthread_mutex_init(&s->lock, NULL);
     pthread_mutex_init(&s->out_lock, NULL);
     *out = s;
@@ -65,6 +66,7 @@ void vpc_fault_free(struct vpc_fault *s)
     pthread_mutex_destroy(&s->out_lock);
     free(s->waiters);
     free(s->trace);
+    vpc_blocked_free(s);
     free(s);
 }
 
@@ -239,6 +241,7 @@ int vpc_fault_client_stats(struct vpc_fault *s, int id, struct vpc_client_stats 
     struct client *c = vpc_client_of(s, id);
     if (c) {
         *out = c->stats;
+        out->blocked_ns = vpc_blocked_ns(&c->party, now_ns());
         out->waiting_now = count_waiters(s, id, 0);
         out->waiting_for_page = count_waiters(s, id, 1);
         rc = 0;
@@ -274,22 +277,6 @@ int vpc_fault_waiting(struct vpc_fault *s, struct vpc_waiter *out, uint32_t max)
         memcpy(out, s->waiters, n * sizeof *out);
     pthread_mutex_unlock(&s->lock);
     return (int)n;
-}
-
-int vpc_fault_threads(struct vpc_fault *s, int id, struct vpc_thread_waits *out, uint32_t max)
-{
-    int rc = -ENOENT;
-
-    pthread_mutex_lock(&s->lock);
-    struct client *c = vpc_client_of(s, id);
-    if (c) {
-        uint32_t n = c->thread_count < max ? c->thread_count : max;
-        if (n)
-            memcpy(out, c->threads, n * sizeof *out);
-        rc = (int)n;
-    }
-    pthread_mutex_unlock(&s->lock);
-    return rc;
 }
 
 int vpc_fault_trace(struct vpc_fault *s, uint32_t entries)

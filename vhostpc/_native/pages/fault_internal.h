@@ -1,7 +1,8 @@
 #ifndef FAULT_INTERNAL_H
 #define FAULT_INTERNAL_H
 /*
- * The fault service inside: outbox.c requests pages, waiters.c knows which threads wait where, fault.c is the loop.
+ * The fault service inside: outbox.c requests pages, waiters.c knows which threads wait where, blocktime.c for how long
+ * vCPUs and clients stood still, fault.c is the loop.
  *
  * No lost wake. The loop: remember the waiter, then test "received". The loader: mark "received", then look for
  * waiters (both in sequentially consistent order, the waiters under the lock). Whichever comes second sees the
@@ -20,11 +21,33 @@
 
 #define MAX_CLIENTS 1024
 #define EVENTS_A_READ 64
-#define MAX_THREADS 256 /* of a client; borrowed threads come and go, so the table has an end */
 
 /* In place of a VPC_WAY_*: it could not be answered yet, for lack of memory or because its client's memory is being
  * changed. The loop tries again. */
 #define WAY_AGAIN UINT32_MAX
+
+/* Groups whose members stand still together or not. */
+enum { GROUP_VCPUS, GROUP_ALL, BLOCKED_GROUPS };
+
+struct blocked_group {
+    uint32_t members, down;
+    int all_down;
+    uint64_t since_ns; /* while all are down */
+    uint64_t total_ns; /* of the times before */
+};
+
+/* A vCPU, or a client as a whole. */
+struct party {
+    uint32_t open;     /* waits that have not ended */
+    unsigned groups;   /* bit 1 << GROUP_*: it is a member */
+    uint64_t since_ns; /* while some are open */
+    uint64_t total_ns; /* of the times before */
+};
+
+struct vcpu {
+    struct party party;
+    struct vpc_vcpu_waits stats;
+};
 
 struct client {
     int fd; /* -1: removed */
@@ -32,8 +55,7 @@ struct client {
     struct vpc_client_range *ranges; /* sorted by base */
     uint64_t **seen;                 /* two bitmaps a range: host pages that faulted; those that were here by then */
     struct vpc_client_stats stats;
-    struct vpc_thread_waits *threads;
-    uint32_t thread_count, thread_room;
+    struct party party;
 };
 
 struct vpc_fault {
@@ -52,6 +74,14 @@ struct vpc_fault {
     struct vpc_traced *trace; /* a ring, NULL while nothing is traced */
     uint32_t trace_room;
     uint64_t traced; /* entries ever made */
+    int vcpu_client; /* the one whose threads vCPUs are, -1: not known */
+    uint32_t vcpu_count, slot_mask;
+    struct vcpu *vcpus;
+    uint32_t *slots; /* by thread id, open addressing: 1 + a vCPU's index; 0: empty */
+    struct vcpu others;
+    struct blocked_group groups[BLOCKED_GROUPS];
+    uint64_t latest_ns; /* time of the last change of any of these */
+    uint64_t latency[VPC_LATENCY_BUCKETS];
     int again;       /* some waiters are to be tried again */
     int ask_again;   /* and all requested pages are to be requested again */
     int starved;     /* no room for another event: unread ones stay unread for a moment */
@@ -102,6 +132,15 @@ int vpc_waiter_resolve(struct vpc_fault *s, uint32_t i);
 /* Waiters that could not be answered. */
 void vpc_waiters_again(struct vpc_fault *s);
 void vpc_client_free(struct client *c);
+
+/* blocktime.c; all with the lock held. A waiter enters the list, leaves it, leaves it having waited so long for its page. */
+void vpc_blocked_begin(struct vpc_fault *s, struct vpc_waiter *w);
+void vpc_blocked_end(struct vpc_fault *s, const struct vpc_waiter *w, uint64_t now);
+void vpc_blocked_count(struct vpc_fault *s, const struct vpc_waiter *w, uint64_t wait);
+/* Be a member of these groups (bits) and of no others. */
+void vpc_blocked_join(struct vpc_fault *s, struct party *p, unsigned groups);
+uint64_t vpc_blocked_ns(const struct party *p, uint64_t now);
+void vpc_blocked_free(struct vpc_fault *s);
 
 /* With the lock held; NULL for a number that was never given. */
 static inline struct client *vpc_client_of(struct vpc_fault *s, int id)

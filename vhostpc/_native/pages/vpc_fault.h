@@ -30,6 +30,7 @@ struct vpc_client_stats {
     uint64_t waiting_now;
     uint64_t waiting_for_page;  /* of those, at addresses of a range */
     uint64_t longest_ns;        /* longest time from reading a fault to waking it */
+    uint64_t blocked_ns;        /* in which at least one of its threads waited, until now */
     uint64_t last_unknown;      /* address of the last event that found nothing */
     int32_t error;              /* errno that ended reading this client, 0 if none */
     int32_t alive;
@@ -62,6 +63,8 @@ struct vpc_waiter {
     int32_t block;    /* -1: the address is in no range */
     uint32_t thread;  /* kernel thread id, 0 when the ufd does not report it */
     uint32_t way;     /* VPC_WAY_*, once the page is known */
+    int32_t vcpu;     /* index, -1: not the thread of a vCPU */
+    uint32_t pad;
 };
 
 /* How a fault was answered. */
@@ -81,13 +84,28 @@ struct vpc_traced {
     uint32_t way;      /* VPC_WAY_* */
 };
 
-/* The waits of one thread of a client; only where the ufd reports thread ids. */
-struct vpc_thread_waits {
-    uint64_t waits;
+/* The waits of a vCPU, or of all other threads of the mapping that vCPUs touch. remote: as QEMU counts faults, those
+ * whose page had to come, of threads that are told apart. */
+struct vpc_vcpu_waits {
+    uint64_t waits;      /* that have ended */
     uint64_t longest_ns;
-    uint32_t thread; /* kernel thread id; 0: threads for which the table had no room */
-    uint32_t pad;
+    uint64_t blocked_ns; /* in which it waited (others: at least one of them), until now */
+    uint64_t remote;     /* of the waits */
+    uint64_t remote_ns;  /* all of those together */
+    uint32_t waiting_now;
+    uint32_t thread;     /* kernel thread id; 0: it has none, or all others */
     uint64_t histogram[256];
+};
+
+#define VPC_LATENCY_BUCKETS 24
+#define VPC_MOST_VCPUS 65536
+
+/* Those who stood still at the same time. A client stands still while at least one of its threads waits. */
+struct vpc_blocked {
+    uint64_t all_vcpus_ns; /* all vCPUs */
+    uint64_t all_ns;       /* all vCPUs, and all clients but the one that they are threads of */
+    uint64_t latency[24];  /* remote waits, by the power of two of their microseconds */
+    struct vpc_vcpu_waits others;
 };
 
 int vpc_fault_new(struct vpc_ram *ram, struct vpc_fault **out);
@@ -121,8 +139,11 @@ int vpc_fault_client_stats(struct vpc_fault *service, int client, struct vpc_cli
 int vpc_fault_stats(struct vpc_fault *service, struct vpc_fault_stats *out);
 /* The waiters, oldest first as read; returns how many were written. */
 int vpc_fault_waiting(struct vpc_fault *service, struct vpc_waiter *out, uint32_t max);
-/* The waits of a client's threads; returns how many rows were written. */
-int vpc_fault_threads(struct vpc_fault *service, int client, struct vpc_thread_waits *out, uint32_t max);
+/* Which threads of a client are vCPUs: their kernel thread ids, 0 for one that has none now. May be repeated when threads
+ * have come or gone; -EINVAL: for another client, or with another number of vCPUs. */
+int vpc_fault_set_vcpus(struct vpc_fault *service, int client, const uint32_t *threads, uint32_t count);
+int vpc_fault_blocked(struct vpc_fault *service, struct vpc_blocked *out);
+int vpc_fault_vcpu_waits(struct vpc_fault *service, uint32_t index, struct vpc_vcpu_waits *out);
 /* Record the last entries answered faults; before vpc_fault_run. -EBUSY: they are recorded already. */
 int vpc_fault_trace(struct vpc_fault *service, uint32_t entries);
 /* Recorded faults from number *next on, oldest first; *next becomes the number after the last one written. Returns how

@@ -39,7 +39,6 @@ void vpc_client_free(struct client *c)
     if (c->fd >= 0)
         close(c->fd);
     ranges_free(c);
-    free(c->threads);
     free(c);
 }
 
@@ -62,6 +61,7 @@ int vpc_fault_add_client(struct vpc_fault *s, int ufd)
     if (rc == 0) {
         rc = s->client_count++;
         s->clients[rc] = c;
+        vpc_blocked_join(s, &c->party, 1u << GROUP_ALL);
     }
     pthread_mutex_unlock(&s->lock);
     if (rc < 0) {
@@ -72,43 +72,11 @@ int vpc_fault_add_client(struct vpc_fault *s, int ufd)
 }
 
 /* Drop waiter i; the order of the others is kept. */
-static void waiter_drop(struct vpc_fault *s, uint32_t i)
+static void waiter_drop(struct vpc_fault *s, uint32_t i, uint64_t now)
 {
+    vpc_blocked_end(s, &s->waiters[i], now);
     s->waiter_count--;
     memmove(&s->waiters[i], &s->waiters[i + 1], (s->waiter_count - i) * sizeof s->waiters[0]);
-}
-
-/* The row of a thread, made at its first wait; the last row is for all that come too late. NULL without memory. */
-static struct vpc_thread_waits *thread_row(struct client *c, uint32_t thread)
-{
-    for (uint32_t i = 0; i < c->thread_count; i++)
-        if (c->threads[i].thread == thread)
-            return &c->threads[i];
-    if (c->thread_count == MAX_THREADS)
-        return &c->threads[MAX_THREADS - 1];
-    if (c->thread_count == c->thread_room) {
-        uint32_t room = c->thread_room ? c->thread_room * 2 : 8;
-        struct vpc_thread_waits *more = realloc(c->threads, room * sizeof *more);
-        if (!more)
-            return NULL;
-        c->threads = more;
-        c->thread_room = room;
-    }
-    thread = c->thread_count == MAX_THREADS - 1 ? 0 : thread;
-    c->threads[c->thread_count] = (struct vpc_thread_waits){.thread = thread};
-    return &c->threads[c->thread_count++];
-}
-
-static void thread_waited(struct client *c, uint32_t thread, uint64_t ns)
-{
-    struct vpc_thread_waits *row = thread ? thread_row(c, thread) : NULL;
-
-    if (!row)
-        return;
-    row->waits++;
-    row->histogram[histogram_bucket(ns)]++;
-    if (ns > row->longest_ns)
-        row->longest_ns = ns;
 }
 
 /* Waiter i goes on: count it and forget it. */
@@ -123,7 +91,7 @@ static void waiter_done(struct vpc_fault *s, uint32_t i)
     c->stats.histogram[histogram_bucket(wait)]++;
     if (wait > c->stats.longest_ns)
         c->stats.longest_ns = wait;
-    thread_waited(c, w->thread, wait);
+    vpc_blocked_count(s, w, wait);
     if (s->trace)
         s->trace[s->traced++ % s->trace_room] = (struct vpc_traced){.read_ns = w->since_ns,
                                                                     .woken_ns = now,
@@ -132,7 +100,7 @@ static void waiter_done(struct vpc_fault *s, uint32_t i)
                                                                     .block = w->block,
                                                                     .thread = w->thread,
                                                                     .way = w->way == WAY_AGAIN ? VPC_WAY_THERE : w->way};
-    waiter_drop(s, i);
+    waiter_drop(s, i, now);
 }
 
 static void waiter_wake(struct vpc_fault *s, uint32_t i)
@@ -155,7 +123,7 @@ static int waiter_stays(struct vpc_fault *s, uint32_t i)
         const struct vpc_waiter *o = &s->waiters[j];
         if (o->client == w->client && o->thread == w->thread && o->address == w->address && o->block == w->block) {
             s->clients[w->client]->stats.repeated++;
-            waiter_drop(s, i);
+            waiter_drop(s, i, now_ns());
             return 1;
         }
     }
@@ -311,6 +279,7 @@ uint32_t vpc_waiter_add(struct vpc_fault *s, int client, const struct vpc_uffd_e
 {
     s->waiters[s->waiter_count] = (struct vpc_waiter){
         .address = ev->address, .since_ns = when, .client = client, .block = -1, .thread = ev->thread};
+    vpc_blocked_begin(s, &s->waiters[s->waiter_count]);
     return s->waiter_count++;
 }
 
@@ -385,10 +354,11 @@ int vpc_fault_remove_client(struct vpc_fault *s, int id)
         c->stats.alive = 0;
         for (uint32_t i = 0; i < s->waiter_count;) {
             if (s->waiters[i].client == id)
-                waiter_drop(s, i);
+                waiter_drop(s, i, now_ns());
             else
                 i++;
         }
+        vpc_blocked_join(s, &c->party, 0);
     }
     pthread_mutex_unlock(&s->lock);
     if (fd < 0)
