@@ -42,7 +42,7 @@ MEMORY = ("event", "memory/gm", "memory/view", "memory/supply", "memory/guard", 
 RINGS = (*MEMORY, *(f"virtio/{name}" for name in ("vq", "walk", "call", "chain", "inflight")))
 PAGES = (
     *("event", "memory/replace", "ufd/uffd"),
-    *(f"pages/{name}" for name in ("fault", "waiters", "outbox", "ram", "local", "present")),
+    *(f"pages/{name}" for name in ("fault", "waiters", "blocktime", "outbox", "ram", "local", "present")),
     *(f"pages/{name}" for name in ("ramload", "ramplace", "delta")),
 )
 

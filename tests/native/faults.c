@@ -5,12 +5,14 @@
  * Each round a block of 512 pages is absent. Six threads touch its pages through two mappings with a
  * userfaultfd each; the fault loop reads their faults and asks for pages over a socket; the source answers with RAM
  * records; the loader places them and wakes the waiters. Meanwhile another thread reads the numbers and the waiters,
- * sets the ranges again, and adds and removes a third client. Every touch must find the page's own bytes, and each
+ * sets the ranges again, says again which threads are vCPUs, and adds and removes a third client. In the end all waits are
+ * counted, and nobody waited longer than all of it took. Every touch must find the page's own bytes, and each
  * page must have been asked for at most once. Behind them lie pages that the source never sends: a thread that touches one is
  * let go, by zeros, when all that was to come has come. The first growths of any list find no memory, as in a shortage: no
  * fault may be lost by that. Built with the thread sanitizer, it ends at the first data race.
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
@@ -19,8 +21,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 #include "pages/ram_internal.h"
 #include "pages/records_internal.h"
@@ -59,7 +63,8 @@ static struct vpc_load *load;
 static unsigned char *view[CLIENTS];
 static int client[CLIENTS], ufd[CLIENTS];
 static int back[2], records[2]; /* return path: ours, the source's; records: the loader's, the source's */
-static atomic_int over;
+static atomic_int over, named;
+static atomic_uint thread[TOUCHERS]; /* of the first client: these are vCPUs */
 static atomic_ulong asked, found;
 
 static int open_ufd(void)
@@ -71,7 +76,7 @@ static int open_ufd(void)
         fd = vpc_uffd_open(VPC_UFFD_SYSCALL);
     if (fd < 0)
         fd = vpc_uffd_open(VPC_UFFD_USER_MODE);
-    CHECK(fd >= 0 && vpc_uffd_api(fd, UFFD_FEATURE_MISSING_SHMEM, &offered, &ioctls) == 0);
+    CHECK(fd >= 0 && vpc_uffd_api(fd, UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_THREAD_ID, &offered, &ioctls) == 0);
     return fd;
 }
 
@@ -85,6 +90,10 @@ static void *touch(void *arg)
     uintptr_t me = (uintptr_t)arg;
     const unsigned char *at = view[me % CLIENTS];
 
+    if (me % CLIENTS == 0)
+        atomic_store(&thread[me / CLIENTS], (unsigned)syscall(SYS_gettid));
+    while (!atomic_load(&named))
+        sched_yield();
     for (uint64_t i = 0; i < PAGES; i++) {
         uint64_t page = me % 3 == 0 ? i : me % 3 == 1 ? PAGES - 1 - i : i * 77 % PAGES;
         CHECK(*(const volatile unsigned char *)(at + page * 4096 + 9) == byte_of(page));
@@ -146,11 +155,60 @@ static void *source(void *arg)
     return NULL;
 }
 
+/* Which threads are vCPUs; the one left out has none just now. */
+static void name_vcpus(int left_out)
+{
+    uint32_t ids[TOUCHERS];
+
+    for (int i = 0; i < TOUCHERS; i++)
+        ids[i] = i == left_out ? 0 : atomic_load(&thread[i]);
+    CHECK(vpc_fault_set_vcpus(service, client[0], ids, TOUCHERS) == 0);
+    CHECK(vpc_fault_set_vcpus(service, client[1], ids, TOUCHERS) == -EINVAL);
+    CHECK(vpc_fault_set_vcpus(service, client[0], ids, TOUCHERS - 1) == -EINVAL);
+}
+
+static uint64_t now(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void check_times(uint64_t passed)
+{
+    struct vpc_blocked blocked;
+    struct vpc_vcpu_waits vcpu;
+    struct vpc_client_stats stats;
+    uint64_t waits = 0, remote = 0;
+
+    CHECK(vpc_fault_blocked(service, &blocked) == 0);
+    CHECK(blocked.all_ns <= blocked.all_vcpus_ns && blocked.all_vcpus_ns <= passed);
+    for (uint32_t i = 0; i <= TOUCHERS; i++) {
+        if (i < TOUCHERS)
+            CHECK(vpc_fault_vcpu_waits(service, i, &vcpu) == 0);
+        else
+            vcpu = blocked.others;
+        CHECK(vcpu.waiting_now == 0 && vcpu.blocked_ns <= passed && vcpu.longest_ns <= vcpu.blocked_ns);
+        CHECK(vcpu.remote <= vcpu.waits && vcpu.remote_ns <= passed * (i < TOUCHERS ? 1 : TOUCHERS));
+        waits += vcpu.waits;
+        remote += vcpu.remote;
+    }
+    CHECK(vpc_fault_vcpu_waits(service, TOUCHERS, &vcpu) == -ENOENT);
+    CHECK(vpc_fault_client_stats(service, client[0], &stats) == 0);
+    CHECK(waits == stats.wakes && stats.blocked_ns <= passed);
+    for (int i = 0; i < VPC_LATENCY_BUCKETS; i++)
+        remote -= blocked.latency[i];
+    CHECK(remote == 0);
+}
+
 static void *meddle(void *arg)
 {
     struct vpc_client_range range[CLIENTS];
+    struct vpc_blocked blocked;
 
     (void)arg;
+    int left_out = 0;
     for (int i = 0; i < CLIENTS; i++)
         range[i] = (struct vpc_client_range){.base = (uintptr_t)view[i], .length = LENGTH};
     while (!atomic_load(&over)) {
@@ -168,6 +226,8 @@ static void *meddle(void *arg)
         CHECK(vpc_fault_waiting(service, waiters, 16) >= 0);
         for (int i = 0; i < CLIENTS; i++)
             CHECK(vpc_fault_set_ranges(service, client[i], &range[i], 1) == 0);
+        name_vcpus(left_out++ % (TOUCHERS + 1));
+        CHECK(vpc_fault_blocked(service, &blocked) == 0);
         if (third >= 0)
             CHECK(vpc_fault_remove_client(service, third) == 0);
         close(spare);
@@ -204,12 +264,21 @@ static void one_round(void)
     atomic_store(&over, 0);
     atomic_store(&asked, 0);
     atomic_store(&found, 0);
+    atomic_store(&named, 0);
+    for (int i = 0; i < TOUCHERS; i++)
+        atomic_store(&thread[i], 0);
+    uint64_t begun = now();
     CHECK(pthread_create(&server, NULL, serve, NULL) == 0);
     CHECK(pthread_create(&loader, NULL, bring, NULL) == 0);
     CHECK(pthread_create(&origin, NULL, source, NULL) == 0);
-    CHECK(pthread_create(&other, NULL, meddle, NULL) == 0);
     for (uintptr_t i = 0; i < CLIENTS * TOUCHERS; i++)
         CHECK(pthread_create(&touchers[i], NULL, touch, (void *)i) == 0);
+    for (int i = 0; i < TOUCHERS; i++)
+        while (!atomic_load(&thread[i]))
+            sched_yield();
+    name_vcpus(TOUCHERS);
+    atomic_store(&named, 1);
+    CHECK(pthread_create(&other, NULL, meddle, NULL) == 0);
     while (atomic_load(&found) < (unsigned long)PAGES * CLIENTS * TOUCHERS)
         sched_yield();
     CHECK(vpc_fault_settle(service) == 0);
@@ -227,6 +296,7 @@ static void one_round(void)
     CHECK(atomic_load(&found) == (unsigned long)PAGES * CLIENTS * TOUCHERS);
     CHECK(atomic_load(&asked) == PAGES);
     CHECK(atomic_load(&shortages) <= 0);
+    check_times(now() - begun);
     vpc_load_free(load);
     vpc_fault_free(service);
     for (int i = 0; i < CLIENTS; i++) {

@@ -115,7 +115,6 @@ async def all_comes(page_size: int, pages: int) -> None:
             for cpu, one in zip(m.others, found.vcpus, strict=True):
                 waits = one.waits
                 assert 0 < waits.p50_ns <= waits.p99_ns <= waits.longest_ns <= one.blocked_ns
-                assert one.blocked_ns <= cpu.numbers().stalled_ns
                 assert cpu.numbers().stalls.longest_ns > 0
 
 

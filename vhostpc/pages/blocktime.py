@@ -1,7 +1,7 @@
 """Block time: how long the vCPUs stood still because pages were missing, each of them and all together.
 
-Counted in C, where a fault is read and where its thread is woken. A fault that is begun goes on being one while the link
-is lost, until its thread is woken.
+Counted in C, where a fault is read and where its thread is woken. A fault lasts until its thread is woken, also where
+the link is lost meanwhile.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Blocktime:
     all_ns: int
     """The time in which all vCPUs and all back-ends waited at once. A back-end waits while one of its threads does."""
     latency: tuple[int, ...]
-    """How many remote waits took at least 2^N and less than 2^(N+1) microseconds; the first has shorter ones, too, and the
-    last longer ones."""
+    """How many remote waits took at least 2^N and less than 2^(N+1) microseconds; shorter ones are in the first, longer
+    ones in the last."""
 
 
 NOBODY = ThreadWaits(Waits(0, 0, 0, 0), 0, 0, 0, 0)

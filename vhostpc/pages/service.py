@@ -304,8 +304,8 @@ class FaultService(Owner):
     def set_vcpus(self, threads: Sequence[int]) -> None:
         """Which threads of this process are vCPUs: their kernel thread ids, 0 for one that has none now.
 
-        Told before or after :meth:`arm`, and again when threads have come or gone; a thread that got the id of an earlier
-        one is not taken for it then. Raises ValueError for another number of vCPUs than before, Shortage.
+        Told before or after :meth:`arm`, and again when threads have come or gone: then a thread with the id of an
+        earlier one is not taken for it. Raises ValueError for another number of vCPUs than before, Shortage.
         """
         self._blocktimes.set_vcpus(threads)
 
