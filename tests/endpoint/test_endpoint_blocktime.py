@@ -56,9 +56,7 @@ async def test_fields_and_report_agree(compat: Compat, tmp_path: Path) -> None:
         await all_have_waited(destination)
         assert told(await destination.migration()) == set()
         text = "info migrate -a" if DIALECTS[compat].grouped_info else "info migrate"
-        assert "locktime" not in await destination.qmp.command(
-            "human-monitor-command", **{"command-line": text}
-        )
+        assert "locktime" not in await destination.qmp.hmp(text)
         found = await completed(source, destination)
         assert told(await source.migration()) == set()
         expected = BLOCKTIME | LATENCY if DIALECTS[compat].latency else BLOCKTIME
@@ -82,7 +80,7 @@ async def test_fields_and_report_agree(compat: Compat, tmp_path: Path) -> None:
             assert 0 < sum(found["postcopy-latency-dist"]) <= sum(counts)
             averages = [*found["postcopy-vcpu-latency"], found["postcopy-non-vcpu-latency"]]
             assert min(a for a in averages if a) <= found["postcopy-latency"] <= max(averages)
-        lines = (await destination.qmp.command("human-monitor-command", **{"command-line": text})).lower()
+        lines = (await destination.qmp.hmp(text)).lower()
         assert (
             f"blocktime{' (ms)' if DIALECTS[compat].latency else ''}: {found['postcopy-blocktime']}" in lines
         )

@@ -122,10 +122,7 @@ async def test_what_a_guest_waited_is_written_as_qemu_does(compat: Compat, tmp_p
                     source, destination, folder, capabilities=["postcopy-blocktime"], during=during
                 )
                 answer = await destination.qmp.command("query-migrate")
-                theirs = [
-                    await destination.qmp.command("human-monitor-command", **{"command-line": line})
-                    for line in ("info migrate", "info migrate -a")
-                ]
+                theirs = [await destination.qmp.hmp(line) for line in ("info migrate", "info migrate -a")]
         assert shape(answer) == shape(HERE.as_qmp(dialect))
         assert sum(answer["postcopy-vcpu-blocktime"]) > 0
         assert answer["postcopy-blocktime"] <= min(answer["postcopy-vcpu-blocktime"]) + 1
