@@ -21,7 +21,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,7 +92,12 @@ async def bridges(folder: Path, count: int) -> AsyncIterator[list[list[Path]]]:
         yield paths
 
 
-async def ours(backends: int) -> Stood:
+async def ours(
+    backends: int,
+    program: Mapping[str, Sequence[str]] | None = None,
+    reports: list[dict[str, Any]] | None = None,
+) -> Stood:
+    """``program``: what each end is, in place of ``vhostpc``. ``reports``: gets those of both ends."""
     with tempfile.TemporaryDirectory(prefix="vpc-bench-") as text:
         folder = Path(text)
         async with contextlib.AsyncExitStack() as stack:
@@ -103,7 +108,8 @@ async def ours(backends: int) -> Stood:
                 ("target", paths[1], ["--incoming", "defer"]),
             ):
                 monitor = folder / f"{name}.qmp"
-                argv = [sys.executable, "-m", "vhostpc", "endpoint", "--qmp", f"unix:{monitor}"]
+                argv = [*(program[name] if program else (sys.executable, "-m", "vhostpc"))]
+                argv += ["endpoint", "--qmp", f"unix:{monitor}"]
                 argv += ["--ram", f"{BLOCK}={MIB}M", "--vcpus", str(VCPUS), *more]
                 argv += [part for path in sockets for part in ("--backend", str(path))]
                 ends.append(await stack.enter_async_context(end(OURS, argv, monitor)))
@@ -113,6 +119,8 @@ async def ours(backends: int) -> Stood:
             for side in (there, here):
                 if side["problems"] or any(vcpu["bad"] for vcpu in side["vcpus"]):
                     raise RuntimeError(f"{side}")
+            if reports is not None:
+                reports += [there, here]
             pairs = zip(there["vcpus"], here["vcpus"], strict=True)
             stood = max(new["first-beat-ns"] - old["last-beat-ns"] for old, new in pairs)
     return Stood(stood / 1e6, downtime, events)
