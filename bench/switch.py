@@ -1,9 +1,9 @@
 """Where the time of a switch goes: every step from the last beat at the source to the first at the destination.
 
 ``python -m bench.switch [--repetitions N]``. The migration of M3 between two of our machines, without a back-end and
-with a bridge, whose processes note when the steps of the switch begin and end (``switch_endpoint.py``). Both ends are on
-one clock. Prints for each step when it was, in milliseconds since the last beat of the vCPU that stopped last, and how
-long after the step before it: medians. It is a table for the reader and no row: there is nothing to compare it with.
+with a bridge, whose processes note when the steps of the switch begin and end (``switch_endpoint.py``). Both ends are
+on one clock. Prints for each step when it was, in milliseconds since the last beat of the vCPU that stopped last, and
+how long after the step before it: medians. It is a table for the reader and no row: nothing is compared.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from tests.migration.test_migration_interleavings import Here, There, Told, Worl
 from vhostpc.endpoint import Endpoint
 from vhostpc.errors import MigrationRefused, StreamError
 from vhostpc.migration.held import HeldMachine
-from vhostpc.migration.machine import Machine
+from vhostpc.migration.machine import Machine, nobody
 from vhostpc.migration.options import Options
 from vhostpc.migration.status import Status
 from vhostpc.migration.uri import Exec, Fd, Unix
@@ -197,10 +197,10 @@ async def test_a_stop_while_a_failure_starts_the_machine_again(tmp_path: Path) -
     class SlowStart(Here):
         starting, go = trio.Event(), trio.Event()
 
-        async def cont(self) -> None:
+        async def cont(self, runs: Callable[[], None] = nobody) -> None:
             self.starting.set()
             await self.go.wait()
-            await super().cont()
+            await super().cont(runs)
 
     with SlowStart(world) as here, NotThere(world) as there:
 
@@ -232,9 +232,9 @@ async def test_a_cont_while_the_machine_is_being_stopped() -> None:
             async with self.lock:
                 await super().stop()
 
-        async def cont(self) -> None:
+        async def cont(self, runs: Callable[[], None] = nobody) -> None:
             async with self.lock:
-                await super().cont()
+                await super().cont(runs)
 
     with OneByOne(world) as here:
         here.lock = trio.Lock()

@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -265,20 +265,23 @@ async def joined(
         yield source, destination
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["before-the-stop", "with-the-package"])
 async def test_a_discard_fails_while_the_package_is_on_its_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, early: bool
 ) -> None:
     """The destination says so and reads on, so that its word is heard; the machine runs on at its source."""
     world = World()
     with Large(world) as here, There(world) as there:
-        whole = RamBlock.discard
 
-        def fail(block: RamBlock, offset: int = 0, length: int | None = None) -> None:
-            if block in there.ram.blocks:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            whole(block, offset, length)
+        def fail(block: RamBlock, ranges: Sequence[tuple[int, int]]) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(RamBlock, "discard", fail)
+        async def nothing(outgoing: Outgoing) -> None:
+            await trio.lowlevel.checkpoint()
+
+        monkeypatch.setattr(RamBlock, "discard_for", fail)
+        if not early:
+            monkeypatch.setattr(Outgoing, "_discard_early", nothing)
         async with joined(here, there, tmp_path) as (source, destination):
             await until(lambda: source.status is Status.FAILED)
             await until(lambda: destination.status is Status.FAILED)

@@ -179,9 +179,8 @@ async def test_each_phase_is_told_by_one_line(caplog: pytest.LogCaptureFixture) 
     assert [record.getMessage() for record in caplog.records] == [
         "migration: the source may switch to postcopy",
         "migration: 'toyvm': 32 KiB of RAM in 1 blocks",
-        "migration: postcopy: 8 host pages missing, 4 elements to load",
-        "migration: device state is loaded",
         "migration: the machine may run here, 8 host pages are missing",
+        "migration: postcopy: 4 elements loaded, 8 host pages missing before",
         "migration: all pages have arrived",
     ]
 

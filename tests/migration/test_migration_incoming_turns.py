@@ -6,7 +6,7 @@ Turns are counted from the moment at which all of the stream has been read to th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -132,13 +132,13 @@ async def test_a_discard_covers_a_page_once(monkeypatch: pytest.MonkeyPatch) -> 
     setup = SectionStart(7).encode() + blocks.encode() + Footer(7).encode()
     data = ADVISED + setup + whole.encode()
     calls: list[int] = []
-    discard = RamBlock.discard
+    discard = RamBlock.discard_for
 
-    def counted(block: RamBlock, at: int, length: int) -> None:
-        calls.append(length)
-        discard(block, at, length)
+    def counted(block: RamBlock, ranges: Sequence[tuple[int, int]]) -> None:
+        calls.append(sum(length for _, length in ranges))
+        discard(block, ranges)
 
-    monkeypatch.setattr(RamBlock, "discard", counted)
+    monkeypatch.setattr(RamBlock, "discard_for", counted)
     with HeldMachine(lengths={"ram0": BLOCK}) as machine:
         received, had = await turns(data, monkeypatch, machine, postcopy=True)
     assert "ends where its next element belongs" in str(received.error)

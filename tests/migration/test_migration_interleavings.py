@@ -26,6 +26,7 @@ from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.endpoint import Endpoint
 from vhostpc.errors import MigrationRefused
 from vhostpc.migration.held import HeldMachine
+from vhostpc.migration.machine import nobody
 from vhostpc.migration.options import Options
 from vhostpc.migration.phase import Event, Phase
 from vhostpc.migration.runstate import RunState
@@ -133,7 +134,7 @@ class Here(LivelyMachine):
         self.running = False
         self.world.stops("source")
 
-    async def cont(self) -> None:
+    async def cont(self, runs: Callable[[], None] = nobody) -> None:
         self.world.call("source", "cont")
         self.stopped = False
         self.running = True
@@ -186,7 +187,7 @@ class There(HeldMachine):
         self.running = False
         self.world.stops("destination")
 
-    async def cont(self) -> None:
+    async def cont(self, runs: Callable[[], None] = nobody) -> None:
         self.world.call("destination", "cont")
         self.running = True
         self.world.starts("destination")

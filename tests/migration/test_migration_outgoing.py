@@ -184,9 +184,12 @@ async def test_many_discards() -> None:
         block = machine.ram["ram0"]
         for page in range(0, 20000, 2):
             block.set_bits(Bits.DIRTY, page, 1)
-        data = b"".join(block.discards(8192))
         pieces = list(block.discards(8192))
+        data = b"".join(pieces)
         assert all(len(piece) <= 8192 for piece in pieces)
+        assert block.count_bits(Bits.DISCARDED) == 10000
+        assert list(block.discards()) == []  # each is told once
+        block.set_bits(Bits.DISCARDED, value=False)
         assert b"".join(block.discards()) == data
     commands, ranges = 0, []
     at = 0

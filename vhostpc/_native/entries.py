@@ -71,7 +71,7 @@ _TABLE = {
         vpc_ram_read vpc_ram_write vpc_ram_fill vpc_ram_verify
         vpc_vcpu_fill vpc_vcpu_sweep
     """,
-    Use.LOOP: "vpc_fault_run vpc_far_run vpc_save_wait vpc_dirty_run",
+    Use.LOOP: "vpc_fault_run vpc_far_run vpc_save_wait vpc_save_hear vpc_dirty_run",
     # A page source's own blocks have all their pages; a load writes through its mapping only before LISTEN.
     Use.CALM_LOOP: "vpc_save_run vpc_save_round vpc_load_run",
 }

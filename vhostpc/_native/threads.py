@@ -185,12 +185,19 @@ class KeptThread:
 
         Raises ValueError after :meth:`close`.
         """
-        async with self._turn:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            self._turn.acquire_nowait()  # others get no turn before it has begun
+        except trio.WouldBlock:
+            await self._turn.acquire()
+        try:
             if not self._end.alive:
                 raise ValueError("this thread was given back")
             made = _Call(call, self._name)
             self._calls.put(made)
             return await made.result(abandon)
+        finally:
+            self._turn.release()
 
     @property
     def idle(self) -> bool:

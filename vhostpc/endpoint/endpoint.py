@@ -309,12 +309,22 @@ class Endpoint:
     async def _go(self) -> None:
         # First the state, as QEMU does: a stop that comes while the machine is being started is one.
         before, self.run_state = self.run_state, RunState.RUNNING
+        told = False
+
+        def runs() -> None:
+            nonlocal told
+            told = True
+            self._events.resume()
+
         try:
-            await self.machine.cont()
+            await self.machine.cont(runs)
         except BaseException:
             self.run_state = before
+            if told:
+                self._events.stop()
             raise
-        self._events.resume()
+        if not told:  # it was running
+            self._events.resume()
 
     # --- statuses
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import trio
@@ -21,6 +22,7 @@ from vhostpc.errors import MemoryLost, Shortage, StreamError, sentence
 from vhostpc.frontend import Driver, GuestRegion, RingLayout
 from vhostpc.guest.backends import BackEnd
 from vhostpc.guest.sections import NET, name_of
+from vhostpc.guest.side_by_side import side_by_side
 from vhostpc.logs import rationed_logger
 from vhostpc.pages.ramblock import RamSet
 from vhostpc.units import TARGET_PAGE
@@ -85,12 +87,19 @@ class NetDevice:
         self._flying = (0, 0)
         self._settled = False  # a frame that was sent at this end has returned to it
         self._lost_before = 0
+        self._ready_for: int | None = None
+        """The drivers are for these features, and nothing was loaded into them."""
 
     @property
     def name(self) -> str:
         return f"net{self.instance}"
 
     # --- life
+
+    def make_ready(self) -> None:
+        """Make the drivers now that a state will be loaded into, which is waited for. Raises Shortage, OSError."""
+        self.make_drivers()
+        self._ready_for = self.backend.features
 
     def make_drivers(self) -> list[Driver]:
         """Make the drivers for the features that were acknowledged. Earlier ones are freed.
@@ -137,10 +146,14 @@ class NetDevice:
         self._scope = None
         await self._idle.wait()
         bases = await self.backend.stop()
-        self._bases = [
-            await self._base(index, driver, None if bases is None else bases[index])
+        self._bases = await side_by_side(
+            partial(self._base, index, driver, None if bases is None else bases[index])
             for index, driver in enumerate(self._drivers)
-        ]
+        )
+
+    async def is_idle(self) -> None:
+        """Wait until the driver of a device that is being stopped writes no more."""
+        await self._idle.wait()
 
     async def _base(self, index: int, driver: Driver, said: int | None) -> int:
         """The next index of a ring: its back-end's answer, if that is possible. May wait for a page."""
@@ -171,6 +184,7 @@ class NetDevice:
         for driver in self._drivers:
             driver.close()
         self._drivers = []
+        self._ready_for = None
 
     # --- traffic
 
@@ -274,9 +288,10 @@ class NetDevice:
                 f"{what}: the back-end {self.backend.name} does not offer all of the features {values['features']:#x}"
             )
         try:
-            drivers = self.make_drivers()
+            drivers = self._drivers if self._ready_for == values["features"] else self.make_drivers()
         except (Shortage, OSError) as error:
             raise StreamError(f"this machine cannot run here: {self.name}: {sentence(error)}") from None
+        self._ready_for = None
         for driver, key in zip(drivers, ("rx_driver", "tx_driver"), strict=True):
             driver.load(values[key])
         rx, tx = drivers
@@ -286,8 +301,9 @@ class NetDevice:
         self._flying, self._settled = (first, end), False
         self._lost_before = values["lost_at_switch"]
         self._bases = [values["rx_base"], values["tx_base"]]
-        for driver, base in zip(drivers, self._bases, strict=True):
-            self._check_base(what, driver.numbers().used_index, base, await self._look(what, driver))
+        looked = await side_by_side(partial(self._look, what, driver) for driver in drivers)
+        for driver, base, waiting in zip(drivers, self._bases, looked, strict=True):
+            self._check_base(what, driver.numbers().used_index, base, waiting)
 
     @staticmethod
     async def _look(what: str, driver: Driver) -> int:

@@ -8,7 +8,7 @@ vCPUs and back-ends wait for the same pages.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,14 +16,24 @@ from uuid import UUID
 
 import trio
 
-from vhostpc.errors import GuestMemoryError, MemoryLost, MigrationRefused, Shortage, StreamError, UfdError
+from vhostpc.errors import (
+    GuestMemoryError,
+    MemoryLost,
+    MigrationRefused,
+    Shortage,
+    StreamError,
+    UfdError,
+    sentence,
+)
 from vhostpc.frontend import GuestRegion, SharedLog
 from vhostpc.guest.backends import TIMEOUT, BackEnd, open_backend
 from vhostpc.guest.netdev import AREA, NetDevice
 from vhostpc.guest.sections import MACHINE, VCPU, description, globalstate, name_of, run_state_of
+from vhostpc.guest.side_by_side import side_by_side
 from vhostpc.guest.vcpu import Area, VCpu, stop_all
 from vhostpc.logs import rationed_logger
 from vhostpc.memory.available import available_memory
+from vhostpc.migration.machine import nobody
 from vhostpc.migration.runstate import RunState
 from vhostpc.pages.blocktime import Blocktime, ThreadWaits
 from vhostpc.pages.dirty import DirtyTracker, DirtyWay
@@ -155,6 +165,30 @@ def make_vcpus(ram: RamSet, spec: Spec, devices: int) -> Iterator[VCpu]:
         )
 
 
+class Look:
+    """A look for written pages that goes on while its result is not needed yet."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self._count = 0
+        self._error: Exception | None = None
+
+    async def take(self, tracker: DirtyTracker) -> None:
+        try:
+            self._count = await tracker.sync()
+        except Exception as error:  # of the one who asks for its result
+            self._error = error
+        finally:
+            self.done.set()
+
+    async def found(self) -> int:
+        """As :meth:`DirtyTracker.sync`."""
+        await self.done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._count
+
+
 class OwnMachine:
     """Implements :class:`vhostpc.migration.machine.Machine`. Made by :func:`open_machine`."""
 
@@ -190,6 +224,8 @@ class OwnMachine:
         self._left_ns = 0
         """When it stopped at the source that it came from."""
         self._came: set[tuple[str, int]] = set()
+        self._last_look: Look | None = None
+        """Nothing of ours has written since it began, or will before it is gone."""
         self._service: FaultService | None = None
         self._counted: FaultService | None = None
         """The last one: what it counted can be read for ever."""
@@ -248,7 +284,7 @@ class OwnMachine:
         self._problems.append(text)
         log.error("%s", text)
 
-    async def cont(self) -> None:
+    async def cont(self, runs: Callable[[], None] = nobody) -> None:
         """Everything that running needs exists since :meth:`fill` or :meth:`loaded`: no shortage can occur here."""
         async with self._change():
             if self.running:
@@ -257,9 +293,11 @@ class OwnMachine:
                 why = "its memory is lost" if self.ram.lost else "nothing has come"
                 raise MigrationRefused(f"The machine cannot run here: {why}")
             self.running = True
+            self._last_look = None
             try:
                 for vcpu in self.vcpus:
                     vcpu.go()
+                runs()
                 async with trio.open_nursery() as nursery:
                     for device in self.devices:
                         nursery.start_soon(device.start, self._nursery)
@@ -292,9 +330,16 @@ class OwnMachine:
     async def _stand(self) -> None:
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(stop_all, self.vcpus)
                 for device in self.devices:
                     nursery.start_soon(device.stop)
+                await stop_all(self.vcpus)
+                for device in self.devices:
+                    await device.is_idle()
+                # Back-ends' writes are in their log. Beside their answers, and beside what others do with a stop.
+                if self.tracker is not None:
+                    self._last_look = Look()
+                    self._nursery.start_soon(self._last_look.take, self.tracker)
+                    await trio.lowlevel.checkpoint()  # so that it has begun
         finally:
             self._stopped_ns = time.monotonic_ns()
             self.running = False
@@ -358,10 +403,15 @@ class OwnMachine:
 
     async def sync_dirty(self) -> int:
         assert self.tracker is not None
-        return await self.tracker.sync() + self._log.merge(self._regions)
+        look, self._last_look = self._last_look, None
+        found = await (self.tracker.sync() if look is None else look.found())
+        return found + self._log.merge(self._regions)
 
     async def stop_tracking(self) -> None:
         try:
+            if self._last_look is not None:
+                await self._last_look.done.wait()
+                self._last_look = None
             for backend in self.backends:
                 await backend.set_log(None)
         finally:
@@ -383,8 +433,12 @@ class OwnMachine:
         self._service = self._counted = service
         await self._park_vcpus()  # before the wait for it
         self._tell_threads()
-        for backend in self.backends:
-            await backend.advise(service)
+        for device in self.devices:
+            try:
+                device.make_ready()
+            except (Shortage, OSError) as error:
+                raise Shortage(f"this machine cannot run here: {device.name}: {sentence(error)}") from None
+            await device.backend.advise(service)
 
     def accept_blocks(self, listed: RamBlocks, *, postcopy: bool) -> None:
         if self.running or self.ram.lost:
@@ -411,8 +465,7 @@ class OwnMachine:
             block.discard()  # its state before it left, or the result of a migration that failed
 
     async def listen(self) -> None:
-        for backend in self.backends:
-            await backend.listen()
+        await side_by_side(backend.listen for backend in self.backends)
 
     async def load(self, section: DeviceSection) -> None:
         key = (section.idstr, section.instance)

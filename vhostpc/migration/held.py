@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from vhostpc.errors import MigrationRefused, StreamError
 from vhostpc.memory.available import available_memory
+from vhostpc.migration.machine import nobody
 from vhostpc.migration.runstate import RunState
 from vhostpc.pages.ramblock import Bits, RamSet, refusal
 from vhostpc.pages.ramfiles import RamFiles
@@ -90,7 +91,7 @@ class HeldMachine:
     async def stop(self) -> None:
         pass
 
-    async def cont(self) -> None:
+    async def cont(self, runs: Callable[[], None] = nobody) -> None:
         raise MigrationRefused("This machine is held: it can be sent on, it does not run here")
 
     def state_size(self) -> int:

@@ -26,7 +26,7 @@ from vhostpc.migration.machine import Machine
 from vhostpc.migration.phase import Course, Event, Phase, begun
 from vhostpc.migration.postcopy_checks import check_advise, check_discard, check_page_sizes
 from vhostpc.migration.silence import Silence, watch
-from vhostpc.migration.turns import in_turns, pieces
+from vhostpc.migration.turns import batches, in_turns, pieces
 from vhostpc.migration.watcher import Unwatched, Watcher
 from vhostpc.pages.ramblock import Bits
 from vhostpc.pages.ramchannel import LoadNumbers
@@ -58,6 +58,8 @@ log = rationed_logger(__name__)
 
 DISCARD = 512 << 20
 """Bytes of a block that are discarded in one turn of the loop."""
+RANGES = 128
+"""The same: how many ranges, each of which is a system call or two."""
 ELEMENTS = 1000
 """Elements of a package that are loaded in one turn of the loop."""
 MAX_ANSWERS = 64 << 10
@@ -65,6 +67,8 @@ MAX_ANSWERS = 64 << 10
 SHUT_LIMIT = 10.0  # seconds in which the source must take our last word
 TROUBLE = (VhostpcError, OSError)
 """What a peer or the system can do to a channel."""
+NO_PACKAGE = (Phase.PRECOPY, Phase.SWITCHING)
+"""What comes may still be no postcopy."""
 NOT_RUN = (Phase.PACKAGED, Phase.NOT_STARTED, Phase.PAUSED_PACKAGED, Phase.RECOVERING_PACKAGED)
 """The package is here, and its load or the machine's start is what failed."""
 LOST = (Phase.PAUSED_STARTING, Phase.PAUSED, Phase.RECOVERING_STARTING, Phase.RECOVERING)
@@ -119,6 +123,8 @@ class Incoming:
         self._return_path = False
         self._advised: PostcopyAdvise | None = None
         self._description = b""
+        self._ready: trio.Event | None = None
+        """Everything is ready for the package, once it is set; None: nothing says yet that one will come."""
         self._running = trio.Event()
         self._loaded = trio.Event()
         self._faults = trio.CancelScope()
@@ -209,7 +215,11 @@ class Incoming:
         except BaseException as caught:
             reads_on = self.course.phase in STILL_SENT and self._return_path
             reads_on = reads_on and not (self._closed or _is_cancelled(caught))
+            takes_back = self._ready is not None and self.course.phase in NO_PACKAGE
+            takes_back = takes_back and not (self._closed or _is_cancelled(caught))
             error = self._failed(caught, shut=not reads_on)
+            if takes_back:
+                await self._take_back()
             if reads_on:
                 await self._read_on()
             if error is caught:
@@ -260,6 +270,16 @@ class Incoming:
             self.course.move(self.course.trouble(), error)
         return error
 
+    async def _take_back(self) -> None:
+        """Back-ends that heard LISTEN wait for pages that nobody will send: END, although no package came."""
+        with trio.move_on_after(SHUT_LIMIT):
+            try:
+                await self.machine.end()
+            except Exception as error:
+                log.error(
+                    "migration: back-ends may still be in postcopy: %s", sentence(error), exc_info=error
+                )
+
     async def _read_on(self) -> None:
         """Our word that it never ran lets the source go on. But it sends its package or pages now, and what is sent to
         a channel that broke may come to its notice before our word does. So its data is thrown away, until it hangs
@@ -280,9 +300,10 @@ class Incoming:
             await self._end_precopy()
             return
         self._must_hear = any(isinstance(inside, Ping) and inside.value == MUST_HEAR for inside in package)
-        await self._listen(package)
+        await self._listen(package, nursery)
         nursery.start_soon(self._load_package, package)
         nursery.start_soon(self._tell_waits)
+        await trio.lowlevel.checkpoint()  # first the machine, then its pages
         await self._postcopy()
         await self._loaded.wait()
         await self._end_postcopy()
@@ -298,6 +319,8 @@ class Incoming:
             if isinstance(event, OpenReturnPath):
                 continue
             if isinstance(event, Ping):
+                if self._ready is not None:  # our answer says so
+                    await self._ready.wait()
                 self._pong(event)
             elif isinstance(event, Configuration):
                 try:
@@ -310,7 +333,9 @@ class Incoming:
             elif isinstance(event, RamBlocks):
                 self._accept_blocks(event)
             elif isinstance(event, RamDiscard):
-                self.course.move(Event.SWITCH)  # the package is in flight
+                self.course.move(Event.SWITCH)  # the package is in flight, or follows soon
+                if self._advised is not None:
+                    self._begin_ready(nursery)
                 await self._discard(event)
             elif isinstance(event, Package):
                 if not self._return_path:
@@ -337,6 +362,8 @@ class Incoming:
         if not link.ram_ended:
             log.warning("migration: the stream ends without the last section of RAM")
         self._tell_rest(link.unread, link.doubt)
+        if self._ready is not None:
+            await self._ready.wait()
         await self.machine.loaded(self._description)
         log.info("migration: everything has arrived, by precopy")
         self._settle()
@@ -346,23 +373,34 @@ class Incoming:
         await self._start(False)
         await self._shut()
 
-    async def _listen(self, package: Sequence[Inside]) -> None:
-        """Our mapping may be missing pages; another loader, because this one places by ioctl."""
+    def _begin_ready(self, nursery: trio.Nursery) -> trio.Event:
+        """What a package needs that does not depend on it is made beside what comes before it."""
+        if self._ready is None:
+            self._ready = trio.Event()
+            nursery.start_soon(self._make_ready, self._ready)
+        return self._ready
+
+    async def _make_ready(self, ready: trio.Event) -> None:
+        """Another loader, because this one places by ioctl; and back-ends: LISTEN, and the exchange of addresses."""
+        self.service.make_ready()
+        self._link.make_ready()
+        await self.machine.listen()
+        ready.set()
+
+    async def _listen(self, package: Sequence[Inside], nursery: trio.Nursery) -> None:
+        """Our mapping may be missing pages."""
+        await self._begin_ready(nursery).wait()
         self.service.arm()
         self.kept = sum(b.count_bits(Bits.RECEIVED) for b in self.machine.ram.blocks)
         self._keep_numbers()
         self._loads.append([])
         self._link.open_pages()
-        await self.machine.listen()
-        log.info(
-            "migration: postcopy: %d host pages missing, %d elements to load", self.missing(), len(package)
-        )
         self.course.move(Event.PACKAGE)
 
     async def _load_package(self, package: Sequence[Inside]) -> None:
         """Device state, while pages come: what a load waits for is asked for and served meanwhile."""
         try:
-            left = sum(isinstance(inside, DeviceSection) for inside in package)
+            missing, left = self.missing(), sum(isinstance(inside, DeviceSection) for inside in package)
             held: list[Ping] = []
             if not left:
                 await self.machine.loaded(b"")
@@ -372,7 +410,6 @@ class Incoming:
                     left -= 1
                     if not left:
                         await self.machine.loaded(b"")
-                        log.info("migration: device state is loaded")
                 elif isinstance(inside, Ping) and inside.value == LOADED:
                     held.append(inside)  # that it runs: behind it our word that it never ran is not believed
                 elif isinstance(inside, Ping):
@@ -386,6 +423,9 @@ class Incoming:
             for ping in held:
                 self._pong_in_package(ping)
             self._loaded.set()
+            log.info(
+                "migration: postcopy: %d elements loaded, %d host pages missing before", len(package), missing
+            )
         except Exception as error:
             if self.machine.ram.lost:
                 await trio.sleep_forever()  # given up by the task that ends the migration, and says why
@@ -568,8 +608,7 @@ class Incoming:
             log.warning("migration: the package says once more that the machine is to run")
             return
         self.course.move(Event.RUN)
-        if postcopy:
-            log.info("migration: the machine may run here, %d host pages are missing", self.missing())
+        missing = self.missing()
         self._running.set()
         try:
             await self._watcher.let_run(postcopy)
@@ -577,6 +616,8 @@ class Incoming:
             self.course.move(Event.NOT_RUN)
             raise
         self.course.move(Event.RAN)
+        if postcopy:
+            log.info("migration: the machine may run here, %d host pages are missing", missing)
 
     # --- elements
 
@@ -701,9 +742,8 @@ class Incoming:
         check_discard(event, block)
         try:
             # Each page once, whatever the ranges are, and not too many without giving others their turn.
-            for start, length in pieces(event.ranges, max(DISCARD, block.page_size)):
-                block.discard(start, length)
-                block.set_bits(Bits.DISCARDED, start // block.page_size, length // block.page_size)
+            for ranges in batches(pieces(event.ranges, max(DISCARD, block.page_size)), DISCARD, RANGES):
+                block.discard_for(ranges)
                 await trio.lowlevel.checkpoint()
         except PageBorn as e:
             if not (others := self.service.others()):

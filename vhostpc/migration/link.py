@@ -56,6 +56,7 @@ class IncomingLink:
         )
         self._events = self.reader.feed_in_slices(b"")
         self._pages: RamChannel | None = None
+        self._ahead: RamChannel | None = None
 
     @property
     def has_pages(self) -> bool:
@@ -77,6 +78,10 @@ class IncomingLink:
         """Byte of the stream up to which everything was read."""
         return self.reader.offset
 
+    def make_ready(self) -> None:
+        """Make what :meth:`open_pages` needs once memory is armed, for which the service is ready. Raises as that."""
+        self._ahead = self._service.open_channel(self.channel.in_fd, ahead=True)
+
     def open_pages(self, *, holes: bool = False) -> None:
         """RAM records may come from now on. In the memory's current mode: written, or placed once it is armed.
 
@@ -87,7 +92,9 @@ class IncomingLink:
             block = self._pages.block
             self._pages.close()
             self._pages = None
-        self._pages = self._service.open_channel(self.channel.in_fd, holes=holes)
+        self._pages, self._ahead = self._ahead, None
+        if self._pages is None:
+            self._pages = self._service.open_channel(self.channel.in_fd, holes=holes)
         self._pages.block = block
 
     def numbers(self) -> LoadNumbers | None:
@@ -96,9 +103,10 @@ class IncomingLink:
 
     def close(self) -> None:
         """Let go of the loader, and of a host page of which only a part has come. The channel stays."""
-        if self._pages is not None:
-            self._pages.close()
-            self._pages = None
+        for pages in (self._pages, self._ahead):
+            if pages is not None:
+                pages.close()
+        self._pages = self._ahead = None
         self.settled.set()
         self.ended.set()
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from vhostpc.migration.runstate import RunState
 from vhostpc.pages.ramblock import RamSet
 from vhostpc.pages.service import FaultService
 from vhostpc.wire.migration.elements import Configuration, DeviceSection, RamBlocks
+
+
+def nobody() -> None:
+    """Nobody is to be told."""
 
 
 class Machine(Protocol):
@@ -71,8 +75,11 @@ class Machine(Protocol):
         """Nothing writes its memory any more when this returns. Nothing happens if it is stopped."""
         ...
 
-    async def cont(self) -> None:
+    async def cont(self, runs: Callable[[], None] = nobody) -> None:
         """Run. Raises MigrationRefused if it cannot run here (it is held).
+
+        ``runs`` is called once its vCPUs run, before its back-ends have started, which may take longer; if it raises
+        behind that, the machine stands again.
 
         It allocates nothing that may be short, such as threads, descriptors or maps: they were allocated before the
         machine first ran, or by :meth:`loaded`, and are kept over a :meth:`stop`.

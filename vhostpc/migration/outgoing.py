@@ -72,6 +72,12 @@ log = rationed_logger(__name__)
 
 LAST_WORD = 10.0
 """Seconds to wait for a destination's report once a write to it has failed behind the border."""
+READY = 5
+"""The PING behind the discards that are sent while the machine runs: its PONG says that they are done."""
+READY_LIMIT = 1.0
+"""Seconds to wait for that PONG. Then the machine is stopped all the same."""
+PIECE = 64 << 10
+"""Bytes of discards, at most, that are kept to go with the package."""
 _END_OF_PAGES = int(RamFlag.EOS).to_bytes(8, "big")
 CANCELLED = "the migration was cancelled"
 PAUSED = "the migration was paused (migrate-pause)"
@@ -407,18 +413,21 @@ class Outgoing:
         )
 
     async def _stop(self) -> None:
-        """The machine stands still from here on; what it wrote last is dirty."""
+        """The machine stands still from here on; what it wrote last is yet to be looked for."""
         self._mark("stopped")
         self._bytes_at["stopped"] = self._said + self.source.numbers().bytes
         await self._watcher.stop_to_send()
         self.course.move(Event.STOP)
+
+    async def _last_look(self) -> bytes:
+        """What it wrote last is dirty. What a destination is told then."""
         await self._sync(tell=not self.dialect.precopy_passes_only)
-        if self.dialect.switchover_start:
-            await self._say(SwitchoverStart().encode())
+        return SwitchoverStart().encode() if self.dialect.switchover_start else b""
 
     async def _complete(self) -> None:
         """All that is left, then the devices."""
         await self._stop()
+        await self._say(await self._last_look())
         log.info("migration: the last pass, %d MiB", self._remaining >> 20)
         await self._last()
 
@@ -470,16 +479,12 @@ class Outgoing:
         machine, source = self.machine, self.source
         _check_package(machine.state_size())  # while it still runs
         self.course.move(Event.SWITCH)
-        await self._stop()
-        if not self._remaining:
-            await self._last()
-            return
-        log.info("migration: postcopy, %d MiB left to send", self._remaining >> 20)
-        if self._notes is not None:
-            self._notes.write(machine)
         for block in machine.ram.blocks:
-            for commands in block.discards():
-                await self._say(commands)
+            block.set_bits(Bits.DISCARDED, value=False)  # nothing has been told yet
+        if machine.running:
+            await self._discard_early()
+        self._set_tail()  # behind the border it may be too late for memory
+        await self._stop()
         devices, _ = await machine.save()
         blob = PostcopyListen().encode() + b"".join(section.encode() for section in devices)
         blob += Ping(LOADED).encode()
@@ -487,13 +492,40 @@ class Outgoing:
             blob += Ping(MUST_HEAR).encode()
         blob += PostcopyRun().encode()
         _check_package(len(blob))
-        self._set_tail()  # behind the border it may be too late for memory
-        await self._say(Ping(2).encode())
+        ahead = await self._last_look()
+        if not self._remaining:
+            await self._say(ahead)
+            await self._last()
+            return
+        if self._notes is not None:
+            self._notes.write(machine)
+        for block in machine.ram.blocks:
+            for commands in block.discards():
+                if len(ahead) > PIECE:
+                    await self._say(ahead)
+                    ahead = b""
+                ahead += commands
         self._check_cancelled()
-        await self._send_package(Package(blob).encode())
+        await self._send_package(ahead + Ping(2).encode() + Package(blob).encode())
         self._mark("switched")
         self._bytes_at["package"] = self._said + source.numbers().bytes
+        log.info("migration: postcopy, %d MiB left to send", self._remaining >> 20)
         await self._serve(Ping(4).encode())
+
+    async def _discard_early(self) -> None:
+        """Tell what is dirty now, while the machine runs: it stands only for what it writes from here on.
+
+        Nothing of precopy is sent any more. The answer to a PING says that the destination has done this, and has made
+        itself ready; one that does not answer is not waited for.
+        """
+        await self.machine.sync_dirty()
+        for block in self.machine.ram.blocks:
+            for commands in block.discards():
+                await self._say(commands)
+        await self._say(Ping(READY).encode())
+        ended = await self.source.hear(READY, READY_LIMIT)
+        if ended is not None:
+            raise self._failed(ended)
 
     def _set_tail(self) -> None:
         section = self.machine.ram_section
@@ -559,7 +591,10 @@ class Outgoing:
         return bool((numbers.pongs | self._pongs) >> LOADED & 1)
 
     async def _send_package(self, package: bytes) -> None:
-        """The border is its last byte: until the kernel has taken that one the machine cannot run there."""
+        """The border is its last byte: until the kernel has taken that one the machine cannot run there.
+
+        What goes ahead of the package goes with it, in one call.
+        """
         sent, too_late = False, False
         try:
             with trio.CancelScope() as self._package_going:

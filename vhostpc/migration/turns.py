@@ -23,6 +23,20 @@ async def in_turns(work: Slices[T]) -> T:
         await trio.lowlevel.checkpoint()
 
 
+def batches(ranges: Iterable[tuple[int, int]], most: int, count: int) -> Iterator[list[tuple[int, int]]]:
+    """Ranges (start, length) in lists of at most ``count`` with a length of at most ``most`` together, or of one."""
+    batch: list[tuple[int, int]] = []
+    together = 0
+    for start, length in ranges:
+        if batch and (len(batch) == count or together + length > most):
+            yield batch
+            batch, together = [], 0
+        batch.append((start, length))
+        together += length
+    if batch:
+        yield batch
+
+
 def pieces(ranges: Iterable[tuple[int, int]], most: int) -> Iterator[tuple[int, int]]:
     """Ranges (start, length) as disjoint ones in order, none longer than ``most``; parts covered twice occur once."""
     done = 0

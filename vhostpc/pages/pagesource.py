@@ -150,6 +150,17 @@ class PageSource(Owner):
         )
         return self._ended(rc)
 
+    async def hear(self, pong: int, limit: float) -> Ended | None:
+        """Read the peer's messages until the PONG of this value, below 32, or for ``limit`` seconds.
+
+        Returns None then; otherwise why it ended early. Raises as :meth:`serve`.
+        """
+        handle, ms = self.handle, round(limit * 1000)
+        rc = await run_loop(
+            lambda: lib.vpc_save_hear(handle, pong, ms), lambda: lib.vpc_save_stop(handle), self._thread
+        )
+        return self._ended(rc) if rc else None
+
     async def round(self, section: int, *, last: bool = False, budget_ms: int = 50) -> bool | Ended:
         """Send one RAM section of precopy with its frames: whether pages are still dirty, or why it ended early.
 

@@ -177,7 +177,16 @@ class RamBlock:
         """
         length = self.length - offset if length is None else length
         left = ffi.new("uint64_t *")
-        rc = lib.vpc_ram_discard(self._ram.handle, self.index, offset, length, left)
+        self._discarded(lib.vpc_ram_discard(self._ram.handle, self.index, offset, length, left), left)
+
+    def discard_for(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """As :meth:`discard` for ranges (offset, length), in order, whose pages the source will send: DISCARDED."""
+        flat = ffi.new("uint64_t[]", [number for pair in ranges for number in pair])
+        left = ffi.new("uint64_t *")
+        rc = lib.vpc_ram_discard_ranges(self._ram.handle, self.index, flat, len(ranges), left)
+        self._discarded(rc, left)
+
+    def _discarded(self, rc: int, left: Any) -> None:
         if rc == -errno.EEXIST:
             raise PageBorn(
                 f"host page {left[0]} of {self.name!r} is still there after its discard: it belongs to a huge "
@@ -200,7 +209,10 @@ class RamBlock:
         return int(page[0]) if check(rc, f"pages of {self.name}") else None
 
     def discards(self, room: int = 64 << 10) -> Iterator[bytes]:
-        """RAM_DISCARD commands for the DIRTY pages, in pieces of at most ``room`` bytes; none if nothing is dirty."""
+        """RAM_DISCARD commands for the pages that are DIRTY and not DISCARDED, in pieces of at most ``room`` bytes.
+
+        They are DISCARDED then: each is told once. None if there is nothing to tell.
+        """
         at = ffi.new("uint64_t *")
         buffer = ffi.new("unsigned char[]", room)
         while at[0] < self.pages:

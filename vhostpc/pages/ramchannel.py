@@ -66,23 +66,26 @@ class Service(Protocol):
     @property
     def spin_ns(self) -> int: ...
     def born(self, block: int, page: int, what: str, then: str = "") -> PageBorn: ...
-    def place_fd(self) -> int: ...
+    def place_fd(self, ahead: bool = False) -> int: ...
     def missing(self) -> int: ...
 
 
 class RamChannel(Owner):
     """One socket that delivers RAM records. Not armed: plain writes, the last copy of a page wins."""
 
-    def __init__(self, service: Service, sock: trio.SocketStream | int, *, holes: bool = False) -> None:
+    def __init__(
+        self, service: Service, sock: trio.SocketStream | int, *, holes: bool = False, ahead: bool = False
+    ) -> None:
         """``holes``: no page will be missing later (no postcopy), so a zero page may stay a hole of the file.
 
+        ``ahead``: it is for a service that will be armed with what is ready now.
         Raises Shortage, OSError: everything that loading needs is allocated here.
         """
         fd = sock if isinstance(sock, int) else sock.socket.fileno()
         self._service = service
         ram, faults = service.ram.handle, service.handle
         with keeping(Thread.LOAD, "loading RAM") as self._thread:
-            raw = made("load", "RAM channel", lib.vpc_load_new, ram, faults, fd, service.place_fd())
+            raw = made("load", "RAM channel", lib.vpc_load_new, ram, faults, fd, service.place_fd(ahead))
         self._native = Handle(raw, lib.vpc_load_free, "this RAM channel is closed", needs=[ram, faults])
         if holes:
             lib.vpc_load_keep_holes(raw)

@@ -99,6 +99,8 @@ class FaultService(Owner):
         self.loops = Loops()
         self._spin_ns = spin_us * 1000
         self._ufd: Userfaultfd | None = None
+        self._ahead: Userfaultfd | None = None
+        """What :meth:`arm` will register with."""
         self._own: Client | None = None
         self._names: dict[int, str] = {}
         self._stays = False
@@ -122,13 +124,20 @@ class FaultService(Owner):
             raise ValueError("the fault service is not armed")
         return self._own
 
+    def make_ready(self) -> None:
+        """Open the ufd that :meth:`arm` registers with, so that it takes less time. Raises UfdError."""
+        if self._ahead is None:
+            self._ahead = Userfaultfd.open(optional=Features.THREAD_ID)
+
     def arm(self) -> None:
         """Register all RAM blocks: from now on our own touches of missing pages are faults like any other.
 
         Opens our own ufd, through which pages are placed. Raises UfdError where that is not possible, and PageBorn
         where there is a page that was not received: the expected page could not be placed, or would never be missed.
         """
-        ufd = Userfaultfd.open(optional=Features.THREAD_ID)
+        self.make_ready()
+        ufd, self._ahead = self._ahead, None
+        assert ufd is not None
         own: Client | None = None
         try:
             for block in self.ram.blocks:
@@ -271,9 +280,14 @@ class FaultService(Owner):
                 self._ufd.close()
         self._ufd = None
 
-    def open_channel(self, sock: trio.SocketStream | int, *, holes: bool = False) -> RamChannel:
-        """A channel that delivers RAM records; it keeps bytes read too far from one section to the next."""
-        return RamChannel(self, sock, holes=holes)
+    def open_channel(
+        self, sock: trio.SocketStream | int, *, holes: bool = False, ahead: bool = False
+    ) -> RamChannel:
+        """A channel that delivers RAM records; it keeps bytes read too far from one section to the next.
+
+        ``ahead``: made behind :meth:`make_ready`, to be used once this is armed.
+        """
+        return RamChannel(self, sock, holes=holes, ahead=ahead)
 
     async def load(self, sock: trio.SocketStream | int) -> LoadNumbers:
         """Load the records of ``sock`` to the end of the section; see :meth:`RamChannel.load`."""
@@ -336,9 +350,10 @@ class FaultService(Owner):
             check(lib.vpc_fault_settle(self.handle), "pages of zeros")
         return missing
 
-    def place_fd(self) -> int:
-        """The ufd that pages are placed through, or -1 when not armed."""
-        return -1 if self._ufd is None else self._ufd.fileno()
+    def place_fd(self, ahead: bool = False) -> int:
+        """The ufd that pages are placed through, or -1 when not armed. ``ahead``: will be placed through."""
+        ufd = self._ahead if ahead else self._ufd
+        return -1 if ufd is None else ufd.fileno()
 
     @property
     def spin_ns(self) -> int:
@@ -349,6 +364,8 @@ class FaultService(Owner):
         self.give_up()
         self._close_ufd()
         self._blocktimes.keep()
+        if self._ahead is not None:
+            self._ahead.close()
         if self._trace is not None:
             self._trace.keep()
         self._native.close(idle=self.loops.idle)

@@ -10,11 +10,12 @@
 #define RANGES 12u /* in a command, as QEMU sends them */
 #define COMMAND_MAX (5u + 3u + 255u + 16u * RANGES)
 
-/* The first page from page on whose DIRTY bit is value; the number of pages if there is none. */
+/* The first page from page on that is to be told, or that is not; the number of pages if there is none. */
 static uint64_t next_page(struct vpc_block *b, uint64_t page, int value)
 {
     while (page < b->pages) {
-        uint64_t word = atomic_load(&b->bits[VPC_BITS_DIRTY][page >> 6]);
+        uint64_t word = atomic_load(&b->bits[VPC_BITS_DIRTY][page >> 6]) &
+                        ~atomic_load(&b->bits[VPC_BITS_DISCARDED][page >> 6]);
         word = (value ? word : ~word) & ~(uint64_t)0 << (page & 63);
         if (word) {
             page = (page & ~(uint64_t)63) + (uint64_t)__builtin_ctzll(word);
@@ -47,6 +48,7 @@ int vpc_ram_discards(struct vpc_ram *ram, int block, uint64_t *at, void *to, uin
             put_be(p, page << b->shift, 8);
             put_be(p + 8, (end - page) << b->shift, 8);
             p += 16;
+            vpc_ram_set_bits(ram, block, VPC_BITS_DISCARDED, page, end - page, 1);
             page = next_page(b, end, 1);
         }
         *head = COMMAND;

@@ -248,6 +248,20 @@ int vpc_ram_discard(struct vpc_ram *ram, int block, uint64_t offset, uint64_t le
     return there > 0 ? -EEXIST : there == -EOPNOTSUPP ? 0 : there;
 }
 
+int vpc_ram_discard_ranges(struct vpc_ram *ram, int block, const uint64_t *ranges, uint32_t count, uint64_t *left)
+{
+    struct vpc_block *b = ram_block(ram, block);
+    int rc = 0;
+
+    for (uint32_t i = 0; rc == 0 && i < count; i++) {
+        rc = vpc_ram_discard(ram, block, ranges[2 * i], ranges[2 * i + 1], left);
+        if (rc == 0)
+            vpc_ram_set_bits(ram, block, VPC_BITS_DISCARDED, ranges[2 * i] >> b->shift,
+                             ranges[2 * i + 1] >> b->shift, 1);
+    }
+    return rc;
+}
+
 int vpc_ram_give_up(struct vpc_ram *ram, int ufd)
 {
     int again = atomic_exchange(&ram->lost, 1), rc = 0;

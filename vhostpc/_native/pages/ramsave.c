@@ -256,6 +256,22 @@ int vpc_save_wait(struct vpc_save *s)
     return ended(s, rc);
 }
 
+int vpc_save_hear(struct vpc_save *s, unsigned pong, unsigned ms)
+{
+    uint64_t now = now_ns(), until = now + (uint64_t)ms * 1000000u;
+    int rc;
+
+    do {
+        rc = atomic_load(&s->stop) ? VPC_SAVE_STOPPED : vpc_requests_parse(&s->requests, s->scan);
+        if (rc == 0 && (s->requests.pongs >> pong & 1 || now >= until))
+            return 0;
+        if (rc == 0)
+            rc = wait_ready(s, 0, (int)((until - now) / 1000000u) + 1);
+        now = now_ns();
+    } while (rc == 0);
+    return ended(s, rc);
+}
+
 int vpc_save_run(struct vpc_save *s)
 {
     struct writer *w = &s->writer;

@@ -19,7 +19,7 @@ struct vpc_ram;
 #define VPC_BITS_DIRTY 2
 #define VPC_BITS_WITHHELD 3
 #define VPC_BITS_ASKED 4
-#define VPC_BITS_DISCARDED 5 /* the stream's RAM_DISCARD cleared it, or a part of it has arrived: it will be sent */
+#define VPC_BITS_DISCARDED 5 /* a RAM_DISCARD told of it, at either end, or a part of it has arrived: it will be sent */
 
 /* Nothing here waits for a page unless it says so. */
 int vpc_ram_new(struct vpc_ram **out);
@@ -36,13 +36,17 @@ int vpc_ram_count_cells(struct vpc_ram *ram, int block, int which, uint32_t *out
 /* Punch a hole (bytes, whole host pages) and clear RECEIVED, REQUESTED and DISCARDED. -EEXIST: the kernel has left a
  * page there, *left is its number. */
 int vpc_ram_discard(struct vpc_ram *ram, int block, uint64_t offset, uint64_t length, uint64_t *left);
+/* The same for count ranges, each two numbers (offset, length), and set DISCARDED for their pages: the source will send
+ * them. Stops at the first that fails. */
+int vpc_ram_discard_ranges(struct vpc_ram *ram, int block, const uint64_t *ranges, uint32_t count, uint64_t *left);
 /* The first of these pages that exists and was not received: 1 and its number in *born; 0 if there is none.
  * -EOPNOTSUPP: the kernel cannot tell (hugetlbfs, before 5.13). */
 int vpc_ram_born(struct vpc_ram *ram, int block, uint64_t first, uint64_t count, uint64_t *born);
 /* Host pages that are DISCARDED and not RECEIVED: the source owes them. */
 int64_t vpc_ram_count_owed(struct vpc_ram *ram, int block);
-/* RAM_DISCARD commands (QEMU's migration stream) for the block's DIRTY pages from page *at on, as many as there is room
- * for; *at gets the page to go on from, the block's number of pages when it is done. Returns bytes written. */
+/* RAM_DISCARD commands (QEMU's migration stream) for the block's pages from page *at on that are DIRTY and not DISCARDED,
+ * as many as there is room for; they are DISCARDED then, so that each is told once. *at gets the page to go on from, the
+ * block's number of pages when it is done. Returns bytes written. */
 int vpc_ram_discards(struct vpc_ram *ram, int block, uint64_t *at, void *to, uint32_t room);
 /* Set DIRTY for the block's pages that the back-ends' dirty log in fd (size bytes, which may not shrink) marks, and
  * clear the marks; gpa is the block's guest address. Returns how many bits were not set before. -EINVAL: gpa is no

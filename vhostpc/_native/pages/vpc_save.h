@@ -39,6 +39,9 @@ void vpc_save_free(struct vpc_save *save);
 int vpc_save_round(struct vpc_save *save, uint32_t section, int last, uint64_t budget_ns);
 /* Nothing is to be sent any more: read the return path to its end. Returns as vpc_save_run. */
 int vpc_save_wait(struct vpc_save *save);
+/* Nothing is to be sent until the PONG of this value, below 32, is here, or for so many milliseconds: 0. Returns as
+ * vpc_save_run otherwise. */
+int vpc_save_hear(struct vpc_save *save, unsigned pong, unsigned ms);
 /* Postcopy begins: the next record names its block again, the scan begins anew. Before a run. */
 int vpc_save_switch(struct vpc_save *save);
 /* Returns VPC_SAVE_* or -errno; -EBADMSG: the peer sent a malformed message. */
