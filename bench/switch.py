@@ -95,15 +95,15 @@ async def one(backends: int) -> Times:
 def table(runs: Sequence[Times]) -> list[str]:
     """Lines of it."""
     lines = ["| at | step | ms | after the one before |", "| --- | --- | --- | --- |"]
-    before = None
     rows = []
     for side, stamp, what in STEPS:
         if all((side, stamp) in run for run in runs):
             when = statistics.median((run[side, stamp] - run[SOURCE, LAST]) / 1e6 for run in runs)
             rows.append((when, side, what))
-    for when, side, what in sorted(rows):
-        lines.append(f"| {side} | {what} | {when:.2f} | {'' if before is None else f'{when - before:.2f}'} |")
-        before = when
+    rows.sort()
+    for number, (when, side, what) in enumerate(rows):
+        since = when - rows[max(number - 1, 0)][0]
+        lines.append(f"| {side} | {what} | {when:.2f} | {since:.2f} |")
     return lines
 
 

@@ -177,8 +177,8 @@ TEXT = {"const char *"}
 # Private memory of the caller or of a handle, each looked at by hand: never an address in guest memory.
 PRIVATE = {
     "vpc_ring.h": {"const unsigned char * data", "unsigned char * data"},
-    # A copy out of and into RAM blocks.
-    "vpc_ram.h": {"void * to", "const void * from"},
+    # A copy out of and into RAM blocks; offsets in one.
+    "vpc_ram.h": {"void * to", "const void * from", "const uint64_t * ranges"},
     # A return-path message; numbers of threads.
     "vpc_fault.h": {"const void * message", "const uint32_t * threads"},
     # Bytes of the stream that were read before it, and by it too far.

@@ -68,7 +68,7 @@ SHUT_LIMIT = 10.0  # seconds in which the source must take our last word
 TROUBLE = (VhostpcError, OSError)
 """What a peer or the system can do to a channel."""
 NO_PACKAGE = (Phase.PRECOPY, Phase.SWITCHING)
-"""What comes may still be no postcopy."""
+"""The stream may still turn out to be no postcopy."""
 NOT_RUN = (Phase.PACKAGED, Phase.NOT_STARTED, Phase.PAUSED_PACKAGED, Phase.RECOVERING_PACKAGED)
 """The package is here, and its load or the machine's start is what failed."""
 LOST = (Phase.PAUSED_STARTING, Phase.PAUSED, Phase.RECOVERING_STARTING, Phase.RECOVERING)
@@ -302,6 +302,7 @@ class Incoming:
         self._must_hear = any(isinstance(inside, Ping) and inside.value == MUST_HEAR for inside in package)
         await self._listen(package, nursery)
         nursery.start_soon(self._load_package, package)
+        nursery.start_soon(self._tell_running)
         nursery.start_soon(self._tell_waits)
         await trio.lowlevel.checkpoint()  # first the machine, then its pages
         await self._postcopy()
@@ -374,7 +375,7 @@ class Incoming:
         await self._shut()
 
     def _begin_ready(self, nursery: trio.Nursery) -> trio.Event:
-        """What a package needs that does not depend on it is made beside what comes before it."""
+        """What a package needs that does not depend on it is made beside the elements before it."""
         if self._ready is None:
             self._ready = trio.Event()
             nursery.start_soon(self._make_ready, self._ready)
@@ -579,6 +580,11 @@ class Incoming:
             self._error = self._error or ChannelLost("the migration was paused (migrate-pause)")
             self.channel.shut_down()
 
+    async def _tell_running(self) -> None:
+        """A line of the log takes its time, so it is not written before the machine runs."""
+        await self._running.wait()
+        log.info("migration: the machine may run here, %d host pages are missing", self.missing())
+
     async def _tell_waits(self) -> None:
         """What goes wrong in telling stops nothing but the telling."""
         try:
@@ -608,7 +614,6 @@ class Incoming:
             log.warning("migration: the package says once more that the machine is to run")
             return
         self.course.move(Event.RUN)
-        missing = self.missing()
         self._running.set()
         try:
             await self._watcher.let_run(postcopy)
@@ -616,8 +621,6 @@ class Incoming:
             self.course.move(Event.NOT_RUN)
             raise
         self.course.move(Event.RAN)
-        if postcopy:
-            log.info("migration: the machine may run here, %d host pages are missing", missing)
 
     # --- elements
 
