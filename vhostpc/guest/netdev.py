@@ -108,18 +108,22 @@ class NetDevice:
         """
         self.close()
         event_idx = bool(self.backend.features & Feature.EVENT_IDX)
-        for index, layout in enumerate(self._layouts):
-            self._drivers.append(
-                Driver(
-                    self._ram,
-                    self._regions,
-                    layout,
-                    receive=index == RX,
-                    header=self.backend.header,
-                    event_idx=event_idx,
-                    stream=self.instance,
+        try:
+            for index, layout in enumerate(self._layouts):
+                self._drivers.append(
+                    Driver(
+                        self._ram,
+                        self._regions,
+                        layout,
+                        receive=index == RX,
+                        header=self.backend.header,
+                        event_idx=event_idx,
+                        stream=self.instance,
+                    )
                 )
-            )
+        except BaseException:
+            self.close()
+            raise
         return self._drivers
 
     async def reset(self) -> None:

@@ -433,12 +433,13 @@ class OwnMachine:
         self._service = self._counted = service
         await self._park_vcpus()  # before the wait for it
         self._tell_threads()
+        for backend in self.backends:
+            await backend.advise(service)
         for device in self.devices:
             try:
                 device.make_ready()
             except (Shortage, OSError) as error:
                 raise Shortage(f"this machine cannot run here: {device.name}: {sentence(error)}") from None
-            await device.backend.advise(service)
 
     def accept_blocks(self, listed: RamBlocks, *, postcopy: bool) -> None:
         if self.running or self.ram.lost:
