@@ -52,21 +52,24 @@ async def test_each_says_when_it_is_ready(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.ufd
-@pytest.mark.parametrize("option", [(), ("--no-fault",)], ids=["", "no-fault"])
+@pytest.mark.parametrize("option", ["", "--no-fault", "--answer-each-pair"])
 @pytest.mark.parametrize("name", PROGRAMS)
-async def test_each_can_do_without_faults(name: str, option: tuple[str, ...], tmp_path: Path) -> None:
-    """The first line of a session in postcopy says so, where it was wanted."""
-    command = [*PROGRAMS[name], *option, "-u", str(tmp_path / "s")]
+async def test_each_can_help_a_front_end(name: str, option: str, tmp_path: Path) -> None:
+    """The first lines of a session in postcopy say so, where it was wanted."""
+    command = [*PROGRAMS[name], *filter(None, [option]), "-u", str(tmp_path / "s")]
     async with open_child(command, name=name, cwd=ROOT) as child:
         await child.until(r"ready on [^\n]*\n")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.connect(str(tmp_path / "s"))
         with contextlib.closing(RawFrontEnd(sock)) as front:
             await front.negotiate()
-            (await front.ask(Request.POSTCOPY_ADVISE)).close_fds()
+            for _ in range(2):
+                (await front.ask(Request.POSTCOPY_ADVISE)).close_fds()
         await child.until("disconnected")
         assert "postcopy advised" in child.said
-        assert ("postcopy without faults: absent pages are not requested" in child.said) == bool(option)
+        said = child.said
+        assert ("postcopy without faults: absent pages are not requested" in said) == (option == "--no-fault")
+        assert ("to be answered unasked" in said) == (option == "--answer-each-pair")
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

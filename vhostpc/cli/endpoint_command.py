@@ -300,6 +300,12 @@ async def run(open_it: contextlib.AbstractAsyncContextManager[Machine], given: G
     help="Longest time for a back-end's answer.",
 )
 @click.option(
+    "--backend-reconnect",
+    type=Seconds(min=0.01),
+    metavar="SECONDS",
+    help="Connect again to a back-end that is gone, once in so many seconds, also in mid-postcopy.",
+)
+@click.option(
     "--vcpu-writes",
     type=click.IntRange(0, MOST_A_SECOND),
     default=1000,
@@ -389,6 +395,7 @@ def endpoint(
     vcpus: int | None,
     backend: tuple[str, ...],
     backend_timeout: float,
+    backend_reconnect: float | None,
     vcpu_writes: int,
     vcpu_checks: int,
     dirty_tracking: str | None,
@@ -425,6 +432,7 @@ def endpoint(
         checks=vcpu_checks,
         tracking=DirtyWay(dirty_tracking) if dirty_tracking else None,
         timeout=backend_timeout,
+        reconnect=backend_reconnect,
     )
     screen = shared(sys.stderr) if monitor == STDIO else None
     start_logging(screen)

@@ -28,7 +28,7 @@ from vhostpc.frontend.share import SharedLog
 from vhostpc.logs import rationed_logger
 from vhostpc.pages.faultclient import Client, ClientNumbers
 from vhostpc.pages.service import FaultService
-from vhostpc.wire.vhost_user import Feature, ProtocolFeature
+from vhostpc.wire.vhost_user import Feature, PostcopyPhase, ProtocolFeature
 
 log = rationed_logger(__name__)
 
@@ -91,6 +91,8 @@ class BackEnd:
         """The features that the driver has acknowledged."""
         self.problem: str | None = None
         """Why it was abandoned; None while it works."""
+        self.gone = trio.Event()
+        """Set when it was abandoned."""
         self.postcopy: BackendPostcopy | None = None
         self._timeout = timeout
         self._ending = False
@@ -131,6 +133,7 @@ class BackEnd:
         if self.problem is not None:
             return
         self.problem = f"back-end {self.name} ({self.path}): {why}"
+        self.gone.set()
         log.error("%s: the machine goes on without it", self.problem)
         self.front.close()
         try:
@@ -301,6 +304,11 @@ class BackEnd:
             await self.postcopy.share(self._memory)
         except Exception as error:
             raise PostcopyRefused(f"postcopy refused by {self.name}: {self._why(error)}") from None
+
+    @property
+    def listens(self) -> bool:
+        """It was told LISTEN, and not yet END."""
+        return self.postcopy is not None and self.postcopy.phase is PostcopyPhase.LISTENING
 
     async def end(self) -> None:
         """POSTCOPY_END, or the end of a precopy that might have become one."""

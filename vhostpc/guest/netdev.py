@@ -89,6 +89,7 @@ class NetDevice:
         self._lost_before = 0
         self._ready_for: int | None = None
         """The drivers are for these features, and nothing was loaded into them."""
+        self._reconnected = 0
 
     @property
     def name(self) -> str:
@@ -158,6 +159,15 @@ class NetDevice:
     async def is_idle(self) -> None:
         """Wait until the driver of a device that is being stopped writes no more."""
         await self._idle.wait()
+
+    def use(self, backend: BackEnd) -> None:
+        """Another connection serves the stopped device. Frames in flight may be lost, as at a switch."""
+        self.backend = backend
+        self._reconnected += 1
+        if self._drivers:
+            self._lost_before = self._lost_at_switch()
+            came, sent = (driver.numbers() for driver in self._drivers)
+            self._flying, self._settled = (min(came.received.next, sent.posted), sent.posted), False
 
     async def _base(self, index: int, driver: Driver, said: int | None) -> int:
         """The next index of a ring: its back-end's answer, if that is possible. May wait for a page."""
@@ -331,5 +341,6 @@ class NetDevice:
             "name": self.name,
             "backend": self.backend.path,
             "works": self.backend.works,
+            "reconnected": self._reconnected,
             **{key.replace("_", "-"): getattr(books, key) for key in Books.__dataclass_fields__},
         }

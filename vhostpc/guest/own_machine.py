@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -28,6 +29,7 @@ from vhostpc.errors import (
 from vhostpc.frontend import GuestRegion, SharedLog
 from vhostpc.guest.backends import TIMEOUT, BackEnd, open_backend
 from vhostpc.guest.netdev import AREA, NetDevice
+from vhostpc.guest.reconnect import keep_connected
 from vhostpc.guest.sections import MACHINE, VCPU, description, globalstate, name_of, run_state_of
 from vhostpc.guest.side_by_side import side_by_side
 from vhostpc.guest.vcpu import Area, VCpu, stop_all
@@ -70,7 +72,8 @@ class Spec:
     """The parts of a machine. ``backends``: sockets, one network device each.
 
     ``writes`` and ``checks``: pages that each vCPU rewrites and reads in a second. ``tracking``: None for the best
-    that the kernel has. ``timeout``: seconds that a back-end's answer may take.
+    that the kernel has. ``timeout``: seconds that a back-end's answer may take. ``reconnect``: seconds between two
+    attempts to connect to a back-end that is gone; None: there is none.
     """
 
     blocks: Sequence[Block]
@@ -81,6 +84,7 @@ class Spec:
     seed: int = field(default_factory=time.time_ns)
     tracking: DirtyWay | None = None
     timeout: float = TIMEOUT
+    reconnect: float | None = None
 
 
 @asynccontextmanager
@@ -107,6 +111,10 @@ async def open_machine(
         stack.callback(dirty_log.close)
         nursery = await stack.enter_async_context(trio.open_nursery())
         machine = OwnMachine(spec, ram, regions, vcpus, devices, dirty_log, nursery)
+        if spec.reconnect is not None:
+            for device in devices:
+                keep = partial(keep_connected, pause=spec.reconnect, timeout=spec.timeout)
+                nursery.start_soon(keep, device, regions, machine.reconnected)
         if not empty:
             await machine.fill()
         try:
@@ -229,6 +237,7 @@ class OwnMachine:
         self._service: FaultService | None = None
         self._counted: FaultService | None = None
         """The last one: what it counted can be read for ever."""
+        self._listens = False
 
     @property
     def runnable(self) -> bool:
@@ -343,6 +352,29 @@ class OwnMachine:
         finally:
             self._stopped_ns = time.monotonic_ns()
             self.running = False
+
+    async def reconnected(self, device: NetDevice, backend: BackEnd) -> None:
+        """The device is served by another connection from here on, which is told what the others were told before.
+
+        Raises PostcopyRefused, StreamError, naming it: the device goes on without. May wait for a page.
+        """
+        async with self._change():
+            if not backend.acknowledge(device.backend.features):
+                raise StreamError(f"it does not offer all of the features {device.backend.features:#x}")
+            await device.stop()
+            told: tuple[FaultService | None, bool] | None = None
+            while told != (self._service, self._listens):  # they may come meanwhile
+                told = self._service, self._listens
+                if self._service is None:
+                    await backend.end()
+                elif backend.postcopy is None:
+                    await backend.advise(self._service)
+                if self._listens and not backend.listens:
+                    await backend.listen()
+            device.use(backend)
+            await backend.set_log(self._log if self.tracker is not None else None)
+            if self.running:
+                await device.start(self._nursery)
 
     # --- leaving
 
@@ -466,6 +498,7 @@ class OwnMachine:
             block.discard()  # its state before it left, or the result of a migration that failed
 
     async def listen(self) -> None:
+        self._listens = True
         await side_by_side(backend.listen for backend in self.backends)
 
     async def load(self, section: DeviceSection) -> None:
@@ -513,10 +546,10 @@ class OwnMachine:
         self._whole = True
 
     async def end(self) -> None:
+        self._service, self._listens = None, False
         async with trio.open_nursery() as nursery:
             for backend in self.backends:
                 nursery.start_soon(backend.end)
-        self._service = None
 
     # --- how it is
 
