@@ -1,4 +1,4 @@
-"""Postcopies in which QEMU loses a device or never ends, with our front-end in its place: page by page, all compared."""
+"""Postcopies in which QEMU loses a device or never ends, with our front-end in its place: every page compared."""
 
 from __future__ import annotations
 
