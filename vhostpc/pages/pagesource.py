@@ -1,7 +1,7 @@
 """The other end of a fault service: serves the pages of RAM blocks on a socket, each once.
 
-Requested pages go first, and the background scan continues behind them. The blocks are this process's own
-memory, complete and never armed.
+Requested pages go first, those near them next, and the background scan continues behind them. The blocks are this
+process's own memory, complete and never armed.
 """
 
 from __future__ import annotations

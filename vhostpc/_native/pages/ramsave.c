@@ -39,6 +39,7 @@ int vpc_save_new(struct vpc_scan *scan, int fd, int in_fd, struct vpc_save **out
     if (!s)
         return -ENOMEM;
     s->scan = scan;
+    vpc_scan_forget(scan);
     s->writer.fd = s->requests.fd = -1;
     s->control = event_new();
     s->notify = event_new();

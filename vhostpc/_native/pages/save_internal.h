@@ -1,8 +1,9 @@
 #ifndef SAVE_INTERNAL_H
 #define SAVE_INTERNAL_H
 /*
- * RAM records out, inside. savescan.c knows which page is next, savewriter.c makes records of a page and writes them to
- * a descriptor, saverequests.c reads the destination's messages; ramsave.c has the loops that join the three.
+ * RAM records out, inside. saveleft.c knows which pages are left, savenear.c which of them go first, savescan.c which is
+ * next and when; savewriter.c makes records of a page and writes them to a descriptor, saverequests.c reads the
+ * destination's messages; ramsave.c has the loops that join them.
  *
  * A scan may have several writers: a page is taken by clearing its DIRTY bit, so only one writer gets it.
  */
@@ -20,12 +21,36 @@ struct host_page {
     uint64_t number;
 };
 
+#define NEAR_SIZES 4
+#define NEAR_GROUPS 32u /* of each size that are remembered, the newest ones */
+#define NEAR_TOLD 32u   /* requests between two pages of the background */
+
+/* Pages [begin, end) around a request: looked at upwards from up, then downwards from down. */
+struct near_group {
+    int block;
+    uint64_t begin, end, down, up;
+};
+
+/* The neighbourhood of what was requested. */
+struct near {
+    /* Of the loops that serve requests: hints, so one that is lost or old does no harm. */
+    _Atomic uint64_t told[NEAR_TOLD]; /* as scan's place */
+    _Atomic uint64_t told_count, told_from;
+    /* Of the one loop that sends the background. */
+    uint64_t heard, forgotten;
+    struct near_groups {
+        unsigned count;
+        struct near_group list[NEAR_GROUPS]; /* the newest one last */
+    } sizes[NEAR_SIZES];
+};
+
 struct vpc_scan {
     struct vpc_ram *ram;
     int keep_zeros; /* send zero pages as data */
     _Atomic int withhold_all;
     _Atomic uint64_t rate;
-    _Atomic uint64_t place; /* where the scan continues: see place_of */
+    _Atomic uint64_t place; /* where the scan continues: see place_behind */
+    struct near near;
     /* Bytes that the background may send; below 0 it owes them. Of the one loop that sends it. */
     int64_t credit;
     uint64_t credit_time;
@@ -89,11 +114,13 @@ static inline void save_tally(uint64_t *what, uint64_t n)
 }
 
 /* savescan.c */
-/* Take a page: 1, or 0 if it was sent before. Its bit is cleared now: it is sent once. The scan continues behind it,
- * because a thread that touches a page touches its neighbours next. */
+/* Take a page that was requested: 1, or 0 if it was sent before. Its bit is cleared now: it is sent once. The background
+ * goes on near it, and then behind it. */
 int vpc_scan_take(struct vpc_scan *scan, struct host_page page);
-/* Take the next dirty page that is not withheld, from the scan's position, once around; block -1 if there is none. */
+/* Take the next page of the background: dirty and not withheld; block -1 if there is none. Of one loop. */
 struct host_page vpc_scan_next(struct vpc_scan *scan);
+/* Requests up to now, of another connection, have no neighbourhood any more. */
+void vpc_scan_forget(struct vpc_scan *scan);
 /* Milliseconds until the background may send at this rate; 0: now. */
 int vpc_scan_due(struct vpc_scan *scan, uint64_t rate);
 void vpc_scan_begin(struct vpc_scan *scan);
@@ -107,6 +134,32 @@ static inline uint64_t scan_left(const struct vpc_scan *scan)
 {
     return __atomic_load_n(&scan->stats.dirty_left, __ATOMIC_RELAXED);
 }
+
+#define PAGE_BITS 48 /* of a place: the page's number in the low bits, its block's above */
+
+static inline uint64_t place_behind(struct host_page page)
+{
+    return (uint64_t)page.block << PAGE_BITS | (page.number + 1);
+}
+
+static inline struct host_page page_at(uint64_t place)
+{
+    return (struct host_page){(int)(place >> PAGE_BITS), place & (((uint64_t)1 << PAGE_BITS) - 1)};
+}
+
+/* saveleft.c */
+/* Clear a page's bit: 1, or 0 if it was sent before. */
+int vpc_left_claim(struct vpc_scan *scan, struct host_page page);
+/* The first or the last page of [from, to) that is dirty and not withheld; to if there is none. */
+uint64_t vpc_left_up(const struct vpc_scan *scan, int block, uint64_t from, uint64_t to);
+uint64_t vpc_left_down(const struct vpc_scan *scan, int block, uint64_t from, uint64_t to);
+
+/* savenear.c */
+/* A request was served. */
+void vpc_near_tell(struct near *near, struct host_page page);
+void vpc_near_forget(struct near *near);
+/* Take the next page near a request; block -1 if there is none. */
+struct host_page vpc_near_next(struct vpc_scan *scan);
 
 /* savewriter.c */
 int vpc_writer_init(struct writer *w, int fd);

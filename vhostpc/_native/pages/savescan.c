@@ -6,8 +6,6 @@
 #include <errno.h>
 #include <stdlib.h>
 
-#define PAGE_BITS 48 /* of a place: the page's number in the low bits, its block's above */
-
 int vpc_scan_new(struct vpc_ram *ram, uint64_t background_rate, struct vpc_scan **out)
 {
     struct vpc_scan *scan = calloc(1, sizeof *scan);
@@ -54,34 +52,41 @@ int vpc_scan_stats(struct vpc_scan *scan, struct vpc_scan_stats *out)
     return 0;
 }
 
+/* The scan goes on behind a page. */
+static int claim_and_go_on(struct vpc_scan *scan, struct host_page page)
+{
+    if (!vpc_left_claim(scan, page))
+        return 0;
+    atomic_store_explicit(&scan->place, place_behind(page), memory_order_relaxed);
+    return 1;
+}
+
 int vpc_scan_take(struct vpc_scan *scan, struct host_page page)
 {
-    if (!bit_clear(scan->ram->blocks[page.block], VPC_BITS_DIRTY, page.number))
+    if (!claim_and_go_on(scan, page))
         return 0;
-    save_tally(&scan->stats.dirty_left, (uint64_t)-1);
-    atomic_store_explicit(&scan->place, (uint64_t)page.block << PAGE_BITS | (page.number + 1), memory_order_relaxed);
+    vpc_near_tell(&scan->near, page);
     return 1;
+}
+
+void vpc_scan_forget(struct vpc_scan *scan)
+{
+    vpc_near_forget(&scan->near);
 }
 
 struct host_page vpc_scan_next(struct vpc_scan *scan)
 {
     struct vpc_ram *ram = scan->ram;
-    uint64_t place = atomic_load_explicit(&scan->place, memory_order_relaxed);
-    struct host_page page = {(int)(place >> PAGE_BITS), place & (((uint64_t)1 << PAGE_BITS) - 1)};
+    struct host_page page = vpc_near_next(scan);
 
+    if (page.block >= 0)
+        return page;
+    page = page_at(atomic_load_explicit(&scan->place, memory_order_relaxed));
     for (int step = 0; step <= ram->count; step++) {
-        struct vpc_block *b = ram->blocks[page.block];
+        uint64_t end = ram->blocks[page.block]->pages;
 
-        while (page.number < b->pages) {
-            uint64_t word = atomic_load(&b->bits[VPC_BITS_DIRTY][page.number >> 6]) &
-                            ~atomic_load(&b->bits[VPC_BITS_WITHHELD][page.number >> 6]);
-            word &= ~(uint64_t)0 << (page.number & 63);
-            if (!word) {
-                page.number = (page.number | 63) + 1;
-                continue;
-            }
-            page.number = (page.number & ~(uint64_t)63) + (uint64_t)__builtin_ctzll(word);
-            if (vpc_scan_take(scan, page))
+        while ((page.number = vpc_left_up(scan, page.block, page.number, end)) < end) {
+            if (claim_and_go_on(scan, page))
                 return page;
             page.number++; /* another writer was faster */
         }
@@ -132,6 +137,7 @@ void vpc_scan_tell(struct vpc_scan *scan, struct vpc_scan_stats *made)
 
 void vpc_scan_rewind(struct vpc_scan *scan)
 {
+    vpc_scan_forget(scan);
     atomic_store_explicit(&scan->place, 0, memory_order_relaxed);
 }
 
