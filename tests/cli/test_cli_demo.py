@@ -27,11 +27,11 @@ from vhostpc.cli.demo.books import (
     Requests,
     Result,
     judge,
-    waits_of,
 )
 from vhostpc.cli.demo.pictures import Band, Frame, cells, svg, ticks
 from vhostpc.cli.demo.processes import child
 from vhostpc.cli.demo.relay import Relay, find_page
+from vhostpc.cli.demo.report import length, overlap, union
 from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.migration.ramrec import RamFlag
 
@@ -68,11 +68,27 @@ def check_numbers(text: str, mib: int = 128) -> dict[str, Any]:
     assert set(waits) == {"vCPU 0", "vCPU 1", "guest's drivers", "net0's bridge"}
     assert all(waits[name]["faults"] and waits[name]["standstill_ns"] > 0 for name in ("vCPU 0", "vCPU 1"))
     assert waits["net0's bridge"]["faults"] > 0
-    assert all(w["p50_ns"] <= w["p99_ns"] <= w["longest_ns"] for w in waits.values())
+    assert all(w["p50_ns"] <= w["p99_ns"] <= w["longest_ns"] <= w["blocked_ns"] for w in waits.values())
+    together = numbers["together"]
+    assert together["blocktime_ms"] == together["vcpus_ns"] // 1_000_000
+    assert (
+        together["all_ns"]
+        <= together["vcpus_ns"]
+        <= min(waits[n]["blocked_ns"] for n in ("vCPU 0", "vCPU 1"))
+    )
     assert sum(w["faults"] for w in waits.values()) == numbers["requests"]["faults"]
     assert numbers["frames"][0]["received"] > 0
     assert numbers["bytes"]["total"] > pages["total"] * TARGET_PAGE
     return numbers
+
+
+def check_lanes(numbers: dict[str, Any], picture: ElementTree.Element) -> None:
+    """What is drawn of single faults lasts as long as was counted where they were answered."""
+    words = "|".join("".join(text.itertext()) for text in picture.iter(f"{SVG}text"))
+    drawn = [int(ms) for ms in re.findall(r"\|(\d+) ms, [0-9.]+ %", words)]
+    counted = [w["blocked_ns"] for w in numbers["waits"]]
+    counted += [numbers["together"]["vcpus_ns"], numbers["together"]["all_ns"]]
+    assert drawn == [pytest.approx(ns / 1e6, rel=0.05, abs=5) for ns in counted]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +120,8 @@ def test_report_stands_by_itself(with_report: tuple[dict[str, Any], str]) -> Non
             assert -1 <= float(element.get("y", 0)) <= height, element.attrib
     names = {"".join(text.itertext()) for text in pictures[2].iter(f"{SVG}text")}
     assert {w["name"] for w in numbers["waits"]} <= names
-    assert {"postcopy", "seconds"} <= names
+    assert {"postcopy", "seconds", "all vCPUs", "and bridges"} <= names
+    check_lanes(numbers, pictures[2])
     cells_told = {"".join(cell.itertext()) for cell in tree.iter("td")}
     assert str(numbers["pages"]["requested"]) in cells_told
     assert str(numbers["frames"][0]["sent"]) in cells_told
@@ -156,7 +173,10 @@ def test_what_is_pink_and_what_is_red_is_told_in_one_place(with_report: tuple[di
 def test_table() -> None:
     done = run()
     assert done.returncode == 0, done.stderr + done.stdout
-    for word in ("precopy", "in the background", "p50", "p99", "vCPU 1", "net0's bridge", "downtime"):
+    words = (
+        "precopy, in the background, p50, p99, vCPU 1, net0's bridge, downtime, all vCPUs at once, block time"
+    )
+    for word in words.split(", "):
         assert word in done.stdout
     assert "Every frame and every page is accounted for" in done.stdout
     for word in ("precopy: pages are sent", "postcopy: it runs", "100%"):
@@ -258,11 +278,12 @@ def test_what_a_machine_reports_is_named() -> None:
     ]
 
 
-def test_percentiles() -> None:
-    assert waits_of("x", range(1, 101)) == waits_of("x", reversed(range(1, 101)))
-    w = waits_of("x", range(1, 101))
-    assert (w.faults, w.p50_ns, w.p99_ns, w.longest_ns) == (100, 51, 100, 100)
-    assert waits_of("x", []).longest_ns == 0
+def test_spans_of_time() -> None:
+    one = union([(5, 6), (1, 3), (2, 4), (4, 4.5), (8, 9)])
+    assert one == [(1, 4.5), (5, 6), (8, 9)]
+    assert length(one) == 5.5
+    assert overlap(one, [(0, 2), (4, 8.5)]) == [(1, 2), (4, 4.5), (5, 6), (8, 8.5)]
+    assert overlap(one, []) == union([]) == []
 
 
 def record(offset: int, flags: RamFlag) -> bytes:

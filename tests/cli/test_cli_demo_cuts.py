@@ -12,7 +12,16 @@ import pytest
 import trio
 import trio.testing
 
-from tests.cli.test_cli_demo import MACHINE, SVG, check_numbers, good, of_the_demo, run, short_path
+from tests.cli.test_cli_demo import (
+    MACHINE,
+    SVG,
+    check_lanes,
+    check_numbers,
+    good,
+    of_the_demo,
+    run,
+    short_path,
+)
 from vhostpc.cli.demo.books import MOST_IN_HAND, Pause, judge
 from vhostpc.cli.demo.relay import open_relay
 from vhostpc.units import TARGET_PAGE
@@ -73,6 +82,7 @@ def test_report_of_pauses(with_cuts: tuple[dict[str, Any], str]) -> None:
     assert statuses.findtext(f"{SVG}title") == "The statuses of both ends from the first pause on"
     for picture in (*pictures[:3], statuses):
         assert len([e for e in picture.iter(f"{SVG}rect") if e.get("class") == "lost"]) == 2
+    check_lanes(numbers, pictures[2])  # a pause is time in which its threads wait
     (key,) = [e for e in tree.iter("ul") if e.get("class") == "key"]
     assert [row[0].get("class") for row in key] == ["gap", "alarm", "lost"]
     cells_told = ["".join(cell.itertext()) for cell in tree.iter("td")]

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from vhostpc.cli.checks import Check, Level
 from vhostpc.cli.demo import output
-from vhostpc.cli.demo.books import Frames, Pages, Pause, Result, Step, Traffic, Waiting, Waits
+from vhostpc.cli.demo.books import Frames, Pages, Pause, Phase, Result, Step, Traffic, Waiting, Waits
 from vhostpc.cli.demo.demo import print_tables
 from vhostpc.cli.demo.run import COPYING, FOLLOWING, RUNNING, STARTING, THERE
 from vhostpc.cli.demo.tables import tables
@@ -36,10 +36,11 @@ def result() -> Result:
         total=1234567, precopy=765432, background=345678, requested=123457, placed=6, checked=9
     )
     found.bytes = Traffic(987 << 20, 36 << 10, 1234 << 20, 0)
+    found.phases = [Phase("postcopy", 1, 30)]
     found.downtime_ms, found.total_ms = 12345, 654321
     found.waits = [
-        Waits("vCPU 10", 12345, 12345678, 123456789, 1234567890, 987654321),
-        Waits("guest's drivers", 0, 0, 0, 0, None),
+        Waits("vCPU 10", 12345, 12345678, 123456789, 1234567890, 23456789012, 987654321),
+        Waits("guest's drivers", 0, 0, 0, 0, 0, None),
     ]
     waiting = [Waiting("vCPU 10", 1, 1234567890), Waiting("guest's drivers", 123, 98765432)]
     found.pauses = [Pause(123.45, 234.56, 0.987, 14, 262144, 128, 345, waiting)]

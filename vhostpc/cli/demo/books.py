@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,8 +52,21 @@ class Waits:
     p50_ns: int
     p99_ns: int
     longest_ns: int
+    blocked_ns: int
+    """The time in which it waited; of several threads, in which at least one did."""
     standstill_ns: int | None = None
     """Of a vCPU: from its last beat at the source to its first at the destination."""
+
+
+@dataclass
+class Together:
+    """The time in which all waited for pages at once."""
+
+    vcpus_ns: int = 0
+    all_ns: int = 0
+    """All vCPUs and all bridges."""
+    blocktime_ms: int = 0
+    """All vCPUs, as QEMU counts it: ``postcopy-blocktime``."""
 
 
 @dataclass
@@ -147,6 +160,7 @@ class Result:
     phases: list[Phase] = field(default_factory=list)
     pages: Pages = field(default_factory=Pages)
     waits: list[Waits] = field(default_factory=list)
+    together: Together = field(default_factory=Together)
     frames: list[Frames] = field(default_factory=list)
     far: Far = field(default_factory=Far)
     requests: Requests = field(default_factory=Requests)
@@ -158,18 +172,6 @@ class Result:
     steps: list[Step] = field(default_factory=list)
     """The statuses of both ends from the first loss of the link on."""
     problems: list[str] = field(default_factory=list)
-
-
-def percentile(sorted_values: Sequence[int], share: float) -> int:
-    """0 for an empty sequence."""
-    if not sorted_values:
-        return 0
-    return sorted_values[min(len(sorted_values) - 1, int(share * len(sorted_values)))]
-
-
-def waits_of(name: str, values: Iterable[int]) -> Waits:
-    found = sorted(values)
-    return Waits(name, len(found), percentile(found, 0.5), percentile(found, 0.99), found[-1] if found else 0)
 
 
 def frames_of(device: dict[str, Any]) -> Frames:

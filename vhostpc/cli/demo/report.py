@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import reduce
 from html import escape
 from math import log10
 
 from vhostpc.cli.demo.books import Result
 from vhostpc.cli.demo.pictures import BOTTOM, STYLE, TOP, Band, Frame, cells, rect, svg, text, ticks
-from vhostpc.cli.demo.run import MIB, Sample, Story
+from vhostpc.cli.demo.run import DRIVERS, MIB, Sample, Story
 from vhostpc.cli.demo.tables import GOOD, tables
 from vhostpc.units import TARGET_PAGE
 
+Spans = list[tuple[float, float]]
+"""From when to when, in seconds."""
 COLUMNS = 40
 MOST_DOTS = 2500
 """Most faults of each client, so that the page stays small; the slowest are kept."""
@@ -27,6 +30,8 @@ KEY = (
 )
 """The colours that mean the same in all pictures."""
 KEY_OF_PAUSES = (("lost", "violet: a pause. The link is lost, until both ends have recovered"),)
+TOGETHER = "c5"
+"""The colour of the lanes of all at once."""
 STATUSES = {
     "postcopy-active": "c2",
     "postcopy-paused": "alarm",
@@ -99,10 +104,11 @@ class Pictures:
                 self.faults(),
             ),
             "lanes": (
-                "Who waited, and when",
+                "Who stood still, and when",
                 "One lane for each vCPU and each other client that touches memory: the higher a column, the more of "
-                "that moment was spent waiting for pages; at a full one it did nothing else. "
-                "At the right: the part of the postcopy phase spent waiting.",
+                "that moment was spent waiting for pages; at a full one it did nothing else. The two lanes below have "
+                "the moments in which all of them stood still at once. "
+                "At the right: how long it stood still in postcopy, and the part of that phase.",
                 self.lanes(),
             ),
             "memory": (
@@ -183,22 +189,31 @@ class Pictures:
 
     def lanes(self) -> str:
         height, gap = 30.0, 10.0
-        names = list(self.colours)
-        frame = self.frame(len(names) * (height + gap) + gap, near=True)
+        found = self.blocked()
+        frame = self.frame(len(found) * (height + gap) + gap, near=True)
         post = self.phase["postcopy"]
-        for i, who in enumerate(names):
+        for i, (who, spans) in enumerate(found.items()):
             top = TOP + gap + i * (height + gap)
             frame.parts.append(text(frame.left - 8, top + height / 2 + 4, who, "e ink"))
             frame.parts.append(f'<path class="grid" d="M{frame.left} {top + height}H{frame.right}"/>')
-            found = [(f.begin, f.end) for f in self.story.faults if f.who == who]
-            frame.intervals(found, top, height, self.colours[who])
+            frame.intervals(spans, top, height, self.colours.get(who, TOGETHER))
             if who in self.story.stood:
                 frame.intervals([self.story.stood[who]], top, height, "alarm")
-            share = union(found) / max(post.end - post.begin, 1e-9)
-            frame.parts.append(text(frame.right - 4, top + height / 2 + 4, f"{100 * share:.1f} %", "e ink"))
+            lasted = length(spans)
+            told = f"{lasted * 1000:.0f} ms, {100 * lasted / max(post.end - post.begin, 1e-9):.1f} %"
+            frame.parts.append(text(frame.right - 4, top + height / 2 + 4, told, "e ink"))
         frame.time_axis()
         frame.legend([("alarm", "stopped at the switch")])
         return frame.draw("When each vCPU and each client waited", BOTTOM + 6)
+
+    def blocked(self) -> dict[str, Spans]:
+        """When each of them waited for pages, and when all vCPUs did, and all vCPUs and bridges."""
+        found = {
+            who: union((f.begin, f.end) for f in self.story.faults if f.who == who) for who in self.colours
+        }
+        vcpus = [found[who] for who in found if who in self.story.stood]
+        bridges = [spans for who, spans in found.items() if who not in (*self.story.stood, DRIVERS)]
+        return found | {"all vCPUs": reduce(overlap, vcpus), "and bridges": reduce(overlap, vcpus + bridges)}
 
     def statuses(self) -> str:
         height, gap = 26.0, 12.0
@@ -252,13 +267,34 @@ class Pictures:
         return svg(3 * wide + 2 * margin + 4, 2 * (high + head) + 20, parts, "Memory at six moments")
 
 
-def union(found: Sequence[tuple[float, float]]) -> float:
-    """Seconds that are in any of these intervals."""
-    total, end = 0.0, float("-inf")
-    for begin, to in sorted(found):
-        total += max(0.0, to - max(begin, end))
-        end = max(end, to)
-    return total
+def union(found: Iterable[tuple[float, float]]) -> Spans:
+    """The time that is in any of these spans: disjoint ones, in order."""
+    spans: Spans = []
+    for begin, end in sorted(found):
+        if spans and begin <= spans[-1][1]:
+            spans[-1] = spans[-1][0], max(end, spans[-1][1])
+        else:
+            spans.append((begin, end))
+    return spans
+
+
+def overlap(one: Spans, other: Spans) -> Spans:
+    """The time that is in both; each is disjoint, and in order."""
+    spans: Spans = []
+    i = j = 0
+    while i < len(one) and j < len(other):
+        begin, end = max(one[i][0], other[j][0]), min(one[i][1], other[j][1])
+        if begin < end:
+            spans.append((begin, end))
+        if one[i][1] < other[j][1]:
+            i += 1
+        else:
+            j += 1
+    return spans
+
+
+def length(spans: Spans) -> float:
+    return sum(end - begin for begin, end in spans)
 
 
 def facts(result: Result) -> list[tuple[str, str]]:
@@ -279,6 +315,7 @@ def facts(result: Result) -> list[tuple[str, str]]:
         (f"{stood / 1e6:.1f} ms", "the vCPUs were stopped at the switch"),
         (f"{faults}", "page faults answered"),
         (f"{longest / 1e6:.1f} ms", "the longest of them"),
+        (f"{result.together.vcpus_ns / 1e6:.1f} ms", "all vCPUs stood still at once"),
         (f"{p.bad}", "bad pages"),
         (f"{sum(f.lost + f.lost_at_switch for f in result.frames)}", "network frames lost"),
         *(paused if result.pauses else ()),

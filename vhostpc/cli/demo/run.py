@@ -16,7 +16,18 @@ from typing import Any, NamedTuple
 import trio
 
 from vhostpc.cli.demo import books
-from vhostpc.cli.demo.books import Far, Frames, Pages, Phase, Requests, Result, Traffic, Waits, judge
+from vhostpc.cli.demo.books import (
+    Far,
+    Frames,
+    Pages,
+    Phase,
+    Requests,
+    Result,
+    Together,
+    Traffic,
+    Waits,
+    judge,
+)
 from vhostpc.cli.demo.outages import PAUSED, RECOVER_FOR, Outages
 from vhostpc.cli.demo.processes import STEP, End, bridge, endpoint, far_side, machine
 from vhostpc.cli.demo.relay import Relay, open_relay
@@ -48,6 +59,7 @@ LIMIT, LIMIT_OF_A_PAUSE = 120.0, 30.0
 MANY = 1000
 """Answered faults that are told at once, while there are more."""
 DEVICES_AREA = 4 * MIB
+DRIVERS = "guest's drivers"
 STARTING, RUNNING, COPYING, FOLLOWING, THERE = (
     "starting two endpoints and two bridges",
     "before: the machine runs at its source",
@@ -192,7 +204,7 @@ class Demo:
     async def _wire(self, folder: Path, stack: AsyncExitStack, destination: End) -> str:
         """The address of the destination, or of the relay before it that damages a byte or is lost."""
         path = folder / "migration.sock"
-        await destination.set("postcopy-ram", "events")
+        await destination.set("postcopy-ram", "postcopy-blocktime", "events")
         await destination.command("migrate-incoming", uri=f"unix:{path}")
         if self.harm or self.cuts:
             near = folder / "relay.sock"
@@ -291,7 +303,7 @@ class Demo:
     async def _count(self, source: End, destination: End, far: FarSide, arrived: float, ended: float) -> None:
         there, here = await source.report(), await destination.report()
         checked = await destination.command("x-vhostpc-verify")
-        moved = await source.migration()
+        moved, arrival = await source.migration(), await destination.migration()
         await self._faults(destination, here)
         for old, new in zip(there["vcpus"], here["vcpus"], strict=True):
             self.story.stood[new["name"]] = (self._at(old["last-beat-ns"]), self._at(new["first-beat-ns"]))
@@ -328,6 +340,10 @@ class Demo:
         )
         r.downtime_ms, r.total_ms = moved["downtime"], moved["total-time"]
         r.waits = self._waits(here)
+        blocked = here["blocked"]
+        r.together = Together(
+            blocked["all-vcpus-ns"], blocked["all-ns"], arrival.get("postcopy-blocktime", 0)
+        )
         r.frames = [books.frames_of(device) for device in here["devices"]]
         numbers = far.numbers()
         r.far = Far(numbers.frames, far.echoed, numbers.bad, numbers.duplicates)
@@ -353,7 +369,7 @@ class Demo:
         backends = {device["name"] for device in here["devices"]}
         for client, thread, _, page, way, read_ns, woken_ns in self._traced:
             name = self._clients[str(client)]
-            who = f"{name}'s bridge" if name in backends else vcpus.get(thread, "guest's drivers")
+            who = f"{name}'s bridge" if name in backends else vcpus.get(thread, DRIVERS)
             self.story.faults.append(
                 Fault(who, page, self._at(read_ns), self._at(woken_ns), way == str(Way.ASKED))
             )
@@ -365,15 +381,16 @@ class Demo:
             stood, ran = self.story.stood[vcpu["name"]]
             row.standstill_ns = round((ran - stood) * 1e9)
             rows.append(row)
-        drivers = [round((f.end - f.begin) * 1e9) for f in self.story.faults if f.who == "guest's drivers"]
-        rows.append(books.waits_of("guest's drivers", drivers))
+        rows.append(self._row(DRIVERS, here["blocked"]["drivers"]))
         return rows + [
             self._row(f"{device['name']}'s bridge", device["faults"]) for device in here["devices"]
         ]
 
     @staticmethod
     def _row(name: str, told: dict[str, int]) -> Waits:
-        return Waits(name, told["count"], told["p50-ns"], told["p99-ns"], told["longest-ns"])
+        return Waits(
+            name, told["count"], *(told[f"{part}-ns"] for part in ("p50", "p99", "longest", "blocked"))
+        )
 
 
 __all__ = ["CELLS", "Demo", "Fault", "Frames", "Result", "Sample", "Show", "Story"]

@@ -41,11 +41,17 @@ def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
         ]
         for w in result.waits
     ]
+    together = result.together
+    stood = [(w.name, w.blocked_ns) for w in result.waits]
+    stood += [("all vCPUs at once", together.vcpus_ns), ("all vCPUs and bridges at once", together.all_ns)]
+    postcopy = sum(p.end - p.begin for p in result.phases if p.name == "postcopy") * 1e9
+    blocked = [[who, duration(ns), f"{100 * ns / max(postcopy, 1):.1f} %"] for who, ns in stood]
     frames = [
         [f.name, *map(str, (f.sent, f.received, f.lost_at_switch, f.lost, f.flying))] for f in result.frames
     ]
     times = [
         ["downtime, as QEMU counts it", f"{result.downtime_ms} ms"],
+        ["block time, as QEMU counts it", f"{result.together.blocktime_ms} ms"],
         ["whole migration", f"{result.total_ms} ms"],
         ["bytes by precopy", volume(b.precopy)],
         ["bytes while the machine was stopped", volume(b.downtime)],
@@ -58,6 +64,7 @@ def tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
             ["who", "faults", "p50", "p99", "longest", "stopped at the switch"],
             waits,
         ),
+        ("block time: blocked by missing pages", ["who", "blocked", "share of postcopy"], blocked),
         *(pauses(result) if result.pauses else ()),
         (
             "network frames",
