@@ -215,8 +215,8 @@ async def test_around_a_huge_page_only_what_is_larger() -> None:
 
 async def test_the_oldest_neighbourhoods_give_way() -> None:
     """More requests, each with a group of its own, than are remembered."""
-    asked = [(0, 16 * number + 5) for number in range(GROUPS + 8)]
-    came = await play(ONE, [(0, asked[:20]), (1, asked[20:])])
+    asked = [(0, 16 * number + 5) for number in range(2 * GROUPS)]
+    came = await play(ONE, [(0, asked[:GROUPS]), (1, asked[GROUPS:])])
     assert len(came) == 1300
 
 
