@@ -21,6 +21,7 @@ from vhostpc.errors import (
     GuestMemoryError,
     MemoryLost,
     MigrationRefused,
+    RequestFailed,
     Shortage,
     StreamError,
     UfdError,
@@ -356,11 +357,11 @@ class OwnMachine:
     async def reconnected(self, device: NetDevice, backend: BackEnd) -> None:
         """The device is served by another connection from here on, which is told what the others were told before.
 
-        Raises PostcopyRefused, StreamError, naming it: the device goes on without. May wait for a page.
+        Raises PostcopyRefused, RequestFailed: the device goes on without. May wait for a page.
         """
         async with self._change():
             if not backend.acknowledge(device.backend.features):
-                raise StreamError(f"it does not offer all of the features {device.backend.features:#x}")
+                raise RequestFailed(f"it does not offer all of the features {device.backend.features:#x}")
             await device.stop()
             told: tuple[FaultService | None, bool] | None = None
             while told != (self._service, self._listens):  # they may come meanwhile
