@@ -40,6 +40,23 @@ async def switch(source: End, destination: End, folder: Path) -> None:
     await destination.process.err.find("may run here")
 
 
+async def a_back_end_waits(source: End, destination: End) -> None:
+    """The source stands still, and answers no request of a back-end. Where others wait alone, it goes on."""
+    with trio.fail_after(WAIT):
+        while True:
+            os.kill(source.process.pid, signal.SIGSTOP)
+            report = await until_report(destination, lambda r: waiting(r) > 0)
+            if net(report)["faults"]["waiting-now"] > 0:
+                return
+            os.kill(source.process.pid, signal.SIGCONT)
+
+
+def waiting(report: dict[str, Any]) -> int:
+    """Threads that wait for a page: of vCPUs, drivers and back-ends."""
+    faults = [part["faults"] for part in (*report["vcpus"], *report["devices"])]
+    return sum(f["waiting-now"] for f in (*faults, report["blocked"]["drivers"]))
+
+
 def missing(report: dict[str, Any]) -> int:
     return sum(b["length"] // b["page-size"] - b["received"] for b in report["blocks"])
 
@@ -69,9 +86,8 @@ async def test_requests_of_a_back_end_that_are_pending_when_the_link_is_lost(tmp
     async with pair(tmp_path) as (source, destination):
         await source.until_works()
         await switch(source, destination, tmp_path)
-        os.kill(source.process.pid, signal.SIGSTOP)  # it answers no request
         try:
-            await until_report(destination, lambda r: net(r)["faults"]["waiting-now"] > 0)
+            await a_back_end_waits(source, destination)
             await destination.qmp.command("migrate-pause")
             await destination.until_status("postcopy-paused")
         finally:
