@@ -9,11 +9,12 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kit.scripted_destination import PAGE, LivelyMachine, Sent, content, options, send
+from tests.kit.scripted_destination import PAGE, LivelyMachine, Sent, channels, content, options, send
 from tests.kit.until import until
 from vhostpc.migration import outgoing as outgoing_file
 from vhostpc.migration.outgoing import READY, NeverRan
-from vhostpc.pages.ramblock import Bits
+from vhostpc.pages.pagesource import PageSource
+from vhostpc.pages.ramblock import Bits, RamBlock
 from vhostpc.wire.migration.elements import Package, Ping, RamDiscard, SectionPart, StreamEvent
 from vhostpc.wire.migration.return_path import Pong, Shut
 
@@ -191,3 +192,34 @@ async def test_numbers_of_what_is_left_come_from_the_last_look() -> None:
         assert sent.error is None, repr(sent.error)
         await until(lambda: sent.outgoing.ram_info().remaining == 0)
         assert sent.outgoing.ram_info().dirty_sync_count == 2  # the early look is no pass
+
+
+class Eager(RunningMachine):
+    """It names two pages that it touches first, and one that has been sent."""
+
+    wanted: Sequence[int] = ()
+
+    def first(self) -> Sequence[tuple[RamBlock, int]]:
+        assert self.stopped
+        return [(self.ram["ram0"], page * PAGE + 7) for page in self.wanted]
+
+
+async def test_pages_that_are_touched_first_come_first() -> None:
+    with Eager(ram0=PAGES) as machine:
+        machine.wanted = (222, 1, 0, PAGES - 1)
+        sent = await switch(machine, first=(1,))
+        assert sent.error is None, repr(sent.error)
+        assert sent.destination.content == await content(machine.ram)
+    discarded = told(sent.destination.events)
+    behind = [page for _, page in sent.destination.pages][-len(discarded) :]
+    assert behind[:3] == [222, 1, PAGES - 1]  # page 0 was sent before
+    assert len(behind) == len(set(behind))
+
+
+async def test_a_page_that_is_none_cannot_be_first() -> None:
+    there, here = channels()
+    async with there, here:
+        with RunningMachine(ram0=4) as machine, PageSource(machine.ram, there.out_fd) as source:
+            source.send_first(machine.ram["ram0"], 3 * PAGE)
+            with pytest.raises(OSError, match="page source"):
+                source.send_first(machine.ram["ram0"], 4 * PAGE)

@@ -11,7 +11,7 @@ Frames keep their order: once a frame has returned, earlier ones that have not a
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from vhostpc.guest.backends import BackEnd
 from vhostpc.guest.sections import NET, name_of
 from vhostpc.guest.side_by_side import side_by_side
 from vhostpc.logs import rationed_logger
-from vhostpc.pages.ramblock import RamSet
+from vhostpc.pages.ramblock import RamBlock, RamSet
 from vhostpc.units import TARGET_PAGE
 from vhostpc.virtio.event import signal_event
 from vhostpc.wire.migration.elements import DeviceSection
@@ -292,6 +292,13 @@ class NetDevice:
                 "tx_driver": tx.save(),
             },
         )
+
+    def first(self) -> Iterator[tuple[RamBlock, int]]:
+        """Where the parts of its rings lie, which a load and a back-end touch first: block, and offset in bytes."""
+        region = self._regions[0]
+        for layout in self._layouts:
+            for at in (layout.used, layout.avail, layout.desc):
+                yield region.block, region.offset + at - region.guest_addr
 
     async def load(self, section: DeviceSection) -> None:
         """Raises StreamError. Reads the rings: may wait for a page."""

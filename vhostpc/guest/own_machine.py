@@ -41,7 +41,7 @@ from vhostpc.migration.runstate import RunState
 from vhostpc.pages.blocktime import Blocktime, ThreadWaits
 from vhostpc.pages.dirty import DirtyTracker, DirtyWay
 from vhostpc.pages.faultclient import ClientNumbers
-from vhostpc.pages.ramblock import Bits, RamSet, refusal
+from vhostpc.pages.ramblock import Bits, RamBlock, RamSet, refusal
 from vhostpc.pages.ramfiles import RamFiles
 from vhostpc.pages.service import FaultService
 from vhostpc.pages.waits import Waits
@@ -405,6 +405,10 @@ class OwnMachine:
             sections.append(VCPU.pack(number + len(sections), vcpu.index, {"state": vcpu.save()}))
         sections.append(globalstate(number + len(sections), self._leaves_as))
         return sections, description(self.configuration, sections)
+
+    def first(self) -> Sequence[tuple[RamBlock, int]]:
+        found = [where for device in self.devices for where in device.first()]
+        return found + [vcpu.next_page() for vcpu in self.vcpus]
 
     @property
     def early(self) -> Sequence[DeviceSection]:

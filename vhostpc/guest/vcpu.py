@@ -25,6 +25,7 @@ from vhostpc._native.threads import KeptThread, borrow
 from vhostpc.errors import StreamError
 from vhostpc.pages.ramblock import RamBlock, RamSet, touched
 from vhostpc.pages.waits import Waits, waits_of
+from vhostpc.units import TARGET_PAGE
 
 UNLIMITED = lib.VPC_RATE_UNLIMITED
 STATE_VERSION = 1
@@ -255,6 +256,15 @@ class VCpu(Owner):
         raw = ffi.new("struct vpc_vcpu_state *")
         check(lib.vpc_vcpu_state(self.handle, raw), self.name)
         return self._head(raw.seed, raw.step, raw.draws) + self._layout()
+
+    def next_page(self) -> tuple[RamBlock, int]:
+        """Where the page lies that it rewrites next: its block, and the offset there in bytes. Touches nothing.
+
+        Raises OSError (EBUSY) while it runs.
+        """
+        block = ffi.new("int *")
+        page = check(lib.vpc_vcpu_next(self.handle, block), self.name)
+        return self.ram.blocks[block[0]], page * TARGET_PAGE
 
     def restore(self, data: bytes) -> None:
         """Continue where another vCPU was when it was saved. Raises StreamError, ValueError while it runs."""

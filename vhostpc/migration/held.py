@@ -10,7 +10,7 @@ from vhostpc.errors import MigrationRefused, StreamError
 from vhostpc.memory.available import available_memory
 from vhostpc.migration.machine import nobody
 from vhostpc.migration.runstate import RunState
-from vhostpc.pages.ramblock import Bits, RamSet, refusal
+from vhostpc.pages.ramblock import Bits, RamBlock, RamSet, refusal
 from vhostpc.pages.ramfiles import RamFiles
 from vhostpc.pages.service import FaultService
 from vhostpc.units import TARGET_PAGE, in_units, sizes_differ
@@ -99,6 +99,9 @@ class HeldMachine:
 
     async def save(self) -> tuple[Sequence[DeviceSection], bytes]:
         return self.devices, self.description
+
+    def first(self) -> Sequence[tuple[RamBlock, int]]:
+        return ()
 
     async def start_tracking(self) -> None:
         pass

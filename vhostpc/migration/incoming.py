@@ -304,7 +304,6 @@ class Incoming:
         nursery.start_soon(self._load_package, package)
         nursery.start_soon(self._tell_running)
         nursery.start_soon(self._tell_waits)
-        await trio.lowlevel.checkpoint()  # first the machine, then its pages
         await self._postcopy()
         await self._loaded.wait()
         await self._end_postcopy()

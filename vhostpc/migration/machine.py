@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from vhostpc.migration.runstate import RunState
-from vhostpc.pages.ramblock import RamSet
+from vhostpc.pages.ramblock import RamBlock, RamSet
 from vhostpc.pages.service import FaultService
 from vhostpc.wire.migration.elements import Configuration, DeviceSection, RamBlocks
 
@@ -97,6 +97,11 @@ class Machine(Protocol):
 
     async def save(self) -> tuple[Sequence[DeviceSection], bytes]:
         """The other device sections of the stopped machine, in order, and the JSON that describes all (b"": none)."""
+        ...
+
+    def first(self) -> Sequence[tuple[RamBlock, int]]:
+        """Bytes of the stopped machine that its state's load and its vCPUs touch first, each by its block and the
+        offset there: in a postcopy their pages are sent before all others."""
         ...
 
     async def start_tracking(self) -> None:

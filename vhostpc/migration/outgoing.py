@@ -509,6 +509,8 @@ class Outgoing:
         await self._send_package(ahead + Ping(2).encode() + Package(blob).encode())
         self._mark("switched")
         self._bytes_at["package"] = self._said + source.numbers().bytes
+        for block, offset in machine.first():
+            source.send_first(block, offset)
         log.info("migration: postcopy, %d MiB left to send", self._remaining >> 20)
         await self._serve(Ping(4).encode())
 

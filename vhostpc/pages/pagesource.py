@@ -22,7 +22,7 @@ from vhostpc._native.numbers import numbers_of
 from vhostpc._native.threads import keeping
 from vhostpc.enums import WordEnum
 from vhostpc.errors import StreamError
-from vhostpc.pages.ramblock import Bits, RamSet
+from vhostpc.pages.ramblock import Bits, RamBlock, RamSet
 from vhostpc.wire.migration.ramrec import REASONS, BadRecord
 
 UNLIMITED = lib.VPC_RATE_UNLIMITED
@@ -179,6 +179,10 @@ class PageSource(Owner):
     def switch(self) -> None:
         """Postcopy begins: before :meth:`serve`, where :meth:`round` was called."""
         lib.vpc_save_switch(self.handle)
+
+    def send_first(self, block: RamBlock, offset: int) -> None:
+        """Send the host page with this byte ahead of those that nobody asks for. Before :meth:`serve`."""
+        check(lib.vpc_save_first(self.handle, block.index, offset // block.page_size), "page source")
 
     def keep_zeros(self, on: bool) -> None:
         """Send pages of zeros as data. Before a call that sends."""

@@ -290,6 +290,19 @@ static const struct area *area_of(const struct areas *a, uint64_t index)
     return &a->list[low];
 }
 
+int64_t vpc_vcpu_next(struct vpc_vcpu *v, int *block)
+{
+    uint64_t index;
+    const struct area *in;
+
+    if (!parked(v) || !v->mine)
+        return -EBUSY;
+    index = page_of_step(v, v->state.step) * v->count + v->index;
+    in = area_of(&v->listed, index);
+    *block = in->block;
+    return (int64_t)(in->first + index - in->start);
+}
+
 static unsigned char *page_at(const struct vpc_vcpu *v, const struct areas *a, uint64_t index)
 {
     const struct area *in = area_of(a, index);

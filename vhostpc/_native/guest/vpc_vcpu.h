@@ -61,6 +61,8 @@ void vpc_vcpu_free(struct vpc_vcpu *v);
 int vpc_vcpu_add_area(struct vpc_vcpu *v, int block, uint64_t first, uint64_t count, int touch);
 /* -EINVAL: fewer pages than vCPUs, or a step out of range. -EBUSY: it runs. */
 int vpc_vcpu_set_state(struct vpc_vcpu *v, const struct vpc_vcpu_state *state);
+/* The target page that it rewrites next, and its block. -EBUSY: it runs. Touches nothing. */
+int64_t vpc_vcpu_next(struct vpc_vcpu *v, int *block);
 int vpc_vcpu_state(struct vpc_vcpu *v, struct vpc_vcpu_state *out);
 /* Pages rewritten and pages read a second, each 0 or VPC_RATE_UNLIMITED too; also while it runs. */
 int vpc_vcpu_set_rates(struct vpc_vcpu *v, uint64_t writes, uint64_t reads);

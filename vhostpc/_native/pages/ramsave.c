@@ -312,6 +312,16 @@ int vpc_save_run(struct vpc_save *s)
     return ended(s, rc);
 }
 
+int vpc_save_first(struct vpc_save *s, int block, uint64_t page)
+{
+    struct vpc_block *b = ram_block(s->scan->ram, block);
+
+    if (!b || page >= b->pages)
+        return -ERANGE;
+    vpc_requests_first(&s->requests, s->scan, block, page);
+    return 0;
+}
+
 int vpc_save_switch(struct vpc_save *s)
 {
     s->writer.block = -1;

@@ -190,6 +190,8 @@ void vpc_requests_destroy(struct requests *r);
 /* Read the incoming messages: 0, VPC_SAVE_PEER_CLOSED or -errno. */
 int vpc_requests_pull(struct requests *r);
 /* Take the messages that are whole, as long as the queue has room: 0, VPC_SAVE_SHUT or -EBADMSG. */
+/* As if the page had been requested, as long as there is room. */
+void vpc_requests_first(struct requests *r, struct vpc_scan *scan, int block, uint64_t page);
 int vpc_requests_parse(struct requests *r, struct vpc_scan *scan);
 /* Pages were released: queue those that were requested in the meantime. */
 void vpc_requests_look_at_withheld(struct requests *r, struct vpc_scan *scan);

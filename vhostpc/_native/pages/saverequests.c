@@ -95,6 +95,16 @@ void vpc_requests_look_at_withheld(struct requests *r, struct vpc_scan *scan)
     }
 }
 
+void vpc_requests_first(struct requests *r, struct vpc_scan *scan, int block, uint64_t page)
+{
+    struct vpc_block *b = scan->ram->blocks[block];
+
+    if (r->tail - r->head == QUEUE || !bit_test(b, VPC_BITS_DIRTY, page) || is_withheld(scan, b, page))
+        return; /* it comes in its turn */
+    r->queue[r->tail % QUEUE].block = block;
+    r->queue[r->tail++ % QUEUE].number = page;
+}
+
 static int refuse(struct requests *r, int why)
 {
     r->why = why;

@@ -37,6 +37,8 @@ void vpc_save_free(struct vpc_save *save);
  * all dirty pages, without a limit. Returns 1 if pages are still dirty, 0 if none is, or as vpc_save_run; a section
  * that was stopped is left in the middle. */
 int vpc_save_round(struct vpc_save *save, uint32_t section, int last, uint64_t budget_ns);
+/* Before vpc_save_run: this host page is sent ahead of those that nobody asks for, as a requested one is. */
+int vpc_save_first(struct vpc_save *save, int block, uint64_t page);
 /* Nothing is to be sent any more: read the return path to its end. Returns as vpc_save_run. */
 int vpc_save_wait(struct vpc_save *save);
 /* Nothing is to be sent until the PONG of this value, below 32, is here, or for so many milliseconds: 0. Returns as
