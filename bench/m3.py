@@ -7,8 +7,9 @@ and under one clock, without a back-end and with one (``examples/bridge`` at eac
 not come. Ours has two vCPUs, which note their beats; the longer one counts. QEMU's has one, that counts up a word in
 memory; ``native/beat_watch.c`` sees it in the memfds of both processes, late by some 20 us.
 *Reported downtime*: what ``query-migrate`` says: until the package is sent. In whole milliseconds.
-*STOP to RESUME*: between the two monitors' events, by their own timestamps. QEMU tells RESUME before it starts its
-back-ends and its vCPUs, and STOP when both have stopped; ours tells RESUME when all has been started.
+*STOP to RESUME*: between the two monitors' events, by their own timestamps. Both tell STOP when vCPUs and back-ends
+have stopped. QEMU tells RESUME before it starts its back-ends and its vCPUs; ours when its vCPUs have been let go,
+before its back-ends have started.
 
 A device blob of equal size it is not: that of QEMU's ``pc`` has about 13 KB, ours 1.6 KB with a device and 0.4
 without. Both go over a unix socket in one piece; what matters is how long loading takes.

@@ -291,7 +291,7 @@ int vpc_touch_slow(const struct vpc_region *r, const uint8_t *p, uint64_t len, i
             if (rc < 0)
                 return rc;
         }
-        /* A resident page stays so while armed: discards came before LISTEN. */
+        /* A resident page stays so while armed: discards came before rings. */
         atomic_fetch_or_explicit(&m->seen[page / 64], bit, memory_order_relaxed);
     }
     return 0;
