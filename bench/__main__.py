@@ -63,9 +63,8 @@ What limits each figure:
   busy thread's time slice, some 3 ms, which makes p99 in some runs and not in others. With the busy thread at nice 19
   none of three runs had it. While pages flow, the busy thread and the two that carry the flow are three for two
   cores.
-- F4: together, the creation of a thread for each chain, some 0.2 ms each in Python. That is nearly all of it; the
-  pages have arrived by then. So it helps where a page takes longer than a thread (a network in between), and not on
-  one machine.
+- F4: together, the start of 64 threads (23 us each here), which wait so that their pages are reported, and a wake-up
+  for each page. The rest is the start of the ring, message by message, some 1 ms on both sides.
 - M1: the kernel's allocation of pages for a memfd. Touched through a mapping, each costs a fault and a clearing. That
   is nearly all of it, for pages of data as for marks of zeros.
 - M2: full pages: the copies into the socket and out of it, and the first read of each page in memory; zero pages: the

@@ -6,8 +6,8 @@ framework, in a process of its own; front-end, fault service and driver are in a
 a third, which sends nothing unasked. Measured is the time from the messages that start the ring until the device has
 done the last chain.
 
-*Together*: ``queue.unordered()``, each chain waits for its own page on a thread of its own. *One after the other*: a
-plain ``async for chain in queue``, which takes a chain when all before it have come.
+*Together*: ``queue.unordered()`` and a plain ``async for chain in queue``, with 64 pages asked for ahead, as usual.
+*One after the other*: the plain iteration with none asked for ahead (``Options(pages_ahead=0)``).
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from . import ROOT
 from .f4_service import CHAINS
 from .rows import REPETITIONS, Row, Sample, at_most, in_turn, print_rows
 
-TOGETHER, IN_TURN = "together (queue.unordered)", "the same, one fault after the other"
+UNORDERED, IN_ORDER = "together (queue.unordered)", "together (a plain iteration)"
+IN_TURN = "the same, one fault after the other"
 
 
-async def measure(unordered: bool) -> Sample:
+async def measure(unordered: bool, ahead: int) -> Sample:
     """Milliseconds."""
     with tempfile.TemporaryDirectory(prefix="vpc-bench-") as folder:
         path = Path(folder) / "sock"
@@ -38,6 +39,7 @@ async def measure(unordered: bool) -> Sample:
             "-m",
             "bench.f4_device",
             path,
+            *("--ahead", str(ahead)),
             *(["--unordered"] if unordered else []),
         ]
         front: list[str | Path] = [sys.executable, "-m", "bench.f4_service", path]
@@ -56,10 +58,17 @@ async def measure(unordered: bool) -> Sample:
 
 
 async def rows(repetitions: int = REPETITIONS) -> list[Row]:
-    sides = {TOGETHER: partial(measure, True), IN_TURN: partial(measure, False)}
+    sides = {
+        UNORDERED: partial(measure, True, CHAINS),
+        IN_ORDER: partial(measure, False, CHAINS),
+        IN_TURN: partial(measure, False, 0),
+    }
     got = await in_turn(sides, repetitions, "F4")
-    what = f"{CHAINS} chains whose pages are all missing, {TOGETHER}"
-    return [Row("F4", what, "ms", IN_TURN, at_most(0.5), got[TOGETHER], got[IN_TURN])]
+    what = f"{CHAINS} chains whose pages are all missing, "
+    return [
+        Row("F4", what + way, "ms", IN_TURN, at_most(0.3), got[way], got[IN_TURN])
+        for way in (UNORDERED, IN_ORDER)
+    ]
 
 
 if __name__ == "__main__":

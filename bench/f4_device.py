@@ -1,4 +1,4 @@
-"""The back-end of F4: ``python -m bench.f4_device SOCKET [--unordered]`` reads what 64 chains hold.
+"""The back-end of F4: ``python -m bench.f4_device SOCKET [--ahead N] [--unordered]`` reads what 64 chains hold.
 
 A device in plain Python, by the framework; the order of its requests does not matter to it. Once all of them are done
 it says on stdout when the last was, in nanoseconds of CLOCK_MONOTONIC.
@@ -12,7 +12,7 @@ import time
 
 import trio
 
-from vhostpc.backend import Device, Queue, serve
+from vhostpc.backend import Device, Options, Queue, serve
 
 from .f4_service import CHAINS
 
@@ -38,5 +38,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("path")
     parser.add_argument("--unordered", action="store_true")
+    parser.add_argument("--ahead", type=int, default=64)
     args = parser.parse_args()
-    trio.run(serve, Reader(args.unordered), args.path)
+    trio.run(serve, Reader(args.unordered), args.path, Options(pages_ahead=args.ahead))

@@ -136,7 +136,17 @@ HARMLESS: dict[type, set[str]] = {
     Queue: {"index", "size", "features", "inflight", "in_order", "stopping", "closed", "pump_stats"},
     Work: {"close", "pump_stats", "has_come", "may_be_pushed", "forget_frames"},
     Ring: {
-        *("close", "closed", "kick", "set_kick", "kick_told", "wait_for_kick", "look_again", "resume"),
+        *(
+            "ahead",
+            "close",
+            "closed",
+            "kick",
+            "set_kick",
+            "kick_told",
+            "wait_for_kick",
+            "look_again",
+            "resume",
+        ),
         *("begin_use", "end_use", "in_use", "call_in_flight", "leave", "set_interrupt"),
     },
 }

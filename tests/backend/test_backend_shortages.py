@@ -46,10 +46,12 @@ class Borrower(Device):
 
 
 @asynccontextmanager
-async def served(device: Device, path: Path, *, slow: bool = False) -> AsyncIterator[None]:
+async def served(
+    device: Device, path: Path, *, slow: bool = False, pages_ahead: int = 0
+) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
         with as_side("back-end"):
-            await nursery.start(serve, device, path, Options(slow=slow))
+            await nursery.start(serve, device, path, Options(slow=slow, pages_ahead=pages_ahead))
         yield
         nursery.cancel_scope.cancel()
 

@@ -31,6 +31,7 @@ class AbsentGuest(Guest):
         self.ufd = Userfaultfd.open()
         self.ufd.register(self._own.address, size)
         self.clients: list[tuple[Userfaultfd, int]] = []
+        self._bases: list[int] = []  # of the client, the latest last: an event may be older than a new table
         self.requested: list[int] = []
 
     def holes(self) -> set[int]:
@@ -55,15 +56,8 @@ class AbsentGuest(Guest):
 
     async def next_fault(self) -> int:
         """The page that a client waits for next; not placed yet."""
-        (ufd, base) = self.clients[-1]
         with trio.fail_after(10):
-            while True:
-                await trio.lowlevel.wait_readable(ufd)
-                for event in ufd.events(1):
-                    assert isinstance(event, PageFault)
-                    page = (event.address - base) // PAGE
-                    self.requested.append(page)
-                    return page
+            return await self.next_fault_forever()
 
     async def serve(self) -> None:
         """Place each page that is asked for."""
@@ -76,11 +70,12 @@ class AbsentGuest(Guest):
                     ufd.wake(base + page * PAGE, PAGE)
 
     async def next_fault_forever(self) -> int:
-        (ufd, base) = self.clients[-1]
+        ufd, _ = self.clients[-1]
         while True:
             await trio.lowlevel.wait_readable(ufd)
             for event in ufd.events(1):
                 assert isinstance(event, PageFault)
+                base = next(b for b in reversed(self._bases) if 0 <= event.address - b < self.size)
                 self.requested.append((event.address - base) // PAGE)
                 return self.requested[-1]
 
@@ -113,6 +108,7 @@ class AbsentGuest(Guest):
         assert region.user_addr != self.region.user_addr
         assert region.user_addr % PAGE == 0
         self.clients = [(ufd, region.user_addr) for ufd, _ in self.clients]
+        self._bases.append(region.user_addr)
 
     async def share_table(self, front: RawFrontEnd, ack: int = Request.SET_MEM_TABLE) -> None:
         sent = vu.pack_table([self.region])

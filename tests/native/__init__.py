@@ -38,7 +38,10 @@ class Program:
         return program
 
 
-MEMORY = ("event", "memory/gm", "memory/view", "memory/supply", "memory/guard", "memory/replace")
+MEMORY = (
+    "event",
+    *(f"memory/{name}" for name in ("gm", "view", "supply", "ask", "touch", "ahead", "guard", "replace")),
+)
 RINGS = (*MEMORY, *(f"virtio/{name}" for name in ("vq", "walk", "call", "chain", "inflight")))
 PAGES = (
     *("event", "memory/replace", "ufd/uffd"),
@@ -46,6 +49,7 @@ PAGES = (
     *(f"pages/{name}" for name in ("ramload", "ramplace", "delta")),
 )
 
+AHEAD = Program("ahead", "thread", ("event", "memory/ahead"), wraps=("pthread_create",))
 FLIP = Program("flip", "address,undefined", (*RINGS, "virtio/pump", "virtio/pump_in", "virtio/pump_out"))
 GUARD = Program("guard", "address,undefined", MEMORY)
 MAPS = Program("maps", "undefined", MEMORY)

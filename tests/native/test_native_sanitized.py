@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native import FAULTS, FLIP, GUARD, LOADS, MAPS, RESTART, STATE, VCPUS, run
+from tests.native import AHEAD, FAULTS, FLIP, GUARD, LOADS, MAPS, RESTART, STATE, VCPUS, run
 from tests.native.twins import check_loads
 
 
@@ -35,6 +35,13 @@ def test_files_shrink_while_they_are_read(tmp_path: Path) -> None:
 
 def test_a_page_goes_where_no_mapping_is_left(tmp_path: Path) -> None:
     assert run(MAPS.build(tmp_path))["taken"] > 100
+
+
+def test_threads_that_wait_ahead_without_a_race(tmp_path: Path) -> None:
+    """Requests, threads that cannot be started, closing and opening: each accepted one is served once, or dropped."""
+    numbers = run(AHEAD.build(tmp_path), 20)
+    assert numbers["rounds"] == 20
+    assert min(numbers.values()) > 0
 
 
 @pytest.mark.ufd

@@ -22,6 +22,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from tests.kit.rig import HIGH, SEED, BackendChild, Guest, backend_child, far_side, missing, moving
+from tests.kit.thread_names import asleep_for_a_page
 from tests.kit.until import until
 from vhostpc.errors import ChannelLost, PeerClosed
 from vhostpc.frontend import Driver, FarSide, Mode
@@ -112,6 +113,11 @@ def received_pages(guest: Guest) -> set[int]:
     return set(range(first, first + FRAMES))
 
 
+async def pump_waits(backend: BackendChild) -> None:
+    """For a page: not only those that are asked for ahead are missing."""
+    await until(lambda: "vpc-pump" in asleep_for_a_page(backend.process.pid))
+
+
 async def released(backend: BackendChild) -> None:
     """The back-end has let all waiters go and closed the session, and lives."""
     await until(lambda: "disconnected" in backend.log() or "session ended" in backend.log())
@@ -148,6 +154,7 @@ async def test_only_the_socket_is_closed(
                 await until(lambda: m.service.numbers().requests > before)
                 await m.start(1, drivers[1])
                 await m.source.wait_withheld(1)
+                await pump_waits(backend)
                 if stopping:
                     m.nursery.start_soon(ask_and_be_cut, m.front, queue)
                     await wait_all_tasks_blocked()  # it was asked
@@ -193,6 +200,7 @@ async def test_the_page_source_is_killed(tmp_path: Path, guest: Guest, stopping:
                 await hold_buffers(m.source, guest, drivers[1])
                 await m.start(1, drivers[1])
                 await m.source.wait_withheld(1)
+                await pump_waits(backend)
                 base: list[int] = []
 
                 async def stop() -> None:
@@ -235,6 +243,7 @@ async def test_source_killed_then_the_session_is_given_up(
                 await hold_buffers(m.source, guest, drivers[1])
                 await m.start(1, drivers[1])
                 await m.source.wait_withheld(1)
+                await pump_waits(backend)
                 if stopping:
                     m.nursery.start_soon(ask_and_be_cut, m.front, 1)
                     await wait_all_tasks_blocked()  # it was asked

@@ -36,9 +36,13 @@ GUEST_POINTER = re.compile(
 #: or hand an address to an ioctl that places pages.
 ADDRESS_ONLY = {
     ("gm.c", "vpc_map_new"),
-    ("gm.c", "vpc_map_unref"),
+    ("gm.c", "map_free"),
+    ("gm.c", "retire"),
     ("gm.c", "vpc_map_address"),
     ("gm.c", "vpc_gm_add"),
+    ("touch.c", "vpc_request"),
+    ("touch.c", "vpc_gm_request"),
+    ("touch.c", "absent"),
     ("supply.c", "vpc_map_register"),
     ("supply.c", "vpc_supply_disarm"),
     ("supply.c", "vpc_supply_fail"),
@@ -260,7 +264,10 @@ def test_no_thread_without_a_name() -> None:
                 name = ast.unparse(node.args[BORROWS[callee]])
                 assert re.fullmatch(r"Thread\.[A-Z]+", name), f"{path}:{node.lineno}: a thread named {name}"
                 used.add(Thread[name.removeprefix("Thread.")])
-    assert used == set(Thread) - {Thread.IDLE}
+    assert used == set(Thread) - {Thread.IDLE, Thread.AHEAD}
+    creators = {path.name for path in c_files() if "pthread_create" in path.read_text()}
+    assert creators == {"ahead.c"}
+    assert f'"{Thread.AHEAD}"' in (PACKAGE / "_native" / "memory" / "ahead.c").read_text()
     assert all(len(name) <= 15 for name in Thread)
 
 

@@ -15,6 +15,8 @@ class Thread(StrEnum):
 
     HOP = "vpc-hop"
     LATE = "vpc-late"
+    #: Made by C (``memory/ahead.c``).
+    AHEAD = "vpc-ahead"
     PUMP = "vpc-pump"
     FAULT = "vpc-fault"
     LOAD = "vpc-load"
@@ -62,7 +64,7 @@ class Use(Enum):
 
 _TABLE = {
     Use.GATE: """
-        vpc_vq_pop vpc_vq_push vpc_vq_enable_notify vpc_chain_load vpc_chain_touch
+        vpc_vq_pop vpc_vq_push vpc_vq_enable_notify vpc_chain_load vpc_late_look vpc_chain_touch
         vpc_chain_read vpc_chain_write
     """,
     Use.OWN_THREAD: "vpc_pump_in vpc_pump_out vpc_driver_run vpc_vcpu_run",

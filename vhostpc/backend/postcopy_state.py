@@ -32,8 +32,12 @@ def refusal() -> str | None:
 
 
 def open_ufd() -> Userfaultfd:
-    """A userfaultfd that can report missing pages of shared memory. Raises UfdError."""
-    return Userfaultfd.open(features=Features.MISSING_SHMEM, optional=Features.MISSING_HUGETLBFS)
+    """A userfaultfd that can report missing pages of shared memory. Raises UfdError.
+
+    With the threads that wait, so that the front-end can count those at one page.
+    """
+    optional = Features.MISSING_HUGETLBFS | Features.THREAD_ID
+    return Userfaultfd.open(features=Features.MISSING_SHMEM, optional=optional)
 
 
 class Postcopy:

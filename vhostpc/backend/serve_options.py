@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vhostpc.errors import VhostpcError
+from vhostpc.memory.mapping import PAGES_AHEAD
 from vhostpc.virtio.features import NetFeature
 from vhostpc.wire.vhost_user import Feature, ProtocolFeature
 
@@ -20,7 +21,9 @@ class Options:
     touch a page before it is here, for front-ends that cannot serve a back-end's fault (QEMU 10.0 with
     postcopy-preempt): a thread that needs an absent page waits until the front-end has it by other means, which may be
     the migration's end. ``answer_each_pair``: in postcopy give our addresses once more for each further queue pair, as
-    QEMU 10.0 and 11.1 expect without a request; QEMU 7.2 with memory slots does not.
+    QEMU 10.0 and 11.1 expect without a request; QEMU 7.2 with memory slots does not. ``pages_ahead``: how
+    many missing pages of postcopy a session asks for at a time before a thread needs them, 0 to 64; each costs it a
+    small thread.
     """
 
     hide_features: int = 0
@@ -30,6 +33,7 @@ class Options:
     slow: bool = False
     no_fault: bool = False
     answer_each_pair: bool = False
+    pages_ahead: int = PAGES_AHEAD
 
 
 def feature_bits(names: Iterable[str]) -> int:

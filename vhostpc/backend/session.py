@@ -94,20 +94,23 @@ class Session:
                 self.state.postcopy.lost()
                 why = self.state.supply.fail()
                 nursery.cancel_scope.cancel()
-                if why is not None:
-                    with trio.CancelScope(shield=True):
-                        await self._let_waiters_go(why)
+                with trio.CancelScope(shield=True):
+                    if why is None or await self._let_waiters_go(why):
+                        await self.state.gate.ahead.until_ended()
 
     async def _watch_memory(self) -> None:
         strike = await struck(self.state.supply)
         raise GuestMemoryError(strike.sentence(self.state.regions))
 
-    async def _let_waiters_go(self, why: str | None) -> None:
-        """Nothing could be mapped in place of memory that is given up: try again, then leave the sleeping threads."""
+    async def _let_waiters_go(self, why: str | None) -> bool:
+        """Nothing could be mapped in place of memory that is given up: try again, then leave the sleeping threads.
+
+        True: none was left.
+        """
         state = self.state
         for _ in range(GIVE_UP_TRIES):
             if why is None or not state.supply.asleep:
-                return
+                return True
             await trio.sleep(GIVE_UP_AGAIN)
             why = state.supply.fail()
         log.error(
@@ -115,8 +118,10 @@ class Session:
             " that they use, until this process ends",
             self.name,
             why,
-            state.gate.sleepers.leave(),
+            state.supply.asleep,
         )
+        state.gate.sleepers.leave()
+        return False
 
     async def _read_all(self) -> None:
         with self._frames_in:

@@ -39,7 +39,7 @@ class SessionState:
         self.device = device
         self.options = options
         self.name = name
-        self.supply = Supply()
+        self.supply = Supply(options.pages_ahead)
         self.gate = Gate(self.supply, device.num_queues + 2)
         self.gate.slow = options.slow
         self.postcopy = Postcopy(

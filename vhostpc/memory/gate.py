@@ -14,6 +14,7 @@ from vhostpc._native import lib
 from vhostpc._native.entries import Thread
 from vhostpc._native.sleepers import Sleepers
 from vhostpc.errors import MemoryLost
+from vhostpc.memory.ahead import Ahead
 from vhostpc.memory.mapping import Supply
 
 _WAIT = "a touch of guest memory that has to wait for its page"
@@ -39,6 +40,8 @@ class Gate:
 
     def __init__(self, supply: Supply, threads: int) -> None:
         self.supply = supply
+        #: Reports of pages that were asked for ahead.
+        self.ahead = Ahead(supply)
         self.slow = False
         #: The calls that may be asleep, including those of pumps.
         self.sleepers = Sleepers()

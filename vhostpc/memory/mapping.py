@@ -14,6 +14,9 @@ from vhostpc.errors import GuestMemoryError, PostcopyRefused
 from vhostpc.memory.addr import OwnAddr
 from vhostpc.units import in_units
 
+#: Pages that a session asks for ahead at a time, at most.
+PAGES_AHEAD: int = lib.VPC_AHEAD_MOST
+
 
 class Backing(WordEnum):
     """The kind of file system of a mapping. Postcopy works on the first two."""
@@ -32,15 +35,26 @@ class WaitStats:
     longest_ns: int
 
 
+@dataclass(frozen=True)
+class AheadStats:
+    """Pages asked for ahead: threads that do so now, pages in flight now, pages so far, threads that did not start."""
+
+    threads: int
+    waiting: int
+    asked: int
+    failed: int
+
+
 class Supply(Owner):
     """The provider of a session's missing pages: a userfaultfd lent to the front-end, or none (no page is missing).
 
     Armed memory is memory that may miss pages, from POSTCOPY_LISTEN to POSTCOPY_END.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pages_ahead: int = PAGES_AHEAD) -> None:
         raw = made("supply", "guest memory", lib.vpc_supply_new)
         self._native = Handle(raw, lib.vpc_supply_unref, "this supply is closed")
+        lib.vpc_supply_ahead_limit(raw, pages_ahead)
 
     def arm(self, ufd: int) -> None:
         """Register maps made from now on with this userfaultfd; a copy is kept until :meth:`disarm`."""
@@ -76,6 +90,17 @@ class Supply(Owner):
     @property
     def lost(self) -> bool:
         return self.closed or bool(lib.vpc_supply_is_lost(self.handle))
+
+    @property
+    def ahead_fd(self) -> int | None:
+        """An eventfd, readable when pages that were asked for ahead have come; None: it was never armed."""
+        fd: int = lib.vpc_supply_ahead_fd(self.handle)
+        return None if fd < 0 else fd
+
+    def ahead(self) -> AheadStats:
+        out = ffi.new("struct vpc_ahead_stats *")
+        lib.vpc_supply_ahead_stats(self.handle, out)
+        return numbers_of(AheadStats, out)
 
     def stats(self) -> WaitStats:
         out = ffi.new("struct vpc_wait_stats *")

@@ -9,6 +9,7 @@ import trio
 from vhostpc._native import check, ffi, lib
 from vhostpc._native.handles import Handle, Owner, made
 from vhostpc.errors import QueueEnded
+from vhostpc.memory.ahead import Ahead
 from vhostpc.memory.gate import Gate
 from vhostpc.memory.inflight import InflightRegion
 from vhostpc.memory.log import DirtyLog
@@ -78,6 +79,11 @@ class Ring(Owner):
         """Why the ring is broken, or None."""
         text = lib.vpc_vq_error(self.handle)
         return ffi.string(text).decode() if text else None
+
+    @property
+    def ahead(self) -> Ahead:
+        """Reports of pages that were asked for ahead."""
+        return self.gate.ahead
 
     # --- C calls
 

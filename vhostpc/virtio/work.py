@@ -263,6 +263,7 @@ class Work:
         if memory is not None:
             for chain in self.ledger.open:
                 lib.vpc_chain_rebase(chain.handle, memory.handle)
+        self.ring.ahead.look_again()  # in the new mappings, nothing has been asked for
 
     def start(self, kick: int) -> None:
         """Get ready for a new run of the device's handler."""

@@ -1,8 +1,10 @@
 /* Guest memory: mappings, the table of regions, translation, copies. See vpc_gm.h and gm_internal.h. */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #include "memory/gm_internal.h"
@@ -48,7 +50,8 @@ int vpc_map_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, in
     }
     if (armed) {
         m->seen = calloc((m->len / page + 63) / 64, sizeof(*m->seen));
-        if (!m->seen) {
+        m->requested = calloc((m->len / page + 63) / 64, sizeof(*m->requested));
+        if (!m->seen || !m->requested) {
             rc = -ENOMEM;
             goto fail;
         }
@@ -83,15 +86,14 @@ int vpc_map_new(struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, in
     return 0;
 fail:
     free(m->seen);
+    free(m->requested);
     close(m->fd);
     free(m);
     return rc;
 }
 
-void vpc_map_unref(struct vpc_map *m)
+static void map_free(struct vpc_map *m)
 {
-    if (!m || atomic_fetch_sub(&m->refs, 1) != 1)
-        return;
     /* Off the list first: vpc_supply_fail must not map over an address that is no longer ours. */
     vpc_supply_unlink(m->supply, m);
     vpc_guard_remove(m->guarded);
@@ -102,8 +104,52 @@ void vpc_map_unref(struct vpc_map *m)
     if (m->ufd >= 0)
         close(m->ufd);
     free(m->seen);
+    free(m->requested);
     vpc_supply_unref(m->supply);
     free(m);
+}
+
+/* Nobody uses the map, except for requests for its pages: it is freed after the last of them. The front-end may have
+ * forgotten our addresses here, so those pages may never come: as in failing, the threads go on over private memory. If
+ * there is none, POSTCOPY_END or failing will release them. */
+static void retire(struct vpc_map *m)
+{
+    pthread_mutex_lock(&m->supply->lock);
+    bool now = m->requests == 0;
+    m->retired = true;
+    if (!now && !m->replaced && vpc_replace_private(m->base, m->len) == 0) {
+        m->replaced = true;
+        if (m->registered) {
+            struct uffdio_range range = {.start = (uintptr_t)m->base, .len = m->len};
+            (void)ioctl(m->ufd, UFFDIO_WAKE, &range);
+            m->registered = false;
+        }
+    }
+    pthread_mutex_unlock(&m->supply->lock);
+    if (now)
+        map_free(m);
+}
+
+void vpc_map_unref(struct vpc_map *m)
+{
+    if (m && atomic_fetch_sub(&m->refs, 1) == 1)
+        retire(m);
+}
+
+void vpc_map_hold(struct vpc_map *m)
+{
+    pthread_mutex_lock(&m->supply->lock);
+    m->requests++;
+    pthread_mutex_unlock(&m->supply->lock);
+}
+
+void vpc_map_let_go(struct vpc_map *m)
+{
+    pthread_mutex_lock(&m->supply->lock);
+    bool last = --m->requests == 0 && m->retired;
+    pthread_mutex_unlock(&m->supply->lock);
+    if (last)
+        map_free(m);
 }
 
 uint64_t vpc_map_address(const struct vpc_map *m)
@@ -223,20 +269,6 @@ bool vpc_gm_mapped(const struct vpc_gm *gm, uint64_t gpa, uint64_t len)
         len -= room;
     }
     return true;
-}
-
-int vpc_gm_touch(const struct vpc_gm *gm, uint64_t gpa, uint64_t len, int flags, const atomic_int *stop)
-{
-    int rc;
-
-    if (!atomic_load_explicit(&gm->supply->armed, memory_order_acquire))
-        return 0; /* calm: no lookup is needed */
-    EACH_PIECE(gm, gpa, len, {
-        rc = vpc_touch(r, p, n, flags, stop);
-        if (rc < 0)
-            return rc;
-    })
-    return 0;
 }
 
 int vpc_gm_read(const struct vpc_gm *gm, uint64_t gpa, void *to, uint64_t len)

@@ -26,6 +26,8 @@ struct vpc_supply {
     int ask_ufd;   /* no_fault: for asking whether a huge page is there; -1: none. Kept for the supply's life */
     pthread_mutex_t lock; /* the list below; never held across a touch */
     struct vpc_map *maps;
+    struct vpc_ahead *ahead; /* set once, before the first armed map */
+    uint32_t ahead_limit;
     atomic_uint_fast64_t waits, total_ns, longest_ns;
 };
 
@@ -46,6 +48,9 @@ struct vpc_map {
     atomic_int waiting; /* threads that wait for a page, or are about to look at lost before they do */
     int ufd;            /* that it was registered with; our own copy */
     atomic_uint_fast64_t *seen; /* armed: a bit per page that is known to be resident */
+    atomic_uint_fast64_t *requested; /* armed: the same, that was requested ahead and has come or will come */
+    uint32_t requests; /* for its pages that are in flight; under the supply's lock */
+    bool retired;       /* nobody else uses it; under the supply's lock */
     uint8_t *ask; /* no_fault, hugetlbfs: a second mapping, without access and never touched, for asking */
     struct vpc_guarded *guarded;
 };
@@ -88,6 +93,10 @@ int vpc_fd_kind(int fd, uint32_t *kind, uint64_t *page_size, uint64_t *size);
 int vpc_view_open(struct vpc_view *v, struct vpc_supply *s, int fd, uint64_t offset, uint64_t size, int use);
 void vpc_view_close(struct vpc_view *v);
 
+/* A request for a page keeps the map, but does not use it: when nobody else does, its thread is released. */
+void vpc_map_hold(struct vpc_map *m);
+void vpc_map_let_go(struct vpc_map *m);
+
 void vpc_gm_ref(struct vpc_gm *gm);
 void vpc_log_ref(struct vpc_log *log);
 
@@ -124,12 +133,17 @@ static inline const struct vpc_region *vpc_gm_find(const struct vpc_gm *gm, uint
 /* The region that holds [uaddr, uaddr + len) whole, or NULL. */
 const struct vpc_region *vpc_gm_find_user(const struct vpc_gm *gm, uint64_t uaddr, uint64_t len);
 
+/* Flag, with VPC_TRY: -EALREADY in place of -EAGAIN where the absent page has been asked for. */
+#define VPC_TELL_REQUESTED 16
+/* Flag, with VPC_TRY: do not ask for anything. */
+#define VPC_REQUEST_NOTHING 32
+
 int vpc_touch_slow(const struct vpc_region *r, const uint8_t *p, uint64_t len, int flags, const atomic_int *stop);
 
 /* Make [p, p + len) of a region resident: after 0 a copy waits for nothing.
- * With VPC_TRY: -EAGAIN when a page is absent. Otherwise it waits; -ECANCELED when *stop is seen set before
- * the next page, -EOWNERDEAD when the supply is lost. Calm memory costs one test: the check after every copy finds out
- * that it was lost. */
+ * With VPC_TRY: -EAGAIN when a page is absent; the absent pages are requested. Otherwise it waits; -ECANCELED when *stop
+ * is seen set before the next page, -EOWNERDEAD when the supply is lost. Calm memory costs one test: the check after
+ * every copy finds out that it was lost. */
 static inline int vpc_touch(const struct vpc_region *r, const uint8_t *p, uint64_t len, int flags,
                             const atomic_int *stop)
 {
@@ -137,6 +151,13 @@ static inline int vpc_touch(const struct vpc_region *r, const uint8_t *p, uint64
         return 0;
     return vpc_touch_slow(r, p, len, flags, stop);
 }
+
+/* Ask for the absent pages of [p, p + len), as far as there is room: raises their faults on other threads, and returns
+ * without waiting. absent: the first one is known to be. False: a page that is absent was not asked for, and is not in
+ * flight. */
+bool vpc_request(const struct vpc_region *r, const uint8_t *p, uint64_t len, bool absent, const atomic_int *stop);
+/* The same over guest addresses that are known to be mapped. */
+bool vpc_gm_request(const struct vpc_gm *gm, uint64_t gpa, uint64_t len, const atomic_int *stop);
 
 /* Are all pages of [gpa, gpa + len) mapped? */
 bool vpc_gm_mapped(const struct vpc_gm *gm, uint64_t gpa, uint64_t len);

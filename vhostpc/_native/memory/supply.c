@@ -1,4 +1,4 @@
-/* The supply behind a session's memory: the ufd that it is registered with, waiting for pages, failing. */
+/* The supply behind a session's memory: the ufd that it is registered with, and failing. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
@@ -6,15 +6,12 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
-#include "clock.h"
 #include "event_internal.h"
+#include "memory/ahead_internal.h"
 #include "memory/gm_internal.h"
 #include "memory/ask_internal.h"
 #include "memory/replace_internal.h"
 #include "memory/supply_internal.h"
-
-/* hugetlbfs can be asked only where that was prepared: elsewhere a touch that took longer than this counts as one that waited. */
-#define WAITED_NS 50000
 
 int vpc_supply_new(struct vpc_supply **out)
 {
@@ -30,6 +27,7 @@ int vpc_supply_new(struct vpc_supply **out)
         return rc;
     }
     s->ufd = s->ask_ufd = -1;
+    s->ahead_limit = VPC_AHEAD_MOST;
     pthread_mutex_init(&s->lock, NULL);
     *out = s;
     return 0;
@@ -49,6 +47,7 @@ void vpc_supply_unref(struct vpc_supply *s)
     if (s->ask_ufd >= 0)
         close(s->ask_ufd);
     close(s->strike_fd);
+    vpc_ahead_drop(s->ahead);
     pthread_mutex_destroy(&s->lock);
     free(s);
 }
@@ -78,10 +77,14 @@ void vpc_supply_unlink(struct vpc_supply *s, struct vpc_map *m)
 
 int vpc_supply_arm(struct vpc_supply *s, int ufd)
 {
-    int copy = fcntl(ufd, F_DUPFD_CLOEXEC, 3);
+    int rc = s->ahead ? 0 : vpc_ahead_new(&s->ahead), copy;
 
+    if (rc < 0)
+        return rc;
+    copy = fcntl(ufd, F_DUPFD_CLOEXEC, 3);
     if (copy < 0)
         return -errno;
+    vpc_ahead_open(s->ahead, s->ahead_limit);
     if (s->ufd >= 0)
         close(s->ufd);
     s->ufd = copy;
@@ -144,6 +147,8 @@ int vpc_supply_disarm(struct vpc_supply *s)
         atomic_store_explicit(&m->armed, false, memory_order_release);
     }
     atomic_store(&s->armed, 0); /* the sum of the maps' flags: down when the last of them is */
+    if (s->ahead)
+        vpc_ahead_close(s->ahead);
     pthread_mutex_unlock(&s->lock);
     if (s->ufd >= 0)
         close(s->ufd);
@@ -157,6 +162,8 @@ int vpc_supply_fail(struct vpc_supply *s)
 
     atomic_store(&s->lost, 1);
     pthread_mutex_lock(&s->lock);
+    if (s->ahead)
+        vpc_ahead_close(s->ahead);
     for (struct vpc_map *m = s->maps; m; m = m->next) {
         if (!atomic_load(&m->armed) || m->replaced)
             continue;
@@ -215,86 +222,26 @@ void vpc_supply_stats(struct vpc_supply *s, struct vpc_wait_stats *out)
     out->longest_ns = atomic_load(&s->longest_ns);
 }
 
-static void count_wait(struct vpc_supply *s, uint64_t ns)
+void vpc_supply_ahead_limit(struct vpc_supply *s, uint32_t pages)
 {
-    atomic_fetch_add(&s->waits, 1);
-    atomic_fetch_add(&s->total_ns, ns);
-    uint_fast64_t old = atomic_load(&s->longest_ns);
-    while (ns > old && !atomic_compare_exchange_weak(&s->longest_ns, &old, ns))
-        ;
+    s->ahead_limit = pages;
 }
 
-/* Wait for a page that must not be touched before it is here. */
-static int ask_for(struct vpc_map *m, uint64_t page, const atomic_int *stop)
+int vpc_supply_ahead_fd(const struct vpc_supply *s)
 {
-    struct vpc_supply *s = m->supply;
-    uint64_t start = now_ns();
-    int rc = 0;
-
-    atomic_fetch_add(&m->waiting, 1);
-    /* Every page has arrived when the memory is calm again; one that nobody sent is empty then, as it is for all. */
-    while (!vpc_supply_lost(s) && atomic_load_explicit(&m->armed, memory_order_acquire) && !vpc_ask_present(m, page)) {
-        if (stop && atomic_load(stop)) {
-            rc = -ECANCELED;
-            break;
-        }
-        vpc_ask_pause(now_ns() - start, atomic_load_explicit(&m->waiting, memory_order_relaxed));
-    }
-    count_wait(s, now_ns() - start);
-    atomic_fetch_sub(&m->waiting, 1);
-    return vpc_supply_lost(s) ? -EOWNERDEAD : rc;
+    return s->ahead ? vpc_ahead_fd(s->ahead) : -ENOTCONN;
 }
 
-/* The one place where a thread of ours waits for a page by touching it. known: the page is known to be absent. */
-static int wait_for(struct vpc_map *m, uint64_t page, bool known)
+void vpc_supply_ahead_heard(struct vpc_supply *s)
 {
-    struct vpc_supply *s = m->supply;
-    uint64_t start = now_ns(), took;
-
-    /* Counted before lost is read: after failing, a thread that is not counted will not sleep. */
-    atomic_fetch_add(&m->waiting, 1);
-    if (!vpc_supply_lost(s)) {
-        (void)*(volatile const uint8_t *)(m->base + page * m->page_size);
-        took = now_ns() - start;
-        if (known || took > WAITED_NS)
-            count_wait(s, took);
-    }
-    atomic_fetch_sub(&m->waiting, 1);
-    return vpc_supply_lost(s) ? -EOWNERDEAD : 0;
+    vpc_ahead_heard(s->ahead);
 }
 
-int vpc_touch_slow(const struct vpc_region *r, const uint8_t *p, uint64_t len, int flags, const atomic_int *stop)
+void vpc_supply_ahead_stats(struct vpc_supply *s, struct vpc_ahead_stats *out)
 {
-    struct vpc_map *m = r->map;
-    struct vpc_supply *s = m->supply;
-    uint64_t last, page = (uint64_t)(p - m->base) / m->page_size;
-
-    if (!len)
-        return 0;
-    last = ((uint64_t)(p - m->base) + len - 1) / m->page_size;
-    for (; page <= last; page++) {
-        uint64_t bit = 1ull << (page % 64);
-        bool known = vpc_ask_can(m), here;
-        int rc;
-
-        if (atomic_load_explicit(&m->seen[page / 64], memory_order_relaxed) & bit)
-            continue;
-        if (stop && atomic_load(stop))
-            return -ECANCELED;
-        if (vpc_supply_lost(s))
-            return -EOWNERDEAD;
-        here = known && vpc_ask_present(m, page);
-        if (!here && (flags & VPC_TRY))
-            return -EAGAIN;
-        if (!here) {
-            rc = s->no_fault ? ask_for(m, page, stop) : wait_for(m, page, known);
-            if (rc < 0)
-                return rc;
-        }
-        /* A resident page stays so while armed: discards came before rings. */
-        atomic_fetch_or_explicit(&m->seen[page / 64], bit, memory_order_relaxed);
-    }
-    return 0;
+    *out = (struct vpc_ahead_stats){0};
+    if (s->ahead)
+        vpc_ahead_stats(s->ahead, out);
 }
 
 int vpc_mlock_future(void)

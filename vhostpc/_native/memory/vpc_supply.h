@@ -51,6 +51,24 @@ int vpc_supply_strike_fd(const struct vpc_supply *s);
 /* 1 and the first of them, or 0. */
 int vpc_supply_struck(const struct vpc_supply *s, struct vpc_strike *out);
 void vpc_supply_stats(struct vpc_supply *s, struct vpc_wait_stats *out);
+
+/* Pages that are asked for ahead, each by a thread of its own, which waits for it and for nothing else. */
+#define VPC_AHEAD_MOST 64
+
+struct vpc_ahead_stats {
+    uint32_t threads; /* now */
+    uint32_t waiting; /* pages that were asked for and have not come */
+    uint64_t asked;   /* pages */
+    uint64_t failed;  /* threads that could not be started */
+};
+
+/* At most so many pages at a time, and threads; 0: none. Before vpc_supply_arm; VPC_AHEAD_MOST otherwise. */
+void vpc_supply_ahead_limit(struct vpc_supply *s, uint32_t pages);
+/* An eventfd, readable when a page has come, or a thread has ended, since vpc_supply_ahead_heard; it stays the
+ * supply's. -ENOTCONN: never armed, so there will be neither. */
+int vpc_supply_ahead_fd(const struct vpc_supply *s);
+void vpc_supply_ahead_heard(struct vpc_supply *s);
+void vpc_supply_ahead_stats(struct vpc_supply *s, struct vpc_ahead_stats *out);
 /* cdef end */
 
 #endif

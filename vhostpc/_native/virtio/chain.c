@@ -27,27 +27,6 @@ static struct vpc_chain *chain_new(struct vpc_gm *gm, uint16_t head)
     return c;
 }
 
-/* Make the bytes [skip, skip + len) of segments resident; counts are checked by the caller. */
-static int touch_range(const struct vpc_gm *gm, const struct vpc_seg *segs, uint64_t skip, uint64_t len, int flags,
-                       const atomic_int *stop)
-{
-    for (; len; segs++) {
-        uint64_t take = segs->len;
-
-        if (skip >= take) {
-            skip -= take;
-            continue;
-        }
-        take = take - skip < len ? take - skip : len;
-        int rc = vpc_gm_touch(gm, segs->gpa + skip, take, flags, stop);
-        if (rc < 0)
-            return rc;
-        len -= take;
-        skip = 0;
-    }
-    return 0;
-}
-
 /* Walk the chain and read its first bytes into private memory. */
 static int load_walked(struct vpc_vq *vq, struct vpc_chain *c, struct vpc_walk *w, int flags)
 {
@@ -56,7 +35,7 @@ static int load_walked(struct vpc_vq *vq, struct vpc_chain *c, struct vpc_walk *
     if (rc < 0)
         return rc;
     uint64_t loaded = w->readable < VPC_LOADED ? w->readable : VPC_LOADED;
-    rc = touch_range(vq->gm, w->segs, 0, loaded, flags, vpc_vq_stopper(vq, flags));
+    rc = vpc_segs_touch(vq->gm, w->segs, 0, loaded, flags, vpc_vq_stopper(vq, flags));
     if (rc < 0)
         return rc;
     struct vpc_seg *segs = malloc((w->n ? w->n : 1) * sizeof(*segs));
@@ -124,8 +103,6 @@ int vpc_chain_rebase(struct vpc_chain *c, struct vpc_gm *gm)
 
 int vpc_vq_pop(struct vpc_vq *vq, struct vpc_popped *out, uint32_t max_chains, uint64_t max_bytes, int flags)
 {
-    /* A chain that may be late must not be waited for here. */
-    int own = flags & VPC_LATE ? flags | VPC_TRY : flags;
     uint64_t bytes = 0;
     uint32_t n = 0;
     int rc = vpc_vq_ready(vq, flags);
@@ -146,7 +123,12 @@ int vpc_vq_pop(struct vpc_vq *vq, struct vpc_popped *out, uint32_t max_chains, u
             rc = -ENOMEM;
             break;
         }
-        rc = load(vq, c, own);
+        rc = load(vq, c, flags | VPC_TRY);
+        if (rc == -EAGAIN && !(flags & VPC_LATE)) { /* a late one has asked for its pages, and so will the next */
+            vpc_vq_request(vq, 1, max_chains - n - 1, false, VPC_LOADED, flags);
+            if (!(flags & VPC_TRY))
+                rc = load(vq, c, flags);
+        }
         if (rc < 0 && !(rc == -EAGAIN && flags & VPC_LATE)) {
             vpc_chain_free(c);
             break;
@@ -173,12 +155,41 @@ static int touch_answer(const struct vpc_chain *c, uint64_t skip, uint64_t len, 
 {
     if (skip > c->writable || len > c->writable - skip)
         return -EMSGSIZE;
-    return touch_range(c->gm, c->segs + c->readable_segs, skip, len, flags, stop);
+    return vpc_segs_touch(c->gm, c->segs + c->readable_segs, skip, len, flags, stop);
 }
 
 int vpc_chain_touch(const struct vpc_vq *vq, const struct vpc_chain *c, uint64_t skip, uint64_t len, int flags)
 {
     return touch_answer(c, skip, len, flags, vpc_vq_stopper(vq, flags));
+}
+
+int vpc_late_look(struct vpc_vq *vq, struct vpc_late *late, uint32_t n, uint32_t *done, uint32_t max, uint64_t max_bytes,
+                  uint32_t *in_flight, int flags)
+{
+    uint64_t bytes = 0;
+    uint32_t come = 0;
+    int rc = 0;
+
+    *in_flight = 0;
+    flags |= VPC_TRY | VPC_TELL_REQUESTED;
+    for (uint32_t i = 0; i < n && come < max && bytes < max_bytes; i++) {
+        struct vpc_late *at = &late[i];
+
+        if (!at->chain)
+            continue;
+        rc = at->answer ? vpc_chain_touch(vq, at->chain, at->skip, at->len, flags)
+                        : vpc_chain_load(vq, at->chain, &at->popped, flags);
+        if (rc == -EALREADY)
+            ++*in_flight;
+        else if (!rc)
+            done[come++] = i;
+        else if (rc != -EAGAIN)
+            break;
+        if (!rc && !at->answer)
+            bytes += at->chain->loaded + at->chain->n * sizeof(*at->chain->segs);
+        rc = 0;
+    }
+    return come ? (int)come : rc;
 }
 
 int vpc_chain_read(const struct vpc_vq *vq, const struct vpc_chain *c, uint64_t skip, unsigned char *data,
@@ -190,7 +201,7 @@ int vpc_chain_read(const struct vpc_vq *vq, const struct vpc_chain *c, uint64_t 
         return -EMSGSIZE;
     if (vpc_gm_lost(c->gm))
         return -EOWNERDEAD;
-    rc = touch_range(c->gm, c->segs, skip, len, flags, vpc_vq_stopper(vq, flags));
+    rc = vpc_segs_touch(c->gm, c->segs, skip, len, flags, vpc_vq_stopper(vq, flags));
     if (!rc)
         rc = vpc_segs_read(c->gm, c->segs, c->readable_segs, skip, data, len);
     if (!rc && vpc_gm_lost(c->gm))
@@ -210,6 +221,19 @@ int vpc_chain_write(const struct vpc_vq *vq, const struct vpc_chain *c, uint64_t
     return vpc_segs_write(c->gm, c->segs + c->readable_segs, c->n - c->readable_segs, skip, data, len, vq->log);
 }
 
+/* The pages of an answer are absent: ask for those of the answers behind it, and for as much of the chains that were
+ * not even taken. */
+static void request_answers(struct vpc_vq *vq, const struct vpc_answer *answers, uint32_t n)
+{
+    for (uint32_t i = 1; i < n; i++) {
+        const struct vpc_answer *a = &answers[i];
+
+        if (touch_answer(a->chain, a->skip, a->len, VPC_TRY | VPC_TELL_REQUESTED, NULL) == -EAGAIN)
+            return; /* no room for more */
+    }
+    vpc_vq_request(vq, 0, VPC_AHEAD_MOST, true, answers->skip + answers->len, 0);
+}
+
 int vpc_vq_push(struct vpc_vq *vq, const struct vpc_answer *answers, uint32_t n, int flags)
 {
     int rc;
@@ -221,7 +245,12 @@ int vpc_vq_push(struct vpc_vq *vq, const struct vpc_answer *answers, uint32_t n,
     if (n > vq->num)
         return -EINVAL;
     for (uint32_t i = 0; i < n; i++) {
-        rc = touch_answer(answers[i].chain, answers[i].skip, answers[i].len, flags, NULL);
+        rc = touch_answer(answers[i].chain, answers[i].skip, answers[i].len, flags | VPC_TRY, NULL);
+        if (rc == -EAGAIN) {
+            request_answers(vq, answers + i, n - i);
+            if (!(flags & VPC_TRY))
+                rc = touch_answer(answers[i].chain, answers[i].skip, answers[i].len, flags, NULL);
+        }
         if (rc < 0)
             return rc;
     }

@@ -20,6 +20,29 @@ struct frame {
     uint16_t head;
 };
 
+/* Walk the next chain, behind n others of this batch, and make all of it resident that sending and pushing need. *len:
+ * of its frame, which lies behind `used` bytes of the arena; -ENOSPC: it does not fit there. */
+static int prepare(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t n, uint32_t used, uint32_t *len,
+                   int flags)
+{
+    struct vpc_vq *vq = p->vq;
+    struct vpc_walk *w = &p->walk;
+    int rc = vpc_vq_touch_used(vq, n + 1, flags, &vq->stop);
+
+    if (!rc)
+        rc = vpc_vq_walk(vq, 0, w, flags);
+    if (rc < 0)
+        return rc;
+    *len = w->readable > c->header ? (uint32_t)(w->readable - c->header) : 0;
+    if (*len > VPC_MAX_FRAME && !c->discard)
+        vpc_count(&p->dropped, 1); /* never cut short */
+    if (*len > VPC_MAX_FRAME || c->discard)
+        *len = 0;
+    if (used + *len > VPC_OUT_ARENA)
+        return -ENOSPC;
+    return *len ? vpc_segs_touch(vq->gm, w->segs, 0, w->readable, flags, &vq->stop) : 0;
+}
+
 /* Take chains until the batch is full, the ring is empty, or an error (*rc). Everything that sending and pushing need
  * is resident afterwards. */
 static uint32_t collect(struct vpc_pump *p, const struct vpc_pump_config *c, struct frame *frames, uint32_t max,
@@ -34,31 +57,23 @@ static uint32_t collect(struct vpc_pump *p, const struct vpc_pump_config *c, str
         return 0;
     vpc_vq_disable_notify(vq);
     while (n < max) {
-        /* Only the first chain may wait for its pages: one that is absent delays none before it. */
-        int flags = n ? VPC_TRY : 0;
         uint32_t len;
 
         *rc = vpc_vq_available(vq);
         if (*rc <= 0)
             break;
-        *rc = vpc_vq_touch_used(vq, n + 1, flags, &vq->stop);
-        if (!*rc)
-            *rc = vpc_vq_walk(vq, 0, w, flags);
+        *rc = prepare(p, c, n, used, &len, VPC_TRY | VPC_REQUEST_NOTHING);
+        if (*rc == -EAGAIN) {
+            /* Only the first chain may wait for its pages: one that is absent delays none before it. Those of the
+             * next batch are asked for meanwhile. */
+            vpc_vq_request(vq, n ? 0 : 1, VPC_BATCH, false, c->discard ? 0 : c->header + VPC_MAX_FRAME, 0);
+            if (!n)
+                *rc = prepare(p, c, n, used, &len, 0);
+        }
         if (*rc < 0)
             break;
-        len = w->readable > c->header ? (uint32_t)(w->readable - c->header) : 0;
-        if (len > VPC_MAX_FRAME && !c->discard)
-            vpc_count(&p->dropped, 1); /* never cut short */
-        if (len > VPC_MAX_FRAME || c->discard)
-            len = 0;
-        if (used + len > VPC_OUT_ARENA)
-            break;
-        if (len) {
-            *rc = vpc_segs_touch(vq->gm, w->segs, 0, w->readable_segs, flags, &vq->stop);
-            if (*rc < 0)
-                break;
+        if (len)
             (void)vpc_segs_read(vq->gm, w->segs, w->readable_segs, c->header, p->arena + used, len);
-        }
         frames[n++] = (struct frame){.at = used, .len = len, .head = w->head};
         used += len;
         vpc_vq_take(vq, w->head);

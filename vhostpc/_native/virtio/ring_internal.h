@@ -64,6 +64,10 @@ struct vpc_chain {
     uint64_t loaded;
 };
 
+/* Flag of a walk, with VPC_TRY: the chain is only looked at ahead of its turn. It breaks nothing (-EBADMSG), and -E2BIG
+ * is returned for one of more than VPC_FEW_SEGS descriptors. */
+#define VPC_GLANCE 64
+
 /* The driver has broken the rules: the ring does nothing more. -EBADMSG. */
 static inline int vpc_vq_break(struct vpc_vq *vq, const char *why)
 {
@@ -123,9 +127,13 @@ static inline void vpc_vq_give_back(struct vpc_vq *vq, uint16_t head)
 void vpc_vq_put_used(struct vpc_vq *vq, uint16_t at, uint16_t head, uint32_t len);
 /* Publish n used entries and call the driver if it wants that. 1: it was called. -EOWNERDEAD: nothing was published. */
 int vpc_vq_publish(struct vpc_vq *vq, uint16_t n);
-/* Touch all segments [from, to) of a walked chain. */
-int vpc_segs_touch(const struct vpc_gm *gm, const struct vpc_seg *segs, uint32_t from, uint32_t to, int flags,
+/* Make the bytes [skip, skip + len) of segments resident, as vpc_touch; counts are checked by the caller. Where a page
+ * is absent, those of the bytes behind it are asked for too. */
+int vpc_segs_touch(const struct vpc_gm *gm, const struct vpc_seg *segs, uint64_t skip, uint64_t len, int flags,
                    const atomic_int *stop);
+/* Ask for the absent pages of the next n chains behind `ahead` others: descriptors, and up to len readable or writable
+ * bytes of each. Waits for none. */
+void vpc_vq_request(struct vpc_vq *vq, uint32_t ahead, uint32_t n, bool write, uint64_t len, int flags);
 /* Copy out of the segments' bytes [skip, skip + len), or into them. Counts are checked by the caller. */
 int vpc_segs_read(const struct vpc_gm *gm, const struct vpc_seg *segs, uint32_t n, uint64_t skip, void *to,
                   uint64_t len);

@@ -1,8 +1,9 @@
 /* Virtqueues: pop, push, notification.
  *
  * A vq belongs to one task: never two calls at a time on it, except vpc_vq_stop, and those on chains of their
- * own: vpc_chain_load, vpc_chain_touch, vpc_chain_read and vpc_chain_write may run beside each other and beside pop,
- * push (of other chains) and enable_notify. Touching calls are these seven and the pumps; all others touch nothing.
+ * own: vpc_chain_load, vpc_late_look, vpc_chain_touch, vpc_chain_read and vpc_chain_write may run beside each other and
+ * beside pop, push (of other chains) and enable_notify. Touching calls are these eight and the pumps; all others touch
+ * nothing.
  */
 #ifndef VPC_RING_H
 #define VPC_RING_H
@@ -58,6 +59,18 @@ struct vpc_popped {
  * Returns how many; 0: empty. -EAGAIN: (TRY) the first one is not resident. -EBADMSG: broken ring.
  * -EOWNERDEAD: lost. -ECANCELED: stopped. -ENOMEM. */
 int vpc_vq_pop(struct vpc_vq *vq, struct vpc_popped *out, uint32_t max_chains, uint64_t max_bytes, int flags);
+/* What a late chain waits for: its content, or pages of its answer. */
+struct vpc_late {
+    struct vpc_chain *chain; /* NULL: none */
+    int answer;              /* its writable bytes [skip, skip + len), and not its content */
+    uint64_t skip, len;
+    struct vpc_popped popped; /* its content, when that has come */
+};
+/* Look at n of them, and ask for the pages that they lack; never waits. Returns how many have come, at most max, and
+ * stops after max_bytes of private memory; which: in done. in_flight: those whose next page is in flight, so that the
+ * supply's eventfd will be readable. If none has come: 0, -EBADMSG, -EOWNERDEAD, -ECANCELED, -ENOMEM as pop. */
+int vpc_late_look(struct vpc_vq *vq, struct vpc_late *late, uint32_t n, uint32_t *done, uint32_t max, uint64_t max_bytes,
+                  uint32_t *in_flight, int flags);
 /* Walk a late chain and read its first bytes; then it is like any other. Errors as pop; it stays late then. */
 int vpc_chain_load(struct vpc_vq *vq, struct vpc_chain *chain, struct vpc_popped *out, int flags);
 /* Make the writable bytes [skip, skip + len) resident. 0, or errors as pop; -EMSGSIZE: there are fewer. */

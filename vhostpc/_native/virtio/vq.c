@@ -123,6 +123,17 @@ const char *vpc_vq_error(const struct vpc_vq *vq)
     return atomic_load(&vq->error);
 }
 
+/* Ask for the ring's own pages; of a large one for the first few of each part. */
+static void request_ring(const struct vpc_vq *vq)
+{
+    const uint64_t most = 4 * TARGET_PAGE;
+    uint64_t desc = 16ull * vq->num, avail = 6 + 2ull * vq->num, used = 6 + 8ull * vq->num;
+
+    (void)(vpc_request(vq->avail_r, vq->avail, avail < most ? avail : most, false, &vq->stop) &&
+           vpc_request(vq->used_r, vq->used, used < most ? used : most, false, &vq->stop) &&
+           vpc_request(vq->desc_r, vq->desc, desc < most ? desc : most, false, &vq->stop));
+}
+
 int vpc_vq_ready(struct vpc_vq *vq, int flags)
 {
     int rc;
@@ -133,6 +144,8 @@ int vpc_vq_ready(struct vpc_vq *vq, int flags)
         return vpc_vq_break(vq, "the ring has no addresses");
     if (vpc_gm_lost(vq->gm))
         return -EOWNERDEAD;
+    if (!vq->used_known && vpc_touch(vq->avail_r, vq->avail, 4, VPC_TRY | VPC_REQUEST_NOTHING, &vq->stop) == -EAGAIN)
+        request_ring(vq);
     rc = vpc_touch(vq->avail_r, vq->avail, 4, flags, &vq->stop);
     if (!rc)
         rc = vpc_touch(vq->used_r, vq->used, 4, flags, &vq->stop);
