@@ -110,6 +110,9 @@ class Dialect:
     # The stream; of the newest machine type, see of_machine().
     switchover_start: bool
     """SWITCHOVER_START is sent when the machine has stopped."""
+    preempt_first: bool
+    """With postcopy-preempt the second connection is made behind the first, and ends with a closing word; otherwise it
+    is made when postcopy begins, and the destination ends it."""
     loaded_ping: bool
     """A package has PING 0x42 before RUN: a source is ``postcopy-device`` until its PONG, a destination until RUN."""
 
@@ -129,7 +132,11 @@ class Dialect:
         """
         found = _MACHINE_VERSION.search(machine)
         made_by = int(found[1]) if found else 0
-        return replace(self, switchover_start=self.switchover_start and made_by >= 10)
+        return replace(
+            self,
+            switchover_start=self.switchover_start and made_by >= 10,
+            preempt_first=self.preempt_first or 0 < made_by < 8,
+        )
 
 
 _CAPABILITIES_7_2 = (
@@ -244,6 +251,7 @@ _7_2 = Dialect(
     keep_alive=(),
     unknown_address="Parameter 'uri' expects a valid migration protocol",
     switchover_start=False,
+    preempt_first=True,
     loaded_ping=False,
 )
 _10_0 = Dialect(
@@ -301,6 +309,7 @@ _10_0 = Dialect(
     keep_alive=(),
     unknown_address="unknown migration protocol: {uri}",
     switchover_start=True,
+    preempt_first=False,
     loaded_ping=False,
 )
 _11_1 = replace(

@@ -26,7 +26,16 @@ from vhostpc.pages.service import FaultService
 MIB = 1 << 20
 #: What a report says of the pages that were sent: programs read these keys, whatever our own names are.
 SENT = (
-    *("bytes", "data-pages", "zero-pages", "requests", "requested-pages", "background-pages", "useless"),
+    *(
+        "bytes",
+        "urgent-bytes",
+        "data-pages",
+        "zero-pages",
+        "requests",
+        "requested-pages",
+        "background-pages",
+        "useless",
+    ),
     *("held", "held-ever", "dirty-left", "eos-sent", "pongs", "shut", "heard"),
 )
 SLOW = {"max_bandwidth": 8 * MIB, "max_postcopy_bandwidth": 24 * MIB}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,11 +31,11 @@ pytestmark = pytest.mark.ufd
 class Pair:
     """Two endpoints of this process; the source goes by way of ``relay``."""
 
-    def __init__(self, folder: Path, links: Links, compat: Compat) -> None:
+    def __init__(self, folder: Path, links: Links, compat: Compat, also: tuple[Sequence[str], ...]) -> None:
         self.world = World()
         self.here, self.there = Here(self.world), There(self.world)
         self.tells = Told(), Told()
-        chosen = [Options(compat, on={"events", "postcopy-ram"}) for _ in range(2)]
+        chosen = [Options(compat, on={"events", "postcopy-ram", *more}) for more in also]
         chosen[0].set_parameters({"max-postcopy-bandwidth": 4096})
         self.source = Endpoint(self.here, chosen[0], self.tells[0], links=links)
         self.destination = Endpoint(self.there, chosen[1], self.tells[1], incoming=True, links=links)
@@ -69,8 +69,15 @@ class Pair:
 
 
 @contextlib.asynccontextmanager
-async def pair(folder: Path, links: Links | None = None, *, compat: Compat = "10.0") -> AsyncIterator[Pair]:
-    made = Pair(folder, links or Links(), compat)
+async def pair(
+    folder: Path,
+    links: Links | None = None,
+    *,
+    compat: Compat = "10.0",
+    also: tuple[Sequence[str], Sequence[str]] = ((), ()),
+) -> AsyncIterator[Pair]:
+    """``also``: capabilities of the source, and of the destination."""
+    made = Pair(folder, links or Links(), compat, also)
     with trio.fail_after(60), made.here, made.there:
         async with trio.open_nursery() as nursery:
             for page in range(0, 400, 2):

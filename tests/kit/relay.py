@@ -16,7 +16,7 @@ class Relay:
     def __init__(self, path: Path, target: Path) -> None:
         self._path = path
         self._target = target
-        self._scopes: set[trio.CancelScope] = set()
+        self._scopes: dict[trio.CancelScope, None] = {}
         self._left: int | None = None
         self._swallows = self._holds_back = self._deaf = self._refuses = False
         self.cuts = 0
@@ -28,6 +28,15 @@ class Relay:
         self._swallows = self._holds_back = self._deaf = self._refuses = False
         for scope in list(self._scopes):
             scope.cancel()
+
+    def cut_one(self, number: int) -> None:
+        """Break one of the connections that there are, in the order in which they came."""
+        list(self._scopes)[number].cancel()
+
+    @property
+    def count(self) -> int:
+        """Connections that there are."""
+        return len(self._scopes)
 
     def refuse(self) -> None:
         """:meth:`cut`; and connections that come are broken at once, until the next cut."""
@@ -65,7 +74,7 @@ class Relay:
 
     async def _carry(self, near: trio.SocketStream) -> None:
         with contextlib.suppress(OSError), trio.CancelScope() as scope:
-            self._scopes.add(scope)
+            self._scopes[scope] = None
             async with (
                 near,
                 await trio.open_unix_socket(str(self._target)) as far,
@@ -73,7 +82,7 @@ class Relay:
             ):
                 both.start_soon(self._move, near, far, False, both.cancel_scope)
                 both.start_soon(self._move, far, near, True, both.cancel_scope)
-        self._scopes.discard(scope)
+        self._scopes.pop(scope, None)
         self._swallows = False
 
     async def _move(

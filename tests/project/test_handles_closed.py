@@ -115,7 +115,7 @@ CALLS: dict[type, list[str | tuple[str, Any]]] = {
         *("handle", "arm", ("add_client", (0, "late")), ("set_return_path", 0), ("send", b"x")),
         *("run", "numbers", "waiting", ("open_channel", 0), ("load", 0)),
     ],
-    RamChannel: ["handle", ("feed", b"x"), "take", "block", "load", "numbers"],
+    RamChannel: ["handle", ("feed", b"x"), "take", "block", "load", "finish", "numbers"],
     PageScan: ["handle", ("set_rate", 1)],
     PageSource: [
         *(
@@ -127,6 +127,7 @@ CALLS: dict[type, list[str | tuple[str, Any]]] = {
             ("keep_zeros", True),
             "stop",
             ("set_tail", b"x"),
+            ("hear", 1),
         ),
         *(("set_rate", 1), "withhold_all", "changed", "numbers", ("release", "ram")),
     ],
@@ -139,8 +140,8 @@ CALLS: dict[type, list[str | tuple[str, Any]]] = {
     InflightRegion: ["handle"],
     Pump: ["stop", "clear", "stats", ("run", (False, None))],
 }
-#: In tests/backend/test_backend_ended.py.
-ELSEWHERE = {"Ring"}
+#: In tests/backend/test_backend_ended.py; a part of a PageSource, which is closed with it.
+ELSEWHERE = {"Ring", "UrgentSource"}
 
 
 def owners() -> tuple[set[str], set[str]]:

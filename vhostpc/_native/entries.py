@@ -21,6 +21,8 @@ class Thread(StrEnum):
     FAULT = "vpc-fault"
     LOAD = "vpc-load"
     SOURCE = "vpc-source"
+    #: Requested pages, in or out, where they have a connection of their own.
+    URGENT = "vpc-urgent"
     DRIVER = "vpc-driver"
     FAR = "vpc-far"
     BLOCKS = "vpc-blocks"

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import trio
 
+from vhostpc.endpoint.connections import accepted, another, check_many
 from vhostpc.endpoint.recovery import (
     Backoff,
     Links,
@@ -40,7 +41,7 @@ from vhostpc.errors import (
     sentence,
 )
 from vhostpc.logs import rationed_logger
-from vhostpc.migration.channel import Channel, connect, listen
+from vhostpc.migration.channel import Channel, Connect, connect
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.info import MigrationInfo
 from vhostpc.migration.left import Notes
@@ -370,6 +371,7 @@ class Endpoint:
                 self._check_migrate(resume)
                 await self._sent.wait()  # after a failure the last one may still be putting things back
                 self._check_migrate(resume)
+                check_many(address, preempt=self._preempt)
                 unless_begun.pop_all()
             channel: Channel | None = None
             if isinstance(address, Exec | Fd | File):
@@ -457,6 +459,7 @@ class Endpoint:
                         options=self.options,
                         after=self._after,
                         notes=self._notes,
+                        second=self._second(stack, address),
                     )
                     if self._early_switch:
                         outgoing.start_postcopy()
@@ -467,7 +470,10 @@ class Endpoint:
                 if self._links.timeout:
                     nursery.start_soon(outgoing.watch, self._links.timeout)
                 try:
-                    await (outgoing.resume(channel) if resume else outgoing.send())
+                    if resume:
+                        await outgoing.resume(channel, self._second(stack, address))
+                    else:
+                        await outgoing.send()
                 finally:
                     nursery.cancel_scope.cancel()
         except* Exception as group:  # whatever it is, it ends the migration and not the machine
@@ -492,6 +498,13 @@ class Endpoint:
                         outgoing.close()
                     _free_now()
                 self._sent.set()
+
+    def _second(self, stack: AsyncExitStack, address: Address) -> Connect | None:
+        return another(stack, address, self._links.timeout) if self._preempt else None
+
+    @property
+    def _preempt(self) -> bool:
+        return "postcopy-preempt" in self.options
 
     async def _connect(self, address: Address, until: float) -> Channel:
         channel: Channel | None = None
@@ -581,6 +594,9 @@ class Endpoint:
     async def incoming(self, address: Address, *, exit_on_error: bool) -> None:
         if self._nursery is None:
             raise VhostpcError("the endpoint does not run")
+        with _closing(address) as unless_begun:
+            check_many(address, preempt=self._preempt)
+            unless_begun.pop_all()
         self.has_listened = True  # or is about to: a second one is refused
         try:
             await self._nursery.start(self._receive, address, exit_on_error)
@@ -592,18 +608,22 @@ class Endpoint:
         self, address: Address, exit_on_error: bool, task_status: trio.TaskStatus[None]
     ) -> None:
         begun = False
+
+        def listens(told: list[dict[str, Any]]) -> None:
+            nonlocal begun
+            self._addresses = told
+            self._course.move(Event.START)
+            if not self.options.dialect.setup_while_listening:  # the event is told in any case
+                self._events.emit("MIGRATION", {"status": str(Status.SETUP)})
+            task_status.started()
+            begun = True  # from here on the status says what becomes of it
+
         self._ends_with_it = exit_on_error
         try:
             async with AsyncExitStack() as stack:
-                async with listen(address) as listener:
-                    self._addresses = listener.socket_address
-                    self._course.move(Event.START)
-                    if not self.options.dialect.setup_while_listening:  # the event is told in any case
-                        self._events.emit("MIGRATION", {"status": str(Status.SETUP)})
-                    task_status.started()
-                    begun = True  # from here on the status says what becomes of it
-                    channel = await stack.enter_async_context(await listener.accept())
-                channel.limit_silence(self._links.timeout)
+                channel, second = await stack.enter_async_context(
+                    accepted(address, self._links.timeout, listens, preempt=self._preempt)
+                )
                 self._course.move(Event.CONNECT)
                 self._tells_blocktime = "postcopy-blocktime" in self.options
                 incoming = self._incoming = Incoming(
@@ -614,6 +634,7 @@ class Endpoint:
                     postcopy="postcopy-ram" in self.options,
                     trace=self._trace,
                     spin_us=self._spin_us,
+                    second=second,
                 )
                 stack.callback(incoming.close)
                 attending = trio.CancelScope()
@@ -661,6 +682,7 @@ class Endpoint:
         """Listen at the address for the source of a postcopy that is paused: ``migrate-recover``."""
         with _closing(address) as unless_begun:
             self.check_recover()
+            check_many(address, preempt=self._preempt)
             if self._nursery is None:
                 raise VhostpcError("the endpoint does not run")
             unless_begun.pop_all()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import trio
 
+from vhostpc.endpoint.connections import accepted
 from vhostpc.errors import ChannelLost, MigrationRefused, is_foreseen, let_go, sentence
 from vhostpc.logs import rationed_logger
-from vhostpc.migration.channel import listen
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.last_word import say_again
 from vhostpc.migration.phase import Phase, Side
@@ -82,12 +81,8 @@ async def take_link(
     Raises MigrationRefused (it cannot listen there), ChannelLost, StreamError, Shortage, OSError: nothing has changed,
     or it is paused again.
     """
-    async with AsyncExitStack() as stack:
-        async with listen(address) as listener:
-            listens(listener.socket_address)
-            channel = await stack.enter_async_context(await listener.accept())
+    async with accepted(address, limit, listens, preempt=incoming.preempt) as (channel, second):
         connected()
-        channel.limit_silence(limit)
         patience = limit or PATIENCE
         if incoming.course.phase is Phase.MOVED:
             with trio.move_on_after(patience) as late:
@@ -95,7 +90,7 @@ async def take_link(
             if late.cancelled_caught:
                 raise ChannelLost(f"the source has not recovered within {patience:g} s")
         else:
-            await incoming.resume(channel, patience)
+            await incoming.resume(channel, patience, second)
 
 
 async def keep_listening(

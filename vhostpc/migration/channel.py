@@ -10,7 +10,7 @@ import os
 import select
 import socket
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import astuple
 from typing import Any
@@ -94,6 +94,13 @@ class Channel:
         if seconds:
             self._ends.limit_silence(seconds)
 
+    @property
+    def hung_up(self) -> bool:
+        """The peer has closed it, or it is broken, and nothing is left to read. Never waits."""
+        poll = select.poll()
+        poll.register(self.in_fd, select.POLLIN | select.POLLRDHUP)
+        return any(found & ~select.POLLIN for _, found in poll.poll(0))
+
     def unsent(self) -> int:
         """Bytes that the peer has not taken: unacknowledged (TCP), unread (a unix socket, a pipe). 0 for a file."""
         return self._ends.unsent()
@@ -112,6 +119,10 @@ class Channel:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+Connect = Callable[[], Awaitable[Channel]]
+"""Makes another connection between the same two; it is closed where the first one is."""
 
 
 async def connect(address: Address) -> Channel:

@@ -18,7 +18,7 @@ import trio
 
 from vhostpc.errors import ChannelLost, PageBorn, StreamError, VhostpcError, first_of, is_foreseen, sentence
 from vhostpc.logs import rationed_logger
-from vhostpc.migration.channel import Channel
+from vhostpc.migration.channel import Channel, Connect
 from vhostpc.migration.heads import check_head
 from vhostpc.migration.link import CHUNK, IncomingLink
 from vhostpc.migration.long_waits import tell_waits
@@ -64,6 +64,8 @@ ELEMENTS = 1000
 """Elements of a package that are loaded in one turn of the loop."""
 MAX_ANSWERS = 64 << 10
 """Bytes of the return path that may wait while a source sends PINGs and reads no answer."""
+SECOND_LIMIT = 10.0
+"""Seconds in which the connection of requested pages must be there, once the source says that it is."""
 SHUT_LIMIT = 10.0  # seconds in which the source must take our last word
 TROUBLE = (VhostpcError, OSError)
 """What a peer or the system can do to a channel."""
@@ -88,7 +90,8 @@ class Incoming:
     """Receives ``machine`` on ``channel``, which stays the caller's. For one migration, whose phase is ``course``.
 
     ``postcopy``: the capability ``postcopy-ram``; both sides must have it alike where the source uses it.
-    ``spin_us``, ``trace``: see :class:`FaultService`. ``limit``: bytes of a package.
+    ``spin_us``, ``trace``: see :class:`FaultService`. ``limit``: bytes of a package. ``second``: takes the
+    connection of requested pages, with the capability ``postcopy-preempt``, which both sides must have alike, too.
     Without a ``watcher`` the machine is not started.
     """
 
@@ -103,6 +106,7 @@ class Incoming:
         spin_us: int = 0,
         trace: int = 0,
         limit: int = MAX_DEVICES,
+        second: Connect | None = None,
     ) -> None:
         self.machine = machine
         self.course = course or begun("destination", Event.START, Event.CONNECT)
@@ -116,6 +120,7 @@ class Incoming:
         self._asked: ServiceNumbers | None = None
         self._watcher = watcher or Unwatched(machine)
         self._limit = limit
+        self._second = second
         self._link = IncomingLink(channel, self.service, limit=limit)
         """The last one, while there is none."""
         self._loads: list[list[LoadNumbers]] = [[]]  # of links that have ended: in precopy, in postcopy
@@ -136,6 +141,11 @@ class Incoming:
         self._error: BaseException | None = None
         """The first trouble, which all others follow from."""
 
+    @property
+    def preempt(self) -> bool:
+        """Requested pages have a connection of their own."""
+        return self._second is not None
+
     async def watch(self, limit: float) -> None:
         """Break a link that is silent for ``limit`` seconds while a page is waited for. Runs until cancelled."""
         await watch(self._silence, limit)
@@ -145,9 +155,8 @@ class Incoming:
         if link.ended.is_set() or not self.course.in_postcopy:
             return None
         numbers = self.service.numbers()
-        pages = link.numbers()
         waits = bool(numbers.waiting_now or numbers.outbox_bytes) or not link.settled.is_set()
-        heard = (link.received, 0 if pages is None else pages.reads)
+        heard = (link.received, link.moved())
         return Silence(link.channel, waits, heard)
 
     async def running(self) -> None:
@@ -257,7 +266,7 @@ class Incoming:
                 with suppress(*TROUBLE):
                     self.service.send(Shut(1).encode())
         if shut:
-            self.channel.shut_down()
+            self._link.shut_down()
         if cancelled or self._closed:
             return error
         if not is_foreseen(error):
@@ -290,7 +299,7 @@ class Incoming:
                     data = await self.channel.receive_some(CHUNK)
                 if limit.cancelled_caught or not data:
                     break
-        self.channel.shut_down()
+        self._link.shut_down()
 
     # --- the phases
 
@@ -304,7 +313,7 @@ class Incoming:
         nursery.start_soon(self._load_package, package)
         nursery.start_soon(self._tell_running)
         nursery.start_soon(self._tell_waits)
-        await self._postcopy()
+        await self._postcopy(nursery)
         await self._loaded.wait()
         await self._end_postcopy()
 
@@ -383,19 +392,57 @@ class Incoming:
     async def _make_ready(self, ready: trio.Event) -> None:
         """Another loader, because this one places by ioctl; and back-ends: LISTEN, and the exchange of addresses."""
         self.service.make_ready()
-        self._link.make_ready()
+        self._link.make_ready(in_bulk=self.preempt)
         await self.machine.listen()
         ready.set()
 
     async def _listen(self, package: Sequence[Inside], nursery: trio.Nursery) -> None:
         """Our mapping may be missing pages."""
+        urgent = None if self._second is None else await self._take_second(self._second)
         await self._begin_ready(nursery).wait()
         self.service.arm()
         self.kept = sum(b.count_bits(Bits.RECEIVED) for b in self.machine.ram.blocks)
         self._keep_numbers()
         self._loads.append([])
         self._link.open_pages()
+        if urgent is not None:
+            self._open_urgent(self._link, urgent, nursery)
         self.course.move(Event.PACKAGE)
+
+    async def _take_second(self, second: Connect) -> Channel:
+        """The source has made it before it sent what was read last."""
+        with trio.move_on_after(SECOND_LIMIT):
+            channel = await second()
+            if not channel.two_way:
+                raise ChannelLost("the channel of requested pages has to go both ways")
+            return channel
+        raise ChannelLost(
+            "postcopy-preempt is on here, but the source has made no second connection: is it on there?"
+        )
+
+    def _open_urgent(self, link: IncomingLink, channel: Channel, nursery: trio.Nursery) -> None:
+        link.open_urgent(channel)
+        nursery.start_soon(self._load_urgent, link)
+
+    async def _load_urgent(self, link: IncomingLink) -> None:
+        """If one of its channels is lost, the link is."""
+        try:
+            await link.load_urgent()
+        except Exception as error:
+            if not link.ended.is_set():
+                self._error = self._error or error
+                link.shut_down()
+
+    async def _open_urgent_again(self, link: IncomingLink, nursery: trio.Nursery) -> None:
+        assert self._second is not None
+        try:
+            channel = await self._take_second(self._second)
+            if not link.ended.is_set():
+                self._open_urgent(link, channel, nursery)
+        except Exception as error:
+            if not link.ended.is_set():
+                self._error = self._error or error
+                link.shut_down()
 
     async def _load_package(self, package: Sequence[Inside]) -> None:
         """Device state, while pages come: what a load waits for is asked for and served meanwhile."""
@@ -440,7 +487,7 @@ class Incoming:
                 exc_info=None if is_foreseen(error) else error,
             )
             if self.missing():
-                self.channel.shut_down()  # which is a pause
+                self._link.shut_down()  # which is a pause
             self._loaded.set()
 
     async def _until_it_can_be_told(self, error: Exception) -> None:
@@ -459,11 +506,12 @@ class Incoming:
                 await self._attached.wait()
             await self._link.settled.wait()
 
-    async def _postcopy(self) -> None:
+    async def _postcopy(self, nursery: trio.Nursery) -> None:
         """Pages, to the end of the stream, over as many links as that takes: one that is lost is a pause."""
         while True:
             try:
-                await self._read_pages()
+                await self._read_pages(nursery)
+                await self._link.finish_urgent()
                 self._settle()
                 break
             except Exception as error:
@@ -479,7 +527,7 @@ class Incoming:
                 await self._pause(self._error)
         log.info("migration: all pages have arrived")
 
-    async def _read_pages(self) -> None:
+    async def _read_pages(self, nursery: trio.Nursery) -> None:
         """What one link brings, to the end of the stream."""
         link = self._link
         while (event := await link.next()) is not None:
@@ -489,6 +537,8 @@ class Incoming:
                 self._say_bitmap(link, event)
             elif isinstance(event, PostcopyResume) and not link.settled.is_set():
                 self._resume(link, event)
+                if self._second is not None:
+                    nursery.start_soon(self._open_urgent_again, link, nursery)
             else:
                 self._other(event)
         if not link.settled.is_set():
@@ -531,14 +581,14 @@ class Incoming:
         log.warning(
             "migration: %d host pages are missing; threads that wait for one go on waiting", self.missing()
         )
-        self.channel.shut_down()
+        self._link.shut_down()
         self._close_link()  # and with it a host page of which a part has come
         self.service.mute(None)
         self._attached = trio.Event()
         self.course.move(Event.LOSE, error)
         await self._attached.wait()
 
-    def attach(self, channel: Channel) -> IncomingLink:
+    def attach(self, channel: Channel, second: Connect | None = None) -> IncomingLink:
         """Go on over another channel, behind a pause: the source recovers. The channel stays the caller's.
 
         Raises ChannelLost (it cannot carry a postcopy, or this is not paused), Shortage, OSError: nothing has changed.
@@ -549,35 +599,37 @@ class Incoming:
             raise ChannelLost("nothing is paused here that could be recovered")
         link = IncomingLink(channel, self.service, limit=self._limit, continues=self._link)
         try:
-            link.open_pages()  # now, while the source makes its own half
+            link.open_pages(in_bulk=second is not None)  # now, while the source makes its own half
             self.service.mute(channel.out_fd)
         except BaseException:
             link.close()
             raise
         self._error = None
-        self._link = link
+        self._link, self._second = link, second
         self.course.move(Event.RECOVER)
         self._attached.set()
         return link
 
-    async def resume(self, channel: Channel, patience: float = math.inf) -> None:
+    async def resume(
+        self, channel: Channel, patience: float = math.inf, second: Connect | None = None
+    ) -> None:
         """:meth:`attach`, and wait until the link has ended, by being lost or with the migration. Raises as that.
 
         ``patience``: seconds that the source has to recover; then the link is broken.
         """
-        link = self.attach(channel)
+        link = self.attach(channel, second)
         with trio.move_on_after(patience) as limit:
             await link.settled.wait()
         if limit.cancelled_caught:
             log.warning("migration: the source has not recovered within %g s: the link is broken", patience)
-            channel.shut_down()
+            link.shut_down()
         await link.ended.wait()
 
     def pause(self) -> None:
         """Break the link, where it is the pages' (``migrate-pause``). Harmless otherwise."""
         if self.course.in_postcopy and not self._link.ended.is_set():
             self._error = self._error or ChannelLost("the migration was paused (migrate-pause)")
-            self.channel.shut_down()
+            self._link.shut_down()
 
     async def _tell_running(self) -> None:
         """A line of the log takes its time, so it is not written before the machine runs."""
@@ -587,7 +639,7 @@ class Incoming:
     async def _tell_waits(self) -> None:
         """What goes wrong in telling stops nothing but the telling."""
         try:
-            await tell_waits(self.service, self.loads, lambda: self.channel.shut_down())
+            await tell_waits(self.service, self.loads, lambda: self._link.shut_down())
         except Exception as error:
             log.error(
                 "migration: waiting threads are no longer reported: %s", sentence(error), exc_info=error

@@ -13,10 +13,10 @@ from collections import deque
 
 import trio
 
-from vhostpc.errors import ChannelLost
+from vhostpc.errors import ChannelLost, StreamError
 from vhostpc.migration.channel import Channel
 from vhostpc.pages.pagesource import PageScan, PageSource
-from vhostpc.pages.ramchannel import LoadNumbers, RamChannel
+from vhostpc.pages.ramchannel import LoadNumbers, RamChannel, Share
 from vhostpc.pages.service import FaultService
 from vhostpc.wire.migration.elements import BadStream, Busy, SectionEnd, StreamEvent
 from vhostpc.wire.migration.ramrec import REASONS, BadRamStream
@@ -48,6 +48,8 @@ class IncomingLink:
         self.received = 0
         """Bytes that Python has received."""
         self.hung_up = False
+        self.urgent: Channel | None = None
+        """Brings requested pages, where they have a channel of their own."""
         self.ram_ended = False
         """The last section of RAM has begun, or has come."""
         self._service = service
@@ -57,6 +59,9 @@ class IncomingLink:
         self._events = self.reader.feed_in_slices(b"")
         self._pages: RamChannel | None = None
         self._ahead: RamChannel | None = None
+        self._urgent_pages: RamChannel | None = None
+        self._urgent_ended = trio.Event()
+        self._finishing = False
 
     @property
     def has_pages(self) -> bool:
@@ -78,14 +83,16 @@ class IncomingLink:
         """Byte of the stream up to which everything was read."""
         return self.reader.offset
 
-    def make_ready(self) -> None:
+    def make_ready(self, *, in_bulk: bool = False) -> None:
         """Make what :meth:`open_pages` needs once memory is armed, for which the service is ready. Raises as that."""
-        self._ahead = self._service.open_channel(self.channel.in_fd, ahead=True)
+        share: Share = "bulk" if in_bulk else "all"
+        self._ahead = self._service.open_channel(self.channel.in_fd, ahead=True, share=share)
 
-    def open_pages(self, *, holes: bool = False) -> None:
+    def open_pages(self, *, holes: bool = False, in_bulk: bool = False) -> None:
         """RAM records may come from now on. In the memory's current mode: written, or placed once it is armed.
 
-        ``holes``: no page will be missing later. Raises Shortage, OSError.
+        ``holes``: no page will be missing later. ``in_bulk``: those that are requested come by another channel.
+        Raises Shortage, OSError.
         """
         block = -1
         if self._pages is not None:
@@ -94,19 +101,73 @@ class IncomingLink:
             self._pages = None
         self._pages, self._ahead = self._ahead, None
         if self._pages is None:
-            self._pages = self._service.open_channel(self.channel.in_fd, holes=holes)
+            share: Share = "bulk" if in_bulk else "all"
+            self._pages = self._service.open_channel(self.channel.in_fd, holes=holes, share=share)
         self._pages.block = block
 
+    def open_urgent(self, channel: Channel) -> None:
+        """Requested pages come by this one, which stays its maker's. Raises Shortage, OSError."""
+        self._urgent_pages = self._service.open_channel(channel.in_fd, share="urgent")
+        self.urgent = channel
+
+    async def load_urgent(self) -> None:
+        """Place the pages of the urgent channel, until :meth:`finish_urgent`, or the source's word that it is over.
+
+        Raises StreamError, ChannelLost, and as RamChannel.load: then the link is of no more use.
+        """
+        assert self._urgent_pages is not None
+        try:
+            await self._urgent_pages.load()
+        except BadRamStream as e:
+            raise StreamError(
+                f"the channel of requested pages: {REASONS[e.why]}, at byte {e.offset}"
+            ) from None
+        except ChannelLost:
+            if not self._finishing:
+                raise
+        finally:
+            self._urgent_ended.set()
+
+    async def finish_urgent(self) -> None:
+        """The main channel has ended: wait for what is in flight on the other, and end it.
+
+        Raises ChannelLost: it ended too early.
+        """
+        if self._urgent_pages is None or self.urgent is None:
+            return
+        self._finishing = True
+        self._urgent_pages.finish()
+        await self._urgent_ended.wait()
+        if awaited := self._service.awaited():
+            raise ChannelLost(
+                f"the source closed the channel of requested pages, {awaited} of which have not come"
+            )
+        self.urgent.shut_down()
+
     def numbers(self) -> LoadNumbers | None:
-        """What its records have brought; None before there could be one."""
-        return None if self._pages is None else self._pages.numbers()
+        """What its records have brought, over both channels; None before there could be one."""
+        if self._pages is None:
+            return None
+        numbers = self._pages.numbers()
+        return numbers if self._urgent_pages is None else self._urgent_pages.numbers() + numbers
+
+    def moved(self) -> int:
+        """Changes with whatever comes for those who wait for pages."""
+        pages = self._pages if self._urgent_pages is None else self._urgent_pages
+        return 0 if pages is None else pages.numbers().reads
+
+    def shut_down(self) -> None:
+        """Break it, in both channels."""
+        self.channel.shut_down()
+        if self.urgent is not None:
+            self.urgent.shut_down()
 
     def close(self) -> None:
-        """Let go of the loader, and of a host page of which only a part has come. The channel stays."""
-        for pages in (self._pages, self._ahead):
+        """Let go of the loaders, and of a host page of which only a part has come. The channels stay."""
+        for pages in (self._pages, self._ahead, self._urgent_pages):
             if pages is not None:
                 pages.close()
-        self._pages = self._ahead = None
+        self._pages = self._ahead = self._urgent_pages = None
         self.settled.set()
         self.ended.set()
 
@@ -160,12 +221,25 @@ class OutgoingLink:
 
     def __init__(self, channel: Channel, scan: PageScan, *, return_path: bool) -> None:
         self.channel = channel
+        self.urgent: Channel | None = None
+        """Takes requested pages, where they have a channel of their own."""
         self.source = PageSource(
             scan.ram, channel.out_fd, return_path=channel.in_fd if return_path else -1, scan=scan
         )
         self.said = self.heard = 0
         """Bytes that Python sent, and received."""
         self._decoded: deque[ReturnPathMessage] = deque()
+
+    def add_urgent(self, channel: Channel, *, closing_word: bool) -> None:
+        """As :meth:`PageSource.add_urgent`. The channel stays its maker's."""
+        self.source.add_urgent(channel.out_fd, closing_word=closing_word)
+        self.urgent = channel
+
+    def shut_down(self) -> None:
+        """Break it, in both channels."""
+        self.channel.shut_down()
+        if self.urgent is not None:
+            self.urgent.shut_down()
 
     async def say(self, data: bytes) -> None:
         """Raises ChannelLost."""

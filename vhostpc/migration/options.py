@@ -16,7 +16,9 @@ from vhostpc.dialect import DEFAULT, DIALECTS, Compat, Dialect
 from vhostpc.errors import MigrationRefused
 from vhostpc.units import TARGET_PAGE
 
-SUPPORTED = frozenset({"events", "postcopy-ram", "return-path", "postcopy-blocktime", "late-block-activate"})
+SUPPORTED = frozenset(
+    {"events", "postcopy-ram", "postcopy-preempt", "return-path", "postcopy-blocktime", "late-block-activate"}
+)
 """Capabilities that can be switched on. (late-block-activate is about block devices, which we have none of.)"""
 
 IN_PROGRESS = "There's a migration process in progress"

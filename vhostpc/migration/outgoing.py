@@ -21,7 +21,7 @@ import trio
 
 from vhostpc.errors import ChannelLost, MigrationRefused, StreamError, sentence
 from vhostpc.logs import rationed_logger
-from vhostpc.migration.channel import Channel
+from vhostpc.migration.channel import Channel, Connect
 from vhostpc.migration.info import RamInfo
 from vhostpc.migration.left import Notes
 from vhostpc.migration.link import OutgoingLink
@@ -76,6 +76,8 @@ READY = 5
 """The PING behind the discards that are sent while the machine runs: its PONG says that they are done."""
 READY_LIMIT = 1.0
 """Seconds to wait for that PONG. Then the machine is stopped all the same."""
+SECOND_OPEN = 6
+"""The PING behind the second connection."""
 PIECE = 64 << 10
 """Bytes of discards, at most, that are kept to go with the package."""
 _END_OF_PAGES = int(RamFlag.EOS).to_bytes(8, "big")
@@ -98,6 +100,7 @@ class Outgoing:
 
     None as a channel: another process has sent it, and was killed in postcopy; :meth:`resume` goes on from there.
     ``notes``: where that is noted, as long as it can happen.
+    ``second``: makes the connection of requested pages, with the capability ``postcopy-preempt``.
     One at a time: what is still to be sent is marked in the machine's blocks. ``options``: QEMU's defaults if left
     out. Without a ``watcher`` the machine is stopped when it has to be.
     """
@@ -112,6 +115,7 @@ class Outgoing:
         options: Options | None = None,
         after: After | None = None,
         notes: Notes | None = None,
+        second: Connect | None = None,
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
         self.machine = machine
@@ -120,6 +124,10 @@ class Outgoing:
         self.dialect = options.dialect.of_machine(machine.configuration.machine)
         self.after = after or After()
         self._postcopy = "postcopy-ram" in options
+        self._preempt = "postcopy-preempt" in options
+        self._second = second
+        self._opening: trio.CancelScope | None = None
+        self._asked = False  # a PONG is waited for
         self._return_path = self._postcopy or "return-path" in options
         self.scan = PageScan(machine.ram)
         self._notes = notes
@@ -165,10 +173,12 @@ class Outgoing:
         if self.course.in_postcopy:
             raise MigrationRefused("Postcopy migration in progress, cannot cancel.")
         self.course.move(Event.CANCEL)
+        if self._opening is not None:
+            self._opening.cancel()
         if self._package_going is not None:
             self._package_going.cancel()  # the channel stays: the last byte may be through
             return
-        self.channel.shut_down()
+        self._link.shut_down()
         self.source.stop()  # a pipe wakes nobody
 
     @property
@@ -255,7 +265,7 @@ class Outgoing:
         if not self._linked or self.course.phase in (Phase.SENT, Phase.SWITCHED_SENT):
             return None
         numbers, phase = self._link.source.numbers(), self.course.phase
-        waits = phase is Phase.RECOVERING or (numbers.eos_sent and self.course.in_postcopy)
+        waits = self._asked or phase is Phase.RECOVERING or (numbers.eos_sent and self.course.in_postcopy)
         heard = (numbers.requests, numbers.pongs, self._link.heard, numbers.bytes, self._link.said)
         return Silence(self.channel, waits, heard)
 
@@ -270,7 +280,7 @@ class Outgoing:
         """
         await self._carry(self._send)
 
-    async def resume(self, channel: Channel) -> None:
+    async def resume(self, channel: Channel, second: Connect | None = None) -> None:
         """Go on over another channel behind a pause, once the phase is RECONNECTING. The channel stays the caller's.
 
         What is missing over there is asked, and sent again. The outcome is that of :meth:`send`. Raises Shortage and
@@ -284,6 +294,7 @@ class Outgoing:
             self.course.move(Event.LOSE, error)
             raise
         self._link, self._linked, self._by_hand = link, True, False
+        self._second = second
         self.course.move(Event.RECONNECT)
         await self._carry(self._recover)
 
@@ -295,7 +306,7 @@ class Outgoing:
         except BaseException as caught:
             error = ChannelLost(PAUSED) if self._by_hand and isinstance(caught, ChannelLost) else caught
             self._by_hand = False
-            self.channel.shut_down()  # the destination is told, even if others still hold the descriptor
+            self._link.shut_down()  # the destination is told, even if others still hold the descriptor
         # First things are put back, then it is told: a listener may begin another one.
         with trio.CancelScope(shield=True):
             try:
@@ -326,7 +337,7 @@ class Outgoing:
         """Break the link, where it is the pages' (``migrate-pause``). Harmless otherwise."""
         if self.course.in_postcopy and self._linked:
             self._by_hand = True
-            self.channel.shut_down()
+            self._link.shut_down()
 
     def close(self) -> None:
         """Let go of the copy of the channel, and of what a recovery needs. Not while :meth:`send` runs."""
@@ -337,6 +348,8 @@ class Outgoing:
         machine, options = self.machine, self.options
         if self._return_path and not self.channel.two_way:
             raise MigrationRefused("Postcopy and a return path need a channel that goes both ways")
+        if self._preempt and self.dialect.preempt_first:
+            await self._open_second()
         self.source.keep_zeros(options.values.get("zero-page-detection") == "none")
         for block in machine.ram.blocks:
             block.set_bits(Bits.DIRTY)
@@ -355,6 +368,52 @@ class Outgoing:
             await self._switch()
         else:
             await self._complete()
+
+    async def _open_second(self) -> None:
+        """The connection of requested pages: with QEMU's machine types up to 7.2 right behind the main one, else
+        when postcopy begins or pages can be asked for again, and the destination has answered on the main one."""
+        if self._second is None:
+            raise MigrationRefused("postcopy-preempt needs a second connection, and none can be made")
+        try:
+            with trio.CancelScope() as self._opening:
+                self._check_cancelled()
+                channel = await self._second()
+        except ChannelLost as error:
+            raise ChannelLost(f"no connection for requested pages (postcopy-preempt): {error}") from None
+        finally:
+            opening, self._opening = self._opening, None
+        if opening is not None and opening.cancelled_caught:
+            raise ChannelLost(CANCELLED)
+        if not channel.two_way:
+            raise MigrationRefused("postcopy-preempt needs a second channel that goes both ways")
+        self._link.add_urgent(channel, closing_word=self.dialect.preempt_first)
+
+    async def _have_second(self) -> None:
+        """Postcopy is about to begin, and the machine still runs. An answer behind the second connection shows that the
+        destination has had the time to refuse it."""
+        if self._link.urgent is None:
+            await self._heard(1)
+            await self._open_second()
+        await self._say(Ping(SECOND_OPEN).encode())
+        await self._heard(SECOND_OPEN)
+        self._check_second()
+
+    async def _heard(self, ping: int) -> None:
+        self._asked = True
+        try:
+            while not self.source.numbers().pongs >> ping & 1:
+                if (ended := await self.source.hear(ping, READY_LIMIT)) is not None:
+                    raise self._failed(ended)
+        finally:
+            self._asked = False
+
+    def _check_second(self) -> None:
+        """While the machine can still run on here."""
+        urgent = self._link.urgent
+        if urgent is not None and urgent.hung_up:
+            raise ChannelLost(
+                "the destination has closed the connection for requested pages: is postcopy-preempt on there?"
+            )
 
     def _mark(self, what: str) -> None:
         self._marks[what] = self._clock()
@@ -478,6 +537,8 @@ class Outgoing:
     async def _switch(self) -> None:
         machine, source = self.machine, self.source
         _check_package(machine.state_size())  # while it still runs
+        if self._preempt:
+            await self._have_second()
         self.course.move(Event.SWITCH)
         for block in machine.ram.blocks:
             block.set_bits(Bits.DISCARDED, value=False)  # nothing has been told yet
@@ -505,6 +566,7 @@ class Outgoing:
                     await self._say(ahead)
                     ahead = b""
                 ahead += commands
+        self._check_second()
         self._check_cancelled()
         await self._send_package(ahead + Ping(2).encode() + Package(blob).encode())
         self._mark("switched")
@@ -554,6 +616,8 @@ class Outgoing:
     async def _recover(self) -> None:
         """Ask which pages have arrived over there, in QEMU's order, and go on with the rest."""
         blocks = self.machine.ram.blocks
+        if self._preempt and self.dialect.preempt_first:
+            await self._open_second()
         self._set_tail()
         decoder = ReturnPathDecoder(max(block.bitmap_size for block in blocks))
         await self._say(b"".join(BitmapRequest(block.name).encode() for block in blocks))
@@ -564,6 +628,8 @@ class Outgoing:
                     f"the bitmap of RAM block {bitmap.block!r} in place of that of {block.name!r}"
                 )
             block.take_bitmap(bitmap.bits)
+        if self._preempt and not self.dialect.preempt_first:
+            await self._open_second()
         await self._say(PostcopyResume().encode())
         ack = await self._hear(decoder, ResumeAck, exactly=True)  # requests follow at once
         if ack.value != RESUMED:
@@ -686,6 +752,7 @@ def _over_links(numbers: list[SourceNumbers]) -> SourceNumbers:
     return replace(
         last,
         bytes=sum(link.bytes for link in numbers),
+        urgent_bytes=sum(link.urgent_bytes for link in numbers),
         requests=sum(link.requests for link in numbers),
         useless=sum(link.useless for link in numbers),
         withheld_ever=sum(link.withheld_ever for link in numbers),

@@ -19,7 +19,7 @@ from vhostpc._native.entries import Thread
 from vhostpc._native.handles import Handle, Owner, made
 from vhostpc._native.loop import run_loop
 from vhostpc._native.numbers import numbers_of
-from vhostpc._native.threads import keeping
+from vhostpc._native.threads import KeptThread, keeping
 from vhostpc.enums import WordEnum
 from vhostpc.errors import StreamError
 from vhostpc.pages.ramblock import Bits, RamBlock, RamSet
@@ -35,6 +35,8 @@ class Ended(WordEnum):
     PEER_CLOSED = 2
     SHUT = 3
     STOPPED = 4
+    SENT = 6
+    """Of the bulk, where requested pages have a connection of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,8 @@ class SourceNumbers:
     """Counts of a source so far. Host pages unless said otherwise."""
 
     bytes: int
+    urgent_bytes: int
+    """Of them, on a connection of their own."""
     data_pages: int
     """Target pages (4096 bytes) sent with their content."""
     zero_pages: int
@@ -67,7 +71,37 @@ class SourceNumbers:
     @classmethod
     def nothing(cls) -> SourceNumbers:
         """Of a source that has sent nothing."""
-        return cls(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, False, 0, 0, False)
+        return cls(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, False, 0, 0, False)
+
+
+class UrgentSource(Owner):
+    """Requested pages on a connection beside the one of ``main``, on a thread of their own."""
+
+    def __init__(self, main: Any, fd: int, *, closing_word: bool) -> None:
+        with keeping(Thread.URGENT, "requested pages") as self.thread:
+            raw = made("save", "urgent page source", lib.vpc_save_new_urgent, main, fd, closing_word)
+        self._native = Handle(raw, lib.vpc_save_free, "this page source is closed", needs=[main])
+
+    def close(self, *, idle: bool = False) -> None:
+        if not self.closed:
+            lib.vpc_save_stop(self.handle)
+            self._native.close(idle=idle)
+            self.thread.close()
+
+
+async def _serve(handle: Any, thread: KeptThread, heard: Callable[[], None] | None) -> int:
+    while True:
+        rc = await run_loop(lambda: lib.vpc_save_run(handle), lambda: lib.vpc_save_stop(handle), thread)
+        if rc != lib.VPC_SAVE_HEARD:
+            return rc
+        if heard is not None:
+            heard()
+
+
+def _raw(handle: Any) -> Any:
+    raw = ffi.new("struct vpc_save_stats *")
+    lib.vpc_save_stats(handle, raw)
+    return raw
 
 
 class PageScan(Owner):
@@ -112,6 +146,8 @@ class PageSource(Owner):
         """
         fd = sock if isinstance(sock, int) else sock.socket.fileno()
         self.ram = ram
+        self._urgent: UrgentSource | None = None
+        self._divided = False
         self._scan = scan or PageScan(ram, background_rate)
         self._own_scan = scan is None
         back = fd if return_path is None else return_path
@@ -132,23 +168,27 @@ class PageSource(Owner):
         ``heard`` is called on the trio thread when the PONG of MUST_HEAR comes before that; it must not raise.
         Raises :class:`~vhostpc.errors.StreamError` for a malformed request, OSError when sending fails.
         """
-        handle = self.handle
-        while True:
-            rc = await run_loop(
-                lambda: lib.vpc_save_run(handle), lambda: lib.vpc_save_stop(handle), self._thread
-            )
-            if rc != lib.VPC_SAVE_HEARD:
-                return self._ended(rc)
-            if heard is not None:
-                heard()
+        if self._urgent is None or not self._divided:
+            return self._ended(await _serve(self.handle, self._thread, heard))
+        rc = 0
+        async with trio.open_nursery() as nursery:
+            # How the bulk ends is nothing by itself: what the peer has said is read by the urgent one.
+            nursery.start_soon(_serve, self.handle, self._thread, None)
+            rc = await _serve(self._urgent.handle, self._urgent.thread, heard)
+            nursery.cancel_scope.cancel()
+        return self._ended(rc)
 
     async def wait(self) -> Ended:
         """Read the peer's messages until it closes or says that it is done. Raises as :meth:`serve`."""
-        handle = self.handle
-        rc = await run_loop(
-            lambda: lib.vpc_save_wait(handle), lambda: lib.vpc_save_stop(handle), self._thread
-        )
+        handle, thread = self._reader()
+        rc = await run_loop(lambda: lib.vpc_save_wait(handle), lambda: lib.vpc_save_stop(handle), thread)
         return self._ended(rc)
+
+    def _reader(self) -> tuple[Any, KeptThread]:
+        """Who reads the peer's messages."""
+        if self._divided and self._urgent is not None:
+            return self._urgent.handle, self._urgent.thread
+        return self.handle, self._thread
 
     async def hear(self, pong: int, limit: float) -> Ended | None:
         """Read the peer's messages until the PONG of this value, below 32, or for ``limit`` seconds.
@@ -176,9 +216,21 @@ class PageSource(Owner):
         )
         return bool(rc) if rc in (0, 1) else self._ended(rc)
 
+    def add_urgent(self, sock: int, *, closing_word: bool) -> None:
+        """Send requested pages on a connection of their own, ``sock``, from :meth:`switch` on (postcopy-preempt).
+
+        They do not wait there behind others, nor for the background's rate; other pages are sent in bulk, by a thread
+        that gives way. ``closing_word``: the connection ends with an EOS (machine types up to 7.2). Raises Shortage,
+        OSError: everything that it needs is allocated here.
+        """
+        self._urgent = UrgentSource(self.handle, sock, closing_word=closing_word)
+
     def switch(self) -> None:
         """Postcopy begins: before :meth:`serve`, where :meth:`round` was called."""
         lib.vpc_save_switch(self.handle)
+        if self._urgent is not None:
+            check(lib.vpc_save_divide(self._urgent.handle), "page source")
+            self._divided = True
 
     def send_first(self, block: RamBlock, offset: int) -> None:
         """Send the host page with this byte ahead of those that nobody asks for. Before :meth:`serve`."""
@@ -190,11 +242,11 @@ class PageSource(Owner):
 
     def stop(self) -> None:
         """End the running call, or the next one: it returns STOPPED."""
-        lib.vpc_save_stop(self.handle)
+        lib.vpc_save_stop(self._reader()[0])
 
     def _ended(self, rc: int) -> Ended:
         if rc == -errno.EBADMSG:
-            why = BadRecord(self._raw().why)
+            why = BadRecord(_raw(self._reader()[0]).why)
             raise StreamError(f"return path: a message with {REASONS[why]}")
         return Ended(check(rc, "page source"))
 
@@ -205,7 +257,12 @@ class PageSource(Owner):
     def set_rate(self, background_rate: int) -> None:
         """Set the background rate in bytes per second; 0 stops it, UNLIMITED does not limit it."""
         lib.vpc_scan_set_rate(self._scan.handle, background_rate)
+        self._kick()
+
+    def _kick(self) -> None:
         lib.vpc_save_kick(self.handle)
+        if self._urgent is not None:
+            lib.vpc_save_kick(self._urgent.handle)
 
     def withhold(self, block: str, first: int = 0, count: int | None = None) -> None:
         """Withhold host pages until :meth:`release`, even when they are requested."""
@@ -214,12 +271,12 @@ class PageSource(Owner):
     def release(self, block: str, first: int = 0, count: int | None = None) -> None:
         """Send them again; pages requested in the meantime go at once."""
         self.ram[block].set_bits(Bits.WITHHELD, first, count, value=False)
-        lib.vpc_save_kick(self.handle)
+        self._kick()
 
     def withhold_all(self, on: bool = True) -> None:
         """Withhold every page requested from now on, and the background; False releases them."""
         lib.vpc_scan_withhold_all(self._scan.handle, on)
-        lib.vpc_save_kick(self.handle)
+        self._kick()
 
     @contextmanager
     def withholding_all(self) -> Iterator[None]:
@@ -237,20 +294,36 @@ class PageSource(Owner):
         lib.vpc_event_clear(fd)
 
     def numbers(self) -> SourceNumbers:
-        raw, pages = self._raw(), ffi.new("struct vpc_scan_stats *")
+        """Over both connections, where there are two."""
+        raw, pages = _raw(self.handle), ffi.new("struct vpc_scan_stats *")
         lib.vpc_scan_stats(self._scan.handle, pages)
-        return numbers_of(SourceNumbers, raw, pages, eos_sent=bool(raw.eos_sent), heard=bool(raw.heard))
-
-    def _raw(self) -> Any:
-        raw = ffi.new("struct vpc_save_stats *")
-        lib.vpc_save_stats(self.handle, raw)
-        return raw
+        heard, urgent = raw, self._urgent
+        sent, eos_sent, urgent_bytes = raw.bytes, bool(raw.eos_sent), 0
+        if urgent is not None:
+            beside = _raw(urgent.handle)
+            urgent_bytes = beside.bytes
+            sent += urgent_bytes
+            if self._divided:
+                # Requests that were dropped by the bulk loop are counted there.
+                heard = beside
+        return numbers_of(
+            SourceNumbers,
+            heard,
+            pages,
+            bytes=sent,
+            urgent_bytes=urgent_bytes,
+            eos_sent=eos_sent,
+            heard=bool(heard.heard),
+        )
 
     def close(self) -> None:
         """Close our copy of the socket; running calls are ended."""
         if not self.closed:
-            self.stop()
-            self._native.close(idle=self._thread.idle)
+            idle = self._thread.idle and (self._urgent is None or self._urgent.thread.idle)
+            lib.vpc_save_stop(self.handle)
+            if self._urgent is not None:
+                self._urgent.close(idle=idle)
+            self._native.close(idle=idle)
             self._thread.close()
             self._close_scan()
 

@@ -132,6 +132,10 @@ class RamBlock:
     def count_bits(self, which: Bits) -> int:
         return check(lib.vpc_ram_count_bits(self._ram.handle, self.index, which), "RAM bits")
 
+    def count_awaited(self) -> int:
+        """Number of host pages that were requested and have not arrived."""
+        return check(lib.vpc_ram_count_awaited(self._ram.handle, self.index), "RAM bits")
+
     def count_owed(self) -> int:
         """Host pages that are DISCARDED and not RECEIVED."""
         return check(lib.vpc_ram_count_owed(self._ram.handle, self.index), "RAM bits")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import astuple, dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import trio
 
@@ -22,6 +22,8 @@ from vhostpc.wire.migration.ramrec import BadRamStream, BadRecord
 
 _LOST = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ECONNABORTED)
 """What a socket says of a peer that is gone, besides a reset (tcp(7)); placing a page says none of them."""
+Share = Literal["all", "urgent", "bulk"]
+"""The pages that a channel brings: all, or only requested ones, or all others, in bulk, beside such a one."""
 INPUT_ROOM = 256 << 10
 """Bytes that a channel reads ahead, at most (ramload.c)."""
 
@@ -74,9 +76,16 @@ class RamChannel(Owner):
     """One socket that delivers RAM records. Not armed: plain writes, the last copy of a page wins."""
 
     def __init__(
-        self, service: Service, sock: trio.SocketStream | int, *, holes: bool = False, ahead: bool = False
+        self,
+        service: Service,
+        sock: trio.SocketStream | int,
+        *,
+        holes: bool = False,
+        ahead: bool = False,
+        share: Share = "all",
     ) -> None:
         """``holes``: no page will be missing later (no postcopy), so a zero page may stay a hole of the file.
+        ``share``: "bulk" gives way to the thread of the urgent channel beside it.
 
         ``ahead``: it is for a service that will be armed with what is ready now.
         Raises Shortage, OSError: everything that loading needs is allocated here.
@@ -84,11 +93,17 @@ class RamChannel(Owner):
         fd = sock if isinstance(sock, int) else sock.socket.fileno()
         self._service = service
         ram, faults = service.ram.handle, service.handle
-        with keeping(Thread.LOAD, "loading RAM") as self._thread:
+        with (
+            keeping(Thread.URGENT, "loading requested pages")
+            if share == "urgent"
+            else keeping(Thread.LOAD, "loading RAM")
+        ) as self._thread:
             raw = made("load", "RAM channel", lib.vpc_load_new, ram, faults, fd, service.place_fd(ahead))
         self._native = Handle(raw, lib.vpc_load_free, "this RAM channel is closed", needs=[ram, faults])
         if holes:
             lib.vpc_load_keep_holes(raw)
+        if share == "bulk":
+            lib.vpc_load_in_bulk(raw)
         self._loops = Loops()
 
     def feed(self, data: bytes) -> None:
@@ -160,6 +175,10 @@ class RamChannel(Owner):
             raise MemoryLost("the memory was given up while its pages were still arriving")
         check(rc, "placing pages")
         raise ChannelLost("loading was stopped")
+
+    def finish(self) -> None:
+        """Have :meth:`load`, also one that runs, return as soon as every requested page has arrived."""
+        lib.vpc_load_finish(self.handle)
 
     def numbers(self) -> LoadNumbers:
         return self._numbers(self._raw(self.handle))

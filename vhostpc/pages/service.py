@@ -25,7 +25,7 @@ from vhostpc.pages.blocktime import Blocktime, Blocktimes
 from vhostpc.pages.faultclient import Client, ClientRange
 from vhostpc.pages.loops import Loops
 from vhostpc.pages.ramblock import Bits, RamBlock, RamSet
-from vhostpc.pages.ramchannel import LoadNumbers, RamChannel
+from vhostpc.pages.ramchannel import LoadNumbers, RamChannel, Share
 from vhostpc.pages.trace import Trace, Traced
 from vhostpc.ufd.flags import Features
 from vhostpc.ufd.uffd import Userfaultfd
@@ -281,13 +281,18 @@ class FaultService(Owner):
         self._ufd = None
 
     def open_channel(
-        self, sock: trio.SocketStream | int, *, holes: bool = False, ahead: bool = False
+        self,
+        sock: trio.SocketStream | int,
+        *,
+        holes: bool = False,
+        ahead: bool = False,
+        share: Share = "all",
     ) -> RamChannel:
         """A channel that delivers RAM records; it keeps bytes read too far from one section to the next.
 
-        ``ahead``: made behind :meth:`make_ready`, to be used once this is armed.
+        ``ahead``: made behind :meth:`make_ready`, to be used once this is armed. ``share``: the pages that it brings.
         """
-        return RamChannel(self, sock, holes=holes, ahead=ahead)
+        return RamChannel(self, sock, holes=holes, ahead=ahead, share=share)
 
     async def load(self, sock: trio.SocketStream | int) -> LoadNumbers:
         """Load the records of ``sock`` to the end of the section; see :meth:`RamChannel.load`."""
@@ -334,6 +339,10 @@ class FaultService(Owner):
     def missing(self) -> int:
         """Host pages that were not received."""
         return sum(block.pages - block.count_bits(Bits.RECEIVED) for block in self.ram.blocks)
+
+    def awaited(self) -> int:
+        """Host pages that were requested and have not arrived."""
+        return sum(block.count_awaited() for block in self.ram.blocks)
 
     def owed(self) -> int:
         """Missing host pages that the source has to send: they were discarded for it, or arrived in part."""

@@ -5,6 +5,8 @@
 #include "pages/vpc_load.h"
 
 #define RUN_PAGES 64u
+#define BULK_PAGES 8u /* of a run, where another thread's pages are more urgent: short calls */
+#define BULK_NICE 10
 
 struct vpc_load {
     struct vpc_ram *ram;
@@ -13,6 +15,8 @@ struct vpc_load {
     int on_disk; /* fd: a file, which is always ready; a read of it may wait for the disk */
     int holes; /* calm: a zero page may stay a hole of the file */
     _Atomic int stop;
+    int in_bulk; /* 1: another connection brings what is requested; 2: its thread gives way already */
+    _Atomic int finish; /* end when nothing is awaited */
 
     unsigned char *input;
     size_t begin, end;

@@ -203,6 +203,19 @@ int64_t vpc_ram_count_owed(struct vpc_ram *ram, int block)
     return sum;
 }
 
+int64_t vpc_ram_count_awaited(struct vpc_ram *ram, int block)
+{
+    struct vpc_block *b = ram_block(ram, block);
+    int64_t sum = 0;
+
+    if (!b)
+        return -ERANGE;
+    for (uint64_t i = 0; i < (b->pages + 63) / 64; i++)
+        sum += __builtin_popcountll(atomic_load(&b->bits[VPC_BITS_REQUESTED][i]) &
+                                    ~atomic_load(&b->bits[VPC_BITS_RECEIVED][i]));
+    return sum;
+}
+
 int vpc_ram_count_cells(struct vpc_ram *ram, int block, int which, uint32_t *out, uint32_t cells)
 {
     struct vpc_block *b = ram_block(ram, block);

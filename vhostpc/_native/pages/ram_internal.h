@@ -29,6 +29,8 @@ struct vpc_block {
 struct vpc_ram {
     int count;
     _Atomic int lost; /* given up: the mappings are empty private memory now */
+    /* Calls that place pages: between the two a page may exist that is not marked yet. */
+    _Atomic uint64_t placing_begun, placing_done;
     struct vpc_block *blocks[MAX_BLOCKS];
 };
 

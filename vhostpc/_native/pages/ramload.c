@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #define INPUT_ROOM (256u << 10)
@@ -120,6 +121,29 @@ int vpc_load_follow(struct vpc_load *l, uint32_t section, int last)
     return 0;
 }
 
+int vpc_load_in_bulk(struct vpc_load *l)
+{
+    l->in_bulk = 1;
+    return 0;
+}
+
+int vpc_load_finish(struct vpc_load *l)
+{
+    atomic_store(&l->finish, 1);
+    event_poke(l->control);
+    return 0;
+}
+
+static int is_finished(struct vpc_load *l)
+{
+    if (!atomic_load(&l->finish))
+        return 0;
+    for (int i = 0; i < l->ram->count; i++)
+        if (vpc_ram_count_awaited(l->ram, i) > 0)
+            return 0;
+    return 1;
+}
+
 int vpc_load_keep_holes(struct vpc_load *l)
 {
     l->holes = 1;
@@ -163,7 +187,7 @@ static int take_page(struct vpc_load *l, int block, uint64_t page, const unsigne
         if (partial && !follows)
             return bad(l, VPC_BAD_HOST_PAGE);
         /* A huge page goes out as soon as it is whole; small ones gather. */
-        uint64_t most = host > 1 ? host : RUN_PAGES;
+        uint64_t most = host > 1 ? host : l->in_bulk ? BULK_PAGES : RUN_PAGES;
         if (!partial && (!follows || l->run_zero != zero || l->run_count >= most)) {
             rc = vpc_load_flush(l);
             if (rc < 0)
@@ -341,9 +365,13 @@ static int fill(struct vpc_load *l, uint64_t spin_ns)
         struct pollfd fds[2] = {{.fd = l->fd, .events = POLLIN}, {.fd = l->control, .events = POLLIN}};
         if (atomic_load(&l->stop))
             return VPC_LOAD_STOPPED;
+        if (is_finished(l))
+            return VPC_LOAD_EOS;
         int ready = poll(fds, 2, until && now_ns() < until ? 0 : -1);
         if (ready < 0 && errno != EINTR)
             return -errno;
+        if (ready > 0 && fds[1].revents && !atomic_load(&l->stop))
+            event_drain(l->control); /* it says that there is something to finish */
         if (ready <= 0 || !fds[0].revents)
             continue;
         unsigned char *to = l->input + l->end;
@@ -365,6 +393,10 @@ int vpc_load_run(struct vpc_load *l, uint64_t spin_ns)
 {
     int rc = 0, flushed;
 
+    if (l->in_bulk == 1) { /* for this thread's life */
+        l->in_bulk = 2;
+        (void)setpriority(PRIO_PROCESS, 0, BULK_NICE);
+    }
     while (rc == 0) {
         int taken;
         while ((taken = take(l)) == 1)

@@ -135,6 +135,7 @@ static int place_some(struct vpc_load *l, struct vpc_block *b, uint64_t first, u
     int64_t done = 0;
     int rc;
 
+    atomic_fetch_add(&l->ram->placing_begun, 1);
     if (shared)
         vpc_fault_lock(shared);
     if (l->run_zero && b->page_size == TARGET_PAGE)
@@ -152,7 +153,19 @@ static int place_some(struct vpc_load *l, struct vpc_block *b, uint64_t first, u
         tally(&l->stats.placed, *made);
         mark_and_wake(l, l->run_block, first, *made);
     }
+    atomic_fetch_add(&l->ram->placing_done, 1);
     return rc;
+}
+
+/* A page exists. Was it received: by now, or on the other connection, whose thread has not marked it yet? */
+static int is_received(struct vpc_load *l, struct vpc_block *b, uint64_t page)
+{
+    uint64_t begun = atomic_load(&l->ram->placing_begun);
+
+    /* Not longer than one call of the other thread: a connection has no more than one beside it. */
+    while (!bit_test(b, VPC_BITS_RECEIVED, page) && atomic_load(&l->ram->placing_done) < begun && !atomic_load(&l->stop))
+        sched_yield();
+    return bit_test(b, VPC_BITS_RECEIVED, page);
 }
 
 /* Place the host pages [first, first + count) of the run, whose private bytes begin at from. */
@@ -177,7 +190,7 @@ static int place_pages(struct vpc_load *l, struct vpc_block *b, uint64_t first, 
         } else if (rc == -EAGAIN) {
             rc = atomic_load(&l->stop) ? -ECANCELED : 0;
             sched_yield();
-        } else if (rc == -EEXIST && bit_test(b, VPC_BITS_RECEIVED, first)) {
+        } else if (rc == -EEXIST && is_received(l, b, first)) {
             /* It arrived another way meanwhile: newer than ours or the same. Never overwritten. */
             tally(&l->stats.already, 1);
             first++;

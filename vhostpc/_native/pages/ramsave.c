@@ -15,6 +15,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#define BULK_TURN (16u << 10) /* a long system call keeps the threads that serve requests from running */
+
 /* Results of produce besides milliseconds. */
 #define PRODUCE_ROOM 0     /* there would be more with more room */
 #define PRODUCE_NOTHING -1 /* nothing to do until a page is requested or released */
@@ -23,11 +25,13 @@ void vpc_save_free(struct vpc_save *s)
 {
     if (!s)
         return;
+    if (s->beside)
+        s->beside->beside = NULL;
     vpc_writer_destroy(&s->writer);
     vpc_requests_destroy(&s->requests);
     if (s->control >= 0)
         close(s->control);
-    if (s->notify >= 0)
+    if (s->notify >= 0 && s->share != URGENT)
         close(s->notify);
     free(s);
 }
@@ -50,6 +54,29 @@ int vpc_save_new(struct vpc_scan *scan, int fd, int in_fd, struct vpc_save **out
         vpc_save_free(s);
         return rc;
     }
+    *out = s;
+    return 0;
+}
+
+int vpc_save_new_urgent(struct vpc_save *main, int fd, int closing_word, struct vpc_save **out)
+{
+    struct vpc_save *s = calloc(1, sizeof *s);
+
+    if (!s)
+        return -ENOMEM;
+    s->scan = main->scan;
+    s->share = URGENT;
+    s->closing_word = closing_word != 0;
+    s->notify = main->notify;
+    s->writer.fd = s->requests.fd = -1;
+    s->control = event_new();
+    int rc = s->control < 0 ? -errno : vpc_writer_init(&s->writer, fd);
+    if (rc < 0) {
+        vpc_save_free(s);
+        return rc;
+    }
+    s->beside = main;
+    main->beside = s;
     *out = s;
     return 0;
 }
@@ -115,7 +142,7 @@ static int fill(struct vpc_save *s, uint64_t rate)
         if (rate == 0 || atomic_load(&scan->withhold_all) || scan_left(scan) == 0)
             return PRODUCE_NOTHING;
         /* Only a little of the background at once: a request must not wait behind much of it. */
-        if (w->end - w->begin > OUT_ROOM / 2)
+        if (w->end - w->begin > (s->share == BULK ? BULK_TURN : OUT_ROOM / 2))
             return PRODUCE_ROOM;
         int ms = vpc_scan_due(scan, rate);
         if (ms)
@@ -281,14 +308,20 @@ int vpc_save_run(struct vpc_save *s)
 
     if (scan->ram->count == 0)
         return -EINVAL;
-    vpc_scan_recount(scan);
+    if (s->share == ALL)
+        vpc_scan_recount(scan);
+    if (s->share == BULK)
+        vpc_bulk_begin(s);
     w->extent_block = -1;
-    vpc_scan_begin(scan);
+    if (s->share != URGENT)
+        vpc_scan_begin(scan);
     while (rc == 0) {
         if (atomic_load(&s->stop)) {
             rc = VPC_SAVE_STOPPED;
             break;
         }
+        if (s->share == URGENT && (rc = atomic_load(&s->beside->broken)))
+            break;
         vpc_requests_look_at_withheld(&s->requests, scan);
         rc = vpc_requests_parse(&s->requests, scan);
         if (rc)
@@ -297,8 +330,10 @@ int vpc_save_run(struct vpc_save *s)
             s->heard_told = 1;
             return VPC_SAVE_HEARD;
         }
-        int wait = produce(s, atomic_load(&scan->rate));
-        if (scan_left(scan) == 0 && w->now_block < 0 && !w->eos_sent && writer_room(w) >= 8) {
+        int wait = produce(s, s->share == URGENT ? 0 : atomic_load(&scan->rate));
+        if (s->share == URGENT)
+            vpc_urgent_close(s);
+        else if (scan_left(scan) == 0 && w->now_block < 0 && !w->eos_sent && writer_room(w) >= 8) {
             vpc_writer_eos(w);
             __atomic_store_n(&w->eos_sent, 1, __ATOMIC_RELAXED);
             event_poke(s->notify);
@@ -306,10 +341,15 @@ int vpc_save_run(struct vpc_save *s)
         rc = vpc_writer_push(w);
         if (rc)
             break;
+        if (s->share == URGENT)
+            vpc_urgent_tell(s);
         int more = writer_pending(w);
-        rc = wait_ready(s, more, more && wait == PRODUCE_ROOM ? -1 : wait);
+        if (s->share == BULK && w->eos_sent && !more)
+            rc = VPC_SAVE_SENT;
+        else
+            rc = wait_ready(s, more, more && wait == PRODUCE_ROOM ? -1 : wait);
     }
-    return ended(s, rc);
+    return s->share == BULK ? vpc_bulk_ended(s, ended(s, rc)) : ended(s, rc);
 }
 
 int vpc_save_first(struct vpc_save *s, int block, uint64_t page)

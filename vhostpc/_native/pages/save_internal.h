@@ -3,7 +3,7 @@
 /*
  * RAM records out, inside. saveleft.c knows which pages are left, savenear.c which of them go first, savescan.c which is
  * next and when; savewriter.c makes records of a page and writes them to a descriptor, saverequests.c reads the
- * destination's messages; ramsave.c has the loops that join them.
+ * destination's messages; ramsave.c has the loops that join them, saveurgent.c divides them between two connections.
  *
  * A scan may have several writers: a page is taken by clearing its DIRTY bit, so only one writer gets it.
  */
@@ -95,16 +95,25 @@ struct requests {
     uint64_t count, useless, withheld, withheld_ever;
     uint32_t pongs, shut;
     int why, heard;
+    int whole; /* a request that is not a multiple of its block's page size is refused, as QEMU's preempt has it */
 };
+
+/* A postcopy may have two connections: requested pages on the urgent one, all others in bulk on the main one. */
+enum share { ALL, URGENT, BULK };
 
 struct vpc_save {
     struct vpc_scan *scan;
     struct writer writer;
-    struct requests requests;
+    struct requests requests; /* read by the urgent one, where there are two */
     int control, notify;
     _Atomic int stop;
     int now_asked; /* the current page was requested: its bytes are not charged to the background */
     int heard_told;
+    enum share share;
+    struct vpc_save *beside; /* of the two, the other one */
+    int closing_word;        /* urgent: ends with an EOS */
+    _Atomic int sent;        /* bulk: everything was written, the tail too */
+    _Atomic int broken;      /* bulk: the result of its loop, if it has ended otherwise; only the urgent one judges */
 };
 
 /* The numbers: others read them while a loop runs. Those of a scan may have several that write. */
@@ -184,6 +193,15 @@ static inline int writer_pending(const struct writer *w)
     return w->begin < w->end || (w->eos_sent && w->tail_at < w->tail_end);
 }
 
+/* saveurgent.c, about the two. The urgent loop: the bulk is to look again, if that was the last page. */
+void vpc_urgent_tell(struct vpc_save *s);
+/* Write the closing word, once it is due. */
+void vpc_urgent_close(struct vpc_save *s);
+/* The bulk's loop begins: it gives way to the threads that somebody waits for. */
+void vpc_bulk_begin(struct vpc_save *s);
+/* It has ended with rc. */
+int vpc_bulk_ended(struct vpc_save *s, int rc);
+
 /* saverequests.c */
 int vpc_requests_init(struct requests *r, struct vpc_ram *ram, int fd, int notify);
 void vpc_requests_destroy(struct requests *r);
@@ -193,6 +211,8 @@ int vpc_requests_pull(struct requests *r);
 /* As if the page had been requested, as long as there is room. */
 void vpc_requests_first(struct requests *r, struct vpc_scan *scan, int block, uint64_t page);
 int vpc_requests_parse(struct requests *r, struct vpc_scan *scan);
+/* Have them read by another one, whose loop does not run; this one has none any more. */
+void vpc_requests_move(struct requests *r, struct requests *to);
 /* Pages were released: queue those that were requested in the meantime. */
 void vpc_requests_look_at_withheld(struct requests *r, struct vpc_scan *scan);
 

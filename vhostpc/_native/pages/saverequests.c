@@ -27,6 +27,19 @@ int vpc_requests_init(struct requests *r, struct vpc_ram *ram, int fd, int notif
     return 0;
 }
 
+void vpc_requests_move(struct requests *r, struct requests *to)
+{
+    free(to->in);
+    *to = *r;
+    /* Pages to be sent first were not requested: nobody waits for them at the end of the urgent connection. */
+    to->head = to->tail = 0;
+    r->fd = r->block = -1;
+    r->in = NULL;
+    r->end = 0;
+    r->ask_count = 0;
+    r->count = r->useless = r->withheld = r->withheld_ever = 0;
+}
+
 void vpc_requests_destroy(struct requests *r)
 {
     if (r->fd >= 0)
@@ -150,6 +163,8 @@ static int take_message(struct requests *r, struct vpc_scan *scan, unsigned type
     uint64_t start = get_be(p, 8), bytes = get_be(p + 8, 4);
     if (((start | bytes) & (TARGET_PAGE - 1)) || start > b->length || bytes > b->length - start)
         return refuse(r, VPC_BAD_OFFSET);
+    if (r->whole && (bytes & (b->page_size - 1)))
+        return refuse(r, VPC_BAD_PART);
     r->block = block;
     save_tally(&r->count, 1);
     if (bytes) {

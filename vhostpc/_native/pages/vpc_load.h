@@ -22,6 +22,7 @@ struct vpc_load;
 #define VPC_BAD_FOOTER 7
 #define VPC_BAD_DELTA 8
 #define VPC_BAD_COMPRESSED 9
+#define VPC_BAD_PART 10
 
 struct vpc_load_stats {
     uint64_t bytes;       /* consumed */
@@ -62,6 +63,10 @@ int vpc_load_block(struct vpc_load *load);
 int vpc_load_set_block(struct vpc_load *load, int block);
 /* In calm mode: no page will be missing later either, so a zero page may stay a hole of its file. */
 int vpc_load_keep_holes(struct vpc_load *load);
+/* Of a connection beside which another one brings requested pages: give way to its thread, in short calls. */
+int vpc_load_in_bulk(struct vpc_load *load);
+/* Of that other one, also while it runs: end (VPC_LOAD_EOS) as soon as every page that was requested has come. */
+int vpc_load_finish(struct vpc_load *load);
 void vpc_load_stop(struct vpc_load *load);
 int vpc_load_stats(struct vpc_load *load, struct vpc_load_stats *out);
 /* cdef end */

@@ -13,6 +13,7 @@ struct vpc_save;
 #define VPC_SAVE_SHUT 3
 #define VPC_SAVE_STOPPED 4
 #define VPC_SAVE_HEARD 5 /* PONG VPC_MUST_HEAR came, for the first time: run again */
+#define VPC_SAVE_SENT 6 /* in bulk: everything is written */
 #define VPC_MUST_HEAR 66
 
 struct vpc_save_stats {
@@ -56,6 +57,15 @@ void vpc_save_kick(struct vpc_save *save);
 int vpc_save_stats(struct vpc_save *save, struct vpc_save_stats *out);
 /* An eventfd that counts withheld requests and the end of stream: then the numbers have changed. */
 int vpc_save_notify_fd(struct vpc_save *save);
+
+/* ---- A second connection for requested pages, as with QEMU's postcopy-preempt. */
+/* closing_word: it ends with an EOS, behind all of main (machine types up to 7.2). It reports withheld requests as main
+ * does, and is freed before it. */
+int vpc_save_new_urgent(struct vpc_save *main, int fd, int closing_word, struct vpc_save **out);
+/* Behind vpc_save_switch of main, while neither runs: the urgent one reads the return path from now on, with what was
+ * read of it. Then both are run, each on its thread. The urgent run returns as one alone does; main's returns
+ * VPC_SAVE_SENT, or what ends the urgent one, too. A page goes to the one that takes it first. */
+int vpc_save_divide(struct vpc_save *urgent);
 /* cdef end */
 
 #endif

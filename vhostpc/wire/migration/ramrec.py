@@ -50,6 +50,7 @@ class BadRecord(WordEnum):
     FOOTER = 7
     DELTA = 8
     COMPRESSED = 9
+    PART = 10
 
 
 REASONS = {
@@ -62,6 +63,7 @@ REASONS = {
     BadRecord.FOOTER: "no footer of the section behind its records",
     BadRecord.DELTA: "an XBZRLE page that is not a difference to its previous content",
     BadRecord.COMPRESSED: "a compressed page: switch the capability compress off at the source",
+    BadRecord.PART: "a length that is not a multiple of the block's page size",
 }
 
 

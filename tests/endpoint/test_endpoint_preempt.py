@@ -1,0 +1,124 @@
+"""Requested pages on a connection of their own (postcopy-preempt), between two endpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.endpoint.test_endpoint_recovery import Pair, pair
+from tests.kit.until import until
+from vhostpc.dialect import Compat
+from vhostpc.endpoint import Links
+from vhostpc.errors import MigrationRefused
+from vhostpc.migration.status import Status
+from vhostpc.migration.uri import Fd, File
+
+pytestmark = pytest.mark.ufd
+BOTH = (("postcopy-preempt",), ("postcopy-preempt",))
+COMPATS: list[Compat] = ["7.2", "10.0", "11.1"]
+
+
+async def touch(ends: Pair, page: int) -> bytes:
+    """A page of the machine that came."""
+    return await ends.there.ram["ram0"].read(page * 4096, 9)
+
+
+def urgent_bytes(ends: Pair) -> int:
+    assert ends.source._outgoing is not None
+    return ends.source._outgoing.numbers().urgent_bytes
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+async def test_what_is_asked_for_comes_beside_the_rest(compat: Compat, tmp_path: Path) -> None:
+    """And it does not wait for the limit of the rest."""
+    async with pair(tmp_path, compat=compat, also=BOTH) as ends:
+        ends.source.options.set_parameters({"max-postcopy-bandwidth": 1})
+        await ends.to_postcopy()
+        assert ends.relay.count == 2
+        for page in range(0, 300, 6):
+            assert await touch(ends, page) == (b"page %d" % page).ljust(9, b"\0")
+        assert urgent_bytes(ends) > 50 * 4096
+        await ends.finish()
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["main", "urgent", "both"])
+@pytest.mark.parametrize("compat", COMPATS)
+async def test_a_cut(compat: Compat, which: int, tmp_path: Path) -> None:
+    """Either of the two is the link: both ends pause, and recover with two again."""
+    async with pair(tmp_path, compat=compat, also=BOTH) as ends:
+        await ends.to_postcopy()
+        await touch(ends, 12)
+        for page in (30, 60, 90):
+            if which == 2:
+                ends.relay.cut()
+            else:
+                ends.relay.cut_one(which)
+            await ends.both(Status.POSTCOPY_PAUSED)
+            await until(lambda: not ends.relay.count)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(touch, ends, page)  # asked for again
+                await ends.recover()
+                await ends.both(Status.POSTCOPY_ACTIVE)
+            before = urgent_bytes(ends)
+            await touch(ends, page + 2)
+            await until(lambda b=before: urgent_bytes(ends) > b)  # type: ignore[misc]
+        await ends.finish()
+
+
+async def test_it_recovers_automatically(tmp_path: Path) -> None:
+    async with pair(tmp_path, Links(recover_for=60), also=BOTH) as ends:
+        await ends.to_postcopy()
+        for number in range(4):
+            ends.relay.cut_one(number % 2)
+            await until(lambda n=number: ends.tells[0].events.count("postcopy-active") == n + 2)  # type: ignore[misc]
+            await ends.both(Status.POSTCOPY_ACTIVE)
+            await touch(ends, 20 * number)
+        await ends.finish()
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+async def test_precopy_needs_no_second_connection(compat: Compat, tmp_path: Path) -> None:
+    async with pair(tmp_path, compat=compat, also=BOTH) as ends:
+        await ends.destination.incoming(ends.listens, exit_on_error=False)
+        await ends.source.migrate(ends.address, resume=False)
+        await ends.both(Status.COMPLETED)
+        assert urgent_bytes(ends) == 0
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+async def test_only_the_source_has_it(compat: Compat, tmp_path: Path) -> None:
+    """The machine runs on."""
+    async with pair(tmp_path, compat=compat, also=(BOTH[0], ())) as ends:
+        await ends.destination.incoming(ends.listens, exit_on_error=False)
+        await ends.source.migrate(ends.address, resume=False)
+        await ends.source.start_postcopy()
+        await ends.both(Status.FAILED)
+        await until(lambda: ends.world.running == {"source"})
+        error = ends.source.info().error_desc or ""
+        assert "is postcopy-preempt on there?" in error or "no connection for requested pages" in error
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+async def test_only_the_destination_has_it(
+    compat: Compat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vhostpc.migration.incoming.SECOND_LIMIT", 0.3)
+    async with pair(tmp_path, compat=compat, also=((), BOTH[1])) as ends:
+        await ends.destination.incoming(ends.listens, exit_on_error=False)
+        await ends.source.migrate(ends.address, resume=False)
+        await ends.source.start_postcopy()
+        await ends.both(Status.FAILED)
+        await until(lambda: ends.world.running == {"source"})
+
+
+async def test_addresses_of_one_connection(tmp_path: Path) -> None:
+    async with pair(tmp_path, also=BOTH) as ends:
+        for address in (File(str(tmp_path / "file"), 0), Fd("-1")):
+            with pytest.raises(MigrationRefused, match="Migration requires multi-channel URIs"):
+                await ends.source.migrate(address, resume=False)
+            with pytest.raises(MigrationRefused, match="Migration requires multi-channel URIs"):
+                await ends.destination.incoming(address, exit_on_error=False)
+        await ends.to_postcopy()
+        await ends.finish()
