@@ -127,7 +127,7 @@ CALLS: dict[type, list[str | tuple[str, Any]]] = {
             ("keep_zeros", True),
             "stop",
             ("set_tail", b"x"),
-            ("hear", 1),
+            ("hear", (1, 1.0)),
         ),
         *(("set_rate", 1), "withhold_all", "changed", "numbers", ("release", "ram")),
     ],
