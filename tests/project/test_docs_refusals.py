@@ -43,7 +43,6 @@ BY_ANOTHER_NAME = {
     ("wire/migration/stream.py", "_start"): "those before the package; the others are in the table",
     ("wire/migration/stream.py", "_part"): "of a section that never started: there is one section only",
     ("guest/own_machine.py", "load"): "a state that is not a machine's of ours",
-    ("guest/own_machine.py", "reconnected"): "of a back-end that has come again: no stream is refused",
 }
 
 # The connection's end, what only precopy has, and a request, which a source refuses.

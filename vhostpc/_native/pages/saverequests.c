@@ -193,7 +193,8 @@ int vpc_requests_parse(struct requests *r, struct vpc_scan *scan)
         rc = take_message(r, scan, type, r->in + at + 4, length);
         at += 4 + length;
     }
-    memmove(r->in, r->in + at, r->end - at);
+    if (at)
+        memmove(r->in, r->in + at, r->end - at);
     r->end -= at;
     return rc;
 }
