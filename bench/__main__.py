@@ -65,6 +65,8 @@ What limits each figure:
   cores.
 - F4: together, the start of 64 threads (23 us each here), which wait so that their pages are reported, and a wake-up
   for each page. The rest is the start of the ring, message by message, some 1 ms on both sides.
+- P1: the pause between two questions whether the page has come, an eighth of the wait so far and at most 2 ms: a page
+  lies there for half a pause on average. The fault's side is the kernel's wake-up. docs/postcopy.md has figures.
 - M1: the kernel's allocation of pages for a memfd. Touched through a mapping, each costs a fault and a clearing. That
   is nearly all of it, for pages of data as for marks of zeros.
 - M2: full pages: the copies into the socket and out of it, and the first read of each page in memory; zero pages: the

@@ -58,17 +58,22 @@ class Stage:
 
 @asynccontextmanager
 async def stage(
-    version: str, tmp_path: Path, options: Sequence[str], memory: vm.Memory | None = None
+    version: str,
+    tmp_path: Path,
+    options: Sequence[str],
+    memory: vm.Memory | None = None,
+    pairs: int = 1,
 ) -> AsyncIterator[Stage]:
     traces = tuple(word for event in TRACES for word in ("-trace", event))
     spec = vm.Spec(peers.qemu(version), memory or vm.Memory(), extra=traces)
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
-        network = await enter(net.network())
-        first = await enter(bridge(network, "bridge0", "tap0", tmp_path))
-        end = await enter(bridge(network, "bridge1", "tap1", tmp_path, options))
-        there = await enter(vm.vm(spec, "there", vm.VhostUser(end.path), tmp_path, incoming=True))
-        here = await enter(vm.vm(spec, "here", vm.VhostUser(first.path), tmp_path))
+        network = await enter(net.network(multi_queue=pairs > 1))
+        queues = ("--pairs", str(pairs))
+        first = await enter(bridge(network, "bridge0", "tap0", tmp_path, queues))
+        end = await enter(bridge(network, "bridge1", "tap1", tmp_path, (*queues, *options)))
+        there = await enter(vm.vm(spec, "there", vm.VhostUser(end.path, pairs), tmp_path, incoming=True))
+        here = await enter(vm.vm(spec, "here", vm.VhostUser(first.path, pairs), tmp_path))
         nonce = await here.booted()
         far = await enter(network.far())
         await far.received(500)
@@ -83,8 +88,9 @@ def requested(machine: vm.Vm) -> int:
     return added - removed
 
 
-async def ends(version: str, tmp_path: Path, targets: list[vm.Vm], memory: vm.Memory) -> None:
-    async with stage(version, tmp_path, ["--no-fault"], memory) as s:
+async def ends(version: str, tmp_path: Path, targets: list[vm.Vm], memory: vm.Memory, pairs: int = 1) -> None:
+    options = ["--no-fault", *(["--answer-each-pair"] if pairs > 1 else [])]
+    async with stage(version, tmp_path, options, memory, pairs) as s:
         targets.append(s.there)
         await s.switch(tmp_path, SLOW)
         for side in (s.here, s.there):
@@ -113,6 +119,12 @@ async def test_preempt_ends_where_the_bridge_never_faults(version: str, tmp_path
         await ends(version, folder, targets, vm.Memory())
 
     await played(play, tmp_path)
+
+
+@pytest.mark.long
+async def test_preempt_ends_with_two_queue_pairs(tmp_path: Path) -> None:
+    """Both options together."""
+    await ends("10.0", tmp_path, [], vm.Memory(), pairs=2)
 
 
 async def test_preempt_ends_on_huge_pages(tmp_path: Path) -> None:
