@@ -71,11 +71,12 @@ What limits each figure:
   is nearly all of it, for pages of data as for marks of zeros.
 - M2: full pages: the copies into the socket and out of it, and the first read of each page in memory; zero pages: the
   read. A source whose pages are not mapped yet also pays one fault for every 16 of them.
-- M3: at the source, the back-end's answer with its ring positions, and the last check for written pages; at the
-  destination, discarding the pages that were rewritten (one system call per range), the exchange of addresses with
-  the back-end, and two pages that are waited for while the device's state is loaded, by then beside the flow of the
-  others. QEMU's reported downtime ends when the package has been sent; it excludes the destination's work on the
-  package.
+- M3: the turns of the loop. At the source the last look for written pages (half a millisecond for 256 MiB) and the
+  back-end's answer with its ring positions; at the destination some ten steps of 0.1 to 0.2 ms in Python from the
+  package to the first vCPU, with two processors for four busy threads. Everything that does not depend on the package
+  is done before the machine stops: `python -m bench.switch` shows each step. Loading before the next pages are read, or
+  keeping pages back that nobody asks for until the machine runs, made no difference. QEMU's reported downtime ends
+  when the package has been sent; it excludes the destination's work on the package.
 - M4: as M1 and M2. Creating pages through a mapping takes more than twice as long per page at 4 GiB as at 1 GiB on
   such a machine, also in a program of ten lines; writing them into the file does not.
 - R3: Python. Both ends make the recovery's steps in some twenty turns of the loop, 4 to 5 ms of processor time each;
