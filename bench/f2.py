@@ -4,19 +4,20 @@ A vhost-user back-end (``native/vhost_touch.c``, the same program for both sides
 another process on this machine still holds, in a fixed random order, one every 300 microseconds and more, and times
 each touch. 512 MiB; pages that have come unasked are passed over.
 
-Ours: two ``vhostpc endpoint`` with a machine of our own, migrating by postcopy; the toucher is the back-end of the
-destination's network device, the vCPU does nothing. Peers: a pair of QEMU 10.0, the toucher being the destination's
-vhost-user-net; their guest halts at its first instruction, the device is started by a few port writes over QEMU's test
-socket at the source. And what the machine adds: our front-end with its fault service in one process, our page source in
-another, and nothing else. With postcopy-preempt a QEMU answers
-the faults of a back-end, but then never ends its migration: with back-ends it must be off. So both are measured
-while pages flow, and the goal is held against preempt.
+Ours: two ``vhostpc endpoint`` with a machine of our own, migrating by postcopy, with postcopy-preempt and without; the
+toucher is the back-end of the destination's network device, the vCPU does nothing. Peers: a pair of QEMU 10.0, the
+toucher being the destination's vhost-user-net; their guest halts at its first instruction, the device is started by a few
+port writes over QEMU's test socket at the source. And what the machine adds: our front-end with its fault service in one
+process, our page source in another, and nothing else. With postcopy-preempt a QEMU answers the faults of a back-end,
+but then never ends its migration: with back-ends it must be off. So both are measured while pages flow, and the goal
+is held against preempt.
 
 *Idle*: next to nothing is sent unasked (QEMU: ``max-postcopy-bandwidth`` 4096). Without preempt a QEMU has no such
 state: its limit holds up the pages that were asked for as well, for a tenth of a second and more.
 *Background pages flowing*: as many as the socket takes. Pages that arrived unasked are skipped, so the touches end with
-the flow. *Spinning*: ours against itself with ``--spin-us`` longer than the gap between touches; and what that costs
-the destination in processor time a touch, user and system, all of its threads.
+the flow. *At 32 MiB/s*: the background has a limit, which no request waits for. *Spinning*: ours against itself with
+``--spin-us`` longer than the gap between touches; and what that costs the destination in processor time a touch, user
+and system, all of its threads.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,13 +44,22 @@ from .f2_service import COUNT, FIRST, MIB
 from .native import tool
 from .rows import REPETITIONS, Goal, Row, Sample, at_most, in_turn, print_rows, stated
 
-PAIR, BARE = "vhostpc endpoints", "vhostpc, front-end and page source only"
+PAIR, BARE = "vhostpc endpoints, preempt", "vhostpc, front-end and page source only"
+ALONE = "vhostpc endpoints, no preempt"
 PREEMPT, PLAIN = "QEMU 10.0 pair, preempt", "QEMU 10.0 pair, no preempt"
+WITH_PREEMPT, WITHOUT = ("postcopy-ram", "postcopy-preempt"), ("postcopy-ram",)
 SPIN_US = 500
 TOUCHES, GAP_US, ENOUGH = 1500, 300, 150
 UNLIMITED = (1 << 64) - 1
-IDLE, FLOWING = "idle", "background pages flowing"
-WAYS = {IDLE: (0, [PREEMPT, BARE]), FLOWING: (UNLIMITED, [PREEMPT, PLAIN, BARE])}
+IDLE, FLOWING, LIMITED = "idle", "background pages flowing", "background at 32 MiB/s"
+WAYS = {
+    IDLE: (0, [PREEMPT, ALONE, BARE]),
+    FLOWING: (UNLIMITED, [PREEMPT, PLAIN, ALONE, BARE]),
+    LIMITED: (32 << 20, [PREEMPT, ALONE]),
+}
+GOALS = {(IDLE, "p50"): 0.8, (IDLE, "p99"): 1.0, (FLOWING, "p50"): 0.7, (FLOWING, "p99"): 1.0}
+OWN_IDLE = 1.25
+"""The goal for the median while pages flow, against that of idle."""
 HALT = bytes.fromhex("fa f4 eb fd")  # cli, hlt, again; 16 bytes before the end, where a processor begins
 PORTS, SLOT = 0xC000, 0x10  # of the virtio device: where its legacy registers are put, its place on the bus
 
@@ -130,7 +140,7 @@ async def start_device(path: Path) -> None:
 
 
 async def theirs(preempt: bool, rate: int) -> Touched:
-    names = ("postcopy-ram", "postcopy-preempt") if preempt else ("postcopy-ram",)
+    names = WITH_PREEMPT if preempt else WITHOUT
     with tempfile.TemporaryDirectory(prefix="vpc-bench-") as text:
         folder = Path(text)
         async with contextlib.AsyncExitStack() as stack:
@@ -159,7 +169,7 @@ async def switch(
         await side.allow(*names)
     await target.qmp.command("migrate-incoming", uri=f"unix:{folder}/in")
     # Next to nothing before the switch.
-    most = 0 if rate == UNLIMITED else 4096
+    most = 0 if rate == UNLIMITED else max(rate, 4096)
     await source.qmp.command("migrate-set-parameters", max_bandwidth=1 << 20, max_postcopy_bandwidth=most)
     await source.qmp.command("migrate", uri=f"unix:{folder}/in")
     await source.reaches("active")
@@ -179,7 +189,9 @@ async def endpoint(
         yield it
 
 
-async def pair(rate: int, *, spin_us: int = 0, module: str = "vhostpc") -> Touched:
+async def pair(
+    rate: int, *, spin_us: int = 0, module: str = "vhostpc", names: Sequence[str] = WITH_PREEMPT
+) -> Touched:
     """Ours. ``module``: what the destination runs."""
     with tempfile.TemporaryDirectory(prefix="vpc-bench-") as text:
         folder = Path(text)
@@ -192,12 +204,14 @@ async def pair(rate: int, *, spin_us: int = 0, module: str = "vhostpc") -> Touch
             target = await stack.enter_async_context(endpoint(folder, "target", *more, program=program))
             fill(source)
             before = cpu_seconds(target.pid)
-            touched = await switch(source, target, folder, child, ("postcopy-ram",), rate)
+            touched = await switch(source, target, folder, child, names, rate)
             used = cpu_seconds(target.pid) - before
     return replace(touched, processor=used * 1e6 / touched.count)
 
 
-def compare(what: str, mine: list[Touched], other: list[Touched], peer: str, goal: Goal) -> list[Row]:
+def compare(
+    what: str, mine: list[Touched], other: list[Touched], peer: str, goal: Callable[[str], Goal]
+) -> list[Row]:
     """A row each for p50 and p99."""
     return [
         Row(
@@ -205,7 +219,7 @@ def compare(what: str, mine: list[Touched], other: list[Touched], peer: str, goa
             f"fault served remotely, {what}, {part}",
             "us",
             peer,
-            goal,
+            goal(part),
             *([Sample(getattr(t, part)) for t in side] for side in (mine, other)),
         )
         for part in ("p50", "p99")
@@ -220,21 +234,37 @@ async def spinning(repetitions: int) -> list[Row]:
     cost = [[Sample(t.processor) for t in got[name]] for name in sides]
     row = f"processor of the destination, {what}"
     return [
-        *compare(what, got["spins"], got["sleeps"], peer, stated()),
+        *compare(what, got["spins"], got["sleeps"], peer, lambda _: stated()),
         Row("F2", row, "us/touch", peer, stated(), *cost),
     ]
 
 
 async def rows(repetitions: int = REPETITIONS) -> list[Row]:
-    table = []
+    table, mine = [], {}
     for how, (rate, others) in WAYS.items():
-        sides = {PAIR: partial(pair, rate)}
-        for name in others:
-            sides[name] = partial(bare, rate) if name == BARE else partial(theirs, name == PREEMPT, rate)
-        got = await in_turn(sides, repetitions, f"F2 {how}")
+        makes: dict[str, Callable[[], Awaitable[Touched]]] = {
+            PAIR: partial(pair, rate),
+            ALONE: partial(pair, rate, names=WITHOUT),
+            BARE: partial(bare, rate),
+            PREEMPT: partial(theirs, True, rate),
+            PLAIN: partial(theirs, False, rate),
+        }
+        got = await in_turn({name: makes[name] for name in (PAIR, *others)}, repetitions, f"F2 {how}")
+        mine[how] = got[PAIR]
         for peer in others:
-            goal = at_most(1.0) if peer == PREEMPT else stated()
+
+            def goal(part: str, peer: str = peer, how: str = how) -> Goal:
+                most = GOALS.get((how, part)) if peer == PREEMPT else None
+                return stated() if most is None else at_most(most)
+
             table += compare(how, got[PAIR], got[peer], peer, goal)
+    table += compare(
+        FLOWING,
+        mine[FLOWING],
+        mine[IDLE],
+        f"{PAIR}, idle",
+        lambda part: at_most(OWN_IDLE) if part == "p50" else stated(),
+    )
     return table + await spinning(repetitions)
 
 

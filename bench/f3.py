@@ -11,17 +11,18 @@ from functools import partial
 
 import trio
 
-from .f2 import PAIR, WAYS, compare, pair
+from .f2 import FLOWING, IDLE, PAIR, WAYS, compare, pair
 from .rows import REPETITIONS, Row, at_most, in_turn, print_rows, stated
 
 
 async def rows(repetitions: int = REPETITIONS) -> list[Row]:
     table = []
-    for how, (rate, _) in WAYS.items():
+    for how in (IDLE, FLOWING):
+        rate, _ = WAYS[how]
         sides = {"busy": partial(pair, rate, module="bench.f3_endpoint"), "idle": partial(pair, rate)}
         got = await in_turn(sides, repetitions, f"F3 {how}")
         what = f"{how}, a busy Python thread at the destination"
-        p50, p99 = compare(what, got["busy"], got["idle"], f"{PAIR}, no busy thread", stated())
+        p50, p99 = compare(what, got["busy"], got["idle"], f"{PAIR}, no busy thread", lambda _: stated())
         table += [replace(p50, id="F3"), replace(p99, id="F3", goal=at_most(2))]
     return table
 

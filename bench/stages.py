@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import trio
 
-from .f2 import pair
+from .f2 import WITHOUT, pair
 from .native import tool
 
 READ, SEND, POLL, EPOLL, IOCTL, SEEK, SLEEP = range(1, 8)
@@ -127,7 +127,7 @@ async def measure() -> list[list[int]]:
     with tempfile.TemporaryDirectory(prefix="vpc-bench-") as folder:
         os.environ.update(LD_PRELOAD=str(library), STAMPS=folder)
         try:
-            await pair(0)
+            await pair(0, names=WITHOUT)
         finally:
             del os.environ["LD_PRELOAD"], os.environ["STAMPS"]
         return stages(Path(folder))
