@@ -6,11 +6,11 @@ each touch. 512 MiB; pages that have come unasked are passed over.
 
 Ours: two ``vhostpc endpoint`` with a machine of our own, migrating by postcopy, with postcopy-preempt and without; the
 toucher is the back-end of the destination's network device, the vCPU does nothing. Peers: a pair of QEMU 10.0, the
-toucher being the destination's vhost-user-net; their guest halts at its first instruction, the device is started by a few
-port writes over QEMU's test socket at the source. And what the machine adds: our front-end with its fault service in one
-process, our page source in another, and nothing else. With postcopy-preempt a QEMU answers the faults of a back-end,
-but then never ends its migration: with back-ends it must be off. So both are measured while pages flow, and the goal
-is held against preempt.
+toucher being the destination's vhost-user-net; their guest halts at its first instruction, the device is started by a
+few port writes over QEMU's test socket at the source. And what the machine adds: our front-end with its fault service
+in one process, our page source in another, and nothing else. With postcopy-preempt a QEMU answers the faults of a
+back-end, but then never ends its migration: with back-ends it must be off. So both are measured while pages flow, and
+the goal is held against preempt.
 
 *Idle*: next to nothing is sent unasked (QEMU: ``max-postcopy-bandwidth`` 4096). Without preempt a QEMU has no such
 state: its limit holds up the pages that were asked for as well, for a tenth of a second and more.
