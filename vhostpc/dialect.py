@@ -44,6 +44,9 @@ class Dialect:
     null_parameters: bool
     """``query-migrate-parameters`` may have null for a string."""
 
+    preempt_before_incoming: bool
+    """``postcopy-preempt`` is refused once a destination listens."""
+
     # Statuses.
     statuses: tuple[str, ...]
     device_status: bool
@@ -222,6 +225,7 @@ _7_2 = Dialect(
     ignored_parameters=frozenset({"multifd-zlib-level", "multifd-zstd-level"}),
     modes=(),
     null_parameters=False,
+    preempt_before_incoming=False,
     statuses=tuple(_STATUSES_7_2.split()),
     device_status=False,
     postcopy_before_stop=True,
@@ -280,6 +284,7 @@ _10_0 = Dialect(
     ignored_parameters=frozenset(),
     modes=("normal", "cpr-reboot", "cpr-transfer"),
     null_parameters=False,
+    preempt_before_incoming=True,
     statuses=tuple(_STATUSES_10_0.split()),
     device_status=True,
     postcopy_before_stop=False,

@@ -267,6 +267,18 @@ async def test_refused_capabilities_are_refused_in_qemus_words(compat: Compat, t
 
 
 @pytest.mark.parametrize("compat", ALL)
+async def test_preempt_behind_migrate_incoming(compat: Compat, tmp_path: Path) -> None:
+    wanted = [{"capability": name, "state": True} for name in ("postcopy-ram", "postcopy-preempt")]
+    async with beside(compat, tmp_path, incoming=True) as (theirs, own):
+        for number, wire in enumerate((theirs, own)):
+            await wire.ready()
+            uri = f"unix:{tmp_path}/in{number}"
+            assert await wire.command("migrate-incoming", uri=uri) == {"return": {}}
+        text = execute("migrate-set-capabilities", {"capabilities": wanted})
+        assert await own.ask(text) == await theirs.ask(text)
+
+
+@pytest.mark.parametrize("compat", ALL)
 async def test_a_destination_answers_as_qemu(compat: Compat, tmp_path: Path) -> None:
     async with beside(compat, tmp_path, incoming=True) as (theirs, own):
         for wire in (theirs, own):

@@ -36,11 +36,10 @@ class _Taken:
         self.waiting.append(channel)
 
     async def speaking(self) -> Channel:
-        """The main one: on the other one a source says nothing until it is asked for a page, whichever came first.
+        """The main one, behind the first :meth:`take`: on the other one a source says nothing until it is asked for a page, whichever came first.
 
         Raises ChannelLost.
         """
-        await self.take()
         spoke: list[Channel] = []
         lost: ChannelLost | None = None
         async with trio.open_nursery() as nursery:
@@ -65,24 +64,28 @@ class _Taken:
 
 @asynccontextmanager
 async def accepted(
-    address: Address, limit: float, listens: Callable[[list[dict[str, Any]]], None], *, preempt: bool
+    address: Address,
+    limit: float,
+    listens: Callable[[list[dict[str, Any]]], None],
+    *,
+    preempt: Callable[[], bool],
 ) -> AsyncIterator[tuple[Channel, Connect | None]]:
     """Listen at the address; the main connection, and with ``preempt`` what takes the second one.
 
+    ``preempt`` is asked when the first connection has come: a capability may change until then.
     ``limit``: seconds of silence that end a connection, 0 for none. ``listens`` is told the addresses as
     ``query-migrate`` tells them. Behind the last connection it listens no longer.
     Raises MigrationRefused (it cannot listen there), ChannelLost.
     """
     async with AsyncExitStack() as stack:
         async with AsyncExitStack() as listening:
-            listener = await listening.enter_async_context(listen(address, many=preempt))
+            listener = await listening.enter_async_context(listen(address))
             taken = _Taken(listener, stack, limit)
             listens(listener.socket_address)
             second: Connect | None = None
-            if not preempt:
-                await taken.take()
-                main = taken.waiting[0]
-            else:
+            await taken.take()
+            main = taken.waiting[0]
+            if preempt():
                 main = await taken.speaking()
                 until_second = await stack.enter_async_context(listening.pop_all())
 

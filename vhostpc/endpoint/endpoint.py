@@ -622,7 +622,7 @@ class Endpoint:
         try:
             async with AsyncExitStack() as stack:
                 channel, second = await stack.enter_async_context(
-                    accepted(address, self._links.timeout, listens, preempt=self._preempt)
+                    accepted(address, self._links.timeout, listens, preempt=lambda: self._preempt)
                 )
                 self._course.move(Event.CONNECT)
                 self._tells_blocktime = "postcopy-blocktime" in self.options

@@ -81,7 +81,7 @@ async def take_link(
     Raises MigrationRefused (it cannot listen there), ChannelLost, StreamError, Shortage, OSError: nothing has changed,
     or it is paused again.
     """
-    async with accepted(address, limit, listens, preempt=incoming.preempt) as (channel, second):
+    async with accepted(address, limit, listens, preempt=lambda: incoming.preempt) as (channel, second):
         connected()
         patience = limit or PATIENCE
         if incoming.course.phase is Phase.MOVED:

@@ -223,8 +223,13 @@ class Options:
     def capabilities(self) -> list[tuple[str, bool]]:
         return [(name, name in self.on) for name in self.dialect.capabilities]
 
-    def set_capabilities(self, changes: Iterable[tuple[str, bool]], *, busy: bool) -> None:
-        """Set all of them or none. ``busy``: a migration is in progress. Raises MigrationRefused."""
+    def set_capabilities(
+        self, changes: Iterable[tuple[str, bool]], *, busy: bool, listened: bool = False
+    ) -> None:
+        """Set all of them or none. ``busy``: a migration is in progress; ``listened``: a machine is waited for.
+
+        Raises MigrationRefused.
+        """
         if busy:
             raise MigrationRefused(IN_PROGRESS)
         wanted = set(self.on)
@@ -233,6 +238,8 @@ class Options:
                 raise MigrationRefused(unknown_value("capability", name))
             (wanted.add if state else wanted.discard)(name)
         check_capabilities(wanted, self.on, self.dialect)
+        if listened and self.dialect.preempt_before_incoming and "postcopy-preempt" in wanted - self.on:
+            raise MigrationRefused("Postcopy preempt must be set before incoming starts")
         self.on = wanted
 
     def set_parameters(self, changes: Mapping[str, Any]) -> None:

@@ -247,7 +247,8 @@ async def _set_capabilities(session: Session, arguments: dict[str, Any]) -> Any:
     comes = session.endpoint.run_state is RunState.INMIGRATE
     if comes and ("postcopy-ram", True) in changes and (why := session.endpoint.postcopy_refusal()):
         raise QmpError(why)
-    session.endpoint.options.set_capabilities(changes, busy=status in BUSY and not comes)
+    busy = status in BUSY and not comes
+    session.endpoint.options.set_capabilities(changes, busy=busy, listened=session.endpoint.has_listened)
     return {}
 
 
