@@ -36,9 +36,9 @@ class _Taken:
         self.waiting.append(channel)
 
     async def speaking(self) -> Channel:
-        """The main one, behind the first :meth:`take`: on the other one a source says nothing until it is asked for a page, whichever came first.
+        """The main one, behind the first :meth:`take`, whichever came first.
 
-        Raises ChannelLost.
+        On the other one a source says nothing until it is asked for a page. Raises ChannelLost.
         """
         spoke: list[Channel] = []
         lost: ChannelLost | None = None
