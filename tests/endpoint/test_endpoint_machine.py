@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.kit.hugepages import hugepages, none_free
+from tests.kit.hugepages import GIB, hugepages, none_free
 from tests.kit.own_machine import STEP, WAIT, End, bridge, check, end, far_side, migrate, pair
 from tests.kit.until import until
 from tests.qemu.qmp import QmpError
@@ -155,6 +155,16 @@ async def test_blocks_of_all_kinds_and_either_tracking(way: str, tmp_path: Path)
             tmp_path, when="in the middle", ram=ram, vcpus=3, both=["--dirty-tracking", way]
         )
     assert [block["name"] for block in here["blocks"]] == ["low", "huge", "high"]
+
+
+@pytest.mark.parametrize("when", ["at once", "in the middle"])
+async def test_a_page_of_one_gibibyte(when: str, tmp_path: Path) -> None:
+    """Beside small ones: vCPUs wait until all of it has come, and go on."""
+    ram = ["low=16M", "huge=1G,page=1G", "high=8M"]
+    with hugepages(2 * GIB >> 20, GIB):
+        here, _, to_come = await moved(tmp_path, when=when, ram=ram, vcpus=3)
+    assert here["came"]["placed"] == to_come  # each page once
+    assert [block["page-size"] for block in here["blocks"]] == [4096, GIB, 4096]
 
 
 async def test_a_load_that_needs_a_page_gets_it(tmp_path: Path) -> None:

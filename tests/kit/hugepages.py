@@ -1,4 +1,4 @@
-"""Huge pages of 2 MiB set aside for a test and given back."""
+"""Huge pages set aside for a test and given back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HUGE = 2 << 20
-POOL = Path("/proc/sys/vm/nr_hugepages")
+GIB = 1 << 30
 
 
 @contextlib.contextmanager
@@ -28,25 +28,27 @@ def none_free() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hugepages(mib: int) -> Iterator[None]:
-    """``mib`` MiB more of 2 MiB pages for the length of a block.
+def hugepages(mib: int, page: int = HUGE) -> Iterator[None]:
+    """``mib`` MiB more in pages of ``page`` bytes for the length of a block.
 
     Added to what is there and taken off again, so that others who do the same keep theirs: a page that is free
     now may belong to a process that has not touched it. An ordinary user's test is skipped, but not where CI is set.
     """
-    if not os.access(POOL, os.W_OK):
-        why = f"needs {mib} MiB of huge pages, and {POOL} may not be written"
+    pool = Path(f"/sys/kernel/mm/hugepages/hugepages-{page >> 10}kB/nr_hugepages")
+    each = page >> 20
+    if not os.access(pool, os.W_OK):
+        why = f"needs {mib} MiB of huge pages, and {pool} may not be written"
         pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
 
     def add(pages: int) -> int:
-        before = int(POOL.read_text())
-        POOL.write_text(str(max(0, before + pages)))
-        return int(POOL.read_text()) - before
+        before = int(pool.read_text())
+        pool.write_text(str(max(0, before + pages)))
+        return int(pool.read_text()) - before
 
-    got = add(mib // 2)
+    got = add(mib // each)
     try:
-        if got < mib // 2:
-            pytest.fail(f"the kernel could set aside only {2 * got} MiB of huge pages, not {mib}")
+        if got < mib // each:
+            pytest.fail(f"the kernel could set aside only {each * got} MiB of huge pages, not {mib}")
         yield
     finally:
         add(-got)

@@ -110,13 +110,15 @@ async def backend_child(tmp: Path, name: str = "backend", **spec: Any) -> AsyncI
 class Guest:
     """Blocks at the source and at the destination, and how the guest sees them."""
 
-    def __init__(self, *, page_size: int = 4096, low: int = 64, high: int = 256) -> None:
-        """``low`` and ``high``: host pages of the two blocks."""
+    def __init__(
+        self, *, page_size: int = 4096, low: int = 64, high: int = 256, high_page: int | None = None
+    ) -> None:
+        """``low`` and ``high``: host pages of the two blocks; ``high_page``: their size in the second, if another."""
         self.page_size = page_size
         self.source, self.ram = RamSet(), RamSet()
         for ram in (self.source, self.ram):
             ram.create("low.ram", low * page_size, page_size)
-            ram.create("high.ram", high * page_size, page_size)
+            ram.create("high.ram", high * (high_page or page_size), high_page or page_size)
 
     def regions(self, ram: RamSet) -> list[GuestRegion]:
         low, high = ram.blocks

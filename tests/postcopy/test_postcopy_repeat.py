@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import trio
 
+from tests.kit.hugepages import GIB, HUGE, hugepages
 from tests.kit.rig import SEED, BackendChild, Guest, Move, backend_child, far_side, moving
 from tests.kit.until import until
 from vhostpc.errors import PostcopyRefused, RequestFailed
@@ -16,7 +18,6 @@ from vhostpc.wire.vhost_user import FLAG_NEED_REPLY, Feature, ProtocolFeature, R
 
 pytestmark = pytest.mark.ufd
 FRAMES = 12
-HUGE = 2 << 20
 
 
 @pytest.fixture
@@ -224,6 +225,27 @@ async def test_huge_pages(tmp_path: Path, mode: Mode, huge_pages: int) -> None:
                             assert (await guest.ram["high.ram"].verify(SEED, 3 * 512, 512)) == (0, None)
     finally:
         guest.close()
+
+
+@pytest.mark.parametrize("size", [HUGE, GIB], ids=["2 MiB", "1 GiB"])
+async def test_huge_pages_beside_small_ones(tmp_path: Path, size: int) -> None:
+    """Rings in pages of 4 KiB, all frames in one huge page: it comes once, and all who wait in it go on."""
+    with hugepages(2 * size >> 20, size), closing(Guest(low=64, high=1, high_page=size)) as guest:
+        with trio.fail_after(120):
+            async with (
+                far_side(echo=False) as (far, address),
+                backend_child(tmp_path, device="bridge", far=[address]) as backend,
+            ):
+                regions = guest.regions(guest.source)
+                with Driver(guest.source, regions, guest.layout(0, slots=FRAMES), event_idx=True) as tx:
+                    await queue(guest, tx)
+                    async with moving(guest, backend) as m:
+                        await m.start(1, tx)
+                        await sent(far, tx, FRAMES)
+                        loaded = await m.finish()
+                        assert (loaded.placed, loaded.already) == (64 + 1, 0)
+                        last = size // 4096 - 256  # behind the frames
+                        assert (await guest.ram["high.ram"].verify(SEED, last, 256)) == (0, None)
 
 
 async def test_requests_between_the_steps(tmp_path: Path, guest: Guest) -> None:

@@ -127,8 +127,9 @@ static int protect_block(struct vpc_dirty *d, int i)
     if (rc == 0 && !(ioctls & (uint64_t)1 << _UFFDIO_WRITEPROTECT))
         rc = -EOPNOTSUPP;
     pthread_mutex_unlock(&d->lock);
-    for (uint64_t at = 0; rc == 0 && at < b->length; at += PROTECT_STEP) {
-        uint64_t step = b->length - at < PROTECT_STEP ? b->length - at : PROTECT_STEP;
+    uint64_t most = b->page_size > PROTECT_STEP ? b->page_size : PROTECT_STEP, step; /* whole pages */
+    for (uint64_t at = 0; rc == 0 && at < b->length; at += step) {
+        step = b->length - at < most ? b->length - at : most;
         pthread_mutex_lock(&d->lock);
         rc = d->ended ? -ESHUTDOWN : protect(d, base + at, step, 1);
         pthread_mutex_unlock(&d->lock);
