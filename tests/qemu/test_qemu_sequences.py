@@ -31,6 +31,7 @@ EVERYWHERE: tuple[Play, ...] = (
     plays.postcopy_at_once,
     plays.postcopy_before_connected,
     plays.postcopy_in_the_middle,
+    plays.postcopy_with_preempt,
     plays.postcopy_after_the_end,
     plays.postcopy_not_possible,
     plays.cancel_active,
@@ -43,6 +44,7 @@ EVERYWHERE: tuple[Play, ...] = (
     plays.after_completion,
     plays.recovered,
     plays.recovered_at_the_second_attempt,
+    plays.recovered_with_preempt,
 )
 # Where the other end has no part, or dies in it.
 SOURCE: tuple[Play, ...] = (

@@ -83,6 +83,31 @@ async def postcopy_in_the_middle(stage: Stage) -> None:
     await stage.ended()
 
 
+async def postcopy_with_preempt(stage: Stage) -> None:
+    await stage.flowing("postcopy-ram", "postcopy-preempt")
+    await stage.look()
+    await stage.switch()
+    await stage.look()
+    await stage.fast()
+    await stage.ended()
+
+
+async def recovered_with_preempt(stage: Stage) -> None:
+    """Both connections are broken, and made again."""
+    again = f"unix:{stage.folder}/again"
+    await stage.flowing("postcopy-ram", "postcopy-preempt")
+    await stage.switch()
+    assert await stage.take("migrate-pause")
+    await stage.ended()
+    assert await stage.take("migrate-recover", stage.dst, uri=again)
+    assert await stage.take("migrate", uri=again, resume=True)
+    for node in (stage.src, stage.dst):
+        await node.until_status("postcopy-active")
+    await stage.more()
+    await stage.fast()
+    await stage.ended()
+
+
 async def postcopy_after_the_end(stage: Stage) -> None:
     await stage.start("postcopy-ram")
     await stage.fast()

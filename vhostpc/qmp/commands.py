@@ -248,7 +248,9 @@ async def _set_capabilities(session: Session, arguments: dict[str, Any]) -> Any:
     if comes and ("postcopy-ram", True) in changes and (why := session.endpoint.postcopy_refusal()):
         raise QmpError(why)
     busy = status in BUSY and not comes
-    session.endpoint.options.set_capabilities(changes, busy=busy, listened=session.endpoint.has_listened)
+    session.endpoint.options.set_capabilities(
+        changes, busy=busy, listened=comes and session.endpoint.has_listened
+    )
     return {}
 
 
