@@ -122,7 +122,7 @@ async def test_precopy(vcpus: int, tmp_path: Path) -> None:
     await moved(tmp_path, when="never", vcpus=vcpus)
 
 
-@pytest.mark.parametrize("also", [[], ["postcopy-preempt"]], ids=["one", "two"])
+@pytest.mark.parametrize("also", [[], ["postcopy-preempt", "postcopy-blocktime"]], ids=["one", "two"])
 @pytest.mark.parametrize("page", ["4K", "2M"])
 @pytest.mark.parametrize("when", ["at once", "in the middle", "at the end"])
 async def test_postcopy(when: str, page: str, also: list[str], tmp_path: Path) -> None:
