@@ -75,6 +75,22 @@ static int load(struct vpc_vq *vq, struct vpc_chain *c, int flags)
     return rc;
 }
 
+/* The same on a thread that may wait. The others are requested again once the descriptors are here: until then their
+ * pages are not known. */
+static int load_waiting(struct vpc_vq *vq, struct vpc_chain *c, uint32_t others, int flags)
+{
+    struct vpc_walk w;
+
+    vpc_walk_init(&w);
+    int rc = vpc_vq_walk_head(vq, c->head, &w, flags);
+    if (!rc) {
+        vpc_vq_request(vq, 1, others, false, VPC_LOADED, flags);
+        rc = load_walked(vq, c, &w, flags);
+    }
+    vpc_walk_free(&w);
+    return rc;
+}
+
 static void describe(const struct vpc_chain *c, struct vpc_popped *out)
 {
     *out = (struct vpc_popped){.chain = (struct vpc_chain *)(uintptr_t)c, .data = c->data, .loaded = c->loaded,
@@ -127,7 +143,7 @@ int vpc_vq_pop(struct vpc_vq *vq, struct vpc_popped *out, uint32_t max_chains, u
         if (rc == -EAGAIN && !(flags & VPC_LATE)) { /* a late one has asked for its pages, and so will the next */
             vpc_vq_request(vq, 1, max_chains - n - 1, false, VPC_LOADED, flags);
             if (!(flags & VPC_TRY))
-                rc = load(vq, c, flags);
+                rc = load_waiting(vq, c, max_chains - n - 1, flags);
         }
         if (rc < 0 && !(rc == -EAGAIN && flags & VPC_LATE)) {
             vpc_chain_free(c);

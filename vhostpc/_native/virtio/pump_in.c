@@ -155,10 +155,22 @@ void vpc_pump_drop(struct vpc_pump *p)
     }
 }
 
+/* A page of the next buffers is absent: ask for those that the frames here will need, each as much as the first. */
+static void request_buffers(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t ready)
+{
+    uint64_t frames = frames_left(p);
+
+    uint32_t first = ready ? 0 : 1; /* it is waited for, unless there are others to publish before that */
+
+    if (c->mergeable || frames > VPC_BATCH)
+        frames = VPC_BATCH;
+    vpc_vq_request(p->vq, first, (uint32_t)frames - first, true, c->header + frame_len(p), 0);
+}
+
 /* Put the next frame into the guest, `ready` used entries being written already and not published.
  * Returns the used entries it took; 0: no buffers now, or too few; -EAGAIN: publish the ready entries, then call again;
- * -EMSGSIZE: it fits nowhere, or has waited long enough for more buffers. Without VPC_TRY it waits for pages. */
-static int deliver(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t ready, int flags)
+ * -EMSGSIZE: it fits nowhere, or has waited long enough for more buffers. */
+static int deliver(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t ready)
 {
     struct vpc_vq *vq = p->vq;
     struct vpc_walk *w = &p->walk;
@@ -168,7 +180,7 @@ static int deliver(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t
     uint32_t end[VPC_BATCH];
     uint64_t cap[VPC_BATCH];
     uint16_t head[VPC_BATCH];
-    int rc;
+    int flags = ready ? VPC_TRY | VPC_REQUEST_NOTHING : 0, rc;
 
     while (room < need) {
         rc = vpc_vq_available(vq);
@@ -204,7 +216,12 @@ static int deliver(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t
     uint64_t left = need;
     for (uint32_t i = 0; i < segs && left; i++) {
         uint64_t take = p->segs[i].len < left ? p->segs[i].len : left;
-        rc = vpc_gm_touch(vq->gm, p->segs[i].gpa, take, flags, &vq->stop);
+        rc = vpc_gm_touch(vq->gm, p->segs[i].gpa, take, VPC_TRY | VPC_REQUEST_NOTHING, &vq->stop);
+        if (rc == -EAGAIN) {
+            request_buffers(p, c, ready);
+            if (!ready)
+                rc = vpc_gm_touch(vq->gm, p->segs[i].gpa, take, flags, &vq->stop);
+        }
         if (rc < 0)
             return rc;
         left -= take;
@@ -239,18 +256,6 @@ static int deliver(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t
     return (int)chains;
 }
 
-/* A page of the next buffers is absent: ask for those that the frames here will need, each as much as the first. */
-static void request_buffers(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t ready)
-{
-    uint64_t frames = frames_left(p);
-
-    uint32_t first = ready ? 0 : 1; /* it is waited for, unless there are others to publish before that */
-
-    if (c->mergeable || frames > VPC_BATCH)
-        frames = VPC_BATCH;
-    vpc_vq_request(p->vq, first, (uint32_t)frames - first, true, c->header + frame_len(p), 0);
-}
-
 /* 0, or -EOWNERDEAD. */
 static int publish(struct vpc_pump *p, uint32_t n)
 {
@@ -273,12 +278,7 @@ static int deliver_all(struct vpc_pump *p, const struct vpc_pump_config *c)
             p->first++;
             continue;
         }
-        rc = deliver(p, c, ready, VPC_TRY | VPC_REQUEST_NOTHING);
-        if (rc == -EAGAIN) {
-            request_buffers(p, c, ready);
-            if (!ready)
-                rc = deliver(p, c, ready, 0);
-        }
+        rc = deliver(p, c, ready);
         if (rc > 0) {
             ready += (uint32_t)rc;
             next_frame(p);

@@ -20,13 +20,14 @@ struct frame {
     uint16_t head;
 };
 
-/* Walk the next chain, behind n others of this batch, and make all of it resident that sending and pushing need. *len:
- * of its frame, which lies behind `used` bytes of the arena; -ENOSPC: it does not fit there. */
-static int prepare(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t n, uint32_t used, uint32_t *len,
-                   int flags)
+/* Walk the next chain, behind n others of this batch, and make all of it resident that sending and pushing need. Only
+ * the first may wait for its pages: one that is absent delays none before it. Those of the chains behind it are
+ * requested meanwhile. *len: of its frame, which lies behind `used` bytes of the arena; -ENOSPC: it does not fit. */
+static int prepare(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t n, uint32_t used, uint32_t *len)
 {
     struct vpc_vq *vq = p->vq;
     struct vpc_walk *w = &p->walk;
+    int flags = n ? VPC_TRY | VPC_REQUEST_NOTHING : 0;
     int rc = vpc_vq_touch_used(vq, n + 1, flags, &vq->stop);
 
     if (!rc)
@@ -40,7 +41,15 @@ static int prepare(struct vpc_pump *p, const struct vpc_pump_config *c, uint32_t
         *len = 0;
     if (used + *len > VPC_OUT_ARENA)
         return -ENOSPC;
-    return *len ? vpc_segs_touch(vq->gm, w->segs, 0, w->readable, flags, &vq->stop) : 0;
+    if (!*len)
+        return 0;
+    rc = vpc_segs_touch(vq->gm, w->segs, 0, w->readable, VPC_TRY | VPC_REQUEST_NOTHING, &vq->stop);
+    if (rc == -EAGAIN) {
+        vpc_vq_request(vq, n ? 0 : 1, VPC_BATCH, false, c->header + VPC_MAX_FRAME, 0);
+        if (!n)
+            rc = vpc_segs_touch(vq->gm, w->segs, 0, w->readable, flags, &vq->stop);
+    }
+    return rc;
 }
 
 /* Take chains until the batch is full, the ring is empty, or an error (*rc). Everything that sending and pushing need
@@ -62,14 +71,7 @@ static uint32_t collect(struct vpc_pump *p, const struct vpc_pump_config *c, str
         *rc = vpc_vq_available(vq);
         if (*rc <= 0)
             break;
-        *rc = prepare(p, c, n, used, &len, VPC_TRY | VPC_REQUEST_NOTHING);
-        if (*rc == -EAGAIN) {
-            /* Only the first chain may wait for its pages: one that is absent delays none before it. Those of the
-             * next batch are asked for meanwhile. */
-            vpc_vq_request(vq, n ? 0 : 1, VPC_BATCH, false, c->discard ? 0 : c->header + VPC_MAX_FRAME, 0);
-            if (!n)
-                *rc = prepare(p, c, n, used, &len, 0);
-        }
+        *rc = prepare(p, c, n, used, &len);
         if (*rc < 0)
             break;
         if (len)
