@@ -12,9 +12,7 @@ never ran (SHUT other than 0) lets it run here again; silence is a pause.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
-from functools import reduce
-from operator import or_
+from dataclasses import dataclass
 from typing import TypeVar
 
 import trio
@@ -27,37 +25,24 @@ from vhostpc.migration.left import Notes
 from vhostpc.migration.link import OutgoingLink
 from vhostpc.migration.machine import Machine
 from vhostpc.migration.options import Options
+from vhostpc.migration.outgoing_elements import check_package, head, packaged, tail
 from vhostpc.migration.pace import Pace
 from vhostpc.migration.phase import ALL_SENT, Course, Event, Phase, begun
 from vhostpc.migration.silence import Silence, watch
 from vhostpc.migration.watcher import Unwatched, Watcher
-from vhostpc.pages.pagesource import UNLIMITED, Ended, PageScan, PageSource, SourceNumbers
+from vhostpc.pages.pagesource import UNLIMITED, Ended, PageScan, PageSource, SourceNumbers, over_links
 from vhostpc.pages.ramblock import Bits, total_pages
 from vhostpc.units import TARGET_PAGE
 from vhostpc.wire.migration.elements import (
     LOADED,
-    MAX_PACKAGE,
-    MUST_HEAR,
     BitmapRequest,
-    BlockInfo,
     EndOfStream,
-    Footer,
-    Header,
-    OpenReturnPath,
-    Package,
     Ping,
-    PostcopyAdvise,
-    PostcopyListen,
     PostcopyResume,
-    PostcopyRun,
-    RamBlocks,
-    SectionEnd,
     SectionPart,
-    SectionStart,
     SwitchoverStart,
     VmDescription,
 )
-from vhostpc.wire.migration.ramrec import RamFlag
 from vhostpc.wire.migration.return_path import (
     RESUMED,
     PageRequest,
@@ -80,7 +65,6 @@ SECOND_OPEN = 6
 """The PING behind the second connection."""
 PIECE = 64 << 10
 """Bytes of discards, at most, that are kept to go with the package."""
-_END_OF_PAGES = int(RamFlag.EOS).to_bytes(8, "big")
 CANCELLED = "the migration was cancelled"
 PAUSED = "the migration was paused (migrate-pause)"
 _NEVER_RAN = "the destination says that it failed, and did not run the machine"
@@ -228,7 +212,7 @@ class Outgoing:
 
     def numbers(self) -> SourceNumbers:
         """What was sent until now, over all links."""
-        return _over_links([*self._before, *([self._link.source.numbers()] if self._linked else [])])
+        return over_links([*self._before, *([self._link.source.numbers()] if self._linked else [])])
 
     def ram_info(self) -> RamInfo:
         """The numbers of ``query-migrate``."""
@@ -355,7 +339,7 @@ class Outgoing:
             block.set_bits(Bits.DIRTY)
         await machine.start_tracking()
         self._passed(tell=not self.dialect.precopy_passes_only)
-        await self._say(self._head())
+        await self._say(head(machine, postcopy=self._postcopy, return_path=self._return_path))
         self._mark("active")
         self.course.move(Event.CONNECT)
         total = sum(block.length for block in machine.ram.blocks)
@@ -536,7 +520,7 @@ class Outgoing:
 
     async def _switch(self) -> None:
         machine, source = self.machine, self.source
-        _check_package(machine.state_size())  # while it still runs
+        check_package(machine.state_size())  # while it still runs
         if self._preempt:
             await self._have_second()
         self.course.move(Event.SWITCH)
@@ -544,15 +528,12 @@ class Outgoing:
             block.set_bits(Bits.DISCARDED, value=False)  # nothing has been told yet
         if machine.running:
             await self._discard_early()
-        self._set_tail()  # behind the border it may be too late for memory
+        self.source.set_tail(
+            tail(self.machine.ram_section)
+        )  # behind the border it may be too late for memory
         await self._stop()
         devices, _ = await machine.save()
-        blob = PostcopyListen().encode() + b"".join(section.encode() for section in devices)
-        blob += Ping(LOADED).encode()
-        if self.dialect.loaded_ping:
-            blob += Ping(MUST_HEAR).encode()
-        blob += PostcopyRun().encode()
-        _check_package(len(blob))
+        package = packaged(devices, must_hear=self.dialect.loaded_ping)
         ahead = await self._last_look()
         if not self._remaining:
             await self._say(ahead)
@@ -568,7 +549,7 @@ class Outgoing:
                 ahead += commands
         self._check_second()
         self._check_cancelled()
-        await self._send_package(ahead + Ping(2).encode() + Package(blob).encode())
+        await self._send_package(ahead + Ping(2).encode() + package)
         self._mark("switched")
         self._bytes_at["package"] = self._said + source.numbers().bytes
         for block, offset in machine.first():
@@ -591,12 +572,6 @@ class Outgoing:
         if ended is not None:
             raise self._failed(ended)
 
-    def _set_tail(self) -> None:
-        section = self.machine.ram_section
-        footer = Footer(section).encode()
-        nothing = SectionEnd(section).encode() + _END_OF_PAGES + footer
-        self.source.set_tail(footer + nothing + EndOfStream().encode())
-
     async def _serve(self, ahead: bytes = b"") -> None:
         """Pages to the last one, what is asked for first; then the destination's word."""
         source = self.source
@@ -618,7 +593,7 @@ class Outgoing:
         blocks = self.machine.ram.blocks
         if self._preempt and self.dialect.preempt_first:
             await self._open_second()
-        self._set_tail()
+        self.source.set_tail(tail(self.machine.ram_section))
         decoder = ReturnPathDecoder(max(block.bitmap_size for block in blocks))
         await self._say(b"".join(BitmapRequest(block.name).encode() for block in blocks))
         for block in blocks:
@@ -721,53 +696,6 @@ class Outgoing:
         left = total_pages(self.machine.ram.blocks, Bits.DIRTY)
         what = f"{left} host pages are left" if left else "everything is sent, its final report is missing"
         return (self._said, numbers.bytes, numbers.requests), f"waiting for the destination: {what}"
-
-    def _head(self) -> bytes:
-        blocks = self.machine.ram.blocks
-        parts = [Header().encode(), self.machine.configuration.encode()]
-        if self._return_path:
-            parts += [OpenReturnPath().encode(), Ping(1).encode()]
-        if self._postcopy:
-            sizes = 0
-            for block in blocks:
-                sizes |= block.page_size
-            parts.append(PostcopyAdvise(sizes, TARGET_PAGE).encode())
-        listed = RamBlocks(
-            tuple(
-                # The size of a page is said only where postcopy may follow and it is not that of a target page.
-                BlockInfo(
-                    b.name, b.length, b.page_size if self._postcopy and b.page_size != TARGET_PAGE else None
-                )
-                for b in blocks
-            )
-        )
-        section = self.machine.ram_section
-        parts += [SectionStart(section).encode(), listed.encode(), Footer(section).encode()]
-        return b"".join([*parts, *(early.encode() for early in self.machine.early)])
-
-
-def _over_links(numbers: list[SourceNumbers]) -> SourceNumbers:
-    """What was sent over several links, one after the other. Pages are counted over all of them anyway."""
-    last = numbers[-1]
-    return replace(
-        last,
-        bytes=sum(link.bytes for link in numbers),
-        urgent_bytes=sum(link.urgent_bytes for link in numbers),
-        requests=sum(link.requests for link in numbers),
-        useless=sum(link.useless for link in numbers),
-        withheld_ever=sum(link.withheld_ever for link in numbers),
-        pongs=reduce(or_, (link.pongs for link in numbers)),
-        heard=any(link.heard for link in numbers),
-    )
-
-
-def _check_package(size: int) -> None:
-    """Raises MigrationRefused: the stream says the length of a package in 32 bits."""
-    if size > MAX_PACKAGE:
-        raise MigrationRefused(
-            f"The machine's device state has {size} bytes: a package holds {MAX_PACKAGE} at most, "
-            "so it can move by precopy only"
-        )
 
 
 class NeverRan(StreamError):

@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import trio
@@ -72,6 +74,21 @@ class SourceNumbers:
     def nothing(cls) -> SourceNumbers:
         """Of a source that has sent nothing."""
         return cls(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, False, 0, 0, False)
+
+
+def over_links(numbers: list[SourceNumbers]) -> SourceNumbers:
+    """What was sent over several links, one after the other. Pages are counted over all of them anyway."""
+    last = numbers[-1]
+    return replace(
+        last,
+        bytes=sum(link.bytes for link in numbers),
+        urgent_bytes=sum(link.urgent_bytes for link in numbers),
+        requests=sum(link.requests for link in numbers),
+        useless=sum(link.useless for link in numbers),
+        withheld_ever=sum(link.withheld_ever for link in numbers),
+        pongs=reduce(or_, (link.pongs for link in numbers)),
+        heard=any(link.heard for link in numbers),
+    )
 
 
 class UrgentSource(Owner):
