@@ -6,7 +6,6 @@
 
 #define RUN_PAGES 64u
 #define BULK_PAGES 8u /* of a run, where another thread's pages are more urgent: short calls */
-#define BULK_NICE 10
 
 struct vpc_load {
     struct vpc_ram *ram;

@@ -10,6 +10,7 @@
 
 #define MAX_BLOCKS 64
 #define BITMAPS 6
+#define BULK_NICE 10 /* of a thread that moves pages nobody waits for, beside one that moves those */
 
 struct vpc_block {
     char name[256];

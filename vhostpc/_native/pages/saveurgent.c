@@ -8,8 +8,6 @@
 #include <stdlib.h>
 #include <sys/resource.h>
 
-#define BULK_NICE 10
-
 int vpc_save_divide(struct vpc_save *s)
 {
     struct vpc_save *bulk = s->beside;
