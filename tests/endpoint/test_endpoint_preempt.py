@@ -122,3 +122,41 @@ async def test_addresses_of_one_connection(tmp_path: Path) -> None:
                 await ends.destination.incoming(address, exit_on_error=False)
         await ends.to_postcopy()
         await ends.finish()
+
+
+async def test_who_says_nothing_at_the_recovery_port(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One, or two: they do not hold it."""
+    monkeypatch.setattr("vhostpc.endpoint.recovery.PATIENCE", 0.4)
+    async with pair(tmp_path, Links(timeout=0), also=BOTH) as ends:
+        await ends.to_postcopy()
+        ends.relay.cut()
+        await ends.both(Status.POSTCOPY_PAUSED)
+        for count in (1, 2):
+            caplog.clear()
+            await ends.destination.recover(ends.listens)
+            strangers = [await trio.open_unix_socket(ends.listens.path) for _ in range(count)]
+            await until(lambda: "has said nothing within 0.4 s" in caplog.text)
+            for stranger in strangers:
+                await stranger.aclose()
+        monkeypatch.undo()
+        await ends.recover()
+        await ends.both(Status.POSTCOPY_ACTIVE)
+        await ends.finish()
+
+
+async def test_a_stranger_comes_first(tmp_path: Path) -> None:
+    """It is taken for the second connection: that link is lost, and the next one carries the rest."""
+    async with pair(tmp_path, also=BOTH) as ends:
+        await ends.to_postcopy()
+        ends.relay.cut()
+        await ends.both(Status.POSTCOPY_PAUSED)
+        await ends.destination.recover(ends.listens)
+        async with await trio.open_unix_socket(ends.listens.path), trio.open_nursery() as nursery:
+            await ends.source.migrate(ends.address, resume=True)
+            nursery.start_soon(touch, ends, 12)
+            await until(lambda: ends.tells[1].events.count("postcopy-paused") == 2)
+            await ends.both(Status.POSTCOPY_PAUSED)
+            await ends.recover()
+        await ends.finish()

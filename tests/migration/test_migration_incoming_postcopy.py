@@ -17,7 +17,7 @@ from tests.kit.streams import Encoded
 from tests.kit.until import until
 from vhostpc.errors import ChannelLost, MemoryLost, StreamError
 from vhostpc.migration import long_waits
-from vhostpc.migration.channel import Channel
+from vhostpc.migration.channel import Channel, Connect
 from vhostpc.migration.held import HeldMachine
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.phase import Event, Phase
@@ -99,13 +99,16 @@ async def receiving(
     blocks: dict[str, tuple[int, int]] = BLOCKS,
     run: Callable[[bool], Awaitable[None]] | None = None,
     wanted: Machine | None = None,
+    second: Connect | None = None,
 ) -> AsyncIterator[Setup]:
     """A destination that receives from a scripted source; both end with the context."""
     ours, theirs = pair()
     received = received or Received()
     with trio.fail_after(LIMIT), wanted or Machine() as machine:
         async with Channel(ours) as channel, theirs, trio.open_nursery() as nursery:
-            incoming = incoming_of(channel, machine, postcopy=True, report=received.report, run=run)
+            incoming = incoming_of(
+                channel, machine, postcopy=True, report=received.report, run=run, second=second
+            )
             source = ScriptedSource(theirs, blocks)
             setup = Setup(incoming, machine, source, nursery)
 

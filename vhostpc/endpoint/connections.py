@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -35,17 +36,21 @@ class _Taken:
         channel.limit_silence(self._limit)
         self.waiting.append(channel)
 
-    async def speaking(self) -> Channel:
+    async def speaking(self, patience: float) -> Channel:
         """The main one, behind the first :meth:`take`, whichever came first.
 
-        On the other one a source says nothing until it is asked for a page. Raises ChannelLost.
+        On the other one a source says nothing until it is asked for a page. Raises ChannelLost, also ``patience``
+        seconds from now, if none has said anything.
         """
         spoke: list[Channel] = []
-        lost: ChannelLost | None = None
+        lost: ChannelLost | None = ChannelLost(f"who connected has said nothing within {patience:g} s")
         async with trio.open_nursery() as nursery:
+            nursery.cancel_scope.deadline = trio.current_time() + patience
 
             async def hear(channel: Channel) -> None:
                 await trio.lowlevel.wait_readable(channel.in_fd)
+                nonlocal lost
+                lost = None
                 spoke.append(channel)
                 nursery.cancel_scope.cancel()
 
@@ -69,12 +74,14 @@ async def accepted(
     listens: Callable[[list[dict[str, Any]]], None],
     *,
     preempt: Callable[[], bool],
+    patience: float = math.inf,
 ) -> AsyncIterator[tuple[Channel, Connect | None]]:
     """Listen at the address; the main connection, and with ``preempt`` what takes the second one.
 
     ``preempt`` is asked when the first connection has come: a capability may change until then.
     ``limit``: seconds of silence that end a connection, 0 for none. ``listens`` is told the addresses as
-    ``query-migrate`` tells them. Behind the last connection it listens no longer.
+    ``query-migrate`` tells them. Behind the last connection it listens no longer. ``patience``: seconds in which one of
+    two has to say something.
     Raises MigrationRefused (it cannot listen there), ChannelLost.
     """
     async with AsyncExitStack() as stack:
@@ -86,7 +93,7 @@ async def accepted(
             await taken.take()
             main = taken.waiting[0]
             if preempt():
-                main = await taken.speaking()
+                main = await taken.speaking(patience)
                 until_second = await stack.enter_async_context(listening.pop_all())
 
                 async def take_second() -> Channel:

@@ -81,9 +81,10 @@ async def take_link(
     Raises MigrationRefused (it cannot listen there), ChannelLost, StreamError, Shortage, OSError: nothing has changed,
     or it is paused again.
     """
-    async with accepted(address, limit, listens, preempt=lambda: incoming.preempt) as (channel, second):
+    patience = limit or PATIENCE
+    taking = accepted(address, limit, listens, preempt=lambda: incoming.preempt, patience=patience)
+    async with taking as (channel, second):
         connected()
-        patience = limit or PATIENCE
         if incoming.course.phase is Phase.MOVED:
             with trio.move_on_after(patience) as late:
                 await say_again(channel, incoming.machine.ram, incoming.reader)

@@ -157,7 +157,7 @@ class Incoming:
         numbers = self.service.numbers()
         waits = bool(numbers.waiting_now or numbers.outbox_bytes) or not link.settled.is_set()
         heard = (link.received, link.moved())
-        return Silence(link.channel, waits, heard)
+        return Silence(link.channel, waits, heard, link.shut_down)
 
     async def running(self) -> None:
         """Wait for RUN: from then on the machine may run here although most pages miss. Or for precopy's end."""
@@ -437,12 +437,14 @@ class Incoming:
         assert self._second is not None
         try:
             channel = await self._take_second(self._second)
-            if not link.ended.is_set():
+            if link.awaits_urgent:
                 self._open_urgent(link, channel, nursery)
         except Exception as error:
-            if not link.ended.is_set():
+            if link.awaits_urgent:
                 self._error = self._error or error
                 link.shut_down()
+        finally:
+            link.expect_no_urgent()
 
     async def _load_package(self, package: Sequence[Inside]) -> None:
         """Device state, while pages come: what a load waits for is asked for and served meanwhile."""
@@ -538,6 +540,7 @@ class Incoming:
             elif isinstance(event, PostcopyResume) and not link.settled.is_set():
                 self._resume(link, event)
                 if self._second is not None:
+                    link.expect_urgent()
                     nursery.start_soon(self._open_urgent_again, link, nursery)
             else:
                 self._other(event)
@@ -582,6 +585,9 @@ class Incoming:
             "migration: %d host pages are missing; threads that wait for one go on waiting", self.missing()
         )
         self._link.shut_down()
+        await (
+            self._link.end_urgent()
+        )  # what is asked for in a recovery is right only if nothing is placed meanwhile
         self._close_link()  # and with it a host page of which a part has come
         self.service.mute(None)
         self._attached = trio.Event()

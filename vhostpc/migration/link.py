@@ -60,7 +60,9 @@ class IncomingLink:
         self._pages: RamChannel | None = None
         self._ahead: RamChannel | None = None
         self._urgent_pages: RamChannel | None = None
+        self._urgent_scope = trio.CancelScope()
         self._urgent_ended = trio.Event()
+        self._urgent_expected: trio.Event | None = None
         self._finishing = False
 
     @property
@@ -115,9 +117,11 @@ class IncomingLink:
 
         Raises StreamError, ChannelLost, and as RamChannel.load: then the link is of no more use.
         """
-        assert self._urgent_pages is not None
+        pages = self._urgent_pages
         try:
-            await self._urgent_pages.load()
+            with self._urgent_scope:
+                if pages is not None:  # else the link has ended already
+                    await pages.load()
         except BadRamStream as e:
             raise StreamError(
                 f"the channel of requested pages: {REASONS[e.why]}, at byte {e.offset}"
@@ -133,16 +137,40 @@ class IncomingLink:
 
         Raises ChannelLost: it ended too early.
         """
-        if self._urgent_pages is None or self.urgent is None:
-            return
+        if self._service.awaited() and self._urgent_expected is not None:
+            await self._urgent_expected.wait()  # this end has overtaken even the making of it
         self._finishing = True
-        self._urgent_pages.finish()
-        await self._urgent_ended.wait()
+        if self._urgent_pages is not None:
+            self._urgent_pages.finish()
+            await self._urgent_ended.wait()
+        elif self._urgent_expected is None:
+            return
         if awaited := self._service.awaited():
             raise ChannelLost(
                 f"the source closed the channel of requested pages, {awaited} of which have not come"
             )
-        self.urgent.shut_down()
+        if self.urgent is not None:
+            self.urgent.shut_down()
+
+    def expect_urgent(self) -> None:
+        """The urgent channel is being made, beside the main one: until :meth:`expect_no_urgent`."""
+        self._urgent_expected = trio.Event()
+
+    def expect_no_urgent(self) -> None:
+        """It is made, or cannot be."""
+        if self._urgent_expected is not None:
+            self._urgent_expected.set()
+
+    @property
+    def awaits_urgent(self) -> bool:
+        """An urgent channel that is made now can still be of use."""
+        return not (self._finishing or self.ended.is_set())
+
+    async def end_urgent(self) -> None:
+        """Have nothing placed any more that comes by the urgent channel."""
+        self._urgent_scope.cancel()
+        if self.urgent is not None:
+            await self._urgent_ended.wait()
 
     def numbers(self) -> LoadNumbers | None:
         """What its records have brought, over both channels; None before there could be one."""
@@ -159,6 +187,7 @@ class IncomingLink:
     def shut_down(self) -> None:
         """Break it, in both channels."""
         self.channel.shut_down()
+        self.expect_no_urgent()
         if self.urgent is not None:
             self.urgent.shut_down()
 

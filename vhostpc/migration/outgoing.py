@@ -251,7 +251,7 @@ class Outgoing:
         numbers, phase = self._link.source.numbers(), self.course.phase
         waits = self._asked or phase is Phase.RECOVERING or (numbers.eos_sent and self.course.in_postcopy)
         heard = (numbers.requests, numbers.pongs, self._link.heard, numbers.bytes, self._link.said)
-        return Silence(self.channel, waits, heard)
+        return Silence(self.channel, waits, heard, self._break)
 
     # --- the migration
 
@@ -321,7 +321,13 @@ class Outgoing:
         """Break the link, where it is the pages' (``migrate-pause``). Harmless otherwise."""
         if self.course.in_postcopy and self._linked:
             self._by_hand = True
-            self._link.shut_down()
+            self._break()
+
+    def _break(self) -> None:
+        """Break the link, also while its second connection is being made."""
+        self._link.shut_down()
+        if self._opening is not None:
+            self._opening.cancel()
 
     def close(self) -> None:
         """Let go of the copy of the channel, and of what a recovery needs. Not while :meth:`send` runs."""
@@ -367,7 +373,8 @@ class Outgoing:
         finally:
             opening, self._opening = self._opening, None
         if opening is not None and opening.cancelled_caught:
-            raise ChannelLost(CANCELLED)
+            broken = "the link was broken while its second connection was being made"
+            raise ChannelLost(CANCELLED if self._cancelled else broken)
         if not channel.two_way:
             raise MigrationRefused("postcopy-preempt needs a second channel that goes both ways")
         self._link.add_urgent(channel, closing_word=self.dialect.preempt_first)

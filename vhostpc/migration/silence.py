@@ -23,6 +23,8 @@ class Silence:
     channel: Channel
     waits: bool
     heard: tuple[int, ...]
+    shut_down: Callable[[], None]
+    """Breaks all of it, also what is about to be made."""
 
 
 async def watch(look: Callable[[], Silence | None], limit: float) -> None:
@@ -46,5 +48,5 @@ async def watch(look: Callable[[], Silence | None], limit: float) -> None:
             log.error(
                 "migration: nothing has moved on the connection for %.0f s: it is given up", now - since
             )
-            found.channel.shut_down()
+            found.shut_down()
             seen = None

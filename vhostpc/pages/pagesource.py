@@ -188,10 +188,12 @@ class PageSource(Owner):
         if self._urgent is None or not self._divided:
             return self._ended(await _serve(self.handle, self._thread, heard))
         rc = 0
+        # Held until both have ended, also if this is closed meanwhile: the bulk wakes the urgent one at its end.
+        urgent, thread = self._urgent.handle, self._urgent.thread
         async with trio.open_nursery() as nursery:
             # How the bulk ends is nothing by itself: what the peer has said is read by the urgent one.
             nursery.start_soon(_serve, self.handle, self._thread, None)
-            rc = await _serve(self._urgent.handle, self._urgent.thread, heard)
+            rc = await _serve(urgent, thread, heard)
             nursery.cancel_scope.cancel()
         return self._ended(rc)
 

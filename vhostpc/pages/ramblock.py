@@ -133,7 +133,7 @@ class RamBlock:
         return check(lib.vpc_ram_count_bits(self._ram.handle, self.index, which), "RAM bits")
 
     def count_awaited(self) -> int:
-        """Number of host pages that were requested and have not arrived."""
+        """Host pages that were requested, and that the source owes."""
         return check(lib.vpc_ram_count_awaited(self._ram.handle, self.index), "RAM bits")
 
     def count_owed(self) -> int:

@@ -341,7 +341,7 @@ class FaultService(Owner):
         return sum(block.pages - block.count_bits(Bits.RECEIVED) for block in self.ram.blocks)
 
     def awaited(self) -> int:
-        """Host pages that were requested and have not arrived."""
+        """Host pages that were requested, and that the source owes."""
         return sum(block.count_awaited() for block in self.ram.blocks)
 
     def owed(self) -> int:

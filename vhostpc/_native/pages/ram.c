@@ -212,6 +212,7 @@ int64_t vpc_ram_count_awaited(struct vpc_ram *ram, int block)
         return -ERANGE;
     for (uint64_t i = 0; i < (b->pages + 63) / 64; i++)
         sum += __builtin_popcountll(atomic_load(&b->bits[VPC_BITS_REQUESTED][i]) &
+                                    atomic_load(&b->bits[VPC_BITS_DISCARDED][i]) &
                                     ~atomic_load(&b->bits[VPC_BITS_RECEIVED][i]));
     return sum;
 }

@@ -170,9 +170,10 @@ static int wait_ready(struct vpc_save *s, int more, int ms)
 {
     int in = s->requests.fd, out = s->writer.fd;
     int room = requests_room(&s->requests) && s->requests.ask_count == 0;
+    int looks = s->share == URGENT && vpc_urgent_is_needed(s);
     struct pollfd fds[3] = {
         {.fd = in, .events = (short)(room ? POLLIN : 0)},
-        {.fd = more || in < 0 ? out : -1, .events = (short)(more ? POLLOUT : 0)},
+        {.fd = more || in < 0 || looks ? out : -1, .events = (short)((more ? POLLOUT : 0) | (looks ? POLLRDHUP : 0))},
         {.fd = s->control, .events = POLLIN},
     };
     int ready = poll(fds, 3, ms);
@@ -185,6 +186,12 @@ static int wait_ready(struct vpc_save *s, int more, int ms)
         event_drain(s->control);
     /* The peer is gone and nothing is to be sent: no write would show that. */
     if (in < 0 && !more && fds[1].revents & (POLLERR | POLLHUP))
+        return VPC_SAVE_PEER_CLOSED;
+    /* Looked at again: it may have been closed because all was there. */
+    if (looks && fds[1].revents & (POLLERR | POLLHUP | POLLRDHUP) && vpc_urgent_is_needed(s))
+        return VPC_SAVE_PEER_CLOSED;
+    /* No more is read, for lack of room, so the end would not be seen; poll would return at once for ever. */
+    if (!room && fds[0].revents & (POLLERR | POLLHUP))
         return VPC_SAVE_PEER_CLOSED;
     return fds[0].revents && room ? vpc_requests_pull(&s->requests) : 0;
 }
@@ -339,6 +346,8 @@ int vpc_save_run(struct vpc_save *s)
             event_poke(s->notify);
         }
         rc = vpc_writer_push(w);
+        if (rc && s->share == URGENT)
+            rc = vpc_urgent_lost(s, rc);
         if (rc)
             break;
         if (s->share == URGENT)

@@ -197,6 +197,11 @@ static inline int writer_pending(const struct writer *w)
 void vpc_urgent_tell(struct vpc_save *s);
 /* Write the closing word, once it is due. */
 void vpc_urgent_close(struct vpc_save *s);
+/* Pages may still be requested: main's records have not ended. Until then no destination closes this connection. */
+int vpc_urgent_is_needed(struct vpc_save *s);
+/* Writing has failed with rc: 0 where nothing but the closing word is lost. A destination may have gone from there as
+ * soon as it had all; what became of it, it says on the return path. */
+int vpc_urgent_lost(struct vpc_save *s, int rc);
 /* The bulk's loop begins: it gives way to the threads that somebody waits for. */
 void vpc_bulk_begin(struct vpc_save *s);
 /* It has ended with rc. */

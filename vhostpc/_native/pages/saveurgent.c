@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <sys/resource.h>
 
+#define CLOSING_WORD 8u
+
 int vpc_save_divide(struct vpc_save *s)
 {
     struct vpc_save *bulk = s->beside;
@@ -42,6 +44,21 @@ void vpc_urgent_close(struct vpc_save *s)
         return;
     vpc_writer_eos(w);
     __atomic_store_n(&w->eos_sent, 1, __ATOMIC_RELAXED);
+}
+
+int vpc_urgent_is_needed(struct vpc_save *s)
+{
+    return !__atomic_load_n(&s->beside->writer.eos_sent, __ATOMIC_ACQUIRE);
+}
+
+int vpc_urgent_lost(struct vpc_save *s, int rc)
+{
+    struct writer *w = &s->writer;
+
+    if (!w->eos_sent || w->end - w->begin > CLOSING_WORD)
+        return rc;
+    w->begin = w->end = 0;
+    return 0;
 }
 
 void vpc_bulk_begin(struct vpc_save *s)

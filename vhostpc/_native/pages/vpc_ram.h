@@ -44,7 +44,7 @@ int vpc_ram_discard_ranges(struct vpc_ram *ram, int block, const uint64_t *range
 int vpc_ram_born(struct vpc_ram *ram, int block, uint64_t first, uint64_t count, uint64_t *born);
 /* Host pages that are DISCARDED and not RECEIVED: the source owes them. */
 int64_t vpc_ram_count_owed(struct vpc_ram *ram, int block);
-/* Host pages that are REQUESTED and not RECEIVED. */
+/* Of them, those that are REQUESTED. */
 int64_t vpc_ram_count_awaited(struct vpc_ram *ram, int block);
 /* RAM_DISCARD commands (QEMU's migration stream) for the block's pages from page *at on that are DIRTY and not DISCARDED,
  * as many as there is room for; they are DISCARDED then, so that each is told once. *at gets the page to go on from, the
