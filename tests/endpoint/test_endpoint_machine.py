@@ -337,9 +337,8 @@ async def test_a_source_that_is_gone_in_mid_postcopy(tmp_path: Path) -> None:
         await destination.process.err.find("may run here")
         source.process.popen.kill()
         await destination.until_status("postcopy-paused")
-        with trio.fail_after(
-            WAIT
-        ):  # its rings have come first: who waits, a vCPU, a driver or the back-end, is open
+        # Its rings have come first. What waits may be a vCPU, a driver or the back-end.
+        with trio.fail_after(WAIT):
             while not (await destination.report())["asked"]["waiting-now"]:
                 await trio.sleep(STEP)
         await destination.qmp.command("quit")
