@@ -108,6 +108,9 @@ async def test_from_qemu(version: str, tmp_path: Path) -> None:
                     await source.qmp.command("migrate-start-postcopy")
                     await touch(20)
                     assert urgent() >= 20 * 9
+                    await source.qmp.event(
+                        "MIGRATION", 0, status="postcopy-active"
+                    )  # 11.1 is in postcopy-device before
                     await source.qmp.command("migrate-pause")
                     await paused(source)
                     while not incoming.course.allows(Event.RECOVER):
