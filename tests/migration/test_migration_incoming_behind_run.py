@@ -15,6 +15,7 @@ from tests.kit.scripted_source import CLOCK
 from tests.kit.until import until
 from tests.migration.test_migration_border import WRONG
 from tests.migration.test_migration_incoming_postcopy import PAGE, A, B, Toucher, receiving
+from vhostpc.migration.answers import Answers
 from vhostpc.migration.incoming import Incoming
 from vhostpc.migration.phase import Event, Phase
 from vhostpc.wire.migration.elements import Ping
@@ -86,14 +87,14 @@ async def test_the_final_report_fails(
 ) -> None:
     """Everything is here and runs; that its source is not told changes nothing about that."""
     caplog.set_level(logging.INFO)
-    send = Incoming._send
+    send = Answers.send
 
-    def fail(self: Incoming, message: bytes) -> None:
+    def fail(self: Answers, message: bytes) -> None:
         if message == Shut(0).encode():
             raise error
         send(self, message)
 
-    monkeypatch.setattr(Incoming, "_send", fail)
+    monkeypatch.setattr(Answers, "send", fail)
     received = Received()
     async with receiving(received) as setup:
         if postcopy:

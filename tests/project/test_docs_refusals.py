@@ -19,6 +19,7 @@ FILES = [
     *(f"wire/migration/{name}.py" for name in ("stream", "elements", "split", "devices", "ramscan")),
     *("migration/postcopy_checks.py", "migration/heads.py", "migration/incoming.py", "migration/held.py"),
     "migration/link.py",
+    "migration/answers.py",
     *("guest/own_machine.py",),
 ]
 REFUSALS = {"BadStream", "StreamError", "PostcopyRefused"}

@@ -18,6 +18,7 @@ import trio
 
 from vhostpc.errors import ChannelLost, PageBorn, StreamError, VhostpcError, first_of, is_foreseen, sentence
 from vhostpc.logs import rationed_logger
+from vhostpc.migration.answers import SHUT_LIMIT, Answers
 from vhostpc.migration.channel import Channel, Connect
 from vhostpc.migration.heads import check_head
 from vhostpc.migration.link import CHUNK, IncomingLink
@@ -50,7 +51,7 @@ from vhostpc.wire.migration.elements import (
     StreamEvent,
     VmDescription,
 )
-from vhostpc.wire.migration.return_path import Pong, ReceivedBitmap, ResumeAck, Shut
+from vhostpc.wire.migration.return_path import Shut
 from vhostpc.wire.migration.split import Inside, split_package_in_slices
 from vhostpc.wire.migration.stream import MAX_DEVICES, StreamReader
 
@@ -62,11 +63,8 @@ RANGES = 128
 """The same: how many ranges, each of which is a system call or two."""
 ELEMENTS = 1000
 """Elements of a package that are loaded in one turn of the loop."""
-MAX_ANSWERS = 64 << 10
-"""Bytes of the return path that may wait while a source sends PINGs and reads no answer."""
 SECOND_LIMIT = 10.0
 """Seconds in which the connection of requested pages must be there, once the source says that it is."""
-SHUT_LIMIT = 10.0  # seconds in which the source must take our last word
 TROUBLE = (VhostpcError, OSError)
 """What a peer or the system can do to a channel."""
 NO_PACKAGE = (Phase.PRECOPY, Phase.SWITCHING)
@@ -113,6 +111,7 @@ class Incoming:
         self.postcopy = postcopy
         self.service = FaultService(machine.ram, spin_us=spin_us, trace=trace)
         """Over the machine's RAM; its numbers can be read until :meth:`close`."""
+        self._answers = Answers(self.service)
         self.resumptions = 0
         """How many links have gone on where another was lost."""
         self.kept: int | None = None
@@ -330,7 +329,7 @@ class Incoming:
             if isinstance(event, Ping):
                 if self._ready is not None:  # our answer says so
                     await self._ready.wait()
-                self._pong(event)
+                self._answers.pong(event)
             elif isinstance(event, Configuration):
                 try:
                     check_head(event)
@@ -380,7 +379,8 @@ class Incoming:
         if self._advised is not None:
             await self.machine.end()
         await self._start(False)
-        await self._shut()
+        if self._return_path:
+            await self._answers.shut(self.channel)
 
     def _begin_ready(self, nursery: trio.Nursery) -> trio.Event:
         """What a package needs that does not depend on it is made beside the elements before it."""
@@ -534,9 +534,9 @@ class Incoming:
         link = self._link
         while (event := await link.next()) is not None:
             if isinstance(event, Ping):
-                self._pong(event)
+                self._answers.pong(event)
             elif isinstance(event, BitmapRequest) and not link.settled.is_set():
-                self._say_bitmap(link, event)
+                self._answers.say_bitmap(link, self.machine.ram, event)
             elif isinstance(event, PostcopyResume) and not link.settled.is_set():
                 self._resume(link, event)
                 if self._second is not None:
@@ -547,25 +547,9 @@ class Incoming:
         if not link.settled.is_set():
             raise BadStream(link.offset, "the stream ends before the recovery was complete (POSTCOPY_RESUME)")
 
-    def _say_bitmap(self, link: IncomingLink, event: BitmapRequest) -> None:
-        blocks = {block.name: block for block in self.machine.ram.blocks}
-        if event.block not in blocks:
-            raise BadStream(event.offset, f"RECV_BITMAP of an unknown RAM block: {event.block!r}")
-        if event.block in link.bitmaps_said:
-            raise BadStream(event.offset, f"RECV_BITMAP of a RAM block again: {event.block!r}")
-        link.bitmaps_said.add(event.block)
-        self._send(ReceivedBitmap(event.block, blocks[event.block].received_bitmap()).encode())
-
     def _resume(self, link: IncomingLink, event: PostcopyResume) -> None:
         """The source knows what is missing: pages are asked for, and come."""
-        if len(link.bitmaps_said) < len(self.machine.ram.blocks):
-            raise BadStream(
-                event.offset, "POSTCOPY_RESUME before the bitmap of every RAM block was asked for"
-            )
-        try:
-            self.service.resume(ResumeAck().encode())
-        except OSError as e:
-            raise ChannelLost(f"the return path to the source broke: {e.strerror}") from None
+        self._answers.resume(link, self.machine.ram, event)
         self.course.move(Event.RESUME)
         self.resumptions += 1
         link.settled.set()
@@ -663,7 +647,8 @@ class Incoming:
         except Exception as error:
             log.error("migration: all pages have arrived, but: %s", sentence(error), exc_info=error)
         self._tell_rest(self._link.unread, None)
-        await self._shut()
+        if self._return_path:
+            await self._answers.shut(self.channel)
 
     async def _start(self, postcopy: bool) -> None:
         """Where the machine is to run."""
@@ -732,45 +717,14 @@ class Incoming:
         if self._faults_ended is not None:
             await self._faults_ended.wait()
 
-    def _pong(self, event: Ping) -> None:
-        if self.service.numbers().outbox_bytes > MAX_ANSWERS:
-            raise BadStream(event.offset, "a PING, but the source does not read the answers to earlier ones")
-        self._send(Pong(event.value).encode())
-
     def _pong_in_package(self, event: Ping) -> None:
         """A link that is lost by now keeps nobody from loading, unless the source counts on the answer."""
         try:
-            self._pong(event)
+            self._answers.pong(event)
         except ChannelLost as error:
             if self._must_hear and event.value == MUST_HEAR:
                 raise
             log.warning("migration: PING %d cannot be answered: %s", event.value, error)
-
-    def _send(self, message: bytes) -> None:
-        """Never waits; behind what waits already."""
-        try:
-            self.service.send(message)
-        except OSError as e:
-            raise ChannelLost(f"the return path to the source broke: {e.strerror}") from None
-
-    async def _shut(self) -> None:
-        """The last word. The machine is whole here: a source that does not take it changes nothing."""
-        if not self._return_path:
-            return
-        try:
-            with trio.fail_after(SHUT_LIMIT):
-                self._send(Shut(0).encode())
-                while self.service.numbers().outbox_bytes:
-                    await trio.lowlevel.wait_writable(self.channel.out_fd)
-                    self._send(b"")
-        except trio.TooSlowError:
-            log.warning("migration: the source no longer reads the return path")
-        except Exception as error:
-            log.warning(
-                "migration: the source does not know that everything has arrived: %s",
-                sentence(error),
-                exc_info=None if is_foreseen(error) else error,
-            )
 
     async def _advise(self, event: PostcopyAdvise) -> None:
         check_advise(event, postcopy=self.postcopy, two_way=self.channel.two_way)
