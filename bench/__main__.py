@@ -55,10 +55,11 @@ What limits each figure:
   milliseconds for both sides. The busy Python thread costs no GIL, only a processor: with two cores, where it is
   bound to the handler's core while the toucher has the other, some wake-ups wait for the end of its time slice.
 - F2: idle, four wake-ups of sleeping threads: fault loop, source, load, and the toucher; `python -m bench.stages`
-  shows where each microsecond goes. While pages flow, the data queued ahead of the requested page: in the source's
-  output, in the socket, in the load's input. The two threads that carry the flow want both cores; a QEMU with preempt
-  has a second connection for requested pages. Spinning needs idle cores: on two it takes them from threads that have
-  work to do, so p50 stays and p99 grows; each touch costs the destination both cores until the next.
+  shows where each microsecond goes. While pages flow without preempt, the data queued ahead of the requested page: in
+  the source's output, in the socket, in the load's input. With preempt a requested page waits for none of it; then the
+  wake-ups take longer, because the two threads that carry the flow want both cores. They have nice 10 and make short
+  calls. Spinning needs idle cores: on two it takes them from threads that have work to do, so p50 stays and p99 grows;
+  each touch costs the destination both cores until the next.
 - F3: a processor. The fault loop and the load need no GIL, but with two cores a wake-up may wait for the end of the
   busy thread's time slice, some 3 ms, which makes p99 in some runs and not in others. With the busy thread at nice 19
   none of three runs had it. While pages flow, the busy thread and the two that carry the flow are three for two
@@ -74,8 +75,8 @@ What limits each figure:
 - M3: the turns of the loop. At the source the last look for written pages (half a millisecond for 256 MiB) and the
   back-end's answer with its ring positions; at the destination some ten steps of 0.1 to 0.2 ms in Python from the
   package to the first vCPU, with two processors for four busy threads. Everything that does not depend on the package
-  is done before the machine stops: `python -m bench.switch` shows each step. Loading before the next pages are read, or
-  keeping pages back that nobody asks for until the machine runs, made no difference. QEMU's reported downtime ends
+  is done before the machine stops: `python -m bench.switch` shows each step. Loading before the next pages are read
+  made no difference, nor did keeping pages back that nobody asks for until the machine runs (tried with a bridge). QEMU's reported downtime ends
   when the package has been sent; it excludes the destination's work on the package.
 - M4: as M1 and M2. Creating pages through a mapping takes more than twice as long per page at 4 GiB as at 1 GiB on
   such a machine, also in a program of ten lines; writing them into the file does not.
