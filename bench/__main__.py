@@ -76,7 +76,8 @@ What limits each figure:
   back-end's answer with its ring positions; at the destination some ten steps of 0.1 to 0.2 ms in Python from the
   package to the first vCPU, with two processors for four busy threads. Everything that does not depend on the package
   is done before the machine stops: `python -m bench.switch` shows each step. Loading before the next pages are read
-  made no difference, nor did keeping pages back that nobody asks for until the machine runs (tried with a bridge). QEMU's reported downtime ends
+  made no difference, nor did keeping pages back that nobody asks for until the machine runs (tried with a bridge).
+  QEMU's reported downtime ends
   when the package has been sent; it excludes the destination's work on the package.
 - M4: as M1 and M2. Creating pages through a mapping takes more than twice as long per page at 4 GiB as at 1 GiB on
   such a machine, also in a program of ten lines; writing them into the file does not.
