@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ async def test_a_discard_fails(version: str, tmp_path: Path, monkeypatch: pytest
     """The package is in flight, and nothing of it is taken: the source hears so, and its guest runs on."""
     received = Received()
 
-    def fail(block: RamBlock, offset: int = 0, length: int | None = None) -> None:
+    def fail(block: RamBlock, ranges: Sequence[tuple[int, int]]) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with trio.fail_after(120), HeldMachine() as machine:
@@ -130,7 +131,7 @@ async def test_a_discard_fails(version: str, tmp_path: Path, monkeypatch: pytest
             async with Channel(await listener.accept()) as channel, trio.open_nursery() as nursery:
                 incoming = incoming_of(channel, machine, postcopy=True, report=received.report)
                 await source.qmp.event("MIGRATION", 0, status="active")
-                monkeypatch.setattr(RamBlock, "discard", fail)
+                monkeypatch.setattr(RamBlock, "discard_for", fail)
                 await source.qmp.command("migrate-set-parameters", max_postcopy_bandwidth=0)
                 nursery.start_soon(lambda: source.qmp.command("migrate-start-postcopy"))
                 with pytest.raises(OSError, match="No space left"):
