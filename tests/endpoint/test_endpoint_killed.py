@@ -32,13 +32,16 @@ def shm() -> Iterator[Path]:
 
 
 @contextlib.asynccontextmanager
-async def moving(folder: Path, shm: Path) -> AsyncIterator[tuple[End, End]]:
-    """A machine with traffic, in the middle of its postcopy; the source keeps its memory in ``shm``."""
+async def moving(folder: Path, shm: Path, *also: str) -> AsyncIterator[tuple[End, End]]:
+    """A machine with traffic, in the middle of its postcopy; the source keeps its memory in ``shm``.
+
+    ``also``: capabilities of both.
+    """
     more = ("--ram-dir", str(shm), "--vcpu-checks", "2000")
     async with pair(folder, ram=[RAM], source=more, destination=("--vcpu-checks", "500")) as (source, there):
         await source.until_works(50, 50)
         for side in (source, there):
-            await side.set("postcopy-ram")
+            await side.set("postcopy-ram", *also)
         await source.set(max_postcopy_bandwidth=256 << 10)
         await migrate(source, there, folder)
         await source.qmp.command("migrate-start-postcopy")
@@ -81,6 +84,33 @@ async def test_killed_again_and_again(tmp_path: Path, shm: Path) -> None:
             await there.qmp.command("stop")
             assert (await there.qmp.command("x-vhostpc-verify"))["bad"] == 0
     assert [path.name for path in shm.iterdir()] == [".lock"]  # all else is removed at a good end
+
+
+async def test_killed_with_two_connections(tmp_path: Path, shm: Path) -> None:
+    """postcopy-preempt: the process that replaces it makes the second one, too, for which the destination waits."""
+    with trio.fail_after(120):
+        async with moving(tmp_path, shm, "postcopy-preempt") as (source, there):
+            await kill(source)
+            for number in range(2):
+                await there.until_status("postcopy-paused")
+                async with end(f"again{number}", tmp_path, "--ram-dir", str(shm)) as again:
+                    on = await again.qmp.command("query-migrate-capabilities")
+                    assert {"capability": "postcopy-preempt", "state": True} in on
+                    uri = f"unix:{tmp_path}/again{number}.link"
+                    await there.qmp.command("migrate-recover", uri=uri)
+                    await again.set(max_postcopy_bandwidth=256 << 10)
+                    await again.qmp.command("migrate", uri=uri, resume=True)
+                    await there.until_status("postcopy-active")
+                    await there.until_works(5, 5)
+                    if number == 0:
+                        await kill(again)
+                        continue
+                    await again.set(max_postcopy_bandwidth=0)
+                    for side in (again, there):
+                        await side.until_status("completed")
+            check(await there.until_works())
+            await there.qmp.command("stop")
+            assert (await there.qmp.command("x-vhostpc-verify"))["bad"] == 0
 
 
 async def test_the_wrong_memory(tmp_path: Path, shm: Path) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from tests.endpoint.test_endpoint_recovery import Pair, pair
+from tests.kit.hostile import open_fds
 from tests.kit.until import until
 from vhostpc.dialect import Compat
 from vhostpc.endpoint import Links
 from vhostpc.errors import MigrationRefused
+from vhostpc.migration.phase import Phase
 from vhostpc.migration.status import Status
 from vhostpc.migration.uri import Fd, File
 
@@ -160,3 +166,101 @@ async def test_a_stranger_comes_first(tmp_path: Path) -> None:
             await ends.both(Status.POSTCOPY_PAUSED)
             await ends.recover()
         await ends.finish()
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+async def test_a_lost_last_word_is_said_again(
+    compat: Compat, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The source recovers with two connections, whenever it makes the second, and no page is left for that one."""
+    caplog.set_level(logging.INFO)
+    async with pair(tmp_path, compat=compat, also=BOTH) as ends:
+        await ends.to_postcopy()
+        await touch(ends, 12)
+        ends.relay.hold_back()
+        ends.source.options.set_parameters({"max-postcopy-bandwidth": 0})
+        ends.source.parameters_changed()
+        await until(lambda: ends.destination.status is Status.COMPLETED)
+        ends.relay.cut()
+        await until(lambda: ends.source.status is Status.POSTCOPY_PAUSED)
+        await ends.recover()
+        await ends.finish()
+        assert ends.source._course.phase is Phase.MOVED
+        assert "told once more" in caplog.text
+        assert ends.tells[0].events.count("postcopy-paused") == 1
+
+
+async def cancelled(compat: Compat, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    making = trio.Event()
+
+    async def never(_: Any) -> None:
+        making.set()
+        await trio.sleep_forever()
+
+    async with pair(folder, compat=compat, also=BOTH) as ends:
+        with monkeypatch.context() as patch:
+            patch.setattr("vhostpc.endpoint.connections.connect", never)
+            await ends.destination.incoming(ends.listens, exit_on_error=False)
+            await ends.source.migrate(ends.address, resume=False)
+            await ends.source.start_postcopy()
+            await making.wait()
+            await until(lambda: ends.relay.count == 1)
+            await ends.source.cancel()
+            await until(lambda: ends.source.status is Status.CANCELLED)
+            await ends.source._sent.wait()
+        assert ends.world.running == {"source"}
+        assert not ends.world.both
+        await until(lambda: not ends.relay.count)
+        await until(lambda: ends.destination.status is Status.FAILED)
+    Path(ends.address.path).unlink()
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+async def test_a_cancel_while_the_second_one_is_made(
+    compat: Compat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start, or at the switch: the machine runs on, and nothing is left."""
+    await cancelled(compat, tmp_path, monkeypatch)
+    fds = len(open_fds())
+    await cancelled(compat, tmp_path, monkeypatch)
+    await until(lambda: len(open_fds()) <= fds, what="descriptors")
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+async def test_a_third_one_is_refused(compat: Compat, tmp_path: Path) -> None:
+    """A destination that has two listens no longer, also behind a recovery."""
+    async with pair(tmp_path, compat=compat, also=BOTH) as ends:
+        await ends.to_postcopy()
+        for page in (12, 14):
+            await touch(ends, page)  # over the second one, which has been taken
+            with pytest.raises(OSError, match=r"No such file|refused"):
+                await trio.open_unix_socket(ends.listens.path)
+            await ends.both(Status.POSTCOPY_ACTIVE)
+            if page == 12:
+                ends.relay.cut()
+                await ends.both(Status.POSTCOPY_PAUSED)
+                await ends.recover()
+                await ends.both(Status.POSTCOPY_ACTIVE)
+        await ends.finish()
+        assert ends.tells[1].events.count("postcopy-paused") == 1
+
+
+async def test_a_third_one_waits_in_vain(tmp_path: Path) -> None:
+    """It came while the second one had not been taken yet: it is closed unheard, and nothing else happens."""
+    async with pair(tmp_path, compat="7.2", also=BOTH) as ends:
+        ends.source.options.set_parameters({"max-bandwidth": 4096})
+        await ends.destination.incoming(ends.listens, exit_on_error=False)
+        await ends.source.migrate(ends.address, resume=False)
+        await ends.both(Status.ACTIVE)
+        await until(lambda: ends.relay.count == 2)
+        await trio.testing.wait_all_tasks_blocked()
+        async with await trio.open_unix_socket(ends.listens.path) as third:
+            await third.send_all(b"GET / HTTP/1.0\r\n\r\n")
+            await ends.source.start_postcopy()
+            await ends.both(Status.POSTCOPY_ACTIVE)
+            for page in range(0, 60, 6):
+                assert await touch(ends, page) == (b"page %d" % page).ljust(9, b"\0")
+            with contextlib.suppress(trio.BrokenResourceError):
+                assert await third.receive_some(1) == b""
+            await ends.finish()
+        assert "postcopy-paused" not in ends.tells[0].events + ends.tells[1].events

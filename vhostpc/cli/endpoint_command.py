@@ -229,6 +229,11 @@ async def run(open_it: contextlib.AbstractAsyncContextManager[Machine], given: G
     """Create the machine and serve it; returns why an expected machine did not arrive, None if all is well."""
     events, ram_dir, incoming = Events(given.options), given.ram_dir, given.incoming
     is_left = ram_dir is not None and ram_dir.note is not None
+    if ram_dir is not None and ram_dir.note is not None and ram_dir.note.preempt:
+        given.options.on |= {
+            "postcopy-ram",
+            "postcopy-preempt",
+        }  # a migration in progress lets nobody set them
     async with contextlib.AsyncExitStack() as stack:
         with contextlib.ExitStack() as unless_made:
             if ram_dir is not None and not is_left:

@@ -1,7 +1,9 @@
 """What a killed source has left: its memory in files, and a note of what a recovery needs besides.
 
-The destination's bitmaps say what is missing, so that is little: names, lengths and page sizes of the blocks, and the
-number of RAM's section in the stream. Device state is not needed: it has gone with the package, or nothing was lost.
+The destination's bitmaps say what is missing, so that is little: names, lengths and page sizes of the blocks, the
+number of RAM's section in the stream, and whether requested pages have a connection of their own (postcopy-preempt),
+because the destination waits for that one in every recovery. Device state is not needed: it has gone with the package,
+or nothing was lost.
 """
 
 from __future__ import annotations
@@ -37,11 +39,13 @@ class Note:
     machine: str
     section: int
     blocks: tuple[LeftBlock, ...]
+    preempt: bool = False
+    """The capability postcopy-preempt was on."""
 
     @classmethod
-    def of(cls, machine: Machine) -> Note:
+    def of(cls, machine: Machine, *, preempt: bool = False) -> Note:
         blocks = tuple(LeftBlock(b.name, b.length, b.page_size) for b in machine.ram.blocks)
-        return cls(machine.configuration.machine, machine.ram_section, blocks)
+        return cls(machine.configuration.machine, machine.ram_section, blocks, preempt)
 
     @classmethod
     def parse(cls, text: str) -> Note:
@@ -53,7 +57,7 @@ class Note:
             blocks = tuple(
                 LeftBlock(str(b["name"]), int(b["length"]), int(b["page_size"])) for b in found["blocks"]
             )
-            return cls(str(found["machine"]), int(found["section"]), blocks)
+            return cls(str(found["machine"]), int(found["section"]), blocks, found.get("preempt") is True)
         except (KeyError, TypeError) as e:
             raise ValueError(f"{e} is missing or wrong") from None
 
@@ -68,10 +72,10 @@ class Notes:
         self._files = files
         self._path = files.folder / NAME
 
-    def write(self, machine: Machine) -> None:
+    def write(self, machine: Machine, *, preempt: bool = False) -> None:
         """All of it or nothing. Raises OSError."""
         fresh = Path(f"{self._path}.new")
-        fresh.write_text(Note.of(machine).encode())
+        fresh.write_text(Note.of(machine, preempt=preempt).encode())
         os.replace(fresh, self._path)
 
     def remove(self) -> None:

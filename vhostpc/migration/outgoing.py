@@ -547,7 +547,7 @@ class Outgoing:
             await self._last()
             return
         if self._notes is not None:
-            self._notes.write(machine)
+            self._notes.write(machine, preempt=self._preempt)
         for block in machine.ram.blocks:
             for commands in block.discards():
                 if len(ahead) > PIECE:
