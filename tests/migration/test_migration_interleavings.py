@@ -3,11 +3,11 @@
 Two endpoints of this process are joined by a wire that lets bytes through when it is told to, and breaks where it is
 told to. Each of the machine's methods can find that something is short, and so can whatever else an end allocates.
 Whatever is played: the machine never runs at both ends, and where it runs nowhere a status says why.
+With postcopy-preempt there are two wires, of which either is cut.
 """
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,21 +22,23 @@ from hypothesis import strategies as st
 
 from tests.kit.scripted_destination import LivelyMachine, content
 from tests.kit.until import until
+from tests.kit.wires import Wires
 from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.endpoint import Endpoint
-from vhostpc.errors import MigrationRefused
+from vhostpc.errors import MemoryLost, MigrationRefused
 from vhostpc.migration.held import HeldMachine
+from vhostpc.migration.link import IncomingLink
 from vhostpc.migration.machine import nobody
 from vhostpc.migration.options import Options
 from vhostpc.migration.phase import Event, Phase
 from vhostpc.migration.runstate import RunState
 from vhostpc.migration.status import BUSY, Status
-from vhostpc.migration.uri import Fd
 from vhostpc.pages.pagesource import PageSource
 from vhostpc.pages.service import FaultService
 from vhostpc.wire.migration.elements import Configuration, DeviceSection, RamBlocks
 
 PAGES = 400
+PREEMPT = "postcopy-preempt"
 LARGE = 1 << 20
 """Bytes of device state that no socket takes at once: the package can be cut."""
 
@@ -79,10 +81,12 @@ class World:
 ALLOCATIONS: tuple[tuple[str, type, str], ...] = (
     ("source", PageSource, "__init__"),
     ("source", PageSource, "set_tail"),
+    ("source", PageSource, "add_urgent"),
     ("destination", FaultService, "__init__"),
     ("destination", FaultService, "set_return_path"),
     ("destination", FaultService, "arm"),
     ("destination", FaultService, "open_channel"),
+    ("destination", IncomingLink, "open_urgent"),
 )
 """What the ends allocate themselves: threads, descriptors, mappings, memory."""
 
@@ -213,58 +217,6 @@ class Told:
         self.events.append("RESUME")
 
 
-class Wire:
-    """Two socket pairs; what is between them moves when it is told to."""
-
-    def __init__(self) -> None:
-        self.source_end, self._s = socket.socketpair()
-        self.destination_end, self._d = socket.socketpair()
-        for sock in (self._s, self._d):
-            sock.setblocking(False)
-        self.cut = False
-        self.left = {"source", "destination"}
-        """Ends that nobody has yet."""
-
-    def take(self, end: str) -> int:
-        """The descriptor of an end, which is the taker's."""
-        self.left.remove(end)
-        return (self.source_end if end == "source" else self.destination_end).detach()
-
-    def _move(self, src: socket.socket, dst: socket.socket, most: int) -> bool:
-        """Whether anything moved, or an end was passed on."""
-        try:
-            data = src.recv(most, socket.MSG_PEEK)
-        except (BlockingIOError, ConnectionError):
-            return False
-        if not data:
-            with suppress(OSError):
-                dst.shutdown(socket.SHUT_WR)
-            return False
-        try:
-            sent = dst.send(data)
-        except BlockingIOError:
-            return False
-        except OSError:
-            sent = len(data)  # nobody reads there any more
-        src.recv(sent)
-        return True
-
-    def forward(self, most: int) -> bool:
-        return not self.cut and self._move(self._s, self._d, most)
-
-    def back(self, most: int) -> bool:
-        return not self.cut and self._move(self._d, self._s, most)
-
-    def break_it(self) -> None:
-        if not self.cut:
-            self.cut = True
-            for sock in (self._s, self._d, self.source_end, self.destination_end):
-                sock.close()
-
-    def close(self) -> None:
-        self.break_it()
-
-
 Step = tuple[str, int]
 STEPS = st.one_of(
     st.tuples(st.just("forward"), st.sampled_from([1, 7, 60, 500, 5000, 70000, 400000])),
@@ -276,6 +228,9 @@ STEPS = st.one_of(
         st.sampled_from(["source stop", "source cont", "destination cont", "destination stop"]), st.just(0)
     ),
     st.tuples(st.just("cut"), st.just(0)),
+    st.tuples(st.just("touch"), st.integers(0, PAGES - 1)),
+    st.tuples(st.just("cut beside"), st.just(0)),
+    st.tuples(st.just("forward beside"), st.sampled_from([1, 7, 60, 5000])),
     st.tuples(st.sampled_from(["recover here", "recover there", "recover", "recover"]), st.just(0)),
     st.tuples(st.sampled_from(["source pause", "destination pause"]), st.just(0)),
 )
@@ -289,8 +244,9 @@ async def play(
     short: tuple[str, int | str] | None = None,
     silent: bool = False,
 ) -> World:
-    world, wires = World(short=short), [Wire()]
-    chosen = Options(compat, on={"events", capability} - {""})
+    world, wires = World(short=short), Wires()
+    needed = {"postcopy-ram"} if capability == PREEMPT else set()
+    chosen = Options(compat, on={"events", capability, *needed})
     here, there = Here(world, state), There(world)
     tells = Told(), Told()
     source = Endpoint(here, chosen, tells[0])
@@ -308,36 +264,48 @@ async def play(
 
     async def recover(*ends: str) -> None:
         """Join both ends anew, or have one of them wait for the other: over a wire that one end has already."""
-        wire = wires[-1]
-        if not wire.left.issuperset(ends):
-            wires.append(wire := Wire())
+        if not wires.last.left.issuperset(ends):
+            wires.add()
         for end in ends:
             waits = destination._course.allows(Event.RECOVER) or destination._course.phase is Phase.MOVED
             if end == "destination" and waits and destination._course.side == "destination":
-                await refusable(lambda: destination.recover(Fd("in", wire.take("destination"))))
+                await refusable(lambda: destination.recover(wires.take("destination")))
             elif end == "source" and source.status is Status.POSTCOPY_PAUSED:
-                await refusable(lambda: source.migrate(Fd("out", wire.take("source")), resume=True))
+                await refusable(lambda: source.migrate(wires.take("source"), resume=True))
+
+    async def touch(page: int) -> None:
+        with suppress(MemoryLost):  # it ends in a pause
+            await there.ram["ram0"].read(page * 4096, 1)
 
     async def do(step: Step) -> None:
         name, number = step
-        wire = wires[-1]
+        wire, beside = wires.last, wires.beside
         if name == "forward":
             wire.forward(number)
+        elif name == "forward beside":
+            beside.forward(number)
         elif name == "back":
             wire.back(number)
         elif name in ("all", "all there", "until it runs there"):
             idle, size = 0, 4000 if name == "until it runs there" else 1 << 20
             while idle < 10 and not (name == "until it runs there" and "destination" in world.running):
-                moved = wire.forward(size) or (name == "all" and wire.back(1 << 20))
+                moved = wire.forward(size) | beside.forward(size) or (name == "all" and wire.back(1 << 20))
+                if not moved and capability == PREEMPT and "destination" not in world.running:
+                    moved = wire.back(1 << 20)  # it waits for answers before postcopy
                 idle = 0 if moved else idle + 1
                 await trio.sleep(0.002)
         elif name == "postcopy":
-            if capability == "postcopy-ram":
+            if capability != "return-path":
                 await source.start_postcopy()
         elif name == "cancel":
             await refusable(source.cancel)
         elif name == "cut":
             wire.break_it()
+        elif name == "touch":
+            if "destination" in world.running:
+                nursery.start_soon(touch, number)
+        elif name == "cut beside":
+            beside.break_it()
         elif name.startswith("recover"):
             end = {"recover here": ["source"], "recover there": ["destination"]}.get(name)
             await recover(*(end or ["destination", "source"]))
@@ -351,12 +319,12 @@ async def play(
         # Let what was set off happen, or not quite: both ends have threads.
         await trio.sleep(0.001 if number % 2 else 0)
 
-    with trio.fail_after(60), here, there, allocations(world):
+    with trio.fail_after(60), here, there, allocations(world), wires.joined():
         async with trio.open_nursery() as nursery:
             for endpoint in (source, destination):
                 await nursery.start(endpoint.serve)
-            await destination.incoming(Fd("in", wires[-1].take("destination")), exit_on_error=False)
-            await source.migrate(Fd("out", wires[-1].take("source")), resume=False)
+            await destination.incoming(wires.take("destination"), exit_on_error=False)
+            await source.migrate(wires.take("source"), resume=False)
             for step in steps:
                 await do(step)
                 assert not world.both
@@ -364,14 +332,14 @@ async def play(
                 await refusable(source.cancel)
                 await trio.sleep(0.005)
                 assert not world.both
-                wires[-1].break_it()
+                wires.last.break_it()
             # To its end: all data still in flight gets there, or the wire breaks.
             pumping = trio.CancelScope()
 
             async def pump() -> None:
                 with pumping:
                     while True:
-                        moved = any([wire.forward(1 << 20) | wire.back(1 << 20) for wire in wires])
+                        moved = wires.move(1 << 20)
                         await trio.sleep(0 if moved else 0.002)
 
             nursery.start_soon(pump)
@@ -385,7 +353,7 @@ async def play(
                     limit=30,
                 )
 
-            for wire in wires:
+            for wire in wires.all:
                 if wire.left:  # nobody comes any more to an end that waits there
                     wire.break_it()
             await settle()
@@ -408,8 +376,7 @@ async def play(
             judge(world, source, destination, asked_to_stop, tells[0].events)
             pumping.cancel()
             nursery.cancel_scope.cancel()
-        for wire in wires:
-            wire.close()
+        wires.close()
     return world
 
 
@@ -447,7 +414,7 @@ def judge(
 
 @given(
     compat=st.sampled_from(sorted(DIALECTS)),
-    capability=st.sampled_from(["postcopy-ram", "postcopy-ram", "return-path"]),
+    capability=st.sampled_from(["postcopy-ram", PREEMPT, "return-path"]),
     steps=st.lists(STEPS, max_size=25),
     state=st.sampled_from([4, LARGE]),
     short=st.none() | st.tuples(st.sampled_from(["source", "destination"]), st.integers(0, 14)),
@@ -487,6 +454,19 @@ def judge(
     ("source", "stop"),
     False,
 )
+@example("10.0", PREEMPT, [("postcopy", 0), ("until it runs there", 0), ("cut beside", 0)], 4, None, False)
+@example(
+    "10.0",
+    PREEMPT,
+    [("postcopy", 0), ("until it runs there", 0), ("touch", 398), ("back", 100), ("cut beside", 0)],
+    4,
+    None,
+    False,
+)
+@example("7.2", PREEMPT, [("postcopy", 0), ("until it runs there", 0), ("cut beside", 0)], 4, None, False)
+@example("10.0", PREEMPT, [("postcopy", 0), ("cut beside", 0), ("all", 0)], 4, None, False)
+@example("7.2", PREEMPT, [("postcopy", 0), ("all", 0)], 4, ("destination", "IncomingLink.open_urgent"), False)
+@example("7.2", PREEMPT, [("postcopy", 0), ("forward", 400000)], LARGE, None, True)
 @settings(suppress_health_check=[HealthCheck.too_slow])
 def test_it_never_runs_at_both_ends(
     compat: Compat,
@@ -510,6 +490,9 @@ CALLS = [
     *(("postcopy-ram", "source", what) for what in AT_SOURCE),
     *(("postcopy-ram", "destination", what) for what in AT_DESTINATION),
     *(("postcopy-ram", where, what) for where, what in IN_POSTCOPY),
+    *((PREEMPT, "source", what) for what in (*AT_SOURCE, "PageSource.add_urgent")),
+    *((PREEMPT, "destination", what) for what in (*AT_DESTINATION, "IncomingLink.open_urgent")),
+    *((PREEMPT, where, what) for where, what in IN_POSTCOPY),
 ]
 WHOLE: list[Step] = [("postcopy", 0), ("all", 0)]
 
@@ -520,7 +503,7 @@ async def test_each_call_falls_short_once(capability: str, where: str, what: str
     assert world.fell_short == f"{where} {what}"
 
 
-@pytest.mark.parametrize("capability", ["return-path", "postcopy-ram"])
+@pytest.mark.parametrize("capability", ["return-path", "postcopy-ram", PREEMPT])
 async def test_no_call_is_left_out(capability: str) -> None:
     world = await play("10.0", capability, WHOLE)
     assert world.called == {call[1:] for call in CALLS if call[0] == capability}
