@@ -21,7 +21,7 @@ from tests.migration.test_migration_interleavings import Here, There, Told, Worl
 from vhostpc.dialect import DIALECTS, Compat
 from vhostpc.endpoint import Endpoint
 from vhostpc.errors import ChannelLost, MigrationRefused
-from vhostpc.migration import outgoing as outgoing_file
+from vhostpc.migration import outgoing_elements
 from vhostpc.migration.channel import Channel
 from vhostpc.migration.link import IncomingLink
 from vhostpc.migration.options import Options
@@ -209,7 +209,7 @@ async def test_the_last_word_comes_although_the_description_does_not_arrive() ->
 async def test_a_package_that_is_too_long_is_refused_while_the_machine_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(outgoing_file, "MAX_PACKAGE", 1000)
+    monkeypatch.setattr(outgoing_elements, "MAX_PACKAGE", 1000)
     with large(LivelyMachine(ram0=50), 2000) as machine:
         sent = await send(machine, options("postcopy-ram"), postcopy=True)
     assert isinstance(sent.error, MigrationRefused)

@@ -162,8 +162,8 @@ class Outgoing:
         if self._package_going is not None:
             self._package_going.cancel()  # the channel stays: the last byte may be through
             return
+        self.source.stop()  # first, or the end of the channel could pass for the destination's; and a pipe wakes nobody
         self._link.shut_down()
-        self.source.stop()  # a pipe wakes nobody
 
     @property
     def _cancelled(self) -> bool:
