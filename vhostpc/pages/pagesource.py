@@ -316,23 +316,16 @@ class PageSource(Owner):
         """Over both connections, where there are two."""
         raw, pages = _raw(self.handle), ffi.new("struct vpc_scan_stats *")
         lib.vpc_scan_stats(self._scan.handle, pages)
-        heard, urgent = raw, self._urgent
-        sent, eos_sent, urgent_bytes = raw.bytes, bool(raw.eos_sent), 0
-        if urgent is not None:
-            beside = _raw(urgent.handle)
-            urgent_bytes = beside.bytes
-            sent += urgent_bytes
-            if self._divided:
-                # Requests that were dropped by the bulk loop are counted there.
-                heard = beside
+        urgent_bytes = 0 if self._urgent is None else _raw(self._urgent.handle).bytes
+        read = _raw(self._reader()[0])
         return numbers_of(
             SourceNumbers,
-            heard,
+            read,
             pages,
-            bytes=sent,
+            bytes=raw.bytes + urgent_bytes,
             urgent_bytes=urgent_bytes,
-            eos_sent=eos_sent,
-            heard=bool(heard.heard),
+            eos_sent=bool(raw.eos_sent),
+            heard=bool(read.heard),
         )
 
     def close(self) -> None:

@@ -78,6 +78,8 @@ static void listen_to(struct vpc_scan *scan)
 
 struct host_page vpc_near_next(struct vpc_scan *scan)
 {
+    if (!atomic_load_explicit(&scan->near.told_count, memory_order_relaxed))
+        return (struct host_page){-1, 0}; /* precopy: nothing was ever requested */
     listen_to(scan);
     for (int i = 0; i < NEAR_SIZES; i++) {
         struct near_groups *of = &scan->near.sizes[i];
